@@ -1,0 +1,30 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-slow check bench clean
+
+demo: $(VENV)/installed          ## train, convert, measure: the main job on a small network
+	$(BIN)/ghostify demo
+
+test: check                      ## lint, types and the tests, warnings as errors
+	$(BIN)/python -m pytest -q
+
+test-slow: $(VENV)/installed     ## the sweeps that take minutes
+	$(BIN)/python -m pytest -q -m slow
+
+check: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/installed         ## the accuracy tables of the README
+	$(BIN)/python benchmarks/accuracy.py --quick
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,119 @@
+"""Accuracy without training: what converting leaves of a trained network's top-1.
+
+    python benchmarks/accuracy.py --quick     ResNet-20 of width 32 on Fashion-MNIST
+    python benchmarks/accuracy.py             the same with more settings
+
+The network is trained here on the 60,000 training images (seed 0, once, then cached). Calibration takes unlabelled
+training images, picked by seed; no label and no gradient step is used. Top-1 is on all 10,000 test images, which
+nothing else sees. Results go to benchmarks/results/accuracy.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from networks import accuracy, images, resnet20
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, fx, nn
+
+from ghostify import Policy, Rule, fit, plan, rewrite, trace
+from ghostify.assign import in_given_order
+from ghostify.checkpoint import versions
+from ghostify.cost import count_macs
+from ghostify.demo import Images
+from ghostify.lstsq import GhostWeights
+from ghostify.plan import Plan
+from ghostify.trace import Program
+
+RESULTS = Path(__file__).parent / "results" / "accuracy.json"
+
+
+def random_ghosts(program: Program, decided: Plan, seed: int = 0) -> fx.GraphModule:
+    """What others start from: the first m filters kept, cheap kernels at random (Kaiming), in the given order."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for entry in decided.rewrites:
+        conv, layout = program.conv(entry.conv.name), entry.layout
+        d, m = layout.dw_size, layout.intrinsic
+        kernels = (
+            torch.randn(layout.ghosts, layout.width, d, d, generator=generator) * (2 / (layout.width * d * d)) ** 0.5
+        )
+        weights[entry.conv.name] = GhostWeights(
+            in_given_order(layout).channels, conv.weight.detach()[:m], None, kernels, None
+        )
+    return rewrite(program, decided, weights)
+
+
+def rows(model: nn.Module, data: Images, quick: bool) -> Iterator[dict[str, Any]]:
+    """One row for each way of converting."""
+    first = data.test[:1]
+    program = trace(model, first)
+    base = accuracy(model, data)
+    yield {"how": "original", "top1": base, "drop": 0.0, "macs": count_macs(model, first), "seconds": 0.0, "images": 0}
+
+    def row(how: str, module: nn.Module, seconds: float = 0.0, used: int = 0) -> dict[str, Any]:
+        top = accuracy(module, data)
+        return {
+            "how": how,
+            "top1": top,
+            "drop": base - top,
+            "macs": count_macs(module, first),
+            "seconds": seconds,
+            "images": used,
+        }
+
+    forms: list[tuple[str, Rule]] = [("s=2 depthwise d=3", Rule(ratio=2))]
+    if not quick:
+        forms += [
+            ("s=2 depthwise d=1", Rule(ratio=2, dw_size=1)),
+            ("s=2 depthwise d=5", Rule(ratio=2, dw_size=5)),
+            ("s=4 depthwise d=3", Rule(ratio=4)),
+        ]
+    forms += [("s=2 pointwise", Rule(ratio=2, cheap="pointwise")), ("s=4 pointwise", Rule(ratio=4, cheap="pointwise"))]
+    for name, rule in forms:
+        decided = plan(program, Policy((rule,)))
+        if name == forms[0][0]:
+            yield row(f"{name}, random ghosts", random_ghosts(program, decided))
+        free = fit(program, decided)
+        yield row(f"{name}, data-free", rewrite(program, decided, free.weights), free.seconds)
+        for seed in (0,) if quick else (0, 1, 2):
+            fits = fit(program, decided, calibration(data, 512, seed).split(64), seed=seed)
+            yield row(
+                f"{name}, 512 images, seed {seed}", rewrite(program, decided, fits.weights), fits.seconds, fits.images
+            )
+
+
+def calibration(data: Images, count: int, seed: int) -> Tensor:
+    """Unlabelled training images."""
+    return data.train[torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))[:count]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the settings of the README's table")
+    arguments = parser.parse_args()
+    data = images()
+    model = resnet20(data)
+    table = Table(title="ResNet-20 w32, Fashion-MNIST, all dense convolutions but the first; no training")
+    for heading in ("how", "top-1 %", "points lost", "M MACs", "fit s"):
+        table.add_column(heading, justify="left" if heading == "how" else "right")
+    found = []
+    for row in rows(model, data, arguments.quick):
+        found.append(row)
+        cells = f"{row['top1']:.2f}", f"{row['drop']:.2f}", f"{row['macs'] / 1e6:.1f}", f"{row['seconds']:.1f}"
+        table.add_row(row["how"], *cells)
+        print(row["how"], *cells, flush=True)
+    Console().print(table)
+    RESULTS.parent.mkdir(exist_ok=True)
+    content = {"command": "python benchmarks/accuracy.py" + " --quick" * arguments.quick, "versions": versions()}
+    RESULTS.write_text(json.dumps({**content, "rows": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""The benchmarks' own networks: trained once by the script itself and cached outside the repository."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ghostify.demo import Images, ResidualNet, fashion_mnist, train
+from ghostify.evaluate import outputs, top1
+
+CACHE = Path(os.environ.get("GHOSTIFY_CACHE", Path.home() / ".cache/ghostify"))
+
+
+def images() -> Images:
+    data = fashion_mnist()
+    if data is None:
+        sys.exit("Fashion-MNIST is not on this machine: apt-get install dataset-fashion-mnist")
+    return data
+
+
+def accuracy(model: nn.Module, data: Images) -> float:
+    """Top-1 in percent on all test images, float32."""
+    return top1(outputs(model, data.test.split(500)), data.test_labels)
+
+
+def trained(name: str, build: Callable[[], nn.Module], data: Images, *, epochs: float, seed: int = 0) -> nn.Module:
+    """The network `name`, from the cache or trained now on the training images alone."""
+    path = CACHE / f"{name}-{data.name.lower()}-{epochs}-{seed}.safetensors"
+    torch.manual_seed(seed)
+    model = build()
+    if path.exists():
+        model.load_state_dict(load_file(path))
+        return model.eval()
+
+    def progress(step: int, steps: int) -> None:
+        if step % 100 == 0:
+            print(f"  training {name}: step {step} of {steps}", file=sys.stderr, flush=True)
+
+    train(model, data.train, data.train_labels, epochs=epochs, seed=seed, progress=progress)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
+    print(f"  {name}: {accuracy(model, data):.2f} % top-1", file=sys.stderr)
+    return model.to(memory_format=torch.contiguous_format)
+
+
+def resnet20(data: Images, width: int = 32, seed: int = 0) -> nn.Module:
+    return trained(f"resnet20-w{width}", lambda: ResidualNet(20, width), data, epochs=6, seed=seed)
+
+
+if __name__ == "__main__":
+    resnet20(images())

@@ -1,0 +1,27 @@
+"""ghostify: a compiler pass that rewrites a trained CNN's convolutions into ghost modules."""
+
+from ghostify.checkpoint import load, save
+from ghostify.convert import ghostify
+from ghostify.errors import GhostifyError
+from ghostify.fit import fit
+from ghostify.ghost import GhostModule
+from ghostify.plan import plan
+from ghostify.policy import Policy, Rule
+from ghostify.report import report
+from ghostify.rewrite import rewrite
+from ghostify.trace import trace
+
+__all__ = [
+    "GhostModule",
+    "GhostifyError",
+    "Policy",
+    "Rule",
+    "fit",
+    "ghostify",
+    "load",
+    "plan",
+    "report",
+    "rewrite",
+    "save",
+    "trace",
+]

@@ -1,0 +1,231 @@
+"""The `ghostify` command: composes the stages, holds no logic of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ghostify import checkpoint, cost, evaluate, sources
+from ghostify.convert import ghostify
+from ghostify.demo import run as run_demo
+from ghostify.errors import GhostifyError
+from ghostify.fit import Progress as FitProgress
+from ghostify.plan import plan as make_plan
+from ghostify.policy import Policy, Rule
+from ghostify.report import Report, report, summarise, table
+from ghostify.sources import Data, Source
+from ghostify.trace import trace
+
+app = typer.Typer(add_completion=True, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+Model = Annotated[str, typer.Argument(help="timm:NAME, torchvision:NAME or module.path:callable")]
+Ratio = Annotated[float, typer.Option(help="outputs per intrinsic map; 2 halves the dense convolutions")]
+DwSize = Annotated[int, typer.Option(help="kernel size of the cheap operation")]
+Cheap = Annotated[str, typer.Option(help="depthwise, pointwise, or how many intrinsic maps each ghost sees")]
+Targets = Annotated[list[str] | None, typer.Option("--target", help="convolutions to rewrite: name, glob, re:, class")]
+Ignore = Annotated[list[str] | None, typer.Option(help="convolutions to leave alone: name, glob, re:, class")]
+PolicyFile = Annotated[
+    Path | None, typer.Option("--policy", help="a TOML file of rules, in place of the options above")
+]
+Arguments = Annotated[list[str] | None, typer.Option("--arg", help="constructor argument, key=value")]
+Size = Annotated[str | None, typer.Option("--input-size", help="C,H,W, where the model does not say")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON, for machines")]
+
+
+@app.command()
+def plan(
+    model: Model,
+    ratio: Ratio = 2.0,
+    dw_size: DwSize = 3,
+    cheap: Cheap = "depthwise",
+    target: Targets = None,
+    ignore: Ignore = None,
+    policy: PolicyFile = None,
+    arg: Arguments = None,
+    input_size: Size = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what would be done to each convolution. Needs no weights, changes nothing.
+
+    Example: ghostify plan timm:resnet18 --ratio 2
+    """
+    source = Source(model, sources.parse_arguments(arg or []))
+    built = source.build()
+    size = sources.preprocessing(built, _size(input_size)).size
+    program = trace(built, sources.example(size))
+    decided = make_plan(program, _policy(policy, ratio, dw_size, cheap, target, ignore))
+    _print(summarise(decided), f"{model} at {'x'.join(map(str, size))}", as_json)
+
+
+@app.command()
+def convert(
+    model: Model,
+    output: Annotated[Path, typer.Option(help="folder to write")],
+    checkpoint_file: Annotated[
+        Path, typer.Option("--checkpoint", help="the trained weights: safetensors, .pt or .pth")
+    ],
+    ratio: Ratio = 2.0,
+    dw_size: DwSize = 3,
+    cheap: Cheap = "depthwise",
+    target: Targets = None,
+    ignore: Ignore = None,
+    policy: PolicyFile = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="folder of images, or .npy, .npz, .safetensors; absent: data-free")
+    ] = None,
+    images: Annotated[int, typer.Option(min=1, help="calibration images to use, spread over what is there")] = 512,
+    batch: Annotated[int, typer.Option(min=1, help="calibration images at a time")] = 32,
+    arg: Arguments = None,
+    input_size: Size = None,
+    seed: Annotated[int, typer.Option(help="for the positions that the fit looks at")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Convert a saved checkpoint and save the result as a folder.
+
+    Example: ghostify convert timm:resnet18 --checkpoint w.safetensors --calibration photos/ --output out/
+    """
+    source = Source(model, sources.parse_arguments(arg or []))
+    wished = _policy(policy, ratio, dw_size, cheap, target, ignore)
+    built = checkpoint.load_weights(source.build(), checkpoint_file)
+    prepared = sources.preprocessing(built, _size(input_size))
+    data = None if calibration is None else sources.read_data(calibration, prepared, limit=images, batch=batch)
+    with _progress("fitting", as_json) as progress:
+        made = ghostify(
+            built,
+            policy=wished,
+            example_inputs=sources.example(prepared.size),
+            calibration=None if data is None else data.batches,
+            seed=seed,
+            progress=progress,
+        )
+    checkpoint.save(made, output, source={**source.to_dict(), "input_size": list(prepared.size)})
+    found = report(made)
+    fitted = "data-free" if data is None else f"fitted to {found.images} images in {found.seconds:.0f} s"
+    _print(found, f"{model} -> {output}, {fitted}", as_json)
+
+
+@app.command(name="eval")
+def evaluate_command(
+    folder: Annotated[Path, typer.Argument(help="a folder that `ghostify convert` wrote")],
+    data: Annotated[Path, typer.Option(help="images in class folders, or an array file with images and labels")],
+    original: Annotated[
+        Path | None, typer.Option(help="the original's checkpoint, to compare answers, errors and speed with")
+    ] = None,
+    images: Annotated[int | None, typer.Option(min=1, help="use at most so many, spread over what is there")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="images at a time")] = 32,
+    as_json: AsJson = False,
+) -> None:
+    """Accuracy of a converted model, MACs, parameters, and how it compares with the original.
+
+    Example: ghostify eval out/ --data test.npz --original w.safetensors
+    """
+    module = checkpoint.load(folder)
+    source = module.meta["ghostify_source"]
+    if not source:
+        raise GhostifyError(f"{folder}: does not say which model it was: convert it by the command to use eval")
+    built = Source(source["name"], source["arguments"]).build()
+    prepared = sources.preprocessing(built, tuple(source["input_size"]))
+    read = sources.read_data(data, prepared, limit=images, batch=batch)
+    if original is not None:
+        checkpoint.load_weights(built, original)
+    facts = _compare(module, built if original is not None else None, read)
+    if as_json:
+        print(json.dumps(facts, indent=1))
+        return
+    console = Console()
+    for key, value in facts.items():
+        console.print(f"{key:34} {value}", highlight=False)
+
+
+def _compare(module: Any, original: Any, read: Data) -> dict[str, Any]:
+    answers = evaluate.outputs(module, read.batches)
+    first = read.batches[0][:1]
+    facts: dict[str, Any] = {
+        "images": read.images,
+        "MACs an image": cost.count_macs(module, first),
+        "parameters": cost.parameters(module),
+    }
+    if read.labels is not None:
+        facts["top-1 %"] = round(evaluate.top1(answers, read.labels), 2)
+    if original is None:
+        return facts
+    reference = evaluate.outputs(original, read.batches)
+    facts["original's MACs an image"] = cost.count_macs(original, first)
+    facts["original's parameters"] = cost.parameters(original)
+    if read.labels is not None:
+        facts["original's top-1 %"] = round(evaluate.top1(reference, read.labels), 2)
+    facts["same answers as the original %"] = round(evaluate.top1(answers, reference.argmax(1)), 2)
+    facts["relative output error"] = round(evaluate.relative_error(answers, reference), 5)
+    before, after = evaluate.paired_milliseconds([original, module], first)
+    facts["times as fast, eager, batch 1"] = round(before / after, 2)
+    return facts
+
+
+@app.command()
+def demo(
+    output: Annotated[Path | None, typer.Option(help="keep the checkpoint and the converted model here")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a small network on images that are on this machine, convert it, and show what is left of its accuracy.
+
+    Example: ghostify demo
+    """
+    run_demo(output, Console(stderr=as_json), as_json)
+
+
+def main() -> None:
+    """Entry point: user errors are one line and exit code 2."""
+    try:
+        app(standalone_mode=True)
+    except GhostifyError as error:
+        print(f"ghostify: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _policy(
+    file: Path | None, ratio: float, dw_size: int, cheap: str, target: list[str] | None, ignore: list[str] | None
+) -> Policy:
+    if file is not None:
+        if target or ignore:
+            raise GhostifyError("--target and --ignore belong into the rules of --policy: give either, not both")
+        return Policy.from_toml(file)
+    width: str | int = int(cheap) if cheap.isdigit() else cheap
+    return Policy((Rule(tuple(target or ("*",)), tuple(ignore or ()), ratio, dw_size, width),), keep_first=not target)
+
+
+def _size(text: str | None) -> tuple[int, int, int] | None:
+    if text is None:
+        return None
+    parts = text.split(",")
+    if len(parts) != 3 or not all(p.strip().isdigit() and int(p) > 0 for p in parts):
+        raise GhostifyError(f"--input-size {text!r} is not C,H,W, such as 3,224,224")
+    return (int(parts[0]), int(parts[1]), int(parts[2]))
+
+
+@contextlib.contextmanager
+def _progress(what: str, quiet: bool) -> Iterator[FitProgress | None]:
+    if quiet:
+        yield None
+        return
+    columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}")
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("")
+        yield lambda done, total, name: bar.update(task, completed=done, total=total, description=name)
+
+
+def _print(found: Report, title: str, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=1))
+        return
+    console = Console()
+    console.print(table(found, title))
+    skipped = len(found.lines) - found.rewritten
+    console.print(f"{found.rewritten} convolutions rewritten, {skipped} left as they are", highlight=False)

@@ -1,0 +1,49 @@
+"""`ghostify`: the stages composed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import fx, nn
+
+from ghostify.errors import GhostifyError
+from ghostify.fit import Progress, fit
+from ghostify.plan import plan
+from ghostify.policy import Pattern, Policy, Rule, as_patterns
+from ghostify.report import attach, summarise
+from ghostify.rewrite import rewrite
+from ghostify.trace import trace
+
+
+def ghostify(
+    model: nn.Module,
+    ratio: float = 2,
+    *,
+    dw_size: int = 3,
+    cheap: str | int = "depthwise",
+    targets: Pattern | Iterable[Pattern] | None = None,
+    ignore: Pattern | Iterable[Pattern] | None = None,
+    policy: Policy | None = None,
+    example_inputs: Any = None,
+    calibration: Iterable[Any] | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> fx.GraphModule:
+    """A copy of `model` whose dense convolutions are ghost modules with about 1 / `ratio` of the multiply-accumulates.
+
+    `ratio`, `dw_size`, `cheap`, `targets` and `ignore` make up one `Rule` (see there); `policy` replaces them. Without
+    targets, every dense convolution but the first is rewritten. `calibration` yields batches, in whatever form the
+    model's forward takes; each layer is then fitted to the original's outputs on them, otherwise the fit is
+    data-free. `example_inputs` adds shapes and MACs to the report. Raises `GhostifyError`.
+    """
+    if policy is None:
+        chosen = ("*",) if targets is None else as_patterns(targets, "targets")
+        ignored = () if ignore is None else as_patterns(ignore, "ignore")
+        policy = Policy((Rule(chosen, ignored, ratio, dw_size, cheap),), keep_first=targets is None)
+    elif targets is not None or ignore is not None:
+        raise GhostifyError("targets and ignore belong into the rules of the policy: pass either, not both")
+    program = trace(model, example_inputs)
+    decided = plan(program, policy)
+    fits = fit(program, decided, calibration, seed=seed, progress=progress)
+    return attach(rewrite(program, decided, fits.weights), summarise(decided, fits))

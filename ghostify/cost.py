@@ -1,0 +1,55 @@
+"""What things cost: multiply-accumulates (one multiply-add is one MAC) and parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ghostify.ghost import Layout
+from ghostify.trace import Call, Convolution, as_arguments
+
+
+def positions(calls: Iterable[Call]) -> int | None:
+    """Output positions over all images of all calls, or None where no shapes are known."""
+    total = 0
+    for call in calls:
+        if call.output_shape is None:
+            return None
+        *batch, _, height, width = call.output_shape
+        total += (batch[0] if batch else 1) * height * width
+    return total
+
+
+def dense_macs(conv: Convolution) -> int:
+    """MACs of the convolution for one output position."""
+    return conv.outputs * conv.taps
+
+
+def ghost_macs(conv: Convolution, layout: Layout) -> int:
+    """MACs of its ghost module for one output position: m c k^2 + (n - m) w d^2 (Han et al., 2020, section 3.1)."""
+    return layout.intrinsic * conv.taps + layout.macs_per_position
+
+
+def parameters(module: nn.Module) -> int:
+    """Parameters, each counted once."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def count_macs(model: nn.Module, example_inputs: Any) -> int:
+    """MACs of one forward in evaluation mode, by torch's own flop counter; the mode is put back.
+
+    Convolutions, linear layers, matrix products and attention count; element-wise work does not.
+    """
+    args, kwargs = as_arguments(example_inputs)
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        with torch.no_grad(), torch.random.fork_rng(), FlopCounterMode(display=False) as counter:
+            model.eval()(*args, **kwargs)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return counter.get_total_flops() // 2

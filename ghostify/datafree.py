@@ -1,0 +1,72 @@
+"""Moments without images: what white inputs and BatchNorm's running statistics say about a convolution's outputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ghostify.lstsq import MapStatistics, Statistics
+
+
+def white_statistics(
+    weight: Tensor,
+    dw_size: int,
+    *,
+    stride: tuple[int, int] = (1, 1),
+    dilation: tuple[int, int] = (1, 1),
+    input_variance: Tensor | None = None,
+    mean: Tensor | None = None,
+    variance: Tensor | None = None,
+    map_by_map: bool = False,
+) -> Statistics | MapStatistics:
+    """Statistics of a convolution (n x c x kh x kw) under independent inputs of `input_variance` (c, default 1).
+
+    The outputs themselves are the basis. Outputs d apart share the taps in which their windows overlap. The outputs'
+    own `mean` and `variance` (n), where known, replace the mean 0 and the variance that white inputs give.
+    """
+    filters = _on_canvas(weight.double(), dilation)
+    if input_variance is not None:
+        filters = filters * input_variance.double().sqrt()[:, None, None]
+    lags, n, reach = _lags(filters, dw_size, stride), len(filters), dw_size - 1
+    if variance is not None:
+        own = lags[:, :, reach, reach].diagonal()
+        scale = (variance.double() / own.clamp_min(1e-30)).sqrt()
+        lags = lags * torch.outer(scale, scale)[:, :, None, None]
+    places = [(i, j) for i in range(dw_size) for j in range(dw_size)]
+    means = torch.zeros(n, dtype=torch.float64) if mean is None else mean.double()
+    common: dict[str, Any] = {
+        "cross": torch.stack([lags[:, :, a + reach - reach // 2, b + reach - reach // 2] for a, b in places]),
+        "var": lags[:, :, reach, reach].diagonal().clone(),
+        "mean_v": means.expand(len(places), n),
+        "mean_y": means,
+        "basis": weight.double().permute(0, 2, 3, 1).flatten(1),
+    }
+    if map_by_map:
+        own = lags.diagonal(dim1=0, dim2=1)
+        rows = [[own[a - c + reach, b - d + reach] for c, d in places] for a, b in places]
+        auto = torch.stack([torch.stack(row) for row in rows]).permute(2, 0, 1)
+        return MapStatistics(auto=auto, **common)
+    gram = torch.empty(len(places), n, len(places), n, dtype=torch.float64)
+    for p, (a, b) in enumerate(places):
+        for q, (c, d) in enumerate(places):
+            gram[p, :, q] = lags[:, :, a - c + reach, b - d + reach]
+    return Statistics(gram=gram, start=torch.eye(n, dtype=torch.float64), **common)
+
+
+def _on_canvas(weight: Tensor, dilation: tuple[int, int]) -> Tensor:
+    """The filters with their dilation spelled out in zeros."""
+    n, c, kh, kw = weight.shape
+    canvas = weight.new_zeros(n, c, (kh - 1) * dilation[0] + 1, (kw - 1) * dilation[1] + 1)
+    canvas[:, :, :: dilation[0], :: dilation[1]] = weight
+    return canvas
+
+
+def _lags(filters: Tensor, dw_size: int, stride: tuple[int, int]) -> Tensor:
+    """E[z_i(p + d) z_j(p)] for white inputs: n x n x (2 dw_size - 1)^2, d counted in output positions."""
+    reach = dw_size - 1
+    pad = (reach * stride[0], reach * stride[1])
+    spread = F.pad(filters, (pad[1], pad[1], pad[0], pad[0]))
+    return F.conv2d(spread, filters, stride=stride).flip(2, 3)

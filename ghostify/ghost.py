@@ -1,0 +1,161 @@
+"""The ghost module (GhostNet, Han et al., CVPR 2020): ordinary torch, knows no graphs."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+
+@dataclass(frozen=True)
+class Block:
+    """A grouped convolution that makes `outputs` ghost maps from the intrinsic maps `start` to `stop`."""
+
+    start: int
+    stop: int
+    groups: int
+    outputs: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How `outputs` maps split into `intrinsic` ones and ghosts; every ghost sees `width` intrinsic maps.
+
+    Intrinsic and ghost maps are numbered in the order in which the module computes them.
+    """
+
+    outputs: int
+    intrinsic: int
+    width: int
+    dw_size: int
+
+    @property
+    def ghosts(self) -> int:
+        return self.outputs - self.intrinsic
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """One grouped convolution where the ghosts divide evenly, else two: the first intrinsic maps feed one more."""
+        m, ghosts = self.intrinsic, self.ghosts
+        if self.width > 1:
+            return (Block(0, m, m // self.width, ghosts),)
+        each, more = divmod(ghosts, m)
+        blocks = (Block(0, more, more, more * (each + 1)), Block(more, m, m - more, (m - more) * each))
+        return tuple(b for b in blocks if b.outputs)
+
+    @property
+    def capacities(self) -> tuple[int, ...]:
+        """Ghosts fed by each group of `width` intrinsic maps."""
+        return tuple(b.outputs // b.groups if b.groups else 0 for b in self._group_blocks() for _ in range(b.groups))
+
+    def _group_blocks(self) -> tuple[Block, ...]:
+        covered = self.blocks[-1].stop
+        rest = self.intrinsic - covered
+        return self.blocks + ((Block(covered, self.intrinsic, rest, 0),) if rest else ())
+
+    @property
+    def macs_per_position(self) -> int:
+        """Multiply-accumulates of the cheap operation for one output position."""
+        return self.ghosts * self.width * self.dw_size**2
+
+
+def intrinsic_maps(outputs: int, ratio: float) -> int:
+    """m = ceil(n / ratio) (Han et al., 2020, section 3.1), proof against the rounding of n / ratio."""
+    return math.ceil(outputs / ratio - 1e-9)
+
+
+def feasible_width(outputs: int, intrinsic: int, width: int) -> int:
+    """The least width >= `width` whose groups divide intrinsic and ghost maps evenly; 1 always is."""
+    if width <= 1:
+        return 1
+    divisors = (g for g in range(max(1, intrinsic // width), 0, -1) if intrinsic % g == (outputs - intrinsic) % g == 0)
+    return intrinsic // next(divisors)
+
+
+class CheapOperation(nn.Module):
+    """The ghosts' convolutions where they do not divide evenly: each reads a run of the intrinsic maps."""
+
+    def __init__(self, blocks: tuple[Block, ...], convs: list[nn.Conv2d]) -> None:
+        super().__init__()
+        self.ranges = tuple((b.start, b.stop) for b in blocks)
+        self.convs = nn.ModuleList(convs)
+
+    def forward(self, intrinsic: Tensor) -> Tensor:
+        maps = [conv(intrinsic[:, a:b]) for (a, b), conv in zip(self.ranges, self.convs, strict=True)]
+        return maps[0] if len(maps) == 1 else torch.cat(maps, 1)
+
+
+class GhostModule(nn.Module):
+    """Intrinsic maps by `primary_conv`, ghosts from them by `cheap_operation`, concatenated.
+
+    N x C x H x W -> N x (m + ghosts) x H' x W'. `order`, where given, holds for every output channel its place in the
+    concatenation. Formula: Han et al., 2020, equations 2 and 3.
+    """
+
+    order: Tensor | None
+
+    def __init__(self, primary_conv: nn.Conv2d, cheap_operation: nn.Module, order: Tensor | None = None) -> None:
+        super().__init__()
+        self.primary_conv = primary_conv
+        self.cheap_operation = cheap_operation
+        self.register_buffer("order", order)
+
+    def forward(self, x: Tensor) -> Tensor:
+        intrinsic = self.primary_conv(x)
+        return join(intrinsic, self.cheap_operation(intrinsic), self.order)
+
+
+@fx.wrap
+def join(intrinsic: Tensor, ghosts: Tensor, order: Tensor | None) -> Tensor:
+    """Concatenate, in the given order if any, in the memory format of the intrinsic maps; one node when traced."""
+    maps = torch.cat((intrinsic, ghosts), 1)
+    if not _is_channels_last(intrinsic):
+        return maps if order is None else maps.index_select(1, order)
+    if order is not None:
+        maps = maps.permute(0, 2, 3, 1).index_select(3, order).permute(0, 3, 1, 2)
+    return maps.contiguous(memory_format=torch.channels_last)
+
+
+def ghost_of(conv: nn.Conv2d, layout: Layout) -> GhostModule:
+    """An uninitialised ghost module with `conv`'s attributes: stride, padding, dilation, bias, dtype, device, flags."""
+    primary = copy.copy(conv)
+    primary._parameters, primary._buffers = dict(conv._parameters), dict(conv._buffers)
+    primary.out_channels = layout.intrinsic
+    primary.weight = _like(conv.weight, (layout.intrinsic, *conv.weight.shape[1:]))
+    if conv.bias is not None:
+        primary.bias = _like(conv.bias, (layout.intrinsic,))
+    convs = [_cheap_conv(conv, block, layout.dw_size) for block in layout.blocks]
+    whole = len(convs) == 1 and layout.blocks[0].stop == layout.intrinsic
+    cheap = convs[0] if whole else CheapOperation(layout.blocks, convs)
+    return GhostModule(primary, cheap).train(conv.training)
+
+
+def _cheap_conv(conv: nn.Conv2d, block: Block, dw_size: int) -> nn.Conv2d:
+    cheap = nn.Conv2d(
+        block.stop - block.start,
+        block.outputs,
+        dw_size,
+        padding=dw_size // 2,
+        groups=block.groups,
+        bias=conv.bias is not None,
+        device="meta",
+    )
+    cheap.weight = _like(conv.weight, tuple(cheap.weight.shape))
+    if conv.bias is not None:
+        cheap.bias = _like(conv.bias, (block.outputs,))
+    return cheap
+
+
+def _like(parameter: Tensor, shape: tuple[int, ...]) -> nn.Parameter:
+    layout = torch.channels_last if _is_channels_last(parameter) else torch.contiguous_format
+    data = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
+    if data.dim() == 4:
+        data = data.contiguous(memory_format=layout)
+    return nn.Parameter(data, requires_grad=parameter.requires_grad)
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    return tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)

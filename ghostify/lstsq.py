@@ -1,0 +1,332 @@
+"""Moments -> weights: dense prediction, kernels, joint refit; tensor maths only, no modules, no graphs.
+
+Notation of docs/fitting.md: a layer's outputs y (n channels) are predicted from a basis v (b maps) seen at the
+D = d x d places of the cheap kernel. Intrinsic map i is a_i' v at the centre; ghost j is the sum over its w intrinsic
+maps of their values at the D places times K_j, plus a constant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from scipy.linalg import qr
+from torch import Tensor
+
+from ghostify.assign import Groups, choose_groups
+from ghostify.ghost import Layout
+from ghostify.moments import Moments
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+DAMPING = 1e-7
+CAUTION = 0.01
+JOINT_STEPS = 10
+JOINT_STOP = 5e-3
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Second moments of a basis of maps at the places of the cheap kernel, and with the layer's outputs.
+
+    `gram` is D x b x D x b and `cross` D x b x n, centred unless the outputs may take no constant; `var`, `mean_v`
+    (D x b) and `mean_y` likewise. `basis` (b x c k^2) holds the filters that make the basis maps, `start` (n x b) the
+    dense prediction of the outputs in it. `rows` were seen; few of them make the solutions
+    more cautious. With `constant`, the last basis map is 1 inside the image, 0 in the padding.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    var: Tensor
+    mean_v: Tensor
+    mean_y: Tensor
+    basis: Tensor
+    start: Tensor
+    rows: float = float("inf")
+    constant: bool = False
+
+    @property
+    def centre(self) -> int:
+        return self.gram.shape[0] // 2
+
+
+@dataclass(frozen=True, eq=False)
+class MapStatistics:
+    """What wide layers get instead of `Statistics`: second moments of each dense prediction with itself at the D places
+    (`auto`, n x D x D) and with every output (`cross`, D x n x n), but none between two predictions.
+
+    `basis` (n x c k^2) holds the filters of the dense predictions, `bias` (n) their biases where the layer has any.
+    """
+
+    auto: Tensor
+    cross: Tensor
+    var: Tensor
+    mean_v: Tensor
+    mean_y: Tensor
+    basis: Tensor
+    rows: float = float("inf")
+    bias: Tensor | None = None
+
+    @property
+    def constant(self) -> bool:
+        return self.bias is not None
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """Coordinates of the intrinsic maps in the basis (m x b), kernels (ghosts x w x D), and the groups they serve."""
+
+    groups: Groups
+    intrinsic: Tensor
+    kernels: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class GhostWeights:
+    """Everything that turns one convolution into its ghost module, in the order the module computes its maps.
+
+    `channels` names for each computed map (m intrinsic, then ghosts) the original output channel. `shift` holds, by
+    original channel, the constants that the following BatchNorm takes up. `error` is the relative reconstruction error
+    per original channel, on the calibration images; `held_out` the same on images the fit did not see.
+    """
+
+    channels: Tensor
+    primary_weight: Tensor
+    primary_bias: Tensor | None
+    cheap_weight: Tensor
+    cheap_bias: Tensor | None
+    shift: Tensor | None = None
+    error: Tensor | None = None
+    held_out: Tensor | None = None
+
+
+def solve_ridge(uu: Tensor, uy: Tensor, prior: Tensor, ridge: float) -> Tensor:
+    """argmin_W ||y - W' u||^2 + lambda ||W - prior||^2 (a x b), lambda = ridge x the mean diagonal of uu (a x a)."""
+    damping = max(ridge, DAMPING) * uu.diagonal().mean().clamp_min(torch.finfo(uu.dtype).tiny)
+    return prior + _spd_solve(uu, uy - uu @ prior, damping)
+
+
+def _damping(grams: Tensor, rows: float) -> Tensor:
+    """A share of each matrix's mean diagonal that grows as there are fewer rows for its unknowns."""
+    share = max(DAMPING, CAUTION * grams.shape[-1] / rows)
+    return share * grams.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-30)
+
+
+def _spd_solve(matrix: Tensor, right: Tensor, damping: Tensor) -> Tensor:
+    """(matrix + damping I) X = right for symmetric positive semi-definite matrices, batched; damped more if need be."""
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype)
+    damping = torch.as_tensor(damping, dtype=matrix.dtype)[..., None, None]
+    for _ in range(8):
+        factor, failed = torch.linalg.cholesky_ex(matrix + damping * eye)
+        if not failed.any():
+            return torch.cholesky_solve(right, factor)
+        damping = damping.clamp_min(torch.finfo(matrix.dtype).eps) * 100
+    return torch.linalg.lstsq(matrix + damping * eye, right).solution
+
+
+def dense_prediction(
+    fit: Moments, held_out: Moments, prior: Tensor, weights: Tensor, *, free_mean: bool
+) -> tuple[Tensor, float]:
+    """The filters (c k^2 x n) that best predict the outputs from the layer's present inputs, and the ridge chosen.
+
+    The ridge pulls towards the original filters `prior`; it is chosen on `held_out` (by `weights`, n), then all rows
+    are used. Without held-out rows it is 0.1. With `free_mean` a constant per output is free.
+    """
+
+    def parts(moments: Moments) -> tuple[Tensor, Tensor, Tensor]:
+        return moments.centred() if free_mean else moments.raw()
+
+    everything = parts(fit + held_out)
+    if not held_out.count:
+        return solve_ridge(everything[0], everything[1], prior, 0.1), 0.1
+    uu, uy, _ = parts(fit)
+    test_uu, test_uy, _ = parts(held_out)
+
+    def loss(filters: Tensor) -> float:
+        gain = 2 * (filters * test_uy).sum(0) - (filters * (test_uu @ filters)).sum(0)
+        return -(weights * gain).sum().item()
+
+    best = min(RIDGES, key=lambda ridge: loss(solve_ridge(uu, uy, prior, ridge)))
+    return solve_ridge(everything[0], everything[1], prior, best), best
+
+
+def solve(stats: Statistics | MapStatistics, layout: Layout, weights: Tensor) -> Solution:
+    """The ghost layer of `layout` that predicts the outputs with the least error weighted by `weights` (n).
+
+    Grouping by pair errors, kernels by the normal equations; for w = 1 then the joint refit by alternating half-steps,
+    for wider ghosts with one-pixel kernels the optimum in closed form (reduced rank within each group). From
+    `MapStatistics` (w = 1 only) there is no joint refit.
+    """
+    if isinstance(stats, MapStatistics):
+        return _solve_maps(stats, layout, weights)
+    groups = choose_groups(_pair_costs(stats, weights), layout)
+    if layout.width == 1:
+        return _alternate(stats, _with_kernels(stats, groups, stats.start[groups.intrinsic.flatten()]), weights)
+    groups, coordinates = _reduced_rank(stats, groups, weights)
+    return _with_kernels(stats, groups, coordinates)
+
+
+def _solve_maps(stats: MapStatistics, layout: Layout, weights: Tensor) -> Solution:
+    cross = stats.cross.transpose(0, 1)
+    kernels = _spd_solve(stats.auto, cross, _damping(stats.auto, stats.rows))
+    costs = (stats.var - (cross * kernels).sum(1)).clamp_min(0) * weights
+    groups = choose_groups(costs, layout)
+    mine = groups.intrinsic[groups.sources[:, 0], 0]
+    coordinates = torch.eye(len(stats.var), dtype=torch.float64)[groups.intrinsic[:, 0]]
+    if stats.bias is not None:
+        coordinates = torch.cat((coordinates, stats.bias[groups.intrinsic]), 1)
+    return Solution(groups, coordinates, kernels[mine, :, groups.ghosts][:, None])
+
+
+def _map_errors(stats: MapStatistics, solution: Solution) -> Tensor:
+    groups, centre = solution.groups, stats.auto.shape[1] // 2
+    own, kernels = groups.intrinsic[:, 0], solution.kernels[:, 0]
+    source = own[groups.sources[:, 0]]
+    result = torch.empty_like(stats.var)
+    result[own] = stats.var[own] - 2 * stats.cross[centre, own, own] + stats.auto[own, centre, centre]
+    explained = 2 * (stats.cross[:, source, groups.ghosts].T * kernels).sum(1)
+    spent = torch.einsum("jd,jde,je->j", kernels, stats.auto[source], kernels)
+    result[groups.ghosts] = stats.var[groups.ghosts] - explained + spent
+    return result.clamp_min(0)
+
+
+def errors(stats: Statistics | MapStatistics, solution: Solution) -> Tensor:
+    """Squared error of every output channel (n), less a free constant each if the statistics are centred."""
+    if isinstance(stats, MapStatistics):
+        return _map_errors(stats, solution)
+    maps = _as_maps(stats, solution)
+    flat = maps.flatten(1)
+    gram = stats.gram.reshape(flat.shape[1], -1)
+    cross = stats.cross.reshape(flat.shape[1], -1)[:, solution.groups.channels].T
+    loss = stats.var[solution.groups.channels] - 2 * (flat * cross).sum(1) + ((flat @ gram) * flat).sum(1)
+    result = torch.empty_like(loss)
+    result[solution.groups.channels] = loss.clamp_min(0)
+    return result
+
+
+def constants(stats: Statistics | MapStatistics, solution: Solution) -> Tensor:
+    """What each output channel (n, original order) lacks in the mean."""
+    if isinstance(stats, MapStatistics):
+        own = solution.groups.intrinsic[:, 0]
+        mine = stats.mean_v[:, own[solution.groups.sources[:, 0]]].T
+        means = torch.cat((stats.mean_v[len(stats.mean_v) // 2, own], (solution.kernels[:, 0] * mine).sum(1)))
+    else:
+        means = (_as_maps(stats, solution) * stats.mean_v).sum((1, 2))
+    result = torch.empty_like(means)
+    result[solution.groups.channels] = stats.mean_y[solution.groups.channels] - means
+    return result
+
+
+def _as_maps(stats: Statistics, solution: Solution) -> Tensor:
+    """Every computed map as coefficients over places and basis (n x D x b), in computed order."""
+    places = stats.gram.shape[0]
+    intrinsic = torch.zeros(len(solution.intrinsic), places, stats.gram.shape[1], dtype=stats.gram.dtype)
+    intrinsic[:, stats.centre] = solution.intrinsic
+    sources = solution.intrinsic[solution.groups.sources]
+    return torch.cat((intrinsic, torch.einsum("jwd,jwb->jdb", solution.kernels, sources)))
+
+
+def _pair_costs(stats: Statistics, weights: Tensor) -> Tensor:
+    """Weighted error of predicting output j by the best kernel on the dense prediction of output i, for all pairs."""
+    start = stats.start
+    half = torch.einsum("ib,dbec->idec", start, stats.gram)
+    gram = torch.einsum("idec,ic->ide", half, start)
+    cross = torch.einsum("ib,dbj->idj", start, stats.cross)
+    kernels = _spd_solve(gram, cross, _damping(gram, stats.rows))
+    return (stats.var - (cross * kernels).sum(1)).clamp_min(0) * weights
+
+
+def _with_kernels(stats: Statistics, groups: Groups, coordinates: Tensor) -> Solution:
+    """The kernels that fit the ghosts best, given the intrinsic maps (normal equations of w D unknowns a group)."""
+    count, width = groups.intrinsic.shape
+    places = stats.gram.shape[0]
+    grouped = coordinates.reshape(count, width, -1)
+    kernels = torch.empty(len(groups.sources), width, places, dtype=coordinates.dtype)
+    step = max(1, 2**26 // (width * places * places * stats.gram.shape[1]))
+    owner = groups.sources[:, 0] // width
+    for start in range(0, count, step):
+        a = grouped[start : start + step]
+        half = torch.einsum("gwb,dbec->gwdec", a, stats.gram)
+        gram = torch.einsum("gwdec,gvc->gwdve", half, a).reshape(len(a), width * places, width * places)
+        damping = _damping(gram, stats.rows)
+        mine = ((owner >= start) & (owner < start + len(a))).nonzero().flatten()
+        if not len(mine):
+            continue
+        targets = stats.cross[:, :, groups.ghosts[mine]]
+        right = torch.einsum("jwb,dbj->jwd", a[owner[mine] - start], targets).reshape(len(mine), -1, 1)
+        solved = _spd_solve(gram[owner[mine] - start], right, damping[owner[mine] - start])
+        kernels[mine] = solved.reshape(len(mine), width, places)
+    return Solution(groups, coordinates, kernels)
+
+
+def _alternate(stats: Statistics, solution: Solution, weights: Tensor) -> Solution:
+    """Joint refit for w = 1: intrinsic coordinates and kernels by turns, each in closed form, while the error falls."""
+    best, least = solution, (weights * errors(stats, solution)).sum()
+    for _ in range(JOINT_STEPS):
+        solution = _with_kernels(stats, solution.groups, _with_coordinates(stats, best, weights))
+        error = (weights * errors(stats, solution)).sum()
+        if error >= least:
+            break
+        best, fell, least = solution, (least - error) / least.clamp_min(1e-30), error
+        if fell < JOINT_STOP:
+            break
+    return best
+
+
+def _with_coordinates(stats: Statistics, solution: Solution, weights: Tensor) -> Tensor:
+    """The intrinsic maps that serve themselves and their ghosts best, given the kernels (w = 1): m linear systems."""
+    groups, (places, size) = solution.groups, stats.gram.shape[:2]
+    mine = groups.intrinsic.flatten()
+    owner = groups.sources[:, 0]
+    kernels, ghost_weights = solution.kernels[:, 0], weights[groups.ghosts]
+    own_gram, own_cross = _own_terms(stats)
+    pairs = torch.zeros(len(mine), places * places, dtype=weights.dtype)
+    pairs.index_add_(0, owner, ghost_weights[:, None] * torch.einsum("jd,je->jde", kernels, kernels).flatten(1))
+    right = weights[mine, None] * own_cross[:, mine].T
+    pull = torch.einsum("jd,dbj->jb", kernels, stats.cross[:, :, groups.ghosts])
+    right = right.index_add(0, owner, ghost_weights[:, None] * pull)
+    by_place = stats.gram.permute(0, 2, 1, 3).reshape(places * places, size * size)
+    result = torch.empty_like(solution.intrinsic)
+    step = max(1, 2**25 // size**2)
+    for a in range(0, len(mine), step):
+        b = min(a + step, len(mine))
+        systems = (pairs[a:b] @ by_place).reshape(-1, size, size) + weights[mine[a:b], None, None] * own_gram
+        systems = (systems + systems.mT) / 2
+        damping = 10 * _damping(systems, stats.rows)
+        residual = right[a:b] - torch.einsum("ibc,ic->ib", systems, solution.intrinsic[a:b])
+        result[a:b] = solution.intrinsic[a:b] + _spd_solve(systems, residual[..., None], damping)[..., 0]
+    return result
+
+
+def _own_terms(stats: Statistics) -> tuple[Tensor, Tensor]:
+    """Moments of an intrinsic map with its own target: where the bias is among the unknowns, the mean counts too."""
+    gram, cross = stats.gram[stats.centre, :, stats.centre], stats.cross[stats.centre]
+    if not stats.constant:
+        return gram, cross
+    mean = stats.mean_v[stats.centre]
+    return gram + torch.outer(mean, mean), cross + torch.outer(mean, stats.mean_y)
+
+
+def _reduced_rank(stats: Statistics, groups: Groups, weights: Tensor) -> tuple[Groups, Tensor]:
+    """Within each group the w maps that serve all its outputs best (leading eigenvectors), as w of the outputs.
+
+    Reduced-rank regression: any rank-w prediction A B with an invertible w x w block of A equals one whose w rows there
+    are the identity, so that concatenation loses nothing against low rank. Pivoted QR finds a well-conditioned block.
+    """
+    centre = stats.centre
+    gram = stats.gram[centre, :, centre]
+    width = groups.intrinsic.shape[1]
+    intrinsic, sources, ghosts, coordinates = [], [], [], []
+    for g, members in enumerate(groups.members()):
+        scale = weights[members].sqrt().clamp_min(1e-12 * weights.max().sqrt().item() + 1e-30)
+        prediction = stats.start[members] * scale[:, None]
+        moment = prediction @ gram @ prediction.T
+        vectors = torch.linalg.eigh((moment + moment.T) / 2).eigenvectors[:, -width:]
+        rows = torch.from_numpy(qr(vectors.T.numpy(), mode="r", pivoting=True)[1][:width].copy()).long()
+        coordinates.append(vectors[rows] @ (vectors.T @ prediction) / scale[rows, None])
+        others = torch.ones(len(members), dtype=torch.bool)
+        others[rows] = False
+        intrinsic.append(members[rows])
+        ghosts.append(members[others])
+        sources.append(torch.arange(g * width, (g + 1) * width).expand(int(others.sum()), width))
+    chosen = replace(groups, intrinsic=torch.stack(intrinsic), ghosts=torch.cat(ghosts), sources=torch.cat(sources))
+    return chosen, torch.cat(coordinates)

@@ -1,0 +1,128 @@
+"""What will be done: every convolution exactly once, rewritten or skipped with its reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ghostify import cost
+from ghostify.errors import GhostifyError
+from ghostify.ghost import Layout, feasible_width, intrinsic_maps
+from ghostify.order import Absorption, Wiring, absorption, norm_after
+from ghostify.policy import Policy, Rule
+from ghostify.trace import Convolution, Program
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """A convolution that becomes a ghost module.
+
+    `norm` names the BatchNorm behind it whose statistics take up constant shifts; `absorb` says who takes up the
+    order of its channels, None where a gather remains. MACs are for one output position.
+    """
+
+    conv: Convolution
+    layout: Layout
+    norm: str | None
+    absorb: Absorption | None
+    macs_before: int
+    macs_after: int
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A convolution that stays as it is, and why."""
+
+    conv: Convolution
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every convolution of the program once, in order of first use. `macs_*` are whole-model totals where known."""
+
+    entries: tuple[Rewrite | Skip, ...]
+    macs_before: int | None = None
+    macs_after: int | None = None
+
+    @property
+    def rewrites(self) -> tuple[Rewrite, ...]:
+        return tuple(e for e in self.entries if isinstance(e, Rewrite))
+
+    @property
+    def skips(self) -> tuple[Skip, ...]:
+        return tuple(e for e in self.entries if isinstance(e, Skip))
+
+
+def plan(program: Program, policy: Policy | None = None) -> Plan:
+    """Decide for every convolution of `program` what becomes of it under `policy` (default: all dense ones at ratio 2).
+
+    Raises `GhostifyError` for a pattern that matches no convolution.
+    """
+    policy = policy or Policy()
+    _refuse_idle_patterns(program, policy)
+    wiring = Wiring(program.module)
+    entries = tuple(_entry(program, wiring, policy, conv, i == 0) for i, conv in enumerate(program.convolutions))
+    saved = [_saved(e) for e in entries if isinstance(e, Rewrite)]
+    total = program.macs
+    after = None if total is None or None in saved else total - sum(s for s in saved if s is not None)
+    return Plan(entries, total, after)
+
+
+def _entry(program: Program, wiring: Wiring, policy: Policy, conv: Convolution, first: bool) -> Rewrite | Skip:
+    if conv.obstacle:
+        return Skip(conv, conv.obstacle)
+    module = program.conv(conv.name)
+    rule = next((r for r in policy.rules if r.matches(conv.name, module, conv.kind)), None)
+    if rule is None:
+        return Skip(conv, "no rule targets it")
+    if rule.ignores(conv.name, module, conv.kind):
+        return Skip(conv, "ignored by the rule that targets it")
+    if first and policy.keep_first:
+        return Skip(conv, "the first convolution is kept")
+    if conv.groups > 1:
+        kind = "depthwise" if conv.groups == conv.inputs else f"grouped ({conv.groups})"
+        return Skip(conv, f"{kind}: only dense convolutions are rewritten")
+    return _rewrite(wiring, conv, rule)
+
+
+def _rewrite(wiring: Wiring, conv: Convolution, rule: Rule) -> Rewrite | Skip:
+    intrinsic = intrinsic_maps(conv.outputs, rule.ratio)
+    if rule.ratio == 1:
+        return Skip(conv, "ratio 1 keeps every map")
+    if not 1 <= intrinsic < conv.outputs:
+        return Skip(conv, f"ratio {rule.ratio:g} leaves no ghosts of {conv.outputs} maps")
+    layout = _layout(conv.outputs, intrinsic, rule)
+    before, after = cost.dense_macs(conv), cost.ghost_macs(conv, layout)
+    if after >= before:
+        return Skip(conv, f"nothing is saved: {before} MACs a position before, {after} after")
+    nodes = [call.node for call in conv.calls]
+    return Rewrite(conv, layout, norm_after(wiring, nodes), absorption(wiring, nodes), before, after)
+
+
+def _layout(outputs: int, intrinsic: int, rule: Rule) -> Layout:
+    if rule.cheap == "pointwise":
+        return Layout(outputs, intrinsic, intrinsic, 1)
+    width = 1 if rule.cheap == "depthwise" else min(int(rule.cheap), intrinsic)
+    return Layout(outputs, intrinsic, feasible_width(outputs, intrinsic, width), rule.dw_size)
+
+
+def _saved(entry: Rewrite) -> int | None:
+    places = cost.positions(entry.conv.calls)
+    return None if places is None else places * (entry.macs_before - entry.macs_after)
+
+
+def _refuse_idle_patterns(program: Program, policy: Policy) -> None:
+    convs = [(c, program.conv(c.name)) for c in program.convolutions if not c.obstacle]
+    for rule in policy.rules:
+        for key in ("targets", "ignore"):
+            for pattern in getattr(rule, key):
+                single = Rule(targets=(pattern,))
+                if pattern == "*" or any(single.matches(c.name, m, c.kind) for c, m in convs):
+                    continue
+                if isinstance(pattern, str) and any(pattern == c.name for c in program.convolutions):
+                    continue
+                names = ", ".join(c.name for c, _ in convs[:3]) or "none"
+                raise GhostifyError(
+                    f"{key} {pattern!r} matches no convolution of {type(program.module).__name__}: "
+                    f"its {len(convs)} convolutions are {names}, ... (ghostify plan lists them)"
+                )

@@ -1,0 +1,137 @@
+"""What the user wishes: ordered rules, pure data, loadable from TOML."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ghostify.errors import GhostifyError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Pattern = str | Callable[[str, nn.Module], bool]
+CHEAP_FORMS = ("depthwise", "pointwise")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which convolutions to rewrite, and how; of several rules the first that matches a convolution decides.
+
+    `targets` and `ignore` hold exact names, globs, `re:` patterns, class names or callables `(name, module) -> bool`.
+    `ratio` is n / m, outputs per intrinsic map; 1 leaves the convolution as it is. `dw_size` is the cheap operation's
+    kernel size. `cheap` is "depthwise" (every ghost sees one intrinsic map), "pointwise" (all of them, kernel size 1)
+    or a number in between. Raises `GhostifyError` for values that mean nothing.
+    """
+
+    targets: tuple[Pattern, ...] = ("*",)
+    ignore: tuple[Pattern, ...] = ()
+    ratio: float = 2.0
+    dw_size: int = 3
+    cheap: str | int = "depthwise"
+
+    def __post_init__(self) -> None:
+        for key in ("targets", "ignore"):
+            object.__setattr__(self, key, as_patterns(getattr(self, key), key))
+        if (
+            isinstance(self.ratio, bool)
+            or not isinstance(self.ratio, int | float)
+            or not 1 <= self.ratio < float("inf")
+        ):
+            raise GhostifyError(f"ratio {self.ratio!r} is not a number of at least 1: use 2 to halve the dense maps")
+        if (
+            isinstance(self.dw_size, bool)
+            or not isinstance(self.dw_size, int)
+            or self.dw_size < 1
+            or self.dw_size % 2 == 0
+        ):
+            raise GhostifyError(f"dw_size {self.dw_size!r} is not an odd number: use 1, 3, 5 or 7")
+        wide = isinstance(self.cheap, int) and not isinstance(self.cheap, bool) and self.cheap >= 1
+        if not wide and self.cheap not in CHEAP_FORMS:
+            raise GhostifyError(
+                f"cheap {self.cheap!r} is unknown: use 'depthwise', 'pointwise' or the number of intrinsic maps "
+                f"that each ghost sees"
+            )
+
+    def matches(self, name: str, module: nn.Module, kind: str) -> bool:
+        """Whether this rule speaks of the convolution."""
+        return any(_matches(p, name, module, kind) for p in self.targets)
+
+    def ignores(self, name: str, module: nn.Module, kind: str) -> bool:
+        """Whether this rule leaves the convolution alone."""
+        return any(_matches(p, name, module, kind) for p in self.ignore)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Ordered rules; with `keep_first` the model's first convolution is left as it is."""
+
+    rules: tuple[Rule, ...] = field(default_factory=lambda: (Rule(),))
+    keep_first: bool = True
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> Policy:
+        """Read `keep_first = true` and `[[rule]]` tables; raises `GhostifyError` naming the file and the key."""
+        path = Path(path)
+        try:
+            data = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise GhostifyError(f"{path}: not a readable policy: {error}") from error
+        return cls.from_dict(data, str(path))
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], where: str = "policy") -> Policy:
+        """The policy that a parsed TOML document holds."""
+        _known(data, {"rule", "keep_first"}, where)
+        tables = data.get("rule", [])
+        if not isinstance(tables, list) or not tables:
+            raise GhostifyError(f"{where}: holds no [[rule]] table: write at least one, with targets and ratio")
+        if not isinstance(data.get("keep_first", True), bool):
+            raise GhostifyError(f"{where}: keep_first is neither true nor false")
+        rules = []
+        for number, table in enumerate(tables, 1):
+            _known(table, {f.name for f in fields(Rule)}, f"{where}: rule {number}")
+            try:
+                rules.append(Rule(**table))
+            except GhostifyError as error:
+                raise GhostifyError(f"{where}: rule {number}: {error}") from error
+        return cls(tuple(rules), data.get("keep_first", True))
+
+
+def as_patterns(value: Any, key: str) -> tuple[Pattern, ...]:
+    """A tuple of patterns from one pattern or several."""
+    patterns = (value,) if isinstance(value, str) or callable(value) else value
+    if not isinstance(patterns, Sequence) or not all(isinstance(p, str) or callable(p) for p in patterns):
+        raise GhostifyError(f"{key} {value!r} is neither a name, a pattern, a callable, nor a list of them")
+    for pattern in patterns:
+        if isinstance(pattern, str) and pattern.startswith("re:"):
+            try:
+                re.compile(pattern[3:])
+            except re.error as error:
+                raise GhostifyError(f"{key} {pattern!r} is not a regular expression: {error}") from error
+    return tuple(patterns)
+
+
+def _matches(pattern: Pattern, name: str, module: nn.Module, kind: str) -> bool:
+    if not isinstance(pattern, str):
+        return bool(pattern(name, module))
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], name) is not None
+    return pattern in (name, kind) or fnmatch.fnmatchcase(name, pattern)
+
+
+def _known(table: Any, keys: set[str], where: str) -> None:
+    if not isinstance(table, dict):
+        raise GhostifyError(f"{where}: is not a table")
+    for key in table:
+        if key not in keys:
+            raise GhostifyError(f"{where}: unknown key {key!r}: known are {', '.join(sorted(keys))}")

@@ -1,0 +1,187 @@
+"""What was done to a model, layer by layer: data, tables, JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from torch import fx
+
+from ghostify import cost
+from ghostify.errors import GhostifyError
+from ghostify.fit import Fits
+from ghostify.plan import Plan, Rewrite, Skip
+from ghostify.trace import Convolution
+
+META = "ghostify"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One convolution. MACs are for the example inputs where `output` (H, W) is known, else for one position.
+
+    `error` and `held_out` are relative reconstruction errors, averaged over channels; `gather` says that the layer's
+    output is put in order by an index.
+    """
+
+    name: str
+    kind: str
+    filters: tuple[int, int, int, int]
+    output: tuple[int, int] | None
+    reason: str | None
+    intrinsic: int
+    width: int
+    dw_size: int
+    gather: bool
+    macs_before: int
+    macs_after: int
+    params_before: int
+    params_after: int
+    error: float | None = None
+    held_out: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """All convolutions in order of use, whole-model MACs where known, and what the fit used."""
+
+    lines: tuple[Line, ...]
+    macs_before: int | None
+    macs_after: int | None
+    images: int
+    seconds: float
+
+    @property
+    def rewritten(self) -> int:
+        return sum(line.reason is None for line in self.lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, dicts, numbers and strings."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Report:
+        """The inverse of `to_dict`, also after JSON has made lists of tuples."""
+        lines = []
+        for item in data["lines"]:
+            shape = {k: None if item[k] is None else tuple(item[k]) for k in ("filters", "output")}
+            lines.append(Line(**{**item, **shape}))
+        return cls(tuple(lines), *(data[k] for k in ("macs_before", "macs_after", "images", "seconds")))
+
+
+def report(module: fx.GraphModule) -> Report:
+    """The report of a model that `ghostify` made or `load` read; raises `GhostifyError` for any other."""
+    found = getattr(module, "meta", {}).get(META)
+    if not isinstance(found, Report):
+        raise GhostifyError(f"{type(module).__name__} carries no report: pass what ghostify() or load() returned")
+    return found
+
+
+def attach(module: fx.GraphModule, made: Report) -> fx.GraphModule:
+    """The module, carrying its report."""
+    module.meta[META] = made
+    return module
+
+
+def summarise(plan: Plan, fits: Fits | None = None) -> Report:
+    """The report of a plan, with the errors of its fits where they are done."""
+    lines = tuple(_line(entry, fits) for entry in plan.entries)
+    images, seconds = (0, 0.0) if fits is None else (fits.images, fits.seconds)
+    return Report(lines, plan.macs_before, plan.macs_after, images, seconds)
+
+
+def _line(entry: Rewrite | Skip, fits: Fits | None) -> Line:
+    conv = entry.conv
+    places = cost.positions(conv.calls)
+    before, bias = cost.dense_macs(conv), conv.outputs * conv.bias
+    common: dict[str, Any] = {
+        "name": conv.name,
+        "kind": conv.kind,
+        "filters": (conv.outputs, conv.inputs // conv.groups, *conv.kernel),
+        "output": _size(conv),
+        "macs_before": before * (places or 1),
+        "params_before": before + bias,
+    }
+    if isinstance(entry, Skip):
+        same = {"macs_after": common["macs_before"], "params_after": common["params_before"]}
+        return Line(**common, **same, reason=entry.reason, intrinsic=conv.outputs, width=0, dw_size=0, gather=False)
+    weights = None if fits is None else fits.weights[conv.name]
+    ordered = weights is not None and bool((weights.channels.diff() == 1).all())
+    return Line(
+        **common,
+        reason=None,
+        intrinsic=entry.layout.intrinsic,
+        width=entry.layout.width,
+        dw_size=entry.layout.dw_size,
+        gather=entry.absorb is None and not ordered,
+        macs_after=entry.macs_after * (places or 1),
+        params_after=entry.macs_after + bias,
+        error=_mean(None if weights is None else weights.error),
+        held_out=_mean(None if weights is None else weights.held_out),
+    )
+
+
+def table(made: Report, title: str = "") -> Table:
+    """A table of the report for a terminal."""
+    longest = max((len(line.name) for line in made.lines), default=0)
+    result = Table(
+        title=title or None,
+        box=box.SIMPLE_HEAD,
+        show_footer=made.macs_before is not None,
+        footer_style="bold",
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    result.add_column("layer", "the whole model", overflow="fold", min_width=min(longest, 22))
+    for heading in ("filters", "output"):
+        result.add_column(heading, no_wrap=True)
+    for heading, total in (("MACs", made.macs_before), ("after", made.macs_after)):
+        result.add_column(heading, _short(total), justify="right", no_wrap=True)
+    fitted = any(line.error is not None for line in made.lines)
+    if fitted:
+        result.add_column("error", justify="right")
+    result.add_column("m + ghosts, or why not", overflow="fold")
+    for line in made.lines:
+        result.add_row(*_cells(line, fitted))
+    return result
+
+
+def _cells(line: Line, fitted: bool) -> list[str]:
+    filters = "x".join(map(str, line.filters))
+    output = "" if line.output is None else "x".join(map(str, line.output))
+    if line.reason is not None:
+        return [line.name, filters, output, _short(line.macs_before), "", *[""] * fitted, line.reason]
+    ghosts = line.filters[0] - line.intrinsic
+    error = line.held_out if line.held_out is not None else line.error
+    shape = f"{line.intrinsic} + {ghosts}, d={line.dw_size}" + (f", w={line.width}" if line.width > 1 else "")
+    note = shape + (", gather" if line.gather else "")
+    return [
+        line.name,
+        filters,
+        output,
+        _short(line.macs_before),
+        _short(line.macs_after),
+        *(["" if error is None else f"{error:.3f}"] if fitted else []),
+        note,
+    ]
+
+
+def _short(count: int | None) -> str:
+    if count is None:
+        return ""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return str(count)
+
+
+def _size(conv: Convolution) -> tuple[int, int] | None:
+    shape = conv.calls[0].output_shape
+    return None if shape is None else (shape[-2], shape[-1])
+
+
+def _mean(values: Any) -> float | None:
+    return None if values is None else float(values.mean())

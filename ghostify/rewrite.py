@@ -1,0 +1,92 @@
+"""Applies a plan and its fits; decides nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ghostify.ghost import CheapOperation, GhostModule, ghost_of
+from ghostify.lstsq import GhostWeights
+from ghostify.order import absorb
+from ghostify.plan import Plan, Rewrite
+from ghostify.trace import Program, as_module
+
+
+def rewrite(program: Program, plan: Plan, weights: Mapping[str, GhostWeights]) -> fx.GraphModule:
+    """A copy of the program's module in which every rewrite of `plan` is a `GhostModule` with its fitted weights."""
+    module = copy.deepcopy(program.module)
+    for entry in plan.rewrites:
+        put_ghost(module, entry, weights[entry.conv.name])
+    for entry in plan.rewrites:
+        ghost = module.get_submodule(place_of(entry))
+        assert isinstance(ghost, GhostModule)
+        if entry.absorb is not None and ghost.order is not None:
+            absorb(module, ghost, entry.absorb)
+    module.graph.lint()
+    module.recompile()
+    return module
+
+
+def place_of(entry: Rewrite) -> str:
+    """Path of the ghost module: the convolution's own, or beside the weight of a functional one."""
+    return entry.conv.name if entry.conv.kind != "conv2d" else f"{entry.conv.name}_ghost"
+
+
+def put_ghost(module: fx.GraphModule, entry: Rewrite, weights: GhostWeights) -> None:
+    """Put the ghost module of `entry` into `module`, in place; its channel order is that of the original.
+
+    Where it stands already, it takes the new weights.
+    """
+    place, _, leaf = place_of(entry).rpartition(".")
+    owner = module.get_submodule(place)
+    standing = getattr(owner, leaf, None)
+    if isinstance(standing, GhostModule):
+        _fill(standing, weights)
+        return
+    ghost = ghost_of(as_module(module, entry.conv.name), entry.layout)
+    _fill(ghost, weights)
+    if entry.conv.kind == "conv2d":
+        _call_instead(module, entry)
+    setattr(owner, leaf, ghost)
+    if entry.norm is not None and weights.shift is not None:
+        norm = module.get_submodule(entry.norm)
+        assert isinstance(norm.running_mean, Tensor)
+        with torch.no_grad():
+            norm.running_mean.sub_(weights.shift.to(norm.running_mean))
+
+
+@torch.no_grad()
+def _fill(ghost: GhostModule, weights: GhostWeights) -> None:
+    cheap = ghost.cheap_operation
+    convs: list[Any] = list(cheap.convs) if isinstance(cheap, CheapOperation) else [cheap]
+    ghost.primary_conv.weight.copy_(weights.primary_weight)
+    sizes = [conv.out_channels for conv in convs]
+    for conv, kernels in zip(convs, weights.cheap_weight.split(sizes), strict=True):
+        conv.weight.copy_(kernels)
+    if ghost.primary_conv.bias is not None and weights.primary_bias is not None and weights.cheap_bias is not None:
+        ghost.primary_conv.bias.copy_(weights.primary_bias)
+        for conv, bias in zip(convs, weights.cheap_bias.split(sizes), strict=True):
+            conv.bias.copy_(bias)
+    order = torch.argsort(weights.channels)
+    ordered = torch.equal(order, torch.arange(len(order)))
+    ghost.order = None if ordered else order.to(ghost.primary_conv.weight.device)
+
+
+def _call_instead(module: fx.GraphModule, entry: Rewrite) -> None:
+    """Turn the calls of a functional convolution into calls of the ghost module; parameters nobody reads then go."""
+    names = {call.node for call in entry.conv.calls}
+    fetched: set[str] = set()
+    for node in [n for n in module.graph.nodes if n.name in names]:
+        fetched |= {str(n.target) for n in node.all_input_nodes[1:]}
+        image = node.args[0] if node.args else node.kwargs["input"]
+        node.op, node.target, node.args, node.kwargs = "call_module", place_of(entry), (image,), {}
+    for node in [n for n in module.graph.nodes if n.op == "get_attr" and n.target in fetched]:
+        if not node.users:
+            module.graph.erase_node(node)
+    for path in fetched - {n.target for n in module.graph.nodes if n.op == "get_attr"}:
+        owner, _, leaf = path.rpartition(".")
+        delattr(module.get_submodule(owner), leaf)

@@ -1,0 +1,156 @@
+"""Tiny networks, one for each way of wiring."""
+
+from __future__ import annotations
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def settle(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Random BatchNorm statistics and scales, so that nothing is at its neutral value; evaluation mode."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def rand(like: Tensor) -> Tensor:
+        return torch.rand(like.shape, generator=generator).to(like)
+
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.copy_(rand(module.running_mean) * 0.2 - 0.1)
+            module.running_var.copy_(rand(module.running_var) * 0.3 + 0.2)
+            with torch.no_grad():
+                module.weight.copy_(rand(module.weight) + 0.5)
+                module.bias.copy_(rand(module.bias) - 0.3)
+    return model.eval()
+
+
+def conv_norm(inputs: int, outputs: int, **options) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False, **options), nn.BatchNorm2d(outputs), nn.ReLU()
+    )
+
+
+class Straight(nn.Module):
+    """Convolutions in a row: every permutation can be taken up by the next one."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.stem = conv_norm(3, width)
+        self.a = conv_norm(width, 2 * width)
+        self.b = conv_norm(2 * width, 2 * width, stride=2)
+        self.fc = nn.Linear(2 * width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.b(self.a(self.stem(x))).mean((2, 3)))
+
+
+class Residual(nn.Module):
+    """In-place activation, in-place sum, identity shortcut."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.stem = conv_norm(3, width)
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.drop_path = DropPath(0.3)
+        self.head = nn.Conv2d(width, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        x += self.drop_path(y)
+        return self.head(self.relu(x)).mean((2, 3))
+
+
+class Branches(nn.Module):
+    """Two branches concatenated, one tensor used twice, functional dropout that follows the mode."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.stem = conv_norm(3, width)
+        self.left = conv_norm(width, width)
+        self.right = nn.Conv2d(width, 12, 3, padding=1)
+        self.last = conv_norm(width + 12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = torch.cat((self.left(x), F.relu(self.right(x))), 1)
+        return F.dropout(self.last(y), 0.5, training=self.training)
+
+
+class Shared(nn.Module):
+    """One convolution used by two nodes."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.stem = conv_norm(3, width)
+        self.again = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.again(torch.tanh(self.again(x)))
+
+
+class Functional(nn.Module):
+    """`torch.nn.functional.conv2d` with parameters of the module, and one whose weight is computed."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.kernel = nn.Parameter(torch.randn(10, width, 3, 3) / 8)
+        self.offset = nn.Parameter(torch.randn(10) / 8)
+        self.other = nn.Parameter(torch.randn(6, 10, 3, 3) / 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        x = F.conv2d(x, self.kernel, self.offset, padding=1, stride=2)
+        return F.conv2d(F.relu(x), self.other * 2, padding=1)
+
+
+class Stubborn(nn.Module):
+    """Holds a child whose forward branches on its input's values."""
+
+    class Gate(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x) if x.mean() > 0 else -x
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.stem = conv_norm(3, width)
+        self.gate = self.Gate(width)
+        self.last = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.gate(self.stem(x)))
+
+
+class Optional(nn.Module):
+    """An optional input."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.last = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        x = self.last(F.relu(self.stem(x)))
+        if bias is not None:
+            x = x + bias
+        return x * scale
+
+
+ALL = (Straight, Residual, Branches, Shared, Functional, Stubborn, Optional)
+
+
+def images(count: int = 8, size: int = 12, seed: int = 1) -> Tensor:
+    """N x 3 x size x size with the smoothness of photographs."""
+    noise = torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+    return F.avg_pool2d(noise, 3, 1, 1) * 2

@@ -1,0 +1,191 @@
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import fx
+
+from ghostify import GhostifyError, ghostify, load, report, save
+from ghostify.checkpoint import load_weights
+from tests import nets
+
+
+@pytest.fixture(scope="module")
+def converted():
+    model = nets.settle(nets.Residual())
+    return ghostify(model, example_inputs=nets.images(1), calibration=nets.images())
+
+
+@pytest.mark.parametrize("make", nets.ALL[:5], ids=lambda c: c.__name__)
+def test_promise_6_a_fresh_process_reloads_bit_equal_without_user_code(make, tmp_path):
+    model, x = nets.settle(make()), nets.images()
+    made = ghostify(model, calibration=x)
+    save(made, tmp_path / "out")
+    save_file({"x": x, "y": made(x).detach().contiguous()}, tmp_path / "io.safetensors")
+    script = (
+        "import sys, pickle, torch, ghostify; from safetensors.torch import load_file\n"
+        "def refuse(*a, **k): raise AssertionError('pickle')\n"
+        "pickle.load = pickle.loads = pickle.Unpickler = refuse\n"
+        "io = load_file('io.safetensors'); model = ghostify.load('out')\n"
+        "assert torch.equal(model(io['x']), io['y']); assert 'tests.nets' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_everything_that_matters_survives(converted, tmp_path):
+    converted.get_submodule("head").requires_grad_(False)
+    converted.stem.train()
+    save(converted, tmp_path / "out", source={"name": "timm:x", "arguments": {}})
+    again = load(tmp_path / "out")
+    assert report(again) == report(converted)
+    assert again.meta["ghostify_source"]["name"] == "timm:x"
+    flags = {n: p.requires_grad for n, p in converted.named_parameters()}
+    assert {n: p.requires_grad for n, p in again.named_parameters()} == flags
+    assert {n: m.training for n, m in again.named_modules()} == {n: m.training for n, m in converted.named_modules()}
+    save(again, tmp_path / "twice")
+    first, second = ((tmp_path / f / "model.safetensors").read_bytes() for f in ("out", "twice"))
+    assert first == second
+
+
+def test_memory_format_and_dtype_survive(tmp_path):
+    model = nets.settle(nets.Straight()).to(torch.bfloat16).to(memory_format=torch.channels_last)
+    save(ghostify(model), tmp_path / "out")
+    weight = load(tmp_path / "out").get_submodule("a.0").primary_conv.weight
+    assert weight.dtype == torch.bfloat16
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_failed_save_leaves_what_was_there(converted, tmp_path, monkeypatch):
+    save(converted, tmp_path / "out")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+
+    def full(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("ghostify.checkpoint.save_file", full)
+    with pytest.raises(OSError, match="disk full"):
+        save(converted, tmp_path / "out")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_failed_swap_brings_the_old_folder_back(converted, tmp_path, monkeypatch):
+    save(converted, tmp_path / "out")
+    path_class, rename = type(tmp_path), type(tmp_path).rename
+
+    def flaky(self, target):
+        if target == tmp_path / "out" and self.name != "was":
+            raise OSError("cannot rename")
+        return rename(self, target)
+
+    monkeypatch.setattr(path_class, "rename", flaky)
+    with pytest.raises(OSError, match="cannot rename"):
+        save(converted, tmp_path / "out")
+    monkeypatch.undo()
+    assert load(tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_saving_over_a_ghostify_folder_replaces_it_and_over_others_is_refused(converted, tmp_path):
+    save(converted, tmp_path / "out")
+    save(converted, tmp_path / "out")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("dear")
+    with pytest.raises(GhostifyError, match=r"mine: holds other files and no ghostify\.json"):
+        save(converted, tmp_path / "mine")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(GhostifyError, match="file: is a file"):
+        save(converted, tmp_path / "file")
+
+
+def rewrite_json(folder, change):
+    file = folder / "ghostify.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "ghostify.json").unlink(), r"ghostify\.json: cannot be read, so .* is no ghostify folder"),
+        (lambda f: (f / "model.safetensors").unlink(), r"model\.safetensors: cannot be read"),
+        (lambda f: (f / "ghostify.json").write_text('{"format'), r"ghostify\.json: is truncated or no JSON"),
+        (lambda f: (f / "ghostify.json").write_text("{}"), r"ghostify\.json: was not written by ghostify"),
+        (lambda f: (f / "ghostify.json").write_text("[1]"), r"ghostify\.json: was not written by ghostify"),
+        (
+            lambda f: rewrite_json(f, lambda c: c.update(format=99)),
+            r"ghostify\.json: has format 99, this version reads 1",
+        ),
+        (lambda f: rewrite_json(f, lambda c: c["report"].update(images=3)), r"ghostify\.json: was changed after"),
+        (
+            lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-5]),
+            r"model\.safetensors: is damaged",
+        ),
+        (
+            lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-1] + b"\x07"),
+            r"model\.safetensors: is damaged",
+        ),
+    ],
+)
+def test_a_damaged_folder_says_which_file_and_why(converted, tmp_path, damage, message):
+    save(converted, tmp_path / "out")
+    damage(tmp_path / "out")
+    with pytest.raises(GhostifyError, match=message):
+        load(tmp_path / "out")
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("pwned",))
+
+
+def test_plain_checkpoints_are_unwrapped_and_never_run(tmp_path, capsys):
+    model = nets.settle(nets.Straight())
+    state = model.state_dict()
+    for number, wrapped in enumerate(
+        (
+            state,
+            {"state_dict": state},
+            {"model": state},
+            {"model_ema": state},
+            {f"module.{k}": v for k, v in state.items()},
+        )
+    ):
+        file = tmp_path / f"{number}.pth"
+        torch.save(wrapped, file)
+        fresh = load_weights(nets.Straight(), file)
+        assert all(torch.equal(v, state[k]) for k, v in fresh.state_dict().items())
+    save_file(state, tmp_path / "w.safetensors")
+    load_weights(nets.Straight(), tmp_path / "w.safetensors")
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps(Evil()))
+    torch.save({"state_dict": state, "more": Evil()}, tmp_path / "evil2.pth")
+    for name in ("evil.pth", "evil2.pth"):
+        with pytest.raises(GhostifyError, match=f"{name}: is no checkpoint that can be read without running code"):
+            load_weights(nets.Straight(), tmp_path / name)
+    assert "pwned" not in capsys.readouterr().out
+
+
+def test_checkpoints_that_do_not_fit(tmp_path):
+    state = nets.Straight().state_dict()
+    save_file({k: v for k, v in state.items() if k != "fc.bias"}, tmp_path / "less.safetensors")
+    save_file({**state, "extra": torch.ones(1)}, tmp_path / "more.safetensors")
+    save_file({**state, "fc.bias": torch.ones(7)}, tmp_path / "shape.safetensors")
+    for name, message in (
+        ("less", r"less\.safetensors: does not fit Straight: it lacks fc\.bias"),
+        ("more", "it has beside the model's extra"),
+        ("shape", r"it has in another shape fc\.bias"),
+        ("none", r"none\.safetensors: there is no such checkpoint"),
+    ):
+        with pytest.raises(GhostifyError, match=message):
+            load_weights(nets.Straight(), tmp_path / f"{name}.safetensors")
+
+
+def test_only_converted_models_are_saved(tmp_path):
+    with pytest.raises(GhostifyError, match="carries no report"):
+        save(fx.symbolic_trace(nets.settle(nets.Straight())), tmp_path / "out")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,107 @@
+"""The command through a real process, once per verb, and its errors."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ghostify import load
+from tests import nets
+
+ROOT = Path(__file__).parent.parent
+NET = "tests.nets:Straight"
+SIZE = ("--input-size", "3,12,12")
+
+
+def run(*arguments, cwd=ROOT):
+    command = [sys.executable, "-c", "from ghostify.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    model = nets.settle(nets.Straight())
+    save_file(model.state_dict(), folder / "w.safetensors")
+    x = nets.images(24)
+    np.savez(folder / "data.npz", images=x.numpy(), labels=model(x).argmax(1).numpy())
+    return folder
+
+
+def test_plan_needs_no_weights():
+    done = run("plan", "timm:resnet10t", "--ratio", 2)
+    assert done.returncode == 0, done.stderr
+    assert "layer1.0.conv1" in done.stdout
+    assert "the first convolution" in " ".join(done.stdout.replace("│", " ").split())
+    machine = run("plan", NET, *SIZE, "--json")
+    assert json.loads(machine.stdout)["macs_after"] < json.loads(machine.stdout)["macs_before"]
+
+
+def test_convert_then_eval(files, tmp_path):
+    done = run(
+        "convert", NET, *SIZE, "--checkpoint", files / "w.safetensors", "--calibration", files / "data.npz",
+        "--output", tmp_path / "out", "--batch", 6,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "fitted to 24 images" in done.stdout
+    assert "2 convolutions rewritten, 1 left as they are" in done.stdout
+    assert load(tmp_path / "out")(torch.zeros(2, 3, 12, 12)).shape == (2, 5)
+    judged = run(
+        "eval", tmp_path / "out", "--data", files / "data.npz", "--original", files / "w.safetensors", "--json"
+    )
+    assert judged.returncode == 0, judged.stderr
+    facts = json.loads(judged.stdout)
+    assert facts["original's top-1 %"] == 100
+    assert facts["top-1 %"] == facts["same answers as the original %"] > 50
+    assert facts["MACs an image"] < facts["original's MACs an image"]
+    alone = run("eval", tmp_path / "out", "--data", files / "data.npz")
+    assert "top-1 %" in alone.stdout
+
+
+def test_demo(tmp_path):
+    code = "import ghostify.demo as d; d.FASHION_MNIST = (); from ghostify.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "demo"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "calibrated" in done.stdout
+    assert "bit-equal" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_user_errors_are_one_line_and_code_2(files, tmp_path):
+    weights = ("--checkpoint", files / "w.safetensors", "--output", tmp_path / "out")
+    for arguments, message in (
+        (("plan", "timm:resnet81"), "ghostify: timm has no model 'resnet81'"),
+        (("plan", NET, "--ratio", "0.5"), "ghostify: ratio 0.5 is not a number of at least 1"),
+        (("plan", NET, "--input-size", "3x4"), "ghostify: --input-size '3x4' is not C,H,W"),
+        (("plan", NET, *SIZE, "--target", "zzz"), "ghostify: targets 'zzz' matches no convolution"),
+        (("convert", NET, *SIZE, *weights, "--calibration", tmp_path / "no.npy"), "no.npy: cannot be read"),
+        (("convert", NET, "--arg", "width=4", *SIZE, *weights), "does not fit Straight"),
+        (("eval", tmp_path, "--data", files / "data.npz"), "is no ghostify folder"),
+    ):
+        done = run(*arguments)
+        assert done.returncode == 2, (arguments, done.stdout, done.stderr)
+        assert message in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+        assert not list(tmp_path.iterdir())
+
+
+def test_policy_files(tmp_path):
+    (tmp_path / "p.toml").write_text('[[rule]]\ntargets = "a.*"\nratio = 4\n')
+    done = run("plan", NET, *SIZE, "--policy", tmp_path / "p.toml", "--json")
+    lines = {line["name"]: line for line in json.loads(done.stdout)["lines"]}
+    assert lines["a.0"]["intrinsic"] == 4
+    assert lines["b.0"]["reason"] == "no rule targets it"
+    both = run("plan", NET, *SIZE, "--policy", tmp_path / "p.toml", "--target", "a.*")
+    assert both.returncode == 2
+
+
+@pytest.mark.parametrize("verb", ["plan", "convert", "eval", "demo"])
+def test_help_has_an_example(verb):
+    assert f"Example: ghostify {verb}" in " ".join(run(verb, "--help").stdout.split())

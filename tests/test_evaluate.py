@@ -1,0 +1,29 @@
+import pytest
+import torch
+from torch import nn
+
+from ghostify.evaluate import evaluating, outputs, paired_milliseconds, relative_error, top1
+
+
+def test_measures_by_hand():
+    answers = torch.tensor([[1.0, 0.0], [0.0, 1.0], [3.0, 2.0], [0.0, 4.0]])
+    assert top1(answers, torch.tensor([0, 1, 1, 1])) == 75
+    assert relative_error(answers, answers) == 0
+    assert relative_error(answers.mean(0).expand(4, 2), answers) == pytest.approx(1)
+
+
+def test_modes_come_back_even_after_an_error():
+    model = nn.Sequential(nn.Dropout(), nn.Linear(2, 2)).train()
+    model[1].eval()
+    with pytest.raises(RuntimeError):
+        outputs(model, [torch.zeros(1, 3)])
+    assert [m.training for m in model.modules()] == [True, True, False]
+    with evaluating(model):
+        assert not model[0].training
+        assert not torch.is_grad_enabled()
+
+
+def test_a_model_that_does_more_takes_longer():
+    small, big = nn.Conv2d(8, 8, 3), nn.Sequential(*[nn.Conv2d(8, 8, 3, padding=1) for _ in range(12)])
+    few, many = paired_milliseconds([small, big], torch.zeros(4, 8, 64, 64), rounds=5)
+    assert 0 < few < many

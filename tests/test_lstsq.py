@@ -1,0 +1,133 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from ghostify import lstsq
+from ghostify.assign import Groups
+from ghostify.ghost import Layout
+from ghostify.lstsq import Statistics
+from ghostify.moments import Moments
+
+
+def moments_of(u, y):
+    moments = Moments.zero(u.shape[1], y.shape[1])
+    for us, ys in zip(u.split(7), y.split(7), strict=True):
+        moments.add(us, ys)
+    return moments
+
+
+@given(st.integers(0, 99), st.integers(8, 60))
+@settings(max_examples=25)
+def test_streamed_ridge_equals_lstsq_on_materialised_data(seed, rows):
+    generator = torch.Generator().manual_seed(seed)
+    u, y = (torch.randn(rows, k, generator=generator, dtype=torch.float64) for k in (5, 3))
+    prior = torch.randn(5, 3, generator=generator, dtype=torch.float64)
+    uu, uy, _ = moments_of(u, y).raw()
+    strength = 0.1 * uu.diagonal().mean()
+    stacked = torch.cat((u / rows**0.5, strength.sqrt() * torch.eye(5, dtype=torch.float64)))
+    wanted = torch.cat((y / rows**0.5, strength.sqrt() * prior))
+    expected = torch.linalg.lstsq(stacked, wanted).solution
+    torch.testing.assert_close(lstsq.solve_ridge(uu, uy, prior, 0.1), expected)
+
+
+def test_dense_prediction_takes_the_ridge_that_held_out_rows_prefer():
+    generator = torch.Generator().manual_seed(0)
+    u = torch.randn(300, 6, generator=generator, dtype=torch.float64)
+    true = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+    fit, test = moments_of(u[:200], u[:200] @ true + 2), moments_of(u[200:], u[200:] @ true + 2)
+    filters, ridge = lstsq.dense_prediction(fit, test, torch.zeros_like(true), torch.ones(4), free_mean=True)
+    assert ridge == min(lstsq.RIDGES)
+    torch.testing.assert_close(filters, true, rtol=1e-3, atol=1e-3)
+    few = moments_of(u[:8], u[:8] @ true + 3 * torch.randn(8, 4, generator=generator, dtype=torch.float64))
+    _, ridge = lstsq.dense_prediction(few, test, true, torch.ones(4), free_mean=True)
+    assert ridge == max(lstsq.RIDGES)
+
+
+def maps_statistics(maps, targets, d):
+    """Statistics straight from maps (N x b x H x W) and targets, with the maps themselves as dense predictions."""
+    b = maps.shape[1]
+    shifts = F.unfold(maps, d, padding=d // 2).reshape(len(maps), b, d * d, -1).permute(0, 3, 2, 1).flatten(0, 1)
+    y = targets.permute(0, 2, 3, 1).flatten(0, 2)
+    moments = moments_of(shifts.flatten(1), y)
+    gram, cross, var = moments.centred()
+    return (
+        Statistics(
+            gram.reshape(d * d, b, d * d, b),
+            cross.reshape(d * d, b, -1),
+            var,
+            moments.mean_u.reshape(d * d, b),
+            moments.mean_y,
+            torch.eye(b, dtype=torch.float64),
+            torch.eye(b, dtype=torch.float64),
+            float(moments.count),
+        ),
+        shifts,
+        y,
+    )
+
+
+@pytest.mark.parametrize("d", [1, 3])
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_kernels_equal_lstsq_on_materialised_data(d, width):
+    maps = torch.randn(4, 8, 6, 6, dtype=torch.float64)
+    stats, shifts, y = maps_statistics(maps, maps + 0.1 * maps.flip(1), d)
+    groups = Groups(
+        torch.arange(4).reshape(-1, width),
+        torch.arange(4, 8),
+        torch.arange(4).reshape(-1, width).repeat_interleave(width, 0),
+    )
+    solution = lstsq._with_kernels(stats, groups, stats.start[:4])
+    for j, ghost in enumerate(groups.ghosts):
+        seen = shifts[:, :, groups.sources[j]].transpose(1, 2).flatten(1)
+        centred = seen - seen.mean(0)
+        expected = torch.linalg.lstsq(centred, (y[:, ghost] - y[:, ghost].mean())[:, None], driver="gelsd").solution
+        torch.testing.assert_close(solution.kernels[j].flatten(), expected.flatten(), rtol=2e-2, atol=2e-3)
+
+
+def test_errors_and_constants_are_those_of_the_prediction():
+    maps = torch.randn(4, 6, 6, 6, dtype=torch.float64)
+    targets = maps + 0.3 * maps.roll(1, 1) + 5
+    stats, shifts, y = maps_statistics(maps, targets, 3)
+    solution = lstsq.solve(stats, Layout(6, 3, 1, 3), torch.ones(6, dtype=torch.float64))
+    channels = solution.groups.channels
+    computed = torch.einsum("pdb,ndb->pn", shifts, lstsq._as_maps(stats, solution))
+    prediction = torch.empty_like(computed)
+    prediction[:, channels] = computed
+    constants = lstsq.constants(stats, solution)
+    torch.testing.assert_close((y - prediction).mean(0), constants)
+    torch.testing.assert_close((y - prediction - constants).square().mean(0), lstsq.errors(stats, solution))
+
+
+def test_the_joint_refit_only_lowers_the_error():
+    torch.manual_seed(0)
+    mixing = torch.randn(10, 4, dtype=torch.float64)
+    maps = torch.einsum("ij,njhw->nihw", mixing, torch.randn(8, 4, 10, 10, dtype=torch.float64))
+    stats, _, _ = maps_statistics(maps, maps, 3)
+    weights = torch.rand(10, dtype=torch.float64) + 0.1
+    groups = lstsq.choose_groups(lstsq._pair_costs(stats, weights), Layout(10, 5, 1, 3))
+    before = lstsq._with_kernels(stats, groups, stats.start[groups.intrinsic.flatten()])
+    after = lstsq._alternate(stats, before, weights)
+    assert (weights * lstsq.errors(stats, after)).sum() < 0.99 * (weights * lstsq.errors(stats, before)).sum()
+
+
+def test_pointwise_ghosts_reach_the_error_of_low_rank():
+    maps = torch.randn(4, 8, 8, 8, dtype=torch.float64)
+    mixed = torch.einsum("ij,njhw->nihw", torch.randn(8, 8, dtype=torch.float64), maps)
+    stats, _, _ = maps_statistics(mixed, mixed, 1)
+    ones = torch.ones(8, dtype=torch.float64)
+    solution = lstsq.solve(stats, Layout(8, 3, 3, 1), ones)
+    values = torch.linalg.eigvalsh(stats.gram[0, :, 0])
+    assert lstsq.errors(stats, solution).sum().item() == pytest.approx(values[:5].sum().item(), rel=1e-2)
+
+
+def test_dead_and_duplicate_maps_are_survived():
+    maps = torch.randn(3, 6, 5, 5, dtype=torch.float64)
+    maps[:, 1] = 0
+    maps[:, 3] = maps[:, 2]
+    for d, layout in ((3, Layout(6, 3, 1, 3)), (1, Layout(6, 3, 3, 1)), (1, Layout(6, 2, 1, 1))):
+        stats, _, _ = maps_statistics(maps, maps, d)
+        solution = lstsq.solve(stats, layout, torch.ones(6, dtype=torch.float64))
+        assert solution.kernels.isfinite().all()
+        assert lstsq.errors(stats, solution)[1] < 1e-6

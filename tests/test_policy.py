@@ -1,0 +1,72 @@
+import pytest
+from torch import nn
+
+from ghostify import GhostifyError, Policy, Rule
+
+
+@pytest.mark.parametrize(
+    ("pattern", "matches"),
+    [
+        ("layer1.conv", True),
+        ("layer1.*", True),
+        ("layer2.*", False),
+        (r"re:layer\d", True),
+        ("Conv2d", True),
+        ("Linear", False),
+        (lambda _, module: module.kernel_size == (3, 3), True),
+    ],
+)
+def test_patterns(pattern, matches):
+    rule = Rule(targets=pattern)
+    assert rule.matches("layer1.conv", nn.Conv2d(1, 1, 3), "Conv2d") is matches
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        ({"ratio": 0.5}, "ratio 0.5 is not a number of at least 1"),
+        ({"ratio": "2"}, "ratio '2' is not a number"),
+        ({"dw_size": 4}, "dw_size 4 is not an odd number"),
+        ({"cheap": "magic"}, "cheap 'magic' is unknown"),
+        ({"cheap": 0}, "cheap 0 is unknown"),
+        ({"targets": 3}, "targets 3 is neither"),
+        ({"targets": "re:("}, "is not a regular expression"),
+    ],
+)
+def test_wishes_that_mean_nothing_are_refused(wish, message):
+    with pytest.raises(GhostifyError, match=message):
+        Rule(**wish)
+
+
+def test_policy_from_toml(tmp_path):
+    file = tmp_path / "policy.toml"
+    file.write_text(
+        'keep_first = false\n[[rule]]\ntargets = "layer4.*"\nratio = 4\ncheap = "pointwise"\n'
+        "[[rule]]\nratio = 1.5\ndw_size = 5\n"
+    )
+    policy = Policy.from_toml(file)
+    assert not policy.keep_first
+    assert policy.rules == (Rule("layer4.*", ratio=4, cheap="pointwise"), Rule(ratio=1.5, dw_size=5))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[[rule", "policy.toml: not a readable policy"),
+        ("", r"holds no \[\[rule\]\] table"),
+        ("[[rule]]\nration = 2", "rule 1: unknown key 'ration': known are cheap, dw_size"),
+        ("colour = 1\n[[rule]]\nratio = 2", "unknown key 'colour'"),
+        ("[[rule]]\nratio = 2\n[[rule]]\nratio = 0", "rule 2: ratio 0 is not"),
+        ("keep_first = 3\n[[rule]]\nratio = 2", "keep_first is neither"),
+    ],
+)
+def test_toml_errors_name_file_and_key(tmp_path, text, message):
+    file = tmp_path / "policy.toml"
+    file.write_text(text)
+    with pytest.raises(GhostifyError, match=message):
+        Policy.from_toml(file)
+
+
+def test_missing_policy_file(tmp_path):
+    with pytest.raises(GhostifyError, match=r"none\.toml: not a readable policy"):
+        Policy.from_toml(tmp_path / "none.toml")

@@ -1,0 +1,87 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from ghostify import GhostifyError
+from ghostify.sources import Source, parse_arguments, preprocessing, read_data
+from tests import nets
+
+
+def test_models_by_name():
+    assert Source("timm:resnet10t", {"num_classes": 7}).build().fc.out_features == 7
+    assert Source("torchvision:resnet18", {}).build().fc.out_features == 1000
+    assert isinstance(Source("tests.nets:Straight", {"width": 4}).build(), nets.Straight)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet18", "model 'resnet18' is no name I know: use timm:NAME"),
+        ("timm:resnet81", "timm has no model 'resnet81': it has resnet"),
+        ("torchvision:lenet", "torchvision has no model 'lenet'"),
+        ("no.such:Net", "No module named 'no'"),
+        ("tests.nets:Nope", "has no attribute 'Nope'"),
+        ("tests.nets:images", "gives a Tensor, not an nn.Module"),
+        ("tests.nets:settle", "cannot be built: TypeError"),
+    ],
+)
+def test_names_that_lead_nowhere(name, message):
+    with pytest.raises(GhostifyError, match=message):
+        Source(name, {}).build()
+
+
+def test_arguments():
+    assert parse_arguments(["a=1", "b=true", "c=x y"]) == {"a": 1, "b": True, "c": "x y"}
+    with pytest.raises(GhostifyError, match="'a' is not of the form key=value"):
+        parse_arguments(["a"])
+
+
+@pytest.fixture
+def prepared():
+    return preprocessing(nets.Straight(), (3, 16, 16))
+
+
+def test_image_folders_with_and_without_classes(tmp_path, prepared):
+    for number in range(6):
+        folder = tmp_path / ("cat", "dog")[number % 2]
+        folder.mkdir(exist_ok=True)
+        Image.new("RGB", (20, 30), (40 * number, 0, 0)).save(folder / f"{number}.png")
+    data = read_data(tmp_path, prepared, batch=4)
+    assert [tuple(b.shape) for b in data.batches] == [(4, 3, 16, 16), (2, 3, 16, 16)]
+    assert data.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert read_data(tmp_path, prepared, limit=2).labels.tolist() == [0, 1]
+    assert read_data(tmp_path / "cat", prepared).labels is None
+
+
+def test_arrays(tmp_path, prepared):
+    images, labels = np.random.rand(5, 3, 16, 16).astype("float32"), np.arange(5)
+    np.save(tmp_path / "a.npy", images)
+    np.savez(tmp_path / "a.npz", images=images, labels=labels)
+    save_file({"images": torch.from_numpy(images)}, tmp_path / "a.safetensors")
+    assert read_data(tmp_path / "a.npy", prepared).labels is None
+    assert read_data(tmp_path / "a.npz", prepared).labels.tolist() == labels.tolist()
+    assert torch.equal(
+        torch.cat(read_data(tmp_path / "a.safetensors", prepared, batch=2).batches), torch.from_numpy(images)
+    )
+
+
+def test_bad_data_names_the_file(tmp_path, prepared):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "x.png").write_text("no image")
+    np.save(tmp_path / "flat.npy", np.zeros((4, 9)))
+    np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
+    np.savez(tmp_path / "unnamed.npz", a=np.zeros(1), b=np.zeros(1))
+    for name, message in (
+        ("empty", "empty: holds no images"),
+        ("broken", r"x\.png: is no readable image"),
+        ("flat.npy", r"flat\.npy: holds 4x9, the model takes Nx3x16x16"),
+        ("objects.npy", r"objects\.npy: cannot be read"),
+        ("unnamed.npz", "name the inputs 'images'"),
+        ("missing.txt", "neither a folder of images nor one of"),
+        ("missing.npy", r"missing\.npy: cannot be read"),
+    ):
+        with pytest.raises(GhostifyError, match=message):
+            read_data(tmp_path / name, prepared)

@@ -1,0 +1,119 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ghostify import GhostifyError, trace
+from tests import nets
+
+
+@pytest.mark.parametrize("make", nets.ALL, ids=lambda c: c.__name__)
+def test_a_traced_copy_answers_as_the_model_in_both_modes(make):
+    model, x = nets.settle(make()), nets.images()
+    program = trace(model, x)
+    assert torch.equal(program.module(x), model(x))
+    torch.manual_seed(3)
+    expected = copy.deepcopy(model).train()(x)
+    torch.manual_seed(3)
+    assert torch.equal(program.module.train()(x), expected)
+
+
+def test_every_convolution_once_with_shapes_and_macs():
+    program = trace(nets.settle(nets.Straight()), nets.images(2))
+    assert [c.name for c in program.convolutions] == ["stem.0", "a.0", "b.0"]
+    last = program.convolutions[-1]
+    assert (last.inputs, last.outputs, last.kernel, last.bias) == (16, 16, (3, 3), False)
+    assert last.calls[0].output_shape == (2, 16, 6, 6)
+    assert program.macs == 2 * (144 * (8 * 27 + 16 * 72) + 36 * 16 * 144 + 16 * 5)
+
+
+def test_a_shared_convolution_is_listed_once_with_both_calls():
+    program = trace(nets.settle(nets.Shared()))
+    assert [len(c.calls) for c in program.convolutions] == [1, 2]
+
+
+def test_functional_convolutions_are_found_by_their_weight():
+    program = trace(nets.settle(nets.Functional()), nets.images(1))
+    named = {c.name: c for c in program.convolutions}
+    assert named["kernel"].kind == "conv2d"
+    assert named["kernel"].obstacle is None
+    assert program.conv("kernel").stride == (2, 2)
+    computed = [c for c in program.convolutions if c.obstacle]
+    assert [c.obstacle for c in computed] == ["its weight is computed in the forward"]
+
+
+def test_one_weight_in_two_calls_is_one_convolution_if_the_calls_agree():
+    class Twice(nn.Module):
+        def __init__(self, second):
+            super().__init__()
+            self.kernel, self.second = nn.Parameter(torch.randn(8, 8, 3, 3)), second
+
+        def forward(self, x):
+            x = F.conv2d(x, self.kernel, padding=1)
+            return F.conv2d(x, self.kernel, padding=self.second)
+
+    (same,), (other,) = (trace(Twice(padding)).convolutions for padding in (1, 2))
+    assert len(same.calls) == len(other.calls) == 2
+    assert same.obstacle is None
+    assert "different strides, paddings" in other.obstacle
+
+
+def test_what_does_not_trace_is_a_leaf_and_its_convolutions_are_listed_with_the_reason():
+    program = trace(nets.settle(nets.Stubborn()))
+    gate = next(c for c in program.convolutions if c.name == "gate.conv")
+    assert "inside Gate 'gate'" in gate.obstacle
+    assert "control flow" in gate.obstacle
+
+
+def test_optional_arguments_left_out_stand_guard():
+    model, x = nets.settle(nets.Optional()), nets.images(1)
+    program = trace(model, x)
+    with pytest.raises(GhostifyError, match="argument 'bias' was fixed at its default None"):
+        program.module(x, torch.ones(1))
+    given = trace(model, {"x": x, "bias": torch.ones(1)})
+    assert torch.equal(given.module(x, torch.ones(1) * 3), model(x, torch.ones(1) * 3))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda c: c.register_forward_hook(lambda *_: None), "it carries hooks"),
+        (lambda c: torch.nn.utils.parametrizations.weight_norm(c), "parametris"),
+    ],
+)
+def test_obstacles(change, reason):
+    model = nets.settle(nets.Straight())
+    change(model.a[0])
+    found = next(c for c in trace(model).convolutions if c.name.startswith("a.0"))
+    assert reason in found.obstacle
+
+
+def test_a_tied_weight_is_an_obstacle():
+    model = nn.Sequential(*[nn.Conv2d(8, 8, 3, padding=1) for _ in range(3)])
+    model[2].weight = model[1].weight
+    reasons = {c.name: c.obstacle for c in trace(model).convolutions}
+    assert reasons["0"] is None
+    assert "shared with another part" in reasons["1"]
+    assert "shared with another part" in reasons["2"]
+
+
+def test_what_cannot_be_traced_or_run_is_one_error():
+    class Wild(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(GhostifyError, match=r"Wild\.forward cannot be traced"):
+        trace(Wild())
+    with pytest.raises(GhostifyError, match="does not run on example_inputs"):
+        trace(nets.Straight(), torch.zeros(1, 7, 8, 8))
+    with pytest.raises(GhostifyError, match="lazy"):
+        trace(nn.Sequential(nn.LazyConv2d(4, 3)))
+    with pytest.raises(GhostifyError, match="input 'x' is missing"):
+        trace(nets.Straight(), {})
+
+
+def test_tracing_leaves_module_attributes_as_they_were():
+    trace(nets.settle(nets.Residual()))
+    assert "training" not in vars(nn.Module)
