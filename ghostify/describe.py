@@ -19,8 +19,9 @@ from ghostify.errors import GhostifyError
 PACKAGES = ("torch", "torchvision", "timm", "ghostify")
 BUILTINS = ("getattr", "len", "min", "max", "sum", "abs", "int", "float", "bool", "round", "tuple", "list", "slice")
 FUNCTION_MODULES = (
-    "torch.nn.functional", "torch._C._nn", "torch._C._special", "torch._C._linalg", "torch._C._fft", "torch.functional",
-    "_operator", "math", "timm.", "torchvision.ops", "torchvision.models", "torchvision.transforms", "ghostify.trace", "ghostify.ghost",
+    "torch.nn.functional", "torch._C._nn", "torch._C._special", "torch._C._linalg", "torch._C._fft",
+    "torch.functional", "_operator", "math", "timm.", "torchvision.ops", "torchvision.models", "torchvision.transforms",
+    "ghostify.trace", "ghostify.ghost",
 )  # fmt: skip
 TORCH_FUNCTIONS = ("_assert", "sym_int", "sym_float", "sym_max", "sym_min", "sym_not", "sym_ite")
 FORBIDDEN = ("from_file", "save", "load")
@@ -160,7 +161,8 @@ def _take(tensors: dict[str, Tensor], path: str, name: str) -> Tensor:
 
 
 def _laid_out(tensor: Tensor, facts: dict[str, Any]) -> Tensor:
-    return tensor.contiguous(memory_format=torch.channels_last) if facts["channels_last"] else tensor
+    """The tensor in memory of its own: views into a file may be aligned so that kernels round differently."""
+    return tensor.clone(memory_format=torch.channels_last if facts["channels_last"] else torch.contiguous_format)
 
 
 def _graph(items: list[dict[str, Any]], names: _Names) -> fx.Graph:

@@ -84,6 +84,16 @@ def fixed(value: Any, default: Any, name: str) -> None:
         )
 
 
+def same_mode(mode: bool, traced: bool, name: str) -> None:
+    """Stand guard in a graph over a module whose forward branches on `training`: tracing followed one way only."""
+    if mode is not traced:
+        was, now = ("train", "eval") if traced else ("eval", "train")
+        raise GhostifyError(
+            f"{name or 'the model'} branches on its mode and was traced in {was} mode: "
+            f"call .{now}() on the original before converting it, to have it the other way"
+        )
+
+
 def trace(model: nn.Module, example_inputs: Any = None) -> Program:
     """Trace a copy of `model` into a `Program` of every convolution call.
 
@@ -145,9 +155,10 @@ def as_module(module: fx.GraphModule, name: str) -> nn.Conv2d:
 class _Tracer(fx.Tracer):
     """Symbolic tracing that keeps `self.training` live and takes as leaves what is known, or found, not to trace."""
 
-    def __init__(self, leaves: Mapping[str, str], positional: int, keywords: set[str]) -> None:
+    def __init__(self, leaves: Mapping[str, str], settled: set[str], positional: int, keywords: set[str]) -> None:
         super().__init__(autowrap_functions=tuple(f for f in get_notrace_functions() if callable(f)))
-        self.leaves = leaves
+        self.leaves, self.settled = leaves, settled
+        self.last_mode: str | None = None
         self.notrace = tuple(get_notrace_modules())
         self.positional, self.keywords = positional, keywords
         self.inside: list[str] = []
@@ -176,10 +187,16 @@ class _Tracer(fx.Tracer):
         self.create_proxy("call_function", fixed, (proxy, parameter.default, name), {})
         return parameter.default
 
-    def mode_of(self, path: str, module: nn.Module) -> fx.Proxy:
+    def mode_of(self, path: str, module: nn.Module) -> fx.Proxy | bool:
+        self.last_mode = path
         if "ghostify_mode" not in module._modules:
             module.ghostify_mode = Mode().train(module.__dict__["training"])
-        return self.create_proxy("call_module", f"{path}.ghostify_mode".lstrip("."), (), {})
+        mode = self.create_proxy("call_module", f"{path}.ghostify_mode".lstrip("."), (), {})
+        if path not in self.settled:
+            return mode
+        now = module.__dict__["training"]
+        self.create_proxy("call_function", same_mode, (mode, now, path), {})
+        return now
 
 
 @contextlib.contextmanager
@@ -202,23 +219,32 @@ def _live_training(root: nn.Module, tracer: _Tracer) -> Iterator[None]:
 
 
 def _trace_with_leaves(root: nn.Module, positional: int, keywords: set[str]) -> tuple[fx.Graph, dict[str, str]]:
-    """Trace; whatever module turns out not to trace becomes a leaf, with the reason, and tracing starts again."""
+    """Trace; whatever module turns out not to trace becomes a leaf, with the reason, and tracing starts again.
+
+    One that branches on its own mode and holds convolutions, or is the whole model, is traced in its present mode.
+    """
     leaves: dict[str, str] = {}
+    settled: set[str] = set()
     while True:
-        tracer = _Tracer(leaves, positional, keywords)
+        tracer = _Tracer(leaves, settled, positional, keywords)
         try:
             with _live_training(root, tracer):
                 return tracer.trace(root), leaves
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            if not tracer.inside:
+            inside = tracer.inside[-1] if tracer.inside else ""
+            for module in root.modules():
+                module._modules.pop("ghostify_mode", None)
+            convolves = any(isinstance(m, nn.Conv2d) for m in root.get_submodule(inside).modules())
+            if tracer.last_mode == inside and inside not in settled and (convolves or not inside):
+                settled.add(inside)
+            elif not inside:
                 raise GhostifyError(
                     f"{type(root).__name__}.forward cannot be traced ({reason}): ghostify its submodules one by one, "
                     f"or rewrite that line of forward without control flow on tensors"
                 ) from error
-            leaves[tracer.inside[-1]] = reason
-            for module in root.modules():
-                module._modules.pop("ghostify_mode", None)
+            else:
+                leaves[inside] = reason
 
 
 def _refuse_uninitialised(root: nn.Module) -> None:

@@ -117,3 +117,33 @@ def test_what_cannot_be_traced_or_run_is_one_error():
 def test_tracing_leaves_module_attributes_as_they_were():
     trace(nets.settle(nets.Residual()))
     assert "training" not in vars(nn.Module)
+
+
+def test_a_forward_that_branches_on_its_mode_is_traced_in_that_mode_and_guarded():
+    class Moody(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            x = self.conv(x)
+            return (x, x.mean()) if self.training else x
+
+    x = nets.images(1)
+    program = trace(Moody().eval(), x)
+    assert isinstance(program.module(x), torch.Tensor)
+    with pytest.raises(GhostifyError, match="branches on its mode and was traced in eval mode"):
+        program.module.train()(x)
+    assert isinstance(trace(Moody().train()).module(x), tuple)
+
+
+def test_a_layer_without_convolutions_that_branches_on_its_mode_stays_whole():
+    class Noise(nn.Module):
+        def forward(self, x):
+            return x + torch.rand_like(x) if self.training else x
+
+    program = trace(nn.Sequential(nn.Conv2d(3, 4, 3), Noise(), nn.Conv2d(4, 4, 3)).eval(), nets.images(1))
+    assert [c.obstacle for c in program.convolutions] == [None, None]
+    assert torch.equal(program.module(nets.images(1)), program.module(nets.images(1)))
+    program.module.train()
+    assert not torch.equal(program.module(nets.images(1)), program.module(nets.images(1)))
