@@ -123,6 +123,8 @@ class _Layer:
         self.norm = _norm(walk.original, entry)
         self.shared = len(entry.conv.calls) > 1
         self.weights = channel_weights(self.norm, self.conv.out_channels)
+        self.partner = walk.node(entry.partner)
+        self.gain = _inverse_scale(self.norm, self.conv.out_channels)
         self.free_mean = self.conv.bias is not None or self.norm is not None
         self.first = self._split(Moments.zero, self.conv.weight[0].numel(), self.conv.out_channels)
         self.second: Any = None
@@ -205,7 +207,18 @@ class _Layer:
         """Chunk by chunk, what the converted model feeds the convolution and what the original made of it."""
         source = node.all_input_nodes[0]
         for chunk in self.walk.chunks:
-            yield chunk, chunk.value(source).float().cpu(), chunk.original[node].float().cpu()
+            target = chunk.original[node].float().cpu()
+            yield chunk, chunk.value(source).float().cpu(), target + self._made_good(chunk)
+
+    def _made_good(self, chunk: Chunk) -> Tensor | float:
+        """What the other summand lacks in the converted model, as this convolution's output would have to give it.
+
+        The target is the original sum less the converted other summand, seen through the norm's scale.
+        """
+        if self.partner is None or self.partner not in chunk.converted:
+            return 0.0
+        lacks = (chunk.original[self.partner] - chunk.converted[self.partner]).float().cpu()
+        return lacks * self.gain[:, None, None]
 
     def _places(self, chunk: Chunk, target: Tensor, limit: int) -> tuple[sight.Places, Tensor]:
         """Positions to look at, near `limit` in the whole set, and which belong to images that only judge."""
@@ -224,6 +237,17 @@ class _Layer:
     def _split(zero: Callable[[int, int], Any], a: int, b: int) -> list[Any]:
         """Moments for the images that are fitted to, and for those that only judge."""
         return [zero(a, b), zero(a, b)]
+
+
+def _inverse_scale(norm: Any, outputs: int) -> Tensor:
+    """sigma / gamma of the norm behind; 0 for channels that it all but silences, 1 where there is none."""
+    if norm is None:
+        return torch.ones(outputs)
+    scale = (norm.running_var + norm.eps).rsqrt().cpu()
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach().cpu()
+    audible = scale.abs() > 0.01 * scale.abs().max()
+    return torch.where(audible, 1 / scale, 0).float()
 
 
 def _add(pair: list[Any], u: Tensor, y: Tensor, held: Tensor) -> None:

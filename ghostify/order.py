@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.layers import BatchNormAct2d, DropBlock2d, DropPath
-from torch import Tensor, fx, nn
+from timm.layers import DropBlock2d, DropPath
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ghostify.ghost import GhostModule
 from ghostify.trace import called
+from ghostify.wiring import NORMS, Wiring, hooked, only_user
 
-NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d)
 BLIND_MODULES = (
     nn.Identity, nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Sigmoid, nn.Tanh,
     nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.Mish, nn.Softplus, nn.Dropout, nn.Dropout2d, nn.MaxPool2d, nn.AvgPool2d,
@@ -36,44 +35,19 @@ class Absorption:
     consumer: str
 
 
-class Wiring:
-    """A graph's nodes by name, and how many nodes call each module."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        self.module = module
-        self.nodes = {n.name: n for n in module.graph.nodes}
-        self.uses = Counter(id(called(module, n)) for n in module.graph.nodes if n.op == "call_module")
-
-    def used_once(self, node: fx.Node) -> bool:
-        """Whether the node is the only one that calls its module."""
-        return self.uses[id(called(self.module, node))] == 1
-
-
-def norm_after(wiring: Wiring, nodes: list[str]) -> str | None:
-    """The BatchNorm with running statistics that alone reads a convolution's output, so that it can absorb a shift."""
-    if len(nodes) != 1:
-        return None
-    node = _only_user(wiring.nodes[nodes[0]])
-    if node is None or node.op != "call_module":
-        return None
-    norm: Any = called(wiring.module, node)
-    fits = isinstance(norm, NORMS) and norm.running_mean is not None and wiring.used_once(node) and not _hooked(norm)
-    return str(node.target) if fits else None
-
-
 def absorption(wiring: Wiring, nodes: list[str]) -> Absorption | None:
     """Follow a convolution's output to one dense convolution through what treats every channel alike, or give up."""
     if len(nodes) != 1:
         return None
     norms: list[str] = []
     node = wiring.nodes[nodes[0]]
-    while (user := _only_user(node)) is not None and user.args and user.args[0] is node:
+    while (user := only_user(node)) is not None and user.args and user.args[0] is node:
         if user.op == "call_module":
             inner: Any = called(wiring.module, user)
             if type(inner) is nn.Conv2d:
-                dense = inner.groups == 1 and wiring.used_once(user) and not _hooked(inner)
+                dense = inner.groups == 1 and wiring.used_once(user) and not hooked(inner)
                 return Absorption(tuple(norms), str(user.target)) if dense else None
-            if isinstance(inner, NORMS) and wiring.used_once(user) and not _hooked(inner):
+            if isinstance(inner, NORMS) and wiring.used_once(user) and not hooked(inner):
                 if not _blind_inside(inner):
                     return None
                 norms.append(str(user.target))
@@ -107,11 +81,3 @@ def absorb(module: nn.Module, ghost: GhostModule, target: Absorption) -> None:
 
 def _blind_inside(norm: nn.Module) -> bool:
     return all(isinstance(child, BLIND_MODULES) for child in norm.children())
-
-
-def _hooked(inner: nn.Module) -> bool:
-    return bool(inner._forward_hooks or inner._forward_pre_hooks)
-
-
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None

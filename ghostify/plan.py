@@ -7,22 +7,25 @@ from dataclasses import dataclass
 from ghostify import cost
 from ghostify.errors import GhostifyError
 from ghostify.ghost import Layout, feasible_width, intrinsic_maps
-from ghostify.order import Absorption, Wiring, absorption, norm_after
+from ghostify.order import Absorption, absorption
 from ghostify.policy import Policy, Rule
 from ghostify.trace import Convolution, Program
+from ghostify.wiring import Wiring, norm_after, partner_in_sum
 
 
 @dataclass(frozen=True)
 class Rewrite:
     """A convolution that becomes a ghost module.
 
-    `norm` names the BatchNorm behind it whose statistics take up constant shifts; `absorb` says who takes up the
+    `norm` names the BatchNorm behind it whose statistics take up constant shifts; `partner` the node that its
+    output is added to; `absorb` says who takes up the
     order of its channels, None where a gather remains. MACs are for one output position.
     """
 
     conv: Convolution
     layout: Layout
     norm: str | None
+    partner: str | None
     absorb: Absorption | None
     macs_before: int
     macs_after: int
@@ -96,7 +99,8 @@ def _rewrite(wiring: Wiring, conv: Convolution, rule: Rule) -> Rewrite | Skip:
     if after >= before:
         return Skip(conv, f"nothing is saved: {before} MACs a position before, {after} after")
     nodes = [call.node for call in conv.calls]
-    return Rewrite(conv, layout, norm_after(wiring, nodes), absorption(wiring, nodes), before, after)
+    norm = norm_after(wiring, nodes)
+    return Rewrite(conv, layout, norm, partner_in_sum(wiring, nodes, norm), absorption(wiring, nodes), before, after)
 
 
 def _layout(outputs: int, intrinsic: int, rule: Rule) -> Layout:

@@ -49,6 +49,10 @@ class Walk:
         self.chunks, self.changed = chunks, changed
         self.images = sum(c.size for c in chunks)
 
+    def node(self, name: str | None) -> fx.Node | None:
+        """The original's node of that name."""
+        return next((n for n in self.original.graph.nodes if n.name == name), None)
+
     def steps(self) -> Iterator[fx.Node]:
         """Yield each node after the original has run it and before the converted model does."""
         twins = {n.name: n for n in self.converted.graph.nodes}

@@ -1,0 +1,78 @@
+"""How a traced graph is wired around a convolution: who calls what, which norm follows, what its output is added to."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from typing import Any
+
+import torch
+from timm.layers import BatchNormAct2d, DropBlock2d, DropPath
+from torch import fx, nn
+from torch.nn import functional as F
+from torchvision.ops import StochasticDepth, stochastic_depth
+
+from ghostify.trace import called
+
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d)
+SILENT_MODULES = (nn.Identity, nn.Dropout, nn.Dropout2d, DropPath, DropBlock2d, StochasticDepth)
+SILENT_FUNCTIONS = (F.dropout, F.dropout2d, stochastic_depth)
+SUMS = (operator.add, operator.iadd, torch.add)
+
+
+class Wiring:
+    """A graph's nodes by name, and how many nodes call each module."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self.module = module
+        self.nodes = {n.name: n for n in module.graph.nodes}
+        self.uses = Counter(id(called(module, n)) for n in module.graph.nodes if n.op == "call_module")
+
+    def used_once(self, node: fx.Node) -> bool:
+        """Whether the node is the only one that calls its module."""
+        return self.uses[id(called(self.module, node))] == 1
+
+
+def norm_after(wiring: Wiring, nodes: list[str]) -> str | None:
+    """The BatchNorm with running statistics that alone reads a convolution's output, so that it can absorb a shift."""
+    if len(nodes) != 1:
+        return None
+    node = only_user(wiring.nodes[nodes[0]])
+    if node is None or node.op != "call_module":
+        return None
+    norm: Any = called(wiring.module, node)
+    fits = isinstance(norm, NORMS) and norm.running_mean is not None and wiring.used_once(node) and not hooked(norm)
+    return str(node.target) if fits else None
+
+
+def partner_in_sum(wiring: Wiring, nodes: list[str], norm: str | None) -> str | None:
+    """The node that is added to a convolution's output, behind its norm, if any, and what is silent in evaluation."""
+    if len(nodes) != 1:
+        return None
+    node, awaited = wiring.nodes[nodes[0]], norm
+    while (user := only_user(node)) is not None:
+        if user.op == "call_module":
+            inner: Any = called(wiring.module, user)
+            if user.target == awaited and all(isinstance(c, nn.Identity) for c in inner.children()):
+                awaited = None
+            elif not isinstance(inner, SILENT_MODULES):
+                return None
+        elif (user.op == "call_function" and user.target in SUMS) or (
+            user.op == "call_method" and user.target in ("add", "add_")
+        ):
+            others = [a for a in user.args if isinstance(a, fx.Node) and a is not node]
+            return others[0].name if awaited is None and len(others) == 1 and not user.kwargs else None
+        elif not (user.op == "call_function" and user.target in SILENT_FUNCTIONS):
+            return None
+        node = user
+    return None
+
+
+def hooked(inner: nn.Module) -> bool:
+    """Whether calling the module does more than its forward."""
+    return bool(inner._forward_hooks or inner._forward_pre_hooks)
+
+
+def only_user(node: fx.Node) -> fx.Node | None:
+    """The one node that reads this one, or None."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
