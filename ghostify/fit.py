@@ -17,6 +17,7 @@ from ghostify.lstsq import GhostWeights, MapStatistics, Solution, Statistics
 from ghostify.moments import MapMoments, Moments
 from ghostify.plan import Plan, Rewrite
 from ghostify.rewrite import put_ghost
+from ghostify.sensitivity import output_sensitivity
 from ghostify.trace import Program, as_module
 from ghostify.walk import Chunk, Walk, chunks_of
 
@@ -60,6 +61,7 @@ def fit(
     norms = {e.norm for e in plan.rewrites if e.norm is not None}
     changed = {n.name for n in program.module.graph.nodes if n.op == "call_module" and n.target in norms}
     walk = Walk(program.module, chunks, changed | set(entries))
+    felt = output_sensitivity(program, chunks, seed=seed)
     layers: dict[str, _Layer] = {}
     with torch.no_grad():
         for node in walk.steps():
@@ -69,7 +71,7 @@ def fit(
             name = entry.conv.name
             if progress:
                 progress(len(weights), len(plan.rewrites), name)
-            layer = layers.setdefault(name, _Layer(walk, entry, seed))
+            layer = layers.setdefault(name, _Layer(walk, entry, felt.get(name), seed))
             weights[name] = layer.fit(node)
             put_ghost(walk.converted, entry, weights[name])
             if node.name == entry.conv.calls[-1].node:
@@ -117,12 +119,14 @@ class _Layer:
     keeps the original filters as its basis, so that the moments of all its calls speak of the same maps.
     """
 
-    def __init__(self, walk: Walk, entry: Rewrite, seed: int) -> None:
+    def __init__(self, walk: Walk, entry: Rewrite, felt: Tensor | None, seed: int) -> None:
         self.walk, self.entry, self.seed = walk, entry, seed
         self.conv = as_module(walk.original, entry.conv.name)
         self.norm = _norm(walk.original, entry)
         self.shared = len(entry.conv.calls) > 1
         self.weights = channel_weights(self.norm, self.conv.out_channels)
+        if felt is not None and felt.isfinite().all() and felt.any():
+            self.weights = felt.clamp_min(1e-3 * felt.mean())
         self.partner = walk.node(entry.partner)
         self.gain = _inverse_scale(self.norm, self.conv.out_channels)
         self.free_mean = self.conv.bias is not None or self.norm is not None

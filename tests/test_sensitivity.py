@@ -1,0 +1,80 @@
+import pytest
+import torch
+from torch import nn
+
+from ghostify import trace
+from ghostify.sensitivity import output_sensitivity
+from ghostify.walk import chunks_of
+from tests import nets
+
+
+def sensitivity(model, batches, **options):
+    program = trace(model)
+    return output_sensitivity(program, chunks_of(program.module, batches), **options)
+
+
+def test_it_predicts_the_output_error_of_small_noise():
+    model, x = nets.settle(nets.Straight()), nets.images(64, 12)
+    found = sensitivity(model, [x], probes=64)["a.0"]
+    wanted = model(x).double()
+    spread = wanted.var(0, correction=0).sum()
+    for channel in (0, 5, 9):
+
+        def disturb(_module, _inputs, output, channel=channel):
+            noise = torch.zeros_like(output)
+            noise[:, channel] = 0.01 * torch.randn_like(output[:, channel])
+            return output + noise
+
+        handle = model.a[0].register_forward_hook(disturb)
+        errors = [(model(x) - wanted).square().sum() / len(x) / spread for _ in range(40)]
+        handle.remove()
+        assert torch.stack(errors).mean().item() == pytest.approx(found[channel].item() * 1e-4, rel=0.35)
+
+
+def test_a_channel_that_nobody_reads_is_not_felt():
+    model = nets.settle(nets.Straight())
+    model.b[0].weight.data[:, 3] = 0
+    found = sensitivity(model, nets.images(8))["a.0"]
+    assert found[3] == 0
+    assert (found > 0).sum() > 8
+
+
+def test_images_are_limited_and_parameters_stay_frozen():
+    model, x = nets.settle(nets.Residual()), nets.images(16)
+    few = sensitivity(model, x.split(4), images=6)
+    same = sensitivity(model, [x[:4], x[4:6]], images=99)
+    assert all(torch.equal(few[k], same[k]) for k in few)
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("make", nets.ALL, ids=lambda c: c.__name__)
+def test_every_convolution_of_the_graph_is_felt(make):
+    model = nets.settle(make())
+    found = sensitivity(model, nets.images(4))
+    reached = {c.name for c in trace(model).convolutions if c.obstacle is None}
+    assert reached == set(found)
+
+
+def test_outputs_without_gradient_give_nothing():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return self.conv(x).argmax(1)
+
+    assert sensitivity(Counts().eval(), nets.images(2)) == {}
+
+
+def test_what_overwrites_its_own_activations_gives_nothing():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x):
+            x = self.a(x)
+            return x.mul_(torch.sigmoid(x)).add_(self.b(x))
+
+    assert sensitivity(InPlace().eval(), nets.images(2)) == {}
