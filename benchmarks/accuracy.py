@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from torch import Tensor, fx, nn
 
 from ghostify import Policy, Rule, fit, plan, rewrite, trace
 from ghostify.assign import in_given_order
+from ghostify.budget import plan_within
 from ghostify.checkpoint import versions
 from ghostify.cost import count_macs
 from ghostify.demo import Images
@@ -31,6 +33,19 @@ from ghostify.lstsq import GhostWeights
 from ghostify.plan import Plan
 from ghostify.trace import Program
 
+QUICK: list[tuple[str, Rule, float | None]] = [
+    ("ratio 2, depthwise d=3", Rule(ratio=2), None),
+    ("ratio 2, pointwise", Rule(ratio=2, cheap="pointwise"), None),
+    ("auto, half the MACs", Rule(cheap="auto"), 0.5),
+    ("auto, a quarter of the MACs", Rule(cheap="auto"), 0.25),
+]
+FORMS = [
+    *QUICK,
+    ("ratio 2, depthwise d=1", Rule(ratio=2, dw_size=1), None),
+    ("ratio 2, depthwise d=5", Rule(ratio=2, dw_size=5), None),
+    ("ratio 4, depthwise d=3", Rule(ratio=4), None),
+    ("ratio 4, pointwise", Rule(ratio=4, cheap="pointwise"), None),
+]
 RESULTS = Path(__file__).parent / "results" / "accuracy.json"
 
 
@@ -68,25 +83,21 @@ def rows(model: nn.Module, data: Images, quick: bool) -> Iterator[dict[str, Any]
             "images": used,
         }
 
-    forms: list[tuple[str, Rule]] = [("s=2 depthwise d=3", Rule(ratio=2))]
-    if not quick:
-        forms += [
-            ("s=2 depthwise d=1", Rule(ratio=2, dw_size=1)),
-            ("s=2 depthwise d=5", Rule(ratio=2, dw_size=5)),
-            ("s=4 depthwise d=3", Rule(ratio=4)),
-        ]
-    forms += [("s=2 pointwise", Rule(ratio=2, cheap="pointwise")), ("s=4 pointwise", Rule(ratio=4, cheap="pointwise"))]
-    for name, rule in forms:
-        decided = plan(program, Policy((rule,)))
-        if name == forms[0][0]:
-            yield row(f"{name}, random ghosts", random_ghosts(program, decided))
-        free = fit(program, decided)
-        yield row(f"{name}, data-free", rewrite(program, decided, free.weights), free.seconds)
-        for seed in (0,) if quick else (0, 1, 2):
-            fits = fit(program, decided, calibration(data, 512, seed).split(64), seed=seed)
-            yield row(
-                f"{name}, 512 images, seed {seed}", rewrite(program, decided, fits.weights), fits.seconds, fits.images
-            )
+    seeds = (0,) if quick else (0, 1, 2)
+    for name, rule, budget in FORMS if not quick else QUICK:
+        policy = Policy((rule,))
+        if budget is None:
+            decided = plan(program, policy)
+            if rule == Rule(ratio=2):
+                yield row(f"{name}, random ghosts", random_ghosts(program, decided))
+            free = fit(program, decided)
+            yield row(f"{name}, no images", rewrite(program, decided, free.weights), free.seconds)
+        for seed in seeds:
+            started, batches = time.perf_counter(), calibration(data, 512, seed).split(64)
+            if budget is not None:
+                decided = plan_within(program, policy, {"macs": budget}, batches, seed)
+            module = rewrite(program, decided, fit(program, decided, batches, seed=seed).weights)
+            yield row(f"{name}, 512 images, seed {seed}", module, time.perf_counter() - started, 512)
 
 
 def calibration(data: Images, count: int, seed: int) -> Tensor:

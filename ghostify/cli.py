@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ghostify import checkpoint, cost, evaluate, sources
+from ghostify.budget import plan_within
 from ghostify.convert import ghostify
 from ghostify.demo import run as run_demo
 from ghostify.errors import GhostifyError
@@ -37,6 +38,9 @@ PolicyFile = Annotated[
 ]
 Arguments = Annotated[list[str] | None, typer.Option("--arg", help="constructor argument, key=value")]
 Size = Annotated[str | None, typer.Option("--input-size", help="C,H,W, where the model does not say")]
+Budget = Annotated[
+    list[str] | None, typer.Option(help="macs=0.5 or params=0.5, in place of the ratio; best with --cheap auto")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON, for machines")]
 
 
@@ -49,6 +53,7 @@ def plan(
     target: Targets = None,
     ignore: Ignore = None,
     policy: PolicyFile = None,
+    budget: Budget = None,
     arg: Arguments = None,
     input_size: Size = None,
     as_json: AsJson = False,
@@ -61,7 +66,8 @@ def plan(
     built = source.build()
     size = sources.preprocessing(built, _size(input_size)).size
     program = trace(built, sources.example(size))
-    decided = make_plan(program, _policy(policy, ratio, dw_size, cheap, target, ignore))
+    wished, limits = _policy(policy, ratio, dw_size, cheap, target, ignore), _budget(budget)
+    decided = make_plan(program, wished) if limits is None else plan_within(program, wished, limits)
     _print(summarise(decided), f"{model} at {'x'.join(map(str, size))}", as_json)
 
 
@@ -78,6 +84,7 @@ def convert(
     target: Targets = None,
     ignore: Ignore = None,
     policy: PolicyFile = None,
+    budget: Budget = None,
     calibration: Annotated[
         Path | None, typer.Option(help="folder of images, or .npy, .npz, .safetensors; absent: data-free")
     ] = None,
@@ -101,6 +108,7 @@ def convert(
         made = ghostify(
             built,
             policy=wished,
+            budget=_budget(budget),
             example_inputs=sources.example(prepared.size),
             calibration=None if data is None else data.batches,
             seed=seed,
@@ -199,6 +207,10 @@ def _policy(
         return Policy.from_toml(file)
     width: str | int = int(cheap) if cheap.isdigit() else cheap
     return Policy((Rule(tuple(target or ("*",)), tuple(ignore or ()), ratio, dw_size, width),), keep_first=not target)
+
+
+def _budget(pairs: list[str] | None) -> dict[str, float] | None:
+    return sources.parse_arguments(pairs) if pairs else None
 
 
 def _size(text: str | None) -> tuple[int, int, int] | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
+from ghostify.budget import plan_within
 from ghostify.errors import GhostifyError
 from ghostify.fit import Progress, fit
 from ghostify.plan import plan
@@ -25,17 +26,20 @@ def ghostify(
     targets: Pattern | Iterable[Pattern] | None = None,
     ignore: Pattern | Iterable[Pattern] | None = None,
     policy: Policy | None = None,
+    budget: Mapping[str, float] | None = None,
     example_inputs: Any = None,
     calibration: Iterable[Any] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> fx.GraphModule:
-    """A copy of `model` whose dense convolutions are ghost modules with about 1 / `ratio` of the multiply-accumulates.
+    """A copy of `model` whose dense convolutions are ghost modules, at about 1 / `ratio` of the multiply-accumulates.
 
     `ratio`, `dw_size`, `cheap`, `targets` and `ignore` make up one `Rule` (see there); `policy` replaces them. Without
-    targets, every dense convolution but the first is rewritten. `calibration` yields batches, in whatever form the
-    model's forward takes; each layer is then fitted to the original's outputs on them, otherwise the fit is
-    data-free. `example_inputs` adds shapes and MACs to the report. Raises `GhostifyError`.
+    targets, every dense convolution but the first is rewritten. A `budget` such as {"macs": 0.5} - a share of the
+    original's, or a number; also "params" - replaces the ratio by one for each layer, and needs `example_inputs`.
+    `calibration` yields batches, in whatever form the model's forward takes; each layer is then fitted to the
+    original's outputs on them, otherwise the fit is data-free. `example_inputs` adds shapes and MACs to the report.
+    Raises `GhostifyError`.
     """
     if policy is None:
         chosen = ("*",) if targets is None else as_patterns(targets, "targets")
@@ -43,7 +47,12 @@ def ghostify(
         policy = Policy((Rule(chosen, ignored, ratio, dw_size, cheap),), keep_first=targets is None)
     elif targets is not None or ignore is not None:
         raise GhostifyError("targets and ignore belong into the rules of the policy: pass either, not both")
+    if calibration is not None:
+        calibration = [calibration] if isinstance(calibration, Tensor | Mapping) else list(calibration)
     program = trace(model, example_inputs)
-    decided = plan(program, policy)
+    if budget is None:
+        decided = plan(program, policy)
+    else:
+        decided = plan_within(program, policy, budget, calibration, seed)
     fits = fit(program, decided, calibration, seed=seed, progress=progress)
     return attach(rewrite(program, decided, fits.weights), summarise(decided, fits))

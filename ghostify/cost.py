@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ghostify.ghost import Layout
+from ghostify.modes import evaluating
 from ghostify.trace import Call, Convolution, as_arguments
 
 
@@ -45,11 +45,6 @@ def count_macs(model: nn.Module, example_inputs: Any) -> int:
     Convolutions, linear layers, matrix products and attention count; element-wise work does not.
     """
     args, kwargs = as_arguments(example_inputs)
-    modes = [(m, m.training) for m in model.modules()]
-    try:
-        with torch.no_grad(), torch.random.fork_rng(), FlopCounterMode(display=False) as counter:
-            model.eval()(*args, **kwargs)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with evaluating(model), FlopCounterMode(display=False) as counter:
+        model(*args, **kwargs)
     return counter.get_total_flops() // 2

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ghostify.errors import GhostifyError
+from ghostify.ghost import is_channels_last
 
 PACKAGES = ("torch", "torchvision", "timm", "ghostify")
 BUILTINS = ("getattr", "len", "min", "max", "sum", "abs", "int", "float", "bool", "round", "tuple", "list", "slice")
@@ -115,8 +116,7 @@ def _describe_node(node: fx.Node) -> dict[str, Any]:
 
 
 def _tensor_facts(tensor: Tensor) -> dict[str, Any]:
-    last = tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
-    return {"requires_grad": tensor.requires_grad, "channels_last": last}
+    return {"requires_grad": tensor.requires_grad, "channels_last": is_channels_last(tensor)}
 
 
 def _aliases(module: nn.Module) -> dict[str, str]:

@@ -162,7 +162,7 @@ class _Layer:
             bias = everything.mean_y - filters.T @ everything.mean_u
         if _map_by_map(self.entry):
             self._look_map_by_map(node, filters, bias, d)
-            return self._both(lambda m: _map_statistics(m, filters.T, bias, self.free_mean))
+            return self._both(lambda m: lstsq.map_statistics(m, filters.T, bias, self.free_mean))
         constant = bias is not None and d > 1
         basis, start = self._basis(everything, filters, FEATURES // d**2 - constant)
         if d == 1:
@@ -171,7 +171,7 @@ class _Layer:
             self._look_all_together(node, basis, d, constant)
         if constant and bias is not None:
             start = torch.cat((start, bias[:, None]), 1)
-        return self._both(lambda m: _statistics(m, d * d, basis, start, constant, self.free_mean))
+        return self._both(lambda m: lstsq.statistics(m, d * d, basis, start, constant, self.free_mean))
 
     def _both(self, make: Callable[[Any], Any]) -> tuple[Any, Any]:
         return make(self.second[0] + self.second[1]), make(self.second[1]) if self.second[1].count else None
@@ -302,36 +302,3 @@ def _projected(moments: Moments, basis: Tensor) -> Moments:
     """Moments of the basis maps from those of the patches."""
     u, uu, uy = basis @ moments.u, basis @ moments.uu @ basis.T, basis @ moments.uy
     return Moments(moments.count, u, moments.y, uu, uy, moments.yy)
-
-
-def _statistics(
-    moments: Moments, places: int, basis: Tensor, start: Tensor, constant: bool, free_mean: bool
-) -> Statistics:
-    gram, cross, var = moments.centred() if free_mean else moments.raw()
-    size, free = len(gram) // places, float(free_mean)
-    return Statistics(
-        gram=gram.reshape(places, size, places, size),
-        cross=cross.reshape(places, size, -1),
-        var=var,
-        mean_v=free * moments.mean_u.reshape(places, size),
-        mean_y=free * moments.mean_y,
-        basis=basis,
-        start=start,
-        rows=float(moments.count),
-        constant=constant,
-    )
-
-
-def _map_statistics(moments: MapMoments, basis: Tensor, bias: Tensor | None, free_mean: bool) -> MapStatistics:
-    n = moments.count.clamp_min(1)
-    v, y = float(free_mean) * moments.v / n, float(free_mean) * moments.y / n
-    return MapStatistics(
-        auto=moments.auto / n - torch.einsum("di,ei->ide", v, v),
-        cross=moments.cross / n - torch.einsum("di,j->dij", v, y),
-        var=(moments.yy / n - y.square()).clamp_min(0),
-        mean_v=v,
-        mean_y=y,
-        basis=basis,
-        rows=float(moments.count),
-        bias=bias,
-    )

@@ -112,7 +112,7 @@ class GhostModule(nn.Module):
 def join(intrinsic: Tensor, ghosts: Tensor, order: Tensor | None) -> Tensor:
     """Concatenate, in the given order if any, in the memory format of the intrinsic maps; one node when traced."""
     maps = torch.cat((intrinsic, ghosts), 1)
-    if not _is_channels_last(intrinsic):
+    if not is_channels_last(intrinsic):
         return maps if order is None else maps.index_select(1, order)
     if order is not None:
         maps = maps.permute(0, 2, 3, 1).index_select(3, order).permute(0, 3, 1, 2)
@@ -150,12 +150,18 @@ def _cheap_conv(conv: nn.Conv2d, block: Block, dw_size: int) -> nn.Conv2d:
 
 
 def _like(parameter: Tensor, shape: tuple[int, ...]) -> nn.Parameter:
-    layout = torch.channels_last if _is_channels_last(parameter) else torch.contiguous_format
-    data = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
-    if data.dim() == 4:
-        data = data.contiguous(memory_format=layout)
-    return nn.Parameter(data, requires_grad=parameter.requires_grad)
+    last = len(shape) == 4 and is_channels_last(parameter)
+    data = torch.empty(
+        shape,
+        dtype=parameter.dtype,
+        device=parameter.device,
+        memory_format=torch.channels_last if last else torch.contiguous_format,
+    )
+    return nn.Parameter(data.zero_(), requires_grad=parameter.requires_grad)
 
 
-def _is_channels_last(tensor: Tensor) -> bool:
-    return tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether a tensor is laid out N x H x W x C. Of 1 x 1 filters, which are both, only the strides tell."""
+    if tensor.dim() != 4 or not tensor.is_contiguous(memory_format=torch.channels_last):
+        return False
+    return not tensor.is_contiguous() or (tensor.shape[1] > 1 and tensor.stride(3) == tensor.shape[1])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ghostify.assign import Groups, choose_groups
 from ghostify.ghost import Layout
-from ghostify.moments import Moments
+from ghostify.moments import MapMoments, Moments
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 DAMPING = 1e-7
@@ -69,6 +69,41 @@ class MapStatistics:
     @property
     def constant(self) -> bool:
         return self.bias is not None
+
+
+def statistics(
+    moments: Moments, places: int, basis: Tensor, start: Tensor, constant: bool, free_mean: bool
+) -> Statistics:
+    """Statistics from the moments of a basis at `places` places (features ordered place by place) and the outputs."""
+    gram, cross, var = moments.centred() if free_mean else moments.raw()
+    size, free = len(gram) // places, float(free_mean)
+    return Statistics(
+        gram=gram.reshape(places, size, places, size),
+        cross=cross.reshape(places, size, -1),
+        var=var,
+        mean_v=free * moments.mean_u.reshape(places, size),
+        mean_y=free * moments.mean_y,
+        basis=basis,
+        start=start,
+        rows=float(moments.count),
+        constant=constant,
+    )
+
+
+def map_statistics(moments: MapMoments, basis: Tensor, bias: Tensor | None, free_mean: bool) -> MapStatistics:
+    """Statistics from moments taken map by map."""
+    n = moments.count.clamp_min(1)
+    v, y = float(free_mean) * moments.v / n, float(free_mean) * moments.y / n
+    return MapStatistics(
+        auto=moments.auto / n - torch.einsum("di,ei->ide", v, v),
+        cross=moments.cross / n - torch.einsum("di,j->dij", v, y),
+        var=(moments.yy / n - y.square()).clamp_min(0),
+        mean_v=v,
+        mean_y=y,
+        basis=basis,
+        rows=float(moments.count),
+        bias=bias,
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ghostify import cost
@@ -40,6 +41,14 @@ class Skip:
 
 
 @dataclass(frozen=True)
+class Target:
+    """A convolution that may be rewritten, and the rule that speaks of it."""
+
+    conv: Convolution
+    rule: Rule
+
+
+@dataclass(frozen=True)
 class Plan:
     """Every convolution of the program once, in order of first use. `macs_*` are whole-model totals where known."""
 
@@ -61,17 +70,34 @@ def plan(program: Program, policy: Policy | None = None) -> Plan:
 
     Raises `GhostifyError` for a pattern that matches no convolution.
     """
-    policy = policy or Policy()
+    return plan_layouts(program, [_with_ratio(t) for t in targets(program, policy or Policy())])
+
+
+def targets(program: Program, policy: Policy) -> list[Target | Skip]:
+    """For every convolution the rule that may rewrite it, or why none may."""
     _refuse_idle_patterns(program, policy)
+    return [_target(program, policy, conv, i == 0) for i, conv in enumerate(program.convolutions)]
+
+
+def plan_layouts(program: Program, decided: Iterable[tuple[Convolution, Layout] | Skip]) -> Plan:
+    """The plan that gives each convolution its layout; those that save nothing are skipped."""
     wiring = Wiring(program.module)
-    entries = tuple(_entry(program, wiring, policy, conv, i == 0) for i, conv in enumerate(program.convolutions))
+    entries = tuple(d if isinstance(d, Skip) else _rewrite(wiring, *d) for d in decided)
     saved = [_saved(e) for e in entries if isinstance(e, Rewrite)]
     total = program.macs
     after = None if total is None or None in saved else total - sum(s for s in saved if s is not None)
     return Plan(entries, total, after)
 
 
-def _entry(program: Program, wiring: Wiring, policy: Policy, conv: Convolution, first: bool) -> Rewrite | Skip:
+def layout_of(outputs: int, intrinsic: int, cheap: str | int, dw_size: int) -> Layout:
+    """The layout of `intrinsic` of `outputs` maps with ghosts of the form `cheap`."""
+    if cheap == "pointwise":
+        return Layout(outputs, intrinsic, intrinsic, 1)
+    width = 1 if cheap == "depthwise" else min(int(cheap), intrinsic)
+    return Layout(outputs, intrinsic, feasible_width(outputs, intrinsic, width), dw_size)
+
+
+def _target(program: Program, policy: Policy, conv: Convolution, first: bool) -> Target | Skip:
     if conv.obstacle:
         return Skip(conv, conv.obstacle)
     module = program.conv(conv.name)
@@ -85,29 +111,30 @@ def _entry(program: Program, wiring: Wiring, policy: Policy, conv: Convolution, 
     if conv.groups > 1:
         kind = "depthwise" if conv.groups == conv.inputs else f"grouped ({conv.groups})"
         return Skip(conv, f"{kind}: only dense convolutions are rewritten")
-    return _rewrite(wiring, conv, rule)
+    return Target(conv, rule)
 
 
-def _rewrite(wiring: Wiring, conv: Convolution, rule: Rule) -> Rewrite | Skip:
+def _with_ratio(target: Target | Skip) -> tuple[Convolution, Layout] | Skip:
+    if isinstance(target, Skip):
+        return target
+    conv, rule = target.conv, target.rule
+    if rule.cheap == "auto":
+        raise GhostifyError("cheap 'auto' chooses by a budget: pass budget={'macs': 0.5}, or name the form")
     intrinsic = intrinsic_maps(conv.outputs, rule.ratio)
     if rule.ratio == 1:
         return Skip(conv, "ratio 1 keeps every map")
     if not 1 <= intrinsic < conv.outputs:
         return Skip(conv, f"ratio {rule.ratio:g} leaves no ghosts of {conv.outputs} maps")
-    layout = _layout(conv.outputs, intrinsic, rule)
+    return conv, layout_of(conv.outputs, intrinsic, rule.cheap, rule.dw_size)
+
+
+def _rewrite(wiring: Wiring, conv: Convolution, layout: Layout) -> Rewrite | Skip:
     before, after = cost.dense_macs(conv), cost.ghost_macs(conv, layout)
     if after >= before:
         return Skip(conv, f"nothing is saved: {before} MACs a position before, {after} after")
     nodes = [call.node for call in conv.calls]
     norm = norm_after(wiring, nodes)
     return Rewrite(conv, layout, norm, partner_in_sum(wiring, nodes, norm), absorption(wiring, nodes), before, after)
-
-
-def _layout(outputs: int, intrinsic: int, rule: Rule) -> Layout:
-    if rule.cheap == "pointwise":
-        return Layout(outputs, intrinsic, intrinsic, 1)
-    width = 1 if rule.cheap == "depthwise" else min(int(rule.cheap), intrinsic)
-    return Layout(outputs, intrinsic, feasible_width(outputs, intrinsic, width), rule.dw_size)
 
 
 def _saved(entry: Rewrite) -> int | None:

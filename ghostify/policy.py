@@ -20,7 +20,7 @@ else:
     import tomli as tomllib
 
 Pattern = str | Callable[[str, nn.Module], bool]
-CHEAP_FORMS = ("depthwise", "pointwise")
+CHEAP_FORMS = ("depthwise", "pointwise", "auto")
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,9 @@ class Rule:
 
     `targets` and `ignore` hold exact names, globs, `re:` patterns, class names or callables `(name, module) -> bool`.
     `ratio` is n / m, outputs per intrinsic map; 1 leaves the convolution as it is. `dw_size` is the cheap operation's
-    kernel size. `cheap` is "depthwise" (every ghost sees one intrinsic map), "pointwise" (all of them, kernel size 1)
-    or a number in between. Raises `GhostifyError` for values that mean nothing.
+    kernel size. `cheap` is "depthwise" (every ghost sees one intrinsic map), "pointwise" (all of them, kernel size 1),
+    a number in between, or "auto": whichever loses less, given a budget. Raises `GhostifyError` for values that mean
+    nothing.
     """
 
     targets: tuple[Pattern, ...] = ("*",)
@@ -58,8 +59,8 @@ class Rule:
         wide = isinstance(self.cheap, int) and not isinstance(self.cheap, bool) and self.cheap >= 1
         if not wide and self.cheap not in CHEAP_FORMS:
             raise GhostifyError(
-                f"cheap {self.cheap!r} is unknown: use 'depthwise', 'pointwise' or the number of intrinsic maps "
-                f"that each ghost sees"
+                f"cheap {self.cheap!r} is unknown: use 'depthwise', 'pointwise', 'auto' or the number of intrinsic "
+                f"maps that each ghost sees"
             )
 
     def matches(self, name: str, module: nn.Module, kind: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from ghostify.trace import Program
-from ghostify.walk import Chunk
+from ghostify.walk import Chunk, Watched
 
 IMAGES = 256
 PROBES = 4
@@ -34,9 +35,11 @@ def output_sensitivity(
     sums: dict[str, Tensor] = {}
     first = 0
     for inputs in batches:
-        tapped = _Tapped(module, set(names))
+        taps: dict[str, Tensor] = {}
         with torch.enable_grad():
-            outputs = _tensors(tapped.run(*inputs, enable_io_processing=False))
+            outputs = _tensors(
+                Watched(module, set(names), partial(_tap, taps)).run(*inputs, enable_io_processing=False)
+            )
         if not any(o.requires_grad for o in outputs):
             return {}
         for probe in range(probes):
@@ -44,16 +47,22 @@ def output_sensitivity(
             total = torch.stack([(d * o).sum() / s for d, o, s in zip(drawn, outputs, spreads, strict=True)]).sum()
             try:
                 gradients = torch.autograd.grad(
-                    total, list(tapped.taps.values()), retain_graph=probe < probes - 1, allow_unused=True
+                    total, list(taps.values()), retain_graph=probe < probes - 1, allow_unused=True
                 )
             except RuntimeError:
                 return {}
-            for node, gradient in zip(tapped.taps, gradients, strict=True):
+            for node, gradient in zip(taps, gradients, strict=True):
                 if gradient is not None:
                     each = gradient.double().square().sum((0, 2, 3)).cpu()
                     sums[names[node]] = sums.get(names[node], torch.zeros_like(each)) + each
         first += _count(inputs)
     return {name: total / (probes * first) for name, total in sums.items()}
+
+
+def _tap(taps: dict[str, Tensor], node: str, output: Tensor) -> Tensor:
+    """The output plus a zero by which gradients can be taken."""
+    taps[node] = torch.zeros_like(output, requires_grad=True)
+    return output + taps[node]
 
 
 def _first(chunks: Iterable[Chunk], images: int) -> Iterator[list[Any]]:
@@ -101,20 +110,3 @@ def _draw(output: Tensor, seed: int) -> Tensor:
         torch.randn(output.shape[1:], generator=torch.Generator().manual_seed(seed + k)) for k in range(len(output))
     ]
     return torch.stack(each).to(output)
-
-
-class _Tapped(fx.Interpreter):
-    """Runs a graph with a zero added to the output of each node named, by which gradients can be taken."""
-
-    def __init__(self, module: fx.GraphModule, nodes: set[str]) -> None:
-        super().__init__(module)
-        self.nodes = nodes
-        self.taps: dict[str, Tensor] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if n.name not in self.nodes or not isinstance(result, Tensor):
-            return result
-        tap = torch.zeros_like(result, requires_grad=True)
-        self.taps[n.name] = tap
-        return result + tap

@@ -14,9 +14,11 @@ import torch
 from timm.layers import get_notrace_functions, get_notrace_modules
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ghostify.errors import GhostifyError
+from ghostify.modes import evaluating
 
 Shape = tuple[int, ...]
 CONV2D_FUNCTIONS = (F.conv2d, torch.conv2d)
@@ -102,7 +104,7 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Program:
     """
     args, kwargs = as_arguments(example_inputs)
     try:
-        root = copy.deepcopy(model)
+        root = copy.deepcopy(model, _detached(model))
     except Exception as error:
         raise GhostifyError(f"{type(model).__name__} cannot be copied: {error}") from error
     _refuse_uninitialised(root)
@@ -150,6 +152,12 @@ def as_module(module: fx.GraphModule, name: str) -> nn.Conv2d:
         return _functional_conv(module, next(n for n in module.graph.nodes if _functional_weight(module, n) == name))
     assert isinstance(found, nn.Conv2d)
     return found
+
+
+def _detached(model: nn.Module) -> dict[int, Any]:
+    """Copies of the tensors that modules keep from a forward with gradients, which deepcopy refuses."""
+    held = [v for m in model.modules() for v in tree_leaves(list(vars(m).values())) if isinstance(v, Tensor)]
+    return {id(v): v.detach().clone() for v in held if not v.is_leaf}
 
 
 class _Tracer(fx.Tracer):
@@ -270,16 +278,14 @@ class _Recorder(fx.Interpreter):
 
 
 def _run(module: fx.GraphModule, args: Any, kwargs: Any) -> tuple[dict[str, tuple[Shape, Shape]], int]:
-    recorder, modes = _Recorder(module), [(m, m.training) for m in module.modules()]
+    recorder = _Recorder(module)
     try:
-        with torch.no_grad(), torch.random.fork_rng(), FlopCounterMode(display=False) as counter:
-            module.eval()
+        with evaluating(module), FlopCounterMode(display=False) as counter:
             recorder.run(*bind_inputs(module, args, kwargs), enable_io_processing=False)
+    except GhostifyError:
+        raise
     except Exception as error:
         raise GhostifyError(f"the model does not run on example_inputs: {type(error).__name__}: {error}") from error
-    finally:
-        for m, mode in modes:
-            m.training = mode
     return recorder.shapes, counter.get_total_flops() // 2
 
 

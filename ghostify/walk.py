@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,6 +77,18 @@ class Walk:
 
     def _diverges(self, node: fx.Node, chunk: Chunk) -> bool:
         return node.name in self.changed or any(source in chunk.converted for source in node.all_input_nodes)
+
+
+class Watched(fx.Interpreter):
+    """Runs a traced module; what the named nodes make goes through `look`, and on as `look` returns it."""
+
+    def __init__(self, module: fx.GraphModule, nodes: set[str], look: Callable[[str, Tensor], Tensor]) -> None:
+        super().__init__(module)
+        self.nodes, self.look = nodes, look
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        return self.look(n.name, result) if n.name in self.nodes and isinstance(result, Tensor) else result
 
 
 def chunks_of(module: fx.GraphModule, calibration: Iterable[Any]) -> list[Chunk]:

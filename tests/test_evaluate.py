@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from ghostify.evaluate import evaluating, outputs, paired_milliseconds, relative_error, top1
+from ghostify.evaluate import paired_milliseconds, relative_error, top1
 
 
 def test_measures_by_hand():
@@ -10,17 +10,6 @@ def test_measures_by_hand():
     assert top1(answers, torch.tensor([0, 1, 1, 1])) == 75
     assert relative_error(answers, answers) == 0
     assert relative_error(answers.mean(0).expand(4, 2), answers) == pytest.approx(1)
-
-
-def test_modes_come_back_even_after_an_error():
-    model = nn.Sequential(nn.Dropout(), nn.Linear(2, 2)).train()
-    model[1].eval()
-    with pytest.raises(RuntimeError):
-        outputs(model, [torch.zeros(1, 3)])
-    assert [m.training for m in model.modules()] == [True, True, False]
-    with evaluating(model):
-        assert not model[0].training
-        assert not torch.is_grad_enabled()
 
 
 def test_a_model_that_does_more_takes_longer():

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from ghostify.ghost import GhostModule, Layout, feasible_width, ghost_of, intrinsic_maps
+from ghostify.ghost import GhostModule, Layout, feasible_width, ghost_of, intrinsic_maps, is_channels_last
 
 
 @pytest.mark.parametrize(
@@ -53,3 +53,13 @@ def test_ghost_of_carries_attributes_over():
     assert not ghost.training
     assert conv.out_channels == 8
     assert conv.weight.shape[0] == 8
+
+
+def test_the_layout_of_1_x_1_filters_is_told_by_their_strides():
+    conv = nn.Conv2d(4, 8, 1)
+    plain = ghost_of(conv, Layout(8, 4, 4, 1))
+    last = ghost_of(conv.to(memory_format=torch.channels_last), Layout(8, 4, 4, 1))
+    assert conv.weight.is_contiguous()
+    assert not is_channels_last(plain.primary_conv.weight)
+    assert is_channels_last(last.primary_conv.weight)
+    assert last.primary_conv.weight.stride() == conv.weight[:4].stride()

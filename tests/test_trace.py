@@ -147,3 +147,19 @@ def test_a_layer_without_convolutions_that_branches_on_its_mode_stays_whole():
     assert torch.equal(program.module(nets.images(1)), program.module(nets.images(1)))
     program.module.train()
     assert not torch.equal(program.module(nets.images(1)), program.module(nets.images(1)))
+
+
+def test_a_model_that_kept_a_tensor_of_its_last_forward_is_copied():
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.kept = nn.Conv2d(3, 4, 3), {}
+
+        def forward(self, x):
+            self.kept["bias"] = self.conv.bias * 2
+            return self.conv(x)
+
+    model = Keeps()
+    model(nets.images(1))
+    assert len(trace(model).convolutions) == 1
+    assert model.kept["bias"].requires_grad

@@ -1,0 +1,252 @@
+"""From a budget to per-layer layouts: candidates with their cost and the error they would cause, solved exactly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import Bounds, LinearConstraint, milp
+from torch import Tensor
+
+from ghostify import cost, lstsq, sight
+from ghostify.datafree import white_statistics
+from ghostify.errors import GhostifyError
+from ghostify.ghost import Layout, intrinsic_maps
+from ghostify.lstsq import MapStatistics
+from ghostify.moments import MapMoments, Moments
+from ghostify.plan import Plan, Skip, Target, plan_layouts, targets
+from ghostify.policy import Policy
+from ghostify.sensitivity import output_sensitivity
+from ghostify.trace import Convolution, Program
+from ghostify.walk import Watched, chunks_of
+from ghostify.wiring import Wiring, norm_after
+
+BUDGETS = ("macs", "params")
+RATIOS = (1.25, 1.5, 2, 2.5, 3, 4, 6, 8)
+STEPS = 32
+POSITIONS = 20_000
+MAP_POSITIONS = 8_000
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to treat a convolution: its layout (None: as it is), its costs, and the output error it would add."""
+
+    layout: Layout | None
+    costs: tuple[float, ...]
+    loss: float
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """A convolution's outputs in the original: covariance (n x n), pair statistics if wanted, and channel weights."""
+
+    covariance: Tensor
+    maps: MapStatistics | None
+    weights: Tensor
+
+
+def plan_within(
+    program: Program,
+    policy: Policy,
+    budget: Mapping[str, float],
+    calibration: Iterable[Any] | None = None,
+    seed: int = 0,
+) -> Plan:
+    """The plan under `policy` that keeps within `budget` with the least expected error of the model's outputs.
+
+    `budget` limits "macs" or "params", or both: as a share of the original's if at most 1, else as a number. It takes
+    the place of the rules' ratios. `program` needs shapes. Raises `GhostifyError` for a budget out of reach, saying
+    what is within reach.
+    """
+    limits = _limits(program, budget)
+    if any(isinstance(rule.cheap, int) for rule in policy.rules):
+        raise GhostifyError("a budget chooses how wide the ghosts see: use cheap 'auto', 'depthwise' or 'pointwise'")
+    found = targets(program, policy)
+    wished = [t for t in found if isinstance(t, Target)]
+    profiles = _data_free(program, wished) if calibration is None else _profiled(program, wished, calibration, seed)
+    choices = [_candidates(t, profiles[t.conv.name], tuple(budget)) for t in wished]
+    fixed = _fixed(program, wished, tuple(budget))
+    chosen = solve(choices, [limit - own for limit, own in zip(limits, fixed, strict=True)])
+    if chosen is None:
+        reach = [sum(min(c.costs[k] for c in options) for options in choices) for k in range(len(limits))]
+        _out_of_reach(program, budget, limits, [r + f for r, f in zip(reach, fixed, strict=True)])
+    assert chosen is not None
+    layouts = {t.conv.name: options[pick].layout for t, options, pick in zip(wished, choices, chosen, strict=True)}
+    return plan_layouts(program, [_decided(t, layouts) for t in found])
+
+
+def solve(choices: list[list[Candidate]], limits: list[float]) -> list[int] | None:
+    """One candidate of each list, with the least sum of losses among those whose costs keep within `limits`, or None.
+
+    A mixed-integer program, to a relative gap of 1e-4.
+    """
+    if not choices:
+        return [] if all(limit >= 0 for limit in limits) else None
+    flat = [c for options in choices for c in options]
+    owner = np.repeat(np.arange(len(choices)), [len(options) for options in choices])
+    one_each = LinearConstraint((owner == np.arange(len(choices))[:, None]).astype(float), 1, 1)
+    spent = np.array([c.costs for c in flat], dtype=float).T
+    scale = spent.max(axis=1, initial=1)
+    within = LinearConstraint(spent / scale[:, None], -np.inf, np.array(limits) / scale)
+    losses = np.array([c.loss for c in flat])
+    result = milp(
+        losses / max(losses.max(), 1e-300),
+        integrality=np.ones(len(flat)),
+        bounds=Bounds(0, 1),
+        constraints=[one_each, within],
+        options={"mip_rel_gap": 1e-4, "time_limit": 60},
+    )
+    if result.x is None:
+        return None
+    starts = np.cumsum([0, *(len(options) for options in choices)])
+    return [int(result.x[a:b].argmax()) for a, b in pairwise(starts)]
+
+
+def _limits(program: Program, budget: Mapping[str, float]) -> list[float]:
+    if not budget:
+        raise GhostifyError("the budget is empty: use {'macs': 0.5} to halve the multiply-accumulates")
+    if program.macs is None:
+        raise GhostifyError("a budget needs to know the model's shapes: pass example_inputs")
+    totals = {"macs": program.macs, "params": cost.parameters(program.module)}
+    limits = []
+    for key, value in budget.items():
+        if key not in totals:
+            raise GhostifyError(f"budget {key!r} is unknown: known are {', '.join(BUDGETS)}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise GhostifyError(f"budget {key}={value!r} is not a positive number")
+        limits.append(value * totals[key] if value <= 1 else float(value))
+    return limits
+
+
+def _spent(conv: Convolution, weights: int, keys: tuple[str, ...]) -> tuple[float, ...]:
+    """Costs of a layer that has `weights` weights, each used once a position."""
+    known = {"macs": weights * (cost.positions(conv.calls) or 0), "params": weights + conv.outputs * conv.bias}
+    return tuple(float(known[key]) for key in keys)
+
+
+def _fixed(program: Program, wished: list[Target], keys: tuple[str, ...]) -> list[float]:
+    """What the rest of the model costs."""
+    assert program.macs is not None
+    totals = {"macs": program.macs, "params": cost.parameters(program.module)}
+    own = [_spent(t.conv, cost.dense_macs(t.conv), keys) for t in wished]
+    return [totals[key] - sum(o[k] for o in own) for k, key in enumerate(keys)]
+
+
+def _out_of_reach(program: Program, budget: Mapping[str, float], limits: list[float], reach: list[float]) -> None:
+    totals = {"macs": program.macs or 0, "params": cost.parameters(program.module)}
+    for (key, value), limit, least in zip(budget.items(), limits, reach, strict=True):
+        if least > limit:
+            share = math.ceil(1000 * least / totals[key]) / 1000
+            raise GhostifyError(f"budget {key}={value:g} is out of reach: these rules reach {share:g} at the least")
+    raise GhostifyError("the budgets are out of reach together: relax one of them")
+
+
+def _decided(target: Target | Skip, layouts: dict[str, Layout | None]) -> tuple[Convolution, Layout] | Skip:
+    if isinstance(target, Skip):
+        return target
+    layout = layouts[target.conv.name]
+    return Skip(target.conv, "the budget is kept without it") if layout is None else (target.conv, layout)
+
+
+def _candidates(target: Target, profile: Profile, keys: tuple[str, ...]) -> list[Candidate]:
+    """As it is, and every layout of the rule's form that saves multiply-accumulates and is worth its cost."""
+    conv, dense = target.conv, cost.dense_macs(target.conv)
+    options = [Candidate(None, _spent(conv, dense, keys), 0.0)]
+    for layout, loss in _losses(target, profile):
+        weights = cost.ghost_macs(conv, layout)
+        if weights < dense:
+            options.append(Candidate(layout, _spent(conv, weights, keys), loss))
+    return [c for c in options if not any(_dominates(o, c) for o in options)]
+
+
+def _dominates(a: Candidate, b: Candidate) -> bool:
+    better = a.loss <= b.loss and all(x <= y for x, y in zip(a.costs, b.costs, strict=True))
+    return better and (a.loss, a.costs) != (b.loss, b.costs)
+
+
+def _losses(target: Target, profile: Profile) -> Iterator[tuple[Layout, float]]:
+    n, cheap = target.conv.outputs, target.rule.cheap
+    if cheap in ("auto", "pointwise"):
+        scale = profile.weights.sqrt()
+        values = torch.linalg.eigvalsh(profile.covariance * torch.outer(scale, scale)).clamp_min(0)
+        tails = torch.cat((torch.zeros(1, dtype=values.dtype), values.cumsum(0)))
+        for m in sorted({max(1, round(n * k / STEPS)) for k in range(1, STEPS)} - {n}):
+            yield Layout(n, m, m, 1), float(tails[n - m])
+    if profile.maps is not None:
+        for m in sorted({intrinsic_maps(n, ratio) for ratio in RATIOS} - {n}):
+            layout = Layout(n, m, 1, target.rule.dw_size)
+            solution = lstsq.solve(profile.maps, layout, profile.weights)
+            yield layout, float((lstsq.errors(profile.maps, solution) * profile.weights).sum())
+
+
+def _wants_maps(target: Target) -> bool:
+    return target.rule.cheap != "pointwise"
+
+
+def _data_free(program: Program, wished: list[Target]) -> dict[str, Profile]:
+    """Profiles under white inputs; every layer's whole output counts alike."""
+    profiles, wiring = {}, Wiring(program.module)
+    for target in wished:
+        conv = program.conv(target.conv.name)
+        behind = norm_after(wiring, [call.node for call in target.conv.calls])
+        norm: Any = None if behind is None else program.module.get_submodule(behind)
+        known: dict[str, Any] = {
+            "stride": (conv.stride[0], conv.stride[1]),
+            "dilation": (conv.dilation[0], conv.dilation[1]),
+            "mean": None if norm is None else norm.running_mean.cpu(),
+            "variance": None if norm is None else norm.running_var.cpu(),
+        }
+        weight = conv.weight.detach().float().cpu()
+        one = white_statistics(weight, 1, **known)
+        assert not isinstance(one, MapStatistics)
+        maps: Any = (
+            white_statistics(weight, target.rule.dw_size, map_by_map=True, **known) if _wants_maps(target) else None
+        )
+        weights = 1 / one.var.clamp_min(1e-12 * one.var.max() + 1e-30) / len(one.var)
+        profiles[target.conv.name] = Profile(one.gram[0, :, 0], maps, weights)
+    return profiles
+
+
+def _profiled(program: Program, wished: list[Target], calibration: Iterable[Any], seed: int) -> dict[str, Profile]:
+    """Profiles from one forward of the original over the calibration images, and what its outputs feel."""
+    chunks = chunks_of(program.module, calibration)
+    images = sum(c.size for c in chunks)
+    felt = output_sensitivity(program, chunks, seed=seed)
+    by_node = {call.node: t for t in wished for call in t.conv.calls}
+    whole = {t.conv.name: Moments.zero(t.conv.outputs, 0) for t in wished}
+    maps = {t.conv.name: MapMoments.zero(t.conv.outputs, t.rule.dw_size**2) for t in wished if _wants_maps(t)}
+    first = 0
+
+    def look(node: str, output: Tensor) -> Tensor:
+        target = by_node[node]
+        name, seen = target.conv.name, output.float().cpu()
+        places = sight.choose_places(seen.shape, max(1, -(-POSITIONS // images)), seed + first)
+        rows = sight.values(seen, places)
+        whole[name].add(rows, rows[:, :0])
+        if name in maps:
+            d = target.rule.dw_size
+            places = sight.choose_places(seen.shape, max(1, -(-MAP_POSITIONS // images)), seed + first)
+            maps[name].add(sight.neighbourhoods(seen, places, d), sight.values(seen, places))
+        return output
+
+    module = Watched(program.module, set(by_node), look)
+    with torch.no_grad():
+        for chunk in chunks:
+            module.run(*chunk.inputs, enable_io_processing=False)
+            first += chunk.size
+    profiles = {}
+    for target in wished:
+        name = target.conv.name
+        covariance = whole[name].centred()[0]
+        alike = 1 / covariance.diagonal().clamp_min(1e-30).sum()
+        weights = felt.get(name, torch.full((target.conv.outputs,), float(alike), dtype=torch.float64))
+        eye = torch.eye(target.conv.outputs, dtype=torch.float64)
+        pairs = lstsq.map_statistics(maps[name], eye, None, True) if name in maps else None
+        profiles[name] = Profile(covariance, pairs, weights.clamp_min(1e-12 * weights.max() + 1e-30))
+    return profiles

@@ -1,0 +1,107 @@
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ghostify import GhostifyError, Policy, Rule, cost, ghostify, report, trace
+from ghostify.budget import Candidate, plan_within, solve
+from ghostify.evaluate import outputs, relative_error
+from tests import nets
+
+
+@given(st.integers(1, 4), st.integers(0, 999), st.floats(0.1, 1))
+@settings(max_examples=60, deadline=None)
+def test_the_choice_is_the_best_of_all(layers, seed, share):
+    generator = torch.Generator().manual_seed(seed)
+
+    def number():
+        return float(torch.rand((), generator=generator))
+
+    choices = [[Candidate(None, (number(), number()), number()) for _ in range(4)] for _ in range(layers)]
+    limits = [share * sum(max(c.costs[k] for c in options) for options in choices) for k in range(2)]
+    possible = [
+        (sum(c.loss for c in picks), picks)
+        for picks in itertools.product(*choices)
+        if all(sum(c.costs[k] for c in picks) <= limit for k, limit in enumerate(limits))
+    ]
+    found = solve(choices, limits)
+    if not possible:
+        assert found is None
+        return
+    picks = [options[i] for options, i in zip(choices, found, strict=True)]
+    assert all(sum(c.costs[k] for c in picks) <= limit * (1 + 1e-6) + 1e-9 for k, limit in enumerate(limits))
+    assert sum(c.loss for c in picks) <= min(loss for loss, _ in possible) + 1e-3
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("cheap", ["auto", "pointwise", "depthwise"])
+@pytest.mark.parametrize("make", [nets.Straight, nets.Residual, nets.Branches, nets.Shared])
+def test_budgets_are_kept_and_used(make, cheap, calibrated):
+    model, x = nets.settle(make(16)), nets.images(16)
+    before = cost.count_macs(model, x[:1])
+    for share in (0.7, 0.8):
+        converted = ghostify(
+            model, cheap=cheap, budget={"macs": share}, example_inputs=x[:1], calibration=x if calibrated else None
+        )
+        after = cost.count_macs(converted, x[:1])
+        assert after == report(converted).macs_after
+        assert (share - 0.2) * before < after <= share * before
+
+
+def test_parameters_too():
+    model, x = nets.settle(nets.Straight()), nets.images(4)
+    budget = {"params": 0.7, "macs": 0.9}
+    converted = ghostify(model, cheap="auto", budget=budget, example_inputs=x, calibration=x)
+    assert cost.parameters(converted) <= 0.7 * cost.parameters(model)
+    assert cost.count_macs(converted, x) <= 0.9 * cost.count_macs(model, x)
+
+
+def test_the_planned_ratios_beat_one_for_all():
+    torch.manual_seed(0)
+    model, x, test = nets.settle(nets.Straight(16)), nets.images(64, 16), nets.images(32, 16, seed=4)
+    model.a[0].weight.data[8:] = torch.einsum("ij,jchw->ichw", torch.randn(24, 8), model.a[0].weight.data[:8])
+    uniform = ghostify(model, 2, cheap="pointwise", example_inputs=x[:1], calibration=x)
+    share = report(uniform).macs_after / report(uniform).macs_before
+    planned = ghostify(model, cheap="auto", budget={"macs": share}, example_inputs=x[:1], calibration=x)
+    lines = {line.name: line for line in report(planned).lines}
+    assert lines["a.0"].intrinsic == 8
+    wanted = outputs(model, [test])
+    assert relative_error(outputs(planned, [test]), wanted) < relative_error(outputs(uniform, [test]), wanted)
+
+
+@pytest.mark.parametrize(
+    ("budget", "wish", "message"),
+    [
+        ({"macs": 0.01}, {}, r"budget macs=0.01 is out of reach: these rules reach 0\.\d+ at the least"),
+        ({"flops": 0.5}, {}, "budget 'flops' is unknown: known are macs, params"),
+        ({"macs": -1}, {}, "budget macs=-1 is not a positive number"),
+        ({"macs": "half"}, {}, "budget macs='half' is not a positive number"),
+        ({"macs": 0.5}, {"cheap": 2}, "a budget chooses how wide the ghosts see"),
+    ],
+)
+def test_budgets_that_cannot_be(budget, wish, message):
+    with pytest.raises(GhostifyError, match=message):
+        ghostify(
+            nets.settle(nets.Straight()), budget=budget, example_inputs=nets.images(1), **{"cheap": "auto", **wish}
+        )
+
+
+def test_what_a_budget_needs():
+    model = nets.settle(nets.Straight())
+    with pytest.raises(GhostifyError, match="pass example_inputs"):
+        ghostify(model, budget={"macs": 0.5})
+    with pytest.raises(GhostifyError, match="cheap 'auto' chooses by a budget"):
+        ghostify(model, cheap="auto")
+    with pytest.raises(GhostifyError, match="the budget is empty"):
+        plan_within(trace(model, nets.images(1)), Policy(), {})
+
+
+def test_what_is_reachable_can_be_reached():
+    program = trace(nets.settle(nets.Straight()), nets.images(1))
+    policy = Policy((Rule(cheap="auto"),))
+    with pytest.raises(GhostifyError) as error:
+        plan_within(program, policy, {"macs": 0.01})
+    share = float(str(error.value).split("reach ")[-1].split()[0])
+    assert plan_within(program, policy, {"macs": share}).macs_after <= share * program.macs
