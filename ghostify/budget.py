@@ -18,6 +18,7 @@ from ghostify.datafree import white_statistics
 from ghostify.errors import GhostifyError
 from ghostify.ghost import Layout, intrinsic_maps
 from ghostify.lstsq import MapStatistics
+from ghostify.modes import evaluating
 from ghostify.moments import MapMoments, Moments
 from ghostify.plan import Plan, Skip, Target, plan_layouts, targets
 from ghostify.policy import Policy
@@ -236,7 +237,7 @@ def _profiled(program: Program, wished: list[Target], calibration: Iterable[Any]
         return output
 
     module = Watched(program.module, set(by_node), look)
-    with torch.no_grad():
+    with evaluating(program.module):
         for chunk in chunks:
             module.run(*chunk.inputs, enable_io_processing=False)
             first += chunk.size

@@ -105,3 +105,14 @@ def test_what_is_reachable_can_be_reached():
         plan_within(program, policy, {"macs": 0.01})
     share = float(str(error.value).split("reach ")[-1].split()[0])
     assert plan_within(program, policy, {"macs": share}).macs_after <= share * program.macs
+
+
+def test_planning_a_model_in_training_mode_leaves_its_statistics_alone():
+    model, x = nets.settle(nets.Straight()), nets.images(16)
+    policy = Policy((Rule(cheap="auto"),))
+    program = trace(model.train(), x[:1])
+    before = {k: v.clone() for k, v in program.module.state_dict().items()}
+    planned = plan_within(program, policy, {"macs": 0.7}, x)
+    assert all(torch.equal(v, before[k]) for k, v in program.module.state_dict().items())
+    assert program.module.training
+    assert planned == plan_within(trace(model.eval(), x[:1]), policy, {"macs": 0.7}, x)
