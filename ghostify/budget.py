@@ -14,7 +14,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor
 
 from ghostify import cost, lstsq, sight
-from ghostify.datafree import white_statistics
+from ghostify.datafree import statistics_of
 from ghostify.errors import GhostifyError
 from ghostify.ghost import Layout, intrinsic_maps
 from ghostify.lstsq import MapStatistics
@@ -27,7 +27,6 @@ from ghostify.trace import Convolution, Program
 from ghostify.walk import Watched, chunks_of
 from ghostify.wiring import Wiring, norm_after
 
-BUDGETS = ("macs", "params")
 RATIOS = (1.25, 1.5, 2, 2.5, 3, 4, 6, 8)
 STEPS = 32
 POSITIONS = 20_000
@@ -112,17 +111,22 @@ def solve(choices: list[list[Candidate]], limits: list[float]) -> list[int] | No
 def _limits(program: Program, budget: Mapping[str, float]) -> list[float]:
     if not budget:
         raise GhostifyError("the budget is empty: use {'macs': 0.5} to halve the multiply-accumulates")
-    if program.macs is None:
-        raise GhostifyError("a budget needs to know the model's shapes: pass example_inputs")
-    totals = {"macs": program.macs, "params": cost.parameters(program.module)}
+    totals = _totals(program)
     limits = []
     for key, value in budget.items():
         if key not in totals:
-            raise GhostifyError(f"budget {key!r} is unknown: known are {', '.join(BUDGETS)}")
+            raise GhostifyError(f"budget {key!r} is unknown: known are {', '.join(totals)}")
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise GhostifyError(f"budget {key}={value!r} is not a positive number")
         limits.append(value * totals[key] if value <= 1 else float(value))
     return limits
+
+
+def _totals(program: Program) -> dict[str, int]:
+    """What the whole model costs, by the budgets' names."""
+    if program.macs is None:
+        raise GhostifyError("a budget needs to know the model's shapes: pass example_inputs")
+    return {"macs": program.macs, "params": cost.parameters(program.module)}
 
 
 def _spent(conv: Convolution, weights: int, keys: tuple[str, ...]) -> tuple[float, ...]:
@@ -133,14 +137,13 @@ def _spent(conv: Convolution, weights: int, keys: tuple[str, ...]) -> tuple[floa
 
 def _fixed(program: Program, wished: list[Target], keys: tuple[str, ...]) -> list[float]:
     """What the rest of the model costs."""
-    assert program.macs is not None
-    totals = {"macs": program.macs, "params": cost.parameters(program.module)}
+    totals = _totals(program)
     own = [_spent(t.conv, cost.dense_macs(t.conv), keys) for t in wished]
     return [totals[key] - sum(o[k] for o in own) for k, key in enumerate(keys)]
 
 
 def _out_of_reach(program: Program, budget: Mapping[str, float], limits: list[float], reach: list[float]) -> None:
-    totals = {"macs": program.macs or 0, "params": cost.parameters(program.module)}
+    totals = _totals(program)
     for (key, value), limit, least in zip(budget.items(), limits, reach, strict=True):
         if least > limit:
             share = math.ceil(1000 * least / totals[key]) / 1000
@@ -197,18 +200,9 @@ def _data_free(program: Program, wished: list[Target]) -> dict[str, Profile]:
         conv = program.conv(target.conv.name)
         behind = norm_after(wiring, [call.node for call in target.conv.calls])
         norm: Any = None if behind is None else program.module.get_submodule(behind)
-        known: dict[str, Any] = {
-            "stride": (conv.stride[0], conv.stride[1]),
-            "dilation": (conv.dilation[0], conv.dilation[1]),
-            "mean": None if norm is None else norm.running_mean.cpu(),
-            "variance": None if norm is None else norm.running_var.cpu(),
-        }
-        weight = conv.weight.detach().float().cpu()
-        one = white_statistics(weight, 1, **known)
+        one = statistics_of(conv, norm, 1)
         assert not isinstance(one, MapStatistics)
-        maps: Any = (
-            white_statistics(weight, target.rule.dw_size, map_by_map=True, **known) if _wants_maps(target) else None
-        )
+        maps: Any = statistics_of(conv, norm, target.rule.dw_size, map_by_map=True) if _wants_maps(target) else None
         weights = 1 / one.var.clamp_min(1e-12 * one.var.max() + 1e-30) / len(one.var)
         profiles[target.conv.name] = Profile(one.gram[0, :, 0], maps, weights)
     return profiles

@@ -5,10 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ghostify.lstsq import MapStatistics, Statistics
+
+
+def statistics_of(conv: nn.Conv2d, norm: Any, dw_size: int, *, map_by_map: bool = False) -> Statistics | MapStatistics:
+    """Statistics of a convolution under white inputs, with the running statistics of the BatchNorm behind, if any."""
+    return white_statistics(
+        conv.weight.detach().float().cpu(),
+        dw_size,
+        stride=(conv.stride[0], conv.stride[1]),
+        dilation=(conv.dilation[0], conv.dilation[1]),
+        mean=None if norm is None else norm.running_mean.cpu(),
+        variance=None if norm is None else norm.running_var.cpu(),
+        map_by_map=map_by_map,
+    )
 
 
 def white_statistics(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ghostify import lstsq, sight
-from ghostify.datafree import white_statistics
+from ghostify.datafree import statistics_of
 from ghostify.errors import GhostifyError
 from ghostify.lstsq import GhostWeights, MapStatistics, Solution, Statistics
 from ghostify.moments import MapMoments, Moments
@@ -71,8 +71,9 @@ def fit(
             name = entry.conv.name
             if progress:
                 progress(len(weights), len(plan.rewrites), name)
-            layer = layers.setdefault(name, _Layer(walk, entry, felt.get(name), seed))
-            weights[name] = layer.fit(node)
+            if name not in layers:
+                layers[name] = _Layer(walk, entry, felt.get(name), seed)
+            weights[name] = layers[name].fit(node)
             put_ghost(walk.converted, entry, weights[name])
             if node.name == entry.conv.calls[-1].node:
                 del layers[name]
@@ -84,15 +85,7 @@ def fit(
 def data_free(program: Program, entry: Rewrite) -> GhostWeights:
     """Ghost weights from the convolution's filters and the statistics of the BatchNorm behind it, without images."""
     conv, norm = program.conv(entry.conv.name), _norm(program.module, entry)
-    stats = white_statistics(
-        conv.weight.detach().float().cpu(),
-        entry.layout.dw_size,
-        stride=(conv.stride[0], conv.stride[1]),
-        dilation=(conv.dilation[0], conv.dilation[1]),
-        mean=None if norm is None else norm.running_mean.cpu(),
-        variance=None if norm is None else norm.running_var.cpu(),
-        map_by_map=_map_by_map(entry),
-    )
+    stats = statistics_of(conv, norm, entry.layout.dw_size, map_by_map=_map_by_map(entry))
     solution = lstsq.solve(stats, entry.layout, channel_weights(norm, conv.out_channels))
     emitted = _emit(conv, entry, stats, solution)
     if conv.bias is None:

@@ -19,8 +19,8 @@ class Rewrite:
     """A convolution that becomes a ghost module.
 
     `norm` names the BatchNorm behind it whose statistics take up constant shifts; `partner` the node that its
-    output is added to; `absorb` says who takes up the
-    order of its channels, None where a gather remains. MACs are for one output position.
+    output is added to; `absorb` says who takes up the order of its channels, None where a gather remains. MACs are for
+    one output position.
     """
 
     conv: Convolution
