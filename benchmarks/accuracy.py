@@ -91,7 +91,7 @@ def rows(model: nn.Module, data: Images, quick: bool) -> Iterator[dict[str, Any]
             if rule == Rule(ratio=2):
                 yield row(f"{name}, random ghosts", random_ghosts(program, decided))
             free = fit(program, decided)
-            yield row(f"{name}, no images", rewrite(program, decided, free.weights), free.seconds)
+            yield row(f"{name}, no images", rewrite(program, decided, free.weights), sum(free.seconds.values()))
         for seed in seeds:
             started, batches = time.perf_counter(), calibration(data, 512, seed).split(64)
             if budget is not None:

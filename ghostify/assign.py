@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass
 
 import torch
@@ -119,34 +120,43 @@ def _pairs(costs: Tensor) -> list[tuple[int, int]]:
         left.remove(b)
         pairs.append((a, b))
     a, b = torch.tensor(pairs).T.contiguous()
-    for _ in range(20 * len(costs)):
-        now = finite[a, b]
-        crossed = finite[a][:, a] + finite[b][:, b] - now[:, None] - now
-        swapped = finite[a][:, b] + finite[b][:, a] - now[:, None] - now
-        crossed.fill_diagonal_(0)
-        swapped.fill_diagonal_(0)
-        gains = torch.minimum(crossed, swapped)
-        best = int(gains.argmin())
-        i, j = divmod(best, len(a))
-        if gains[i, j] >= -1e-12 * big:
+    while _exchange(finite, a, b, 1e-12 * big):
+        pass
+    return [(min(x, y), max(x, y)) for x, y in zip(a.tolist(), b.tolist(), strict=True)]
+
+
+def _exchange(costs: Tensor, a: Tensor, b: Tensor, least: float) -> bool:
+    """One round of exchanges of partners between pairs (a_k, b_k), in place: the best ones that do not touch."""
+    now = costs[a, b]
+    crossed = costs[a][:, a] + costs[b][:, b] - now[:, None] - now
+    swapped = costs[a][:, b] + costs[b][:, a] - now[:, None] - now
+    gains = torch.minimum(crossed, swapped).triu(1)
+    gain, other = gains.min(1)
+    free = set(range(len(a)))
+    for i in gain.argsort().tolist():
+        j = int(other[i])
+        if gain[i] >= -least:
             break
+        if i not in free or j not in free:
+            continue
+        free -= {i, j}
         if crossed[i, j] <= swapped[i, j]:
             b[i], a[j] = a[j].clone(), b[i].clone()
         else:
             b[i], b[j] = b[j].clone(), b[i].clone()
-    return [(min(x, y), max(x, y)) for x, y in zip(a.tolist(), b.tolist(), strict=True)]
+    return len(free) < len(a)
 
 
 def _assign(costs: Tensor, capacities: tuple[int, ...]) -> tuple[list[int], list[list[int]]]:
     """Centres and their ghosts, as many for each as `capacities` says in some order."""
     centres = _facilities(costs, len(capacities))
     best: tuple[float, list[int], list[list[int]]] | None = None
-    for _ in range(20):
+    for _ in range(8):
         ghosts = _fill(costs, centres, capacities)
         groups = [torch.tensor([c, *own]) for c, own in zip(centres, ghosts, strict=True)]
-        inner = [costs[g][:, g].sum(1) for g in groups]
+        inner = [costs[g[:, None], g].sum(1) for g in groups]
         total = sum(float(costs[c, own].sum()) for c, own in zip(centres, ghosts, strict=True))
-        if best is not None and total >= best[0] * (1 - 1e-9):
+        if best is not None and total >= best[0] * (1 - 1e-3):
             break
         best = (total, centres, ghosts)
         centres = [int(g[i.argmin()]) for g, i in zip(groups, inner, strict=True)]
@@ -155,14 +165,22 @@ def _assign(costs: Tensor, capacities: tuple[int, ...]) -> tuple[list[int], list
 
 
 def _facilities(costs: Tensor, count: int) -> list[int]:
-    """Greedy facility location: each next centre lowers the sum of everyone's least cost the most."""
+    """Greedy facility location: each next centre lowers the sum of everyone's least cost the most.
+
+    What a channel gains only shrinks as centres are added, so its last known gain is a bound (lazy greedy).
+    """
     least = costs.max(0).values.clone()
+    bounds = [(-float((least - row).clamp_min(0).sum()), k) for k, row in enumerate(costs)]
+    heapq.heapify(bounds)
     chosen: list[int] = []
-    for _ in range(count):
-        gain = (least - costs).clamp_min(0).sum(1)
-        gain[chosen] = -1
-        chosen.append(int(gain.argmax()))
-        least = torch.minimum(least, costs[chosen[-1]])
+    while len(chosen) < count:
+        _, k = heapq.heappop(bounds)
+        gain = float((least - costs[k]).clamp_min(0).sum())
+        if bounds and -gain > bounds[0][0]:
+            heapq.heappush(bounds, (-gain, k))
+            continue
+        chosen.append(k)
+        least = torch.minimum(least, costs[k])
     return chosen
 
 

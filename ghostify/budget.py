@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
-from torch import Tensor
+from torch import Tensor, nn
 
 from ghostify import cost, lstsq, sight
 from ghostify.datafree import statistics_of
@@ -22,15 +23,16 @@ from ghostify.modes import evaluating
 from ghostify.moments import MapMoments, Moments
 from ghostify.plan import Plan, Skip, Target, plan_layouts, targets
 from ghostify.policy import Policy
-from ghostify.sensitivity import output_sensitivity
+from ghostify.sensitivity import Calibration, calibrate
 from ghostify.trace import Convolution, Program
-from ghostify.walk import Watched, chunks_of
+from ghostify.walk import Watched
 from ghostify.wiring import Wiring, norm_after
 
 RATIOS = (1.25, 1.5, 2, 2.5, 3, 4, 6, 8)
 STEPS = 32
 POSITIONS = 20_000
 MAP_POSITIONS = 8_000
+IDENTITY = nn.Conv2d(1, 1, 1, device="meta")
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def plan_within(
     program: Program,
     policy: Policy,
     budget: Mapping[str, float],
-    calibration: Iterable[Any] | None = None,
+    calibration: Iterable[Any] | Calibration | None = None,
     seed: int = 0,
 ) -> Plan:
     """The plan under `policy` that keeps within `budget` with the least expected error of the model's outputs.
@@ -69,7 +71,10 @@ def plan_within(
         raise GhostifyError("a budget chooses how wide the ghosts see: use cheap 'auto', 'depthwise' or 'pointwise'")
     found = targets(program, policy)
     wished = [t for t in found if isinstance(t, Target)]
-    profiles = _data_free(program, wished) if calibration is None else _profiled(program, wished, calibration, seed)
+    if calibration is None:
+        profiles = _data_free(program, wished)
+    else:
+        profiles = _profiled(program, wished, calibrate(program, calibration, seed), seed)
     choices = [_candidates(t, profiles[t.conv.name], tuple(budget)) for t in wished]
     fixed = _fixed(program, wished, tuple(budget))
     chosen = solve(choices, [limit - own for limit, own in zip(limits, fixed, strict=True)])
@@ -208,40 +213,36 @@ def _data_free(program: Program, wished: list[Target]) -> dict[str, Profile]:
     return profiles
 
 
-def _profiled(program: Program, wished: list[Target], calibration: Iterable[Any], seed: int) -> dict[str, Profile]:
+def _profiled(program: Program, wished: list[Target], calibration: Calibration, seed: int) -> dict[str, Profile]:
     """Profiles from one forward of the original over the calibration images, and what its outputs feel."""
-    chunks = chunks_of(program.module, calibration)
-    images = sum(c.size for c in chunks)
-    felt = output_sensitivity(program, chunks, seed=seed)
+    felt, images = calibration.felt, calibration.batches.images
     by_node = {call.node: t for t in wished for call in t.conv.calls}
     whole = {t.conv.name: Moments.zero(t.conv.outputs, 0) for t in wished}
     maps = {t.conv.name: MapMoments.zero(t.conv.outputs, t.rule.dw_size**2) for t in wished if _wants_maps(t)}
-    first = 0
 
-    def look(node: str, output: Tensor) -> Tensor:
+    def look(first: int, node: str, output: Tensor) -> Tensor:
         target = by_node[node]
         name, seen = target.conv.name, output.float().cpu()
-        places = sight.choose_places(seen.shape, max(1, -(-POSITIONS // images)), seed + first)
+        places = sight.choose_places(seen.shape, -(-POSITIONS // images), seed + first)
         rows = sight.values(seen, places)
         whole[name].add(rows, rows[:, :0])
         if name in maps:
-            d = target.rule.dw_size
-            places = sight.choose_places(seen.shape, max(1, -(-MAP_POSITIONS // images)), seed + first)
-            maps[name].add(sight.neighbourhoods(seen, places, d), sight.values(seen, places))
+            d, side = target.rule.dw_size, math.ceil((MAP_POSITIONS / images) ** 0.5)
+            view = sight.view(IDENTITY, seen, seen, side, d, seed + first)
+            maps[name].add(sight.neighbourhoods(view.seen, d), sight.rows(view.target))
         return output
 
-    module = Watched(program.module, set(by_node), look)
     with evaluating(program.module):
-        for chunk in chunks:
-            module.run(*chunk.inputs, enable_io_processing=False)
-            first += chunk.size
+        for batch in calibration.batches.own:
+            module = Watched(program.module, set(by_node), partial(look, batch.first))
+            module.run(*batch.inputs, enable_io_processing=False)
     profiles = {}
     for target in wished:
         name = target.conv.name
-        covariance = whole[name].centred()[0]
+        covariance = whole[name].of_all_processes().centred()[0]
         alike = 1 / covariance.diagonal().clamp_min(1e-30).sum()
         weights = felt.get(name, torch.full((target.conv.outputs,), float(alike), dtype=torch.float64))
         eye = torch.eye(target.conv.outputs, dtype=torch.float64)
-        pairs = lstsq.map_statistics(maps[name], eye, None, True) if name in maps else None
+        pairs = lstsq.map_statistics(maps[name].of_all_processes(), eye, None, True) if name in maps else None
         profiles[name] = Profile(covariance, pairs, weights.clamp_min(1e-12 * weights.max() + 1e-30))
     return profiles

@@ -116,7 +116,7 @@ def convert(
         )
     checkpoint.save(made, output, source={**source.to_dict(), "input_size": list(prepared.size)})
     found = report(made)
-    fitted = "data-free" if data is None else f"fitted to {found.images} images in {found.seconds:.0f} s"
+    fitted = "data-free" if data is None else f"fitted to {found.images} images in {found.effort}"
     _print(found, f"{model} -> {output}, {fitted}", as_json)
 
 

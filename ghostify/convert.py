@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from ghostify.budget import plan_within
 from ghostify.errors import GhostifyError
@@ -14,6 +14,7 @@ from ghostify.plan import plan
 from ghostify.policy import Pattern, Policy, Rule, as_patterns
 from ghostify.report import attach, summarise
 from ghostify.rewrite import rewrite
+from ghostify.sensitivity import calibrate
 from ghostify.trace import trace
 
 
@@ -47,12 +48,8 @@ def ghostify(
         policy = Policy((Rule(chosen, ignored, ratio, dw_size, cheap),), keep_first=targets is None)
     elif targets is not None or ignore is not None:
         raise GhostifyError("targets and ignore belong into the rules of the policy: pass either, not both")
-    if calibration is not None:
-        calibration = [calibration] if isinstance(calibration, Tensor | Mapping) else list(calibration)
     program = trace(model, example_inputs)
-    if budget is None:
-        decided = plan(program, policy)
-    else:
-        decided = plan_within(program, policy, budget, calibration, seed)
-    fits = fit(program, decided, calibration, seed=seed, progress=progress)
+    seen = None if calibration is None else calibrate(program, calibration, seed)
+    decided = plan(program, policy) if budget is None else plan_within(program, policy, budget, seen, seed)
+    fits = fit(program, decided, seen, seed=seed, progress=progress)
     return attach(rewrite(program, decided, fits.weights), summarise(decided, fits))

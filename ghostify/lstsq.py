@@ -8,6 +8,7 @@ maps of their values at the D places times K_j, plus a constant.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from scipy.linalg import qr
@@ -15,11 +16,13 @@ from torch import Tensor
 
 from ghostify.assign import Groups, choose_groups
 from ghostify.ghost import Layout
-from ghostify.moments import MapMoments, Moments
+from ghostify.moments import MapMoments, Moments, Pair
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 DAMPING = 1e-7
 CAUTION = 0.01
+UNJUDGED = 0.1
+JUDGED = 64
 JOINT_STEPS = 10
 JOINT_STOP = 5e-3
 
@@ -152,36 +155,51 @@ def _spd_solve(matrix: Tensor, right: Tensor, damping: Tensor) -> Tensor:
     damping = torch.as_tensor(damping, dtype=matrix.dtype)[..., None, None]
     for _ in range(8):
         factor, failed = torch.linalg.cholesky_ex(matrix + damping * eye)
+        if not failed.any() and matrix.dim() > 2 and right.shape[-1] > matrix.shape[-1]:
+            return torch.cholesky_inverse(factor) @ right  # the batched solver would go column by column
         if not failed.any():
             return torch.cholesky_solve(right, factor)
         damping = damping.clamp_min(torch.finfo(matrix.dtype).eps) * 100
     return torch.linalg.lstsq(matrix + damping * eye, right).solution
 
 
-def dense_prediction(
-    fit: Moments, held_out: Moments, prior: Tensor, weights: Tensor, *, free_mean: bool
-) -> tuple[Tensor, float]:
-    """The filters (c k^2 x n) that best predict the outputs from the layer's present inputs, and the ridge chosen.
+def dense_prediction(moments: Pair, prior: Tensor, weights: Tensor, *, free_mean: bool) -> Tensor:
+    """The filters (c k^2 x n) that best predict the outputs from the layer's present inputs.
 
     The ridge pulls towards the original filters `prior`; it is chosen on `held_out` (by `weights`, n), then all rows
-    are used. Without held-out rows it is 0.1. With `free_mean` a constant per output is free.
+    are used. Without held-out rows it is `UNJUDGED`. With `free_mean` a constant per output is free.
     """
 
     def parts(moments: Moments) -> tuple[Tensor, Tensor, Tensor]:
         return moments.centred() if free_mean else moments.raw()
 
-    everything = parts(fit + held_out)
-    if not held_out.count:
-        return solve_ridge(everything[0], everything[1], prior, 0.1), 0.1
-    uu, uy, _ = parts(fit)
-    test_uu, test_uy, _ = parts(held_out)
+    ridge = UNJUDGED
+    if moments.held_out.count:
+        ridge = best_ridge(parts(moments.fitted), parts(moments.held_out), prior, weights)
+    uu, uy, _ = parts(moments.both())
+    return solve_ridge(uu, uy, prior, ridge)
 
-    def loss(filters: Tensor) -> float:
+
+def best_ridge(fit: tuple[Tensor, ...], held_out: tuple[Tensor, ...], prior: Tensor, weights: Tensor) -> float:
+    """Of `RIDGES` the one that does best on `held_out`, judged by some outputs, going downhill from the middle."""
+    some = torch.arange(0, prior.shape[1], -(-prior.shape[1] // JUDGED))
+    dtype = torch.float32 if len(prior) > JUDGED else prior.dtype
+    uu, uy, prior = fit[0].to(dtype), fit[1][:, some].to(dtype), prior[:, some].to(dtype)
+    test_uu, test_uy, weights = held_out[0].to(dtype), held_out[1][:, some].to(dtype), weights[some].to(dtype)
+
+    @cache
+    def loss(k: int) -> float:
+        if not 0 <= k < len(RIDGES):
+            return float("inf")
+        filters = solve_ridge(uu, uy, prior, RIDGES[k])
         gain = 2 * (filters * test_uy).sum(0) - (filters * (test_uu @ filters)).sum(0)
         return -(weights * gain).sum().item()
 
-    best = min(RIDGES, key=lambda ridge: loss(solve_ridge(uu, uy, prior, ridge)))
-    return solve_ridge(everything[0], everything[1], prior, best), best
+    k = len(RIDGES) // 2
+    step = -1 if loss(k - 1) < loss(k) else 1
+    while loss(k + step) < loss(k):
+        k += step
+    return RIDGES[k]
 
 
 def solve(stats: Statistics | MapStatistics, layout: Layout, weights: Tensor) -> Solution:

@@ -8,20 +8,24 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ghostify.collective import summed
+
 ROWS = 8192
+BLOCK = 512
 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
     """Sums over rows of features u (a values) and targets y (b values); float64, whatever the rows were.
 
-    `uu` is a x a, `uy` is a x b, `yy` holds the b squares. Two sets of moments add up to the moments of all rows.
+    Of the products of u with itself (a x a) `upper` is good above the diagonal only; `uy` is a x b, `yy` holds the b
+    squares. Two sets of moments add up to the moments of all rows.
     """
 
     count: Tensor
     u: Tensor
     y: Tensor
-    uu: Tensor
+    upper: Tensor
     uy: Tensor
     yy: Tensor
 
@@ -45,12 +49,24 @@ class Moments:
             self.count.add_(len(us))
             self.u.add_(us.sum(0, dtype=torch.float64))
             self.y.add_(ys.sum(0, dtype=torch.float64))
-            self.uu.add_(us.T @ us)
+            for a in range(0, us.shape[1], BLOCK):
+                self.upper[a : a + BLOCK, a:].add_(us[:, a : a + BLOCK].T @ us[:, a:])
             self.uy.add_(us.T @ ys)
             self.yy.add_(ys.square().sum(0, dtype=torch.float64))
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    @property
+    def uu(self) -> Tensor:
+        return self.upper.triu() + self.upper.triu(1).T
+
+    def of_all_processes(self) -> Moments:
+        return Moments(*summed(*(getattr(self, f.name) for f in fields(self))))
+
+    def projected(self, basis: Tensor) -> Moments:
+        """Moments of maps that are `basis` (b x a) times the features."""
+        return Moments(self.count, basis @ self.u, self.y, basis @ self.uu @ basis.T, basis @ self.uy, self.yy)
 
     @cached_property
     def mean_u(self) -> Tensor:
@@ -71,6 +87,33 @@ class Moments:
         """Mean products (uu, uy) and squares (y), means included."""
         n = self.count.clamp_min(1)
         return self.uu / n, self.uy / n, self.yy / n
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """Moments of the rows that are fitted to, and of those that only judge."""
+
+    fitted: Moments
+    held_out: Moments
+
+    @classmethod
+    def zero(cls, features: int, targets: int) -> Pair:
+        return cls(Moments.zero(features, targets), Moments.zero(features, targets))
+
+    def add(self, u: Tensor, y: Tensor, judges: Tensor) -> None:
+        """Take up rows; `judges` (P, bool) says which of them are held out."""
+        self.fitted.add(u[~judges], y[~judges])
+        self.held_out.add(u[judges], y[judges])
+
+    def of_all_processes(self) -> Pair:
+        return Pair(self.fitted.of_all_processes(), self.held_out.of_all_processes())
+
+    def both(self) -> Moments:
+        return self.fitted + self.held_out
+
+    def projected(self, basis: Tensor) -> Pair:
+        """Moments of maps that are `basis` (b x a) times the features."""
+        return Pair(*(m.projected(basis) for m in (self.fitted, self.held_out)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,10 +144,13 @@ class MapMoments:
             self.count.add_(len(vs))
             self.v.add_(vs.sum(0, dtype=torch.float64))
             self.y.add_(ys.sum(0, dtype=torch.float64))
-            by_map = vs.permute(2, 1, 0)
+            by_map = vs.permute(2, 1, 0).contiguous()
             self.auto.add_(by_map @ by_map.mT)
             self.cross.add_((vs.flatten(1).T @ ys).reshape(self.cross.shape))
             self.yy.add_(ys.square().sum(0, dtype=torch.float64))
+
+    def of_all_processes(self) -> MapMoments:
+        return MapMoments(*summed(*(getattr(self, f.name) for f in fields(self))))
 
     def __add__(self, other: MapMoments) -> MapMoments:
         return MapMoments(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))

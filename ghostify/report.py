@@ -46,17 +46,24 @@ class Line:
 
 @dataclass(frozen=True)
 class Report:
-    """All convolutions in order of use, whole-model MACs where known, and what the fit used."""
+    """All convolutions in order of use, whole-model MACs where known, images the fit used, seconds of each part."""
 
     lines: tuple[Line, ...]
     macs_before: int | None
     macs_after: int | None
     images: int
-    seconds: float
+    seconds: dict[str, float]
 
     @property
     def rewritten(self) -> int:
         return sum(line.reason is None for line in self.lines)
+
+    @property
+    def effort(self) -> str:
+        """How long the fit took, and on what."""
+        total = sum(self.seconds.values())
+        shares = ", ".join(f"{name} {spent / total:.0%}" for name, spent in self.seconds.items() if spent)
+        return f"{total:.0f} s ({shares})" if total else "0 s"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, dicts, numbers and strings."""
@@ -89,7 +96,7 @@ def attach(module: fx.GraphModule, made: Report) -> fx.GraphModule:
 def summarise(plan: Plan, fits: Fits | None = None) -> Report:
     """The report of a plan, with the errors of its fits where they are done."""
     lines = tuple(_line(entry, fits) for entry in plan.entries)
-    images, seconds = (0, 0.0) if fits is None else (fits.images, fits.seconds)
+    images, seconds = (0, {}) if fits is None else (fits.images, fits.seconds)
     return Report(lines, plan.macs_before, plan.macs_after, images, seconds)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,52 +13,79 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
+from ghostify.batches import Batches, batches_of, images_of, split
+from ghostify.collective import summed
 from ghostify.trace import Program
-from ghostify.walk import Chunk, Watched
+from ghostify.walk import Watched
 
+SHARE = 2
 IMAGES = 256
 PROBES = 4
+SPREAD_OVER = 32
+AT_ONCE = 8
+
+Sensitivity = dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Calibration batches, what the outputs feel on them of an error in each convolution, and the seconds that took."""
+
+    batches: Batches
+    felt: Sensitivity
+    seconds: float
+
+
+def calibrate(program: Program, calibration: Iterable[Any] | Calibration, seed: int = 0) -> Calibration:
+    """What planning and fitting share: the batches of `calibration` and the sensitivities of the outputs on them."""
+    if isinstance(calibration, Calibration):
+        return calibration
+    batches, started = batches_of(program.module, calibration), time.perf_counter()
+    felt = output_sensitivity(program, batches, seed=seed)
+    return Calibration(batches, felt, time.perf_counter() - started)
 
 
 def output_sensitivity(
-    program: Program, chunks: Iterable[Chunk], *, images: int = IMAGES, probes: int = PROBES, seed: int = 0
-) -> dict[str, Tensor]:
+    program: Program, batches: Batches, *, images: int | None = None, probes: int = PROBES, seed: int = 0
+) -> Sensitivity:
     """By convolution, the relative squared error of the model's outputs per squared error of each channel (n, float64).
 
     An error with variance e_j at every position of channel j raises the outputs' error, relative to their variance over
     images, by about sum_j s_j e_j: s_j is the sum over positions of the squared gradient of a random combination of
-    the outputs, averaged over images and combinations (Hutchinson's estimator of the diagonal of J'J). Empty where
-    the outputs have no gradient, or the model overwrites what a gradient would need.
+    the outputs, averaged over combinations and the first `images` images (default: half of them, at most 256);
+    Hutchinson's estimator of the diagonal of J'J. Empty where the outputs have no gradient, or the model overwrites
+    what a gradient would need.
     """
+    images = min(-(-batches.images // SHARE), IMAGES) if images is None else images
     names = {call.node: c.name for c in program.convolutions if c.obstacle is None for call in c.calls}
     module = copy.deepcopy(program.module).eval().requires_grad_(False)
-    batches = list(_first(chunks, images))
-    spreads = _spreads(module, batches)
-    sums: dict[str, Tensor] = {}
-    first = 0
-    for inputs in batches:
+    spreads = _spreads(module, _first(batches, min(images, SPREAD_OVER)))
+    sums = {c.name: torch.zeros(c.outputs, dtype=torch.float64) for c in program.convolutions if c.obstacle is None}
+    failed = torch.zeros(())
+    for first, counts, inputs in _first(batches, images):
         taps: dict[str, Tensor] = {}
         with torch.enable_grad():
             outputs = _tensors(
                 Watched(module, set(names), partial(_tap, taps)).run(*inputs, enable_io_processing=False)
             )
-        if not any(o.requires_grad for o in outputs):
-            return {}
         for probe in range(probes):
             drawn = [_draw(o, (seed * probes + probe) * 1_000_003 + first) for o in outputs]
-            total = torch.stack([(d * o).sum() / s for d, o, s in zip(drawn, outputs, spreads, strict=True)]).sum()
             try:
+                total = torch.stack([(d * o).sum() / s for d, o, s in zip(drawn, outputs, spreads, strict=True)]).sum()
                 gradients = torch.autograd.grad(
                     total, list(taps.values()), retain_graph=probe < probes - 1, allow_unused=True
                 )
             except RuntimeError:
-                return {}
+                failed += 1
+                break
             for node, gradient in zip(taps, gradients, strict=True):
                 if gradient is not None:
-                    each = gradient.double().square().sum((0, 2, 3)).cpu()
-                    sums[names[node]] = sums.get(names[node], torch.zeros_like(each)) + each
-        first += _count(inputs)
-    return {name: total / (probes * first) for name, total in sums.items()}
+                    sums[names[node]] += counts * gradient.double().square().sum((0, 2, 3)).cpu()
+    if summed(failed)[0]:
+        return {}
+    seen = probes * min(images, batches.images)
+    found = {name: summed(total)[0] / seen for name, total in sums.items()}
+    return {name: felt for name, felt in found.items() if felt.any()}
 
 
 def _tap(taps: dict[str, Tensor], node: str, output: Tensor) -> Tensor:
@@ -65,41 +94,42 @@ def _tap(taps: dict[str, Tensor], node: str, output: Tensor) -> Tensor:
     return output + taps[node]
 
 
-def _first(chunks: Iterable[Chunk], images: int) -> Iterator[list[Any]]:
-    """Inputs of the first `images` images."""
-    for chunk in chunks:
-        if images <= 0:
-            return
-        alike = [isinstance(v, Tensor) and v.dim() > 0 and len(v) == chunk.size for v in chunk.inputs]
-        yield [v[:images] if same else v for v, same in zip(chunk.inputs, alike, strict=True)]
-        images -= chunk.size
+def _first(batches: Batches, images: int) -> Iterator[tuple[int, float, list[Any]]]:
+    """Of this process, the images with numbers below `images`, few at a time: the first one's number, 1, the inputs.
 
-
-def _count(inputs: list[Any]) -> int:
-    return len(next(v for v in inputs if isinstance(v, Tensor) and v.dim() > 0))
+    A process that has none of them yields a stand-in with a 0, so that all take part in the same sums.
+    """
+    mine = [batch for batch in batches.own if batch.first < images]
+    if not mine:
+        yield batches.own[0].first, 0.0, split(batches.own[0].inputs, 1)[0]
+    for batch in mine:
+        first, part = batch.first, split(batch.inputs, images - batch.first)[0]
+        for inputs in split(part, AT_ONCE):
+            yield first, 1.0, inputs
+            first += images_of(inputs)
 
 
 def _tensors(outputs: Any) -> list[Tensor]:
     return [o for o in tree_leaves(outputs) if isinstance(o, Tensor) and o.is_floating_point()]
 
 
-def _spreads(module: fx.GraphModule, batches: list[list[Any]]) -> list[Tensor]:
+def _spreads(module: fx.GraphModule, batches: Iterable[tuple[int, float, list[Any]]]) -> list[Tensor]:
     """The standard deviation of each output over images, all its values together; of one image, its size."""
-    with torch.no_grad():
-        runs = [_tensors(fx.Interpreter(module).run(*inputs, enable_io_processing=False)) for inputs in batches]
-    count = sum(_count(inputs) for inputs in batches)
+    count, sums, squares = torch.zeros(()), [], []
+    for _, counts, inputs in batches:
+        with torch.no_grad():
+            outputs = _tensors(fx.Interpreter(module).run(*inputs, enable_io_processing=False))
+        count += counts * images_of(inputs)
+        sums.append([counts * (o.double().sum(0) if o.dim() else o.double()) for o in outputs])
+        squares.append([counts * o.double().square().sum() for o in outputs])
+    count = summed(count)[0]
     spreads = []
-    for outputs in zip(*runs, strict=True):
-        square = sum((o.double().square().sum() for o in outputs), torch.zeros((), dtype=torch.float64)) / count
-        mean = torch.zeros(()) if count == 1 or outputs[0].dim() == 0 else _mean(outputs, count)
-        spreads.append((square - mean.square().sum()).clamp_min(1e-6 * square + 1e-30).sqrt().float())
+    for mine, square in zip(zip(*sums, strict=True), zip(*squares, strict=True), strict=True):
+        alike = count > 1 and len({m.shape for m in mine}) == 1
+        mean = summed(torch.stack(mine).sum(0))[0] / count if alike else torch.zeros(())
+        power = summed(torch.stack(square).sum())[0] / count
+        spreads.append((power - mean.square().sum()).clamp_min(1e-6 * power + 1e-30).sqrt().float())
     return spreads
-
-
-def _mean(outputs: tuple[Tensor, ...], count: int) -> Tensor:
-    if len({o.shape[1:] for o in outputs}) > 1:
-        return torch.zeros(())
-    return torch.stack([o.double().sum(0) for o in outputs]).sum(0) / count
 
 
 def _draw(output: Tensor, seed: int) -> Tensor:

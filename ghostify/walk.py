@@ -4,76 +4,127 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from ghostify.errors import GhostifyError
-from ghostify.trace import as_arguments, bind_inputs, called
+from ghostify.batches import Batch
+from ghostify.shelf import Shelf, Stored
+from ghostify.trace import called
 
-Env = dict[fx.Node, Any]
 READ_ONLY = (nn.Conv2d, nn.Linear, nn.BatchNorm2d)
+ACTIVATIONS = 1 << 30
+
+
+class Values(dict[fx.Node, Any]):
+    """One model's live values by node; what lies in a file comes back when it is asked for."""
+
+    def __getitem__(self, node: fx.Node) -> Any:
+        value = super().__getitem__(node)
+        if isinstance(value, Stored):
+            value = self[node] = value.load()
+        return value
 
 
 @dataclass(eq=False)
 class Chunk:
-    """One calibration batch on its way: its images' numbers, and the values that later nodes still read.
+    """One calibration batch on its way, and the values that later nodes still read.
 
     `converted` holds only the values that differ from the original's.
     """
 
-    number: int
-    first: int
-    size: int
-    inputs: list[Any]
-    original: Env = field(default_factory=dict)
-    converted: Env = field(default_factory=dict)
+    batch: Batch
+    original: Values = field(default_factory=Values)
+    converted: Values = field(default_factory=Values)
 
     def value(self, node: fx.Node) -> Any:
         """The node's value in the converted model."""
         return self.converted[node] if node in self.converted else self.original[node]
 
+    def rest(self, shelf: Shelf) -> None:
+        """Put the values aside; those that share their memory stay where they are."""
+        owners = Counter(p for side in (self.original, self.converted) for v in side.values() for p in _memory(v))
+        for side in (self.original, self.converted):
+            for node, value in list(side.items()):
+                side[node] = shelf.put(value, movable=all(owners[p] == 1 for p in _memory(value)))
+
+    def wake(self, shelf: Shelf) -> None:
+        """Take back the room that `rest` took in memory."""
+        for side in (self.original, self.converted):
+            for value in side.values():
+                shelf.give_back(value)
+
 
 class Walk:
     """Steps through the graph of `module` with a copy of it that the caller converts on the way.
 
-    `changed` names the nodes whose module the caller is going to replace or change.
+    The walk stops at the nodes named `stops`; `changed` names all nodes whose module the caller is going to replace or
+    change. From one stop to the next, one batch after another goes the whole way; what it needs later is put aside,
+    beyond `limit` bytes (default 1 GiB) in temporary files.
     """
 
-    def __init__(self, module: fx.GraphModule, chunks: list[Chunk], changed: set[str]) -> None:
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        batches: Iterable[Batch],
+        stops: set[str],
+        changed: set[str],
+        *,
+        limit: int = ACTIVATIONS,
+    ) -> None:
         self.original = copy.deepcopy(module).eval()
         self.converted = copy.deepcopy(module).eval()
-        self.chunks, self.changed = chunks, changed
-        self.images = sum(c.size for c in chunks)
+        self.chunks, self.changed = [Chunk(batch) for batch in batches], changed | stops
+        self.nodes = list(self.original.graph.nodes)
+        self.stops = [k for k, node in enumerate(self.nodes) if node.name in stops]
+        self._twins = {n.name: n for n in self.converted.graph.nodes}
+        self._last_uses = _last_uses(self.original.graph)
+        self._shelf = Shelf(limit)
 
     def node(self, name: str | None) -> fx.Node | None:
         """The original's node of that name."""
-        return next((n for n in self.original.graph.nodes if n.name == name), None)
+        return next((n for n in self.nodes if n.name == name), None)
 
-    def steps(self) -> Iterator[fx.Node]:
-        """Yield each node after the original has run it and before the converted model does."""
-        twins = {n.name: n for n in self.converted.graph.nodes}
-        last_uses = _last_uses(self.original.graph)
-        for node in self.original.graph.nodes:
-            diverges = {c.number for c in self.chunks if self._diverges(node, c)}
-            for chunk in self.chunks:
-                if chunk.number in diverges and _may_write(self.original, node):
-                    for source in node.all_input_nodes:
-                        chunk.converted[source] = _copied(chunk.value(source))
-                chunk.original[node] = _execute(self.original, node, chunk.original, chunk.inputs)
-            yield node
-            for chunk in self.chunks:
-                if chunk.number in diverges:
-                    twin = twins[node.name]
-                    sources = node.all_input_nodes if node.name not in self.changed else node.all_input_nodes[:1]
-                    env = dict(zip(twin.all_input_nodes, map(chunk.value, sources), strict=True))
-                    chunk.converted[node] = _execute(self.converted, twin, env, [])
-                for old in last_uses.get(node, ()):
-                    chunk.original.pop(old, None)
-                    chunk.converted.pop(old, None)
+    def steps(self) -> Iterator[tuple[fx.Node, Iterator[Chunk]]]:
+        """At each stop its node, and the batches one by one: the original has run the node, the converted not yet."""
+        begin = 0
+        for end in self.stops:
+            arriving = self._stretch(begin, end)
+            yield self.nodes[end], arriving
+            for _ in arriving:
+                pass
+            begin = end
+
+    def _stretch(self, begin: int, end: int) -> Iterator[Chunk]:
+        for chunk in self.chunks:
+            chunk.wake(self._shelf)
+            for k in range(begin, end + 1):
+                if k > begin or k == 0:
+                    self._run_original(self.nodes[k], chunk)
+                if k < end:
+                    self._run_converted(self.nodes[k], chunk)
+            yield chunk
+            chunk.rest(self._shelf)
+
+    def _run_original(self, node: fx.Node, chunk: Chunk) -> None:
+        if self._diverges(node, chunk) and _may_write(self.original, node):
+            for source in node.all_input_nodes:
+                chunk.converted[source] = _copied(chunk.value(source))
+        chunk.original[node] = _execute(self.original, node, chunk.original, chunk)
+
+    def _run_converted(self, node: fx.Node, chunk: Chunk) -> None:
+        if self._diverges(node, chunk):
+            twin = self._twins[node.name]
+            sources = node.all_input_nodes if node.name not in self.changed else node.all_input_nodes[:1]
+            values = Values(zip(twin.all_input_nodes, map(chunk.value, sources), strict=True))
+            chunk.converted[node] = _execute(self.converted, twin, values, chunk)
+        for old in self._last_uses.get(node, ()):
+            chunk.original.pop(old, None)
+            chunk.converted.pop(old, None)
 
     def _diverges(self, node: fx.Node, chunk: Chunk) -> bool:
         return node.name in self.changed or any(source in chunk.converted for source in node.all_input_nodes)
@@ -91,28 +142,6 @@ class Watched(fx.Interpreter):
         return self.look(n.name, result) if n.name in self.nodes and isinstance(result, Tensor) else result
 
 
-def chunks_of(module: fx.GraphModule, calibration: Iterable[Any]) -> list[Chunk]:
-    """The calibration batches bound to the model's inputs; further elements of a tuple are left out."""
-    count = sum(n.op == "placeholder" for n in module.graph.nodes)
-    if isinstance(calibration, Tensor | Mapping):
-        calibration = [calibration]
-    chunks: list[Chunk] = []
-    seen = 0
-    for number, batch in enumerate(calibration):
-        args, kwargs = as_arguments(batch)
-        inputs = bind_inputs(module, args[:count], kwargs)
-        tensors = [v for v in inputs if isinstance(v, Tensor)]
-        if not tensors or tensors[0].dim() == 0 or len(tensors[0]) == 0:
-            raise GhostifyError(f"calibration batch {number}: holds no images")
-        if not all(t.isfinite().all() for t in tensors if t.is_floating_point()):
-            raise GhostifyError(f"calibration batch {number}: holds NaN or infinite values")
-        chunks.append(Chunk(number, seen, len(tensors[0]), inputs))
-        seen += len(tensors[0])
-    if not chunks:
-        raise GhostifyError("calibration yields no batches: pass a list or a DataLoader, not a spent iterator")
-    return chunks
-
-
 def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     """After which node each value is not read any more."""
     order = {n: i for i, n in enumerate(graph.nodes)}
@@ -122,11 +151,11 @@ def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     return uses
 
 
-def _execute(module: fx.GraphModule, node: fx.Node, env: Env, inputs: list[Any]) -> Any:
+def _execute(module: fx.GraphModule, node: fx.Node, env: Values, chunk: Chunk) -> Any:
     target: Any = node.target
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
     if node.op == "placeholder":
-        return inputs[[n for n in module.graph.nodes if n.op == "placeholder"].index(node)]
+        return chunk.batch.inputs[[n for n in module.graph.nodes if n.op == "placeholder"].index(node)]
     if node.op == "get_attr":
         return operator.attrgetter(target)(module)
     if node.op == "call_module":
@@ -148,3 +177,8 @@ def _may_write(module: fx.GraphModule, node: fx.Node) -> bool:
 
 def _copied(value: Any) -> Any:
     return tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, value)
+
+
+def _memory(value: Any) -> set[int]:
+    """Addresses of the memory that a value's tensors lie in."""
+    return {t.untyped_storage().data_ptr() for t in tree_leaves(value) if isinstance(t, Tensor)}

@@ -18,6 +18,7 @@ NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d)
 SILENT_MODULES = (nn.Identity, nn.Dropout, nn.Dropout2d, DropPath, DropBlock2d, StochasticDepth)
 SILENT_FUNCTIONS = (F.dropout, F.dropout2d, stochastic_depth)
 SUMS = (operator.add, operator.iadd, torch.add)
+SUM_METHODS = ("add", "add_")
 
 
 class Wiring:
@@ -46,26 +47,42 @@ def norm_after(wiring: Wiring, nodes: list[str]) -> str | None:
 
 
 def partner_in_sum(wiring: Wiring, nodes: list[str], norm: str | None) -> str | None:
-    """The node that is added to a convolution's output, behind its norm, if any, and what is silent in evaluation."""
+    """The node that is added to a convolution's output behind its norm, but for what is silent in evaluation."""
     if len(nodes) != 1:
         return None
     node, awaited = wiring.nodes[nodes[0]], norm
     while (user := only_user(node)) is not None:
-        if user.op == "call_module":
-            inner: Any = called(wiring.module, user)
-            if user.target == awaited and all(isinstance(c, nn.Identity) for c in inner.children()):
-                awaited = None
-            elif not isinstance(inner, SILENT_MODULES):
+        if awaited is None and (summand := _summand(user, node)) is not None:
+            return _source(wiring, summand).name
+        if awaited is not None and user.target == awaited:
+            inner = called(wiring.module, user)
+            if not all(isinstance(c, nn.Identity) for c in inner.children()):
                 return None
-        elif (user.op == "call_function" and user.target in SUMS) or (
-            user.op == "call_method" and user.target in ("add", "add_")
-        ):
-            others = [a for a in user.args if isinstance(a, fx.Node) and a is not node]
-            return others[0].name if awaited is None and len(others) == 1 and not user.kwargs else None
-        elif not (user.op == "call_function" and user.target in SILENT_FUNCTIONS):
+            awaited = None
+        elif not _silent(wiring, user):
             return None
         node = user
     return None
+
+
+def _summand(user: fx.Node, node: fx.Node) -> fx.Node | None:
+    """What `user` adds to `node`, if that is what it does."""
+    adds = user.target in (SUMS if user.op == "call_function" else SUM_METHODS if user.op == "call_method" else ())
+    others = [a for a in user.args if isinstance(a, fx.Node) and a is not node]
+    return others[0] if adds and len(others) == 1 and not user.kwargs else None
+
+
+def _source(wiring: Wiring, node: fx.Node) -> fx.Node:
+    """The node itself, or what it hands on unchanged in evaluation."""
+    while _silent(wiring, node):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _silent(wiring: Wiring, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return isinstance(called(wiring.module, node), SILENT_MODULES)
+    return node.op == "call_function" and node.target in SILENT_FUNCTIONS
 
 
 def hooked(inner: nn.Module) -> bool:

@@ -152,7 +152,35 @@ def test_held_out_images_are_judged_apart():
     model, x = nets.settle(nets.Straight()), nets.images(16)
     lines = [line for line in report(ghostify(model, calibration=x)).lines if line.reason is None]
     assert all(0 <= line.held_out < 1 and 0 <= line.error < 1 for line in lines)
-    assert all(line.held_out is None for line in report(ghostify(model, calibration=x[:4])).lines)
+    assert all(line.held_out is None for line in report(ghostify(model, calibration=x[:1])).lines)
+
+
+@given(st.integers(2, 9), st.integers(1, 6), st.integers(0, 99), st.sampled_from(["depthwise", "pointwise"]))
+@settings(max_examples=25)
+def test_no_layer_is_worse_than_data_free_on_held_out_images(images, size, seed, cheap):
+    """One layer at a time, on as few images and pixels as there are, judged by the images that the fit held out."""
+    torch.manual_seed(seed)
+    model = nets.settle(nn.Sequential(nn.Conv2d(3, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12)))
+    x, policy = torch.randn(images, 3, size, size), Policy((Rule(cheap=cheap),), keep_first=False)
+    program = trace(model)
+    decided = plan(program, policy)
+    fitted, free = fit(program, decided, x).weights, fit(program, decided).weights
+    every = min(8, images)
+    held = x[every - 1 :: every]
+    losses = [error(model, rewrite(program, decided, weights), held) for weights in (fitted, free)]
+    assert losses[0] <= losses[1] * 1.1 + 1e-6
+
+
+def test_thin_calibration_is_warned_of():
+    model = nets.settle(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 9, 3, padding=1)))
+    with pytest.warns(UserWarning, match=r"calibration is thin: .* 1 of 1 layers \(the first: 2\).* the 4 images"):
+        ghostify(model, calibration=nets.images(4, 1))
+
+
+def test_the_effort_is_told_by_its_parts():
+    found = report(ghostify(nets.settle(nets.Straight()), calibration=nets.images(8)))
+    assert set(found.seconds) == {"sensitivity", "forward", "moments", "solving"}
+    assert all(name in found.effort for name in found.seconds)
 
 
 def test_progress_is_told_and_ends():

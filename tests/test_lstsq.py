@@ -8,7 +8,7 @@ from ghostify import lstsq
 from ghostify.assign import Groups
 from ghostify.ghost import Layout
 from ghostify.lstsq import Statistics
-from ghostify.moments import Moments
+from ghostify.moments import Moments, Pair
 
 
 def moments_of(u, y):
@@ -37,12 +37,11 @@ def test_dense_prediction_takes_the_ridge_that_held_out_rows_prefer():
     u = torch.randn(300, 6, generator=generator, dtype=torch.float64)
     true = torch.randn(6, 4, generator=generator, dtype=torch.float64)
     fit, test = moments_of(u[:200], u[:200] @ true + 2), moments_of(u[200:], u[200:] @ true + 2)
-    filters, ridge = lstsq.dense_prediction(fit, test, torch.zeros_like(true), torch.ones(4), free_mean=True)
-    assert ridge == min(lstsq.RIDGES)
+    assert lstsq.best_ridge(fit.centred(), test.centred(), torch.zeros_like(true), torch.ones(4)) == min(lstsq.RIDGES)
+    filters = lstsq.dense_prediction(Pair(fit, test), torch.zeros_like(true), torch.ones(4), free_mean=True)
     torch.testing.assert_close(filters, true, rtol=1e-3, atol=1e-3)
     few = moments_of(u[:8], u[:8] @ true + 3 * torch.randn(8, 4, generator=generator, dtype=torch.float64))
-    _, ridge = lstsq.dense_prediction(few, test, true, torch.ones(4), free_mean=True)
-    assert ridge == max(lstsq.RIDGES)
+    assert lstsq.best_ridge(few.centred(), test.centred(), true, torch.ones(4)) == max(lstsq.RIDGES)
 
 
 def maps_statistics(maps, targets, d):

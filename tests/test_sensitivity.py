@@ -3,18 +3,18 @@ import torch
 from torch import nn
 
 from ghostify import trace
+from ghostify.batches import batches_of
 from ghostify.sensitivity import output_sensitivity
-from ghostify.walk import chunks_of
 from tests import nets
 
 
 def sensitivity(model, batches, **options):
     program = trace(model)
-    return output_sensitivity(program, chunks_of(program.module, batches), **options)
+    return output_sensitivity(program, batches_of(program.module, batches), **options)
 
 
 def test_it_predicts_the_output_error_of_small_noise():
-    model, x = nets.settle(nets.Straight()), nets.images(64, 12)
+    model, x = nets.settle(nets.Straight()), nets.images(32, 12)
     found = sensitivity(model, [x], probes=64)["a.0"]
     wanted = model(x).double()
     spread = wanted.var(0, correction=0).sum()

@@ -37,6 +37,19 @@ def test_ways_to_add(add):
     assert partners(nets.settle(Sum(add, nn.BatchNorm2d(8), DropPath(0.1))))["conv"] == "first"
 
 
+def test_the_other_summand_is_found_behind_what_hands_it_on():
+    class Later(Sum):
+        def __init__(self):
+            super().__init__(None)
+            self.shortcut = nn.Identity()
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.conv(x) + self.shortcut(x)
+
+    assert partners(nets.settle(Later()))["conv"] == "first"
+
+
 @pytest.mark.parametrize("between", [nn.ReLU(), nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 1)])
 def test_what_is_not_linear_in_the_way_has_no_partner(between):
     assert partners(nets.settle(Sum(torch.add, between)))["conv"] is None

@@ -1,0 +1,97 @@
+"""A calibration set as batches bound to a traced module's inputs: checked, cut, kept, and shared among processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import repeat
+from typing import Any
+
+from torch import Tensor, fx
+
+from ghostify.collective import mine
+from ghostify.errors import GhostifyError
+from ghostify.shelf import Shelf, Stored
+from ghostify.trace import as_arguments, bind_inputs
+
+IN_MEMORY = 1 << 26
+VALUES = 32 * 3 * 224**2
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """`size` images of the calibration set, from number `first` on; `number` is the user's batch they come from."""
+
+    number: int
+    first: int
+    size: int
+    stored: list[Any]
+
+    @property
+    def inputs(self) -> list[Any]:
+        """What the module's placeholders take."""
+        return [v.load() if isinstance(v, Stored) else v for v in self.stored]
+
+
+@dataclass(frozen=True, eq=False)
+class Batches:
+    """This process's batches, and the number of images of all processes."""
+
+    own: tuple[Batch, ...]
+    images: int
+
+
+def batches_of(module: fx.GraphModule, calibration: Iterable[Any] | Batches) -> Batches:
+    """The batches of `calibration`, as `module` takes them; further elements of a tuple, such as labels, are left out.
+
+    Large ones are cut. Those that come from a loader are kept, beyond 64 MiB in temporary files; those of a list stay
+    the caller's. Of several processes, each passes the whole set and keeps every so many-th batch. Raises
+    `GhostifyError` for a set that is empty, or holds values that are not finite.
+    """
+    if isinstance(calibration, Batches):
+        return calibration
+    if isinstance(calibration, Tensor | Mapping):
+        calibration = [calibration]
+    count = sum(n.op == "placeholder" for n in module.graph.nodes)
+    shelf = None if isinstance(calibration, Sequence) else Shelf(IN_MEMORY)
+    (rank, processes), parts, seen = mine(), 0, 0
+    own: list[Batch] = []
+    for number, batch in enumerate(calibration):
+        args, kwargs = as_arguments(batch)
+        inputs = bind_inputs(module, args[:count], kwargs)
+        _refuse_strange(inputs, number)
+        first = next(v for v in inputs if isinstance(v, Tensor))
+        for part in split(inputs, max(1, VALUES * len(first) // first.numel())):
+            size = images_of(part)
+            if parts % processes == rank:
+                own.append(Batch(number, seen, size, part if shelf is None else [shelf.put(v) for v in part]))
+            parts, seen = parts + 1, seen + size
+    if parts < processes:
+        raise GhostifyError(
+            "calibration yields no batches: pass a list or a DataLoader, not a spent iterator"
+            if not parts
+            else f"calibration yields {parts} batches for {processes} processes: use smaller batches"
+        )
+    return Batches(tuple(own), seen)
+
+
+def split(inputs: list[Any], images: int) -> list[list[Any]]:
+    """Inputs for up to `images` images each; whole where their tensors do not agree on how many there are."""
+    sizes = {len(v) if v.dim() else 0 for v in inputs if isinstance(v, Tensor)}
+    if len(sizes) != 1:
+        return [inputs]
+    parts = [v.split(images) if isinstance(v, Tensor) else repeat(v) for v in inputs]
+    return [list(part) for part in zip(*parts, strict=False)]
+
+
+def images_of(inputs: list[Any]) -> int:
+    """How many images the inputs hold: the length of the first tensor that has one."""
+    return next(len(v) for v in inputs if isinstance(v, Tensor) and v.dim() > 0)
+
+
+def _refuse_strange(inputs: list[Any], number: int) -> None:
+    tensors = [v for v in inputs if isinstance(v, Tensor)]
+    if not tensors or tensors[0].dim() == 0 or tensors[0].numel() == 0:
+        raise GhostifyError(f"calibration batch {number}: holds no images")
+    if not all(t.isfinite().all() for t in tensors if t.is_floating_point()):
+        raise GhostifyError(f"calibration batch {number}: holds NaN or infinite values")

@@ -1,0 +1,22 @@
+"""Several processes at one calibration: who takes which batch, and sums over all of them."""
+
+from __future__ import annotations
+
+from torch import Tensor, distributed
+
+
+def mine() -> tuple[int, int]:
+    """This process's rank and how many there are; 0 of 1 without an initialised process group."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def summed(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The sum of each tensor over all processes; the tensors themselves where there is just one."""
+    if mine()[1] == 1:
+        return tensors
+    copies = tuple(t.clone() for t in tensors)
+    for tensor in copies:
+        distributed.all_reduce(tensor)
+    return copies

@@ -1,0 +1,214 @@
+"""One convolution on the walk: what it sees and should make, taken up batch by batch, then fitted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from ghostify import lstsq, sight
+from ghostify.clock import Clock
+from ghostify.collective import summed
+from ghostify.errors import GhostifyError
+from ghostify.lstsq import GhostWeights, MapStatistics, Solution, Statistics
+from ghostify.moments import Moments, Pair
+from ghostify.plan import Rewrite
+from ghostify.sight import View
+from ghostify.trace import as_module
+from ghostify.walk import Chunk, Walk
+
+POSITIONS = 40_000
+VIEWED = 8_000
+FEATURES = 2304
+HELD_OUT = 8
+DOUBTFUL = 1.1
+
+
+class Layer:
+    """Moments of one convolution. Where it is called several times, they add up and each call fits anew.
+
+    A layer that is called once first has its dense filters refitted to the converted model's inputs; a shared one
+    keeps the original filters as its basis, so that the moments of all its calls speak of the same maps.
+    """
+
+    def __init__(self, walk: Walk, entry: Rewrite, felt: Tensor | None, images: int, seed: int) -> None:
+        self.entry, self.seed, self.images = entry, seed, images
+        self.conv = as_module(walk.original, entry.conv.name)
+        norm: Any = None if entry.norm is None else walk.original.get_submodule(entry.norm)
+        self.shared = len(entry.conv.calls) > 1
+        self.weights = channel_weights(norm, self.conv.out_channels)
+        if felt is not None and felt.isfinite().all() and felt.any():
+            self.weights = felt.clamp_min(1e-3 * felt.mean())
+        self.partner = walk.node(entry.partner)
+        self.gain = _inverse_scale(norm, self.conv.out_channels)
+        self.free_mean = self.conv.bias is not None or norm is not None
+        self.first = Pair.zero(self.conv.weight[0].numel(), self.conv.out_channels)
+        self.views: list[tuple[View, Tensor]] = []
+
+    def look(self, node: fx.Node, chunk: Chunk) -> None:
+        """Take up one batch: what the converted model feeds the convolution, and what the original made of it."""
+        image = chunk.value(node.all_input_nodes[0]).float().cpu()
+        target = chunk.original[node].float().cpu() + self._made_good(chunk)
+        every = min(HELD_OUT, self.images)
+        judges = (torch.arange(len(target)) + chunk.batch.first) % every == (every - 1 if every > 1 else 1)
+        seed, d = self.seed * 1_000_003 + chunk.batch.first, self.entry.layout.dw_size
+        places = sight.choose_places(target.shape, self._share(chunk, target, POSITIONS), seed)
+        u, y = sight.patches(self.conv, image, places), sight.values(target, places)
+        if not all(rows.norm().square().isfinite() for rows in (u, y)):
+            raise GhostifyError(
+                f"calibration batch {chunk.batch.number}: {self.entry.conv.name} sees values that are not finite or "
+                f"near overflow: look at that batch, or at the model's dtype"
+            )
+        self.first.add(u, y, judges[places[0]])
+        side = math.ceil(self._share(chunk, target, VIEWED) ** 0.5)
+        view = sight.view(self.conv, image, target, side, d, seed)
+        self.views.append((view, judges) if d > 1 else (view[judges], judges[judges]))
+
+    def fit(self, clock: Clock, otherwise: Callable[[], GhostWeights]) -> GhostWeights:
+        """Ghost weights from all that was seen, or those of `otherwise` if they do better on the held-out images."""
+        first, filters = self.first.of_all_processes(), sight.filters_of(self.conv).T
+        everything, d = first.both(), self.entry.layout.dw_size
+        with clock("solving"):
+            if not self.shared:
+                filters = lstsq.dense_prediction(first, filters, self.weights, free_mean=self.free_mean)
+            bias = None if self.conv.bias is None else everything.mean_y - filters.T @ everything.mean_u
+            constant = bias is not None and d > 1
+            basis, start = self._basis(everything, filters, FEATURES // d**2 - constant)
+        with clock("moments"):
+            seen = everything.projected(basis) if d == 1 else self._around(basis, d, constant)
+        if constant and bias is not None:
+            start = torch.cat((start, bias[:, None]), 1)
+        with clock("solving"):
+            stats = lstsq.statistics(seen, d * d, basis, start, constant, self.free_mean)
+            solution = lstsq.solve(stats, self.entry.layout, self.weights)
+            fitted = emit(self.conv, self.entry, stats, solution)
+        return self._judged(fitted, otherwise) if first.held_out.count else fitted
+
+    def _judged(self, fitted: GhostWeights, otherwise: Callable[[], GhostWeights]) -> GhostWeights:
+        held_out = self._error(fitted)
+        assert fitted.error is not None
+        if (self.weights * held_out).sum() > DOUBTFUL * (self.weights * fitted.error).sum():
+            other = otherwise()
+            error = self._error(other)
+            if (self.weights * error).sum() < (self.weights * held_out).sum():
+                return replace(other, error=None, held_out=error)
+        return replace(fitted, held_out=held_out)
+
+    def _error(self, weights: GhostWeights) -> Tensor:
+        """Relative reconstruction error of each output channel on the held-out images, by running the layer there."""
+        lost = torch.zeros(3, self.conv.out_channels, dtype=torch.float64)
+        count = torch.zeros((), dtype=torch.float64)
+        for view, judges in self.views:
+            y = sight.rows(view[judges].target).double()
+            made = sight.rows(self._run(view[judges], weights)).double()
+            lost += torch.stack(((made - y).square().sum(0), y.sum(0), y.square().sum(0)))
+            count += len(y)
+        lost, count = summed(lost, count)
+        squares, mean, power = lost / count
+        return squares / (power - mean.square() if self.free_mean else power).clamp_min(1e-30)
+
+    def _run(self, view: View, weights: GhostWeights) -> Tensor:
+        """What the ghost module and the shift behind it make of the view's inputs, in the original's order."""
+        layout, reach = self.entry.layout, self.entry.layout.dw_size // 2
+        intrinsic = view.maps(self.conv, weights.primary_weight.permute(0, 2, 3, 1).flatten(1))
+        if weights.primary_bias is not None:
+            intrinsic = intrinsic + weights.primary_bias.float()[:, None, None] * view.inside
+        kernels = weights.cheap_weight.float().split([b.outputs for b in layout.blocks])
+        ghosts = [
+            F.conv2d(intrinsic[:, b.start : b.stop], k, groups=b.groups)
+            for b, k in zip(layout.blocks, kernels, strict=True)
+        ]
+        height, width = view.target.shape[2:]
+        maps = torch.cat((intrinsic[:, :, reach : reach + height, reach : reach + width], *ghosts), 1)
+        if weights.cheap_bias is not None:
+            maps[:, layout.intrinsic :] += weights.cheap_bias.float()[:, None, None]
+        maps = maps[:, torch.argsort(weights.channels)]
+        return maps if weights.shift is None else maps + weights.shift.float()[:, None, None]
+
+    def _basis(self, moments: Moments, filters: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+        """Basis filters (b x kh kw c) and the dense prediction in them (n x b): itself, or its principal maps."""
+        n, limit = filters.shape[1], min(limit, len(filters))
+        if n <= limit or self.shared:
+            return filters.T, torch.eye(n, dtype=torch.float64)
+        uu = (moments.centred() if self.free_mean else moments.raw())[0]
+        scale = self.weights.sqrt()
+        scaled = filters * scale
+        covariance = scaled.T @ uu @ scaled
+        vectors = torch.linalg.eigh((covariance + covariance.T) / 2).eigenvectors[:, -limit:]
+        return vectors.T @ scaled.T, vectors / scale[:, None]
+
+    def _around(self, basis: Tensor, d: int, constant: bool) -> Moments:
+        """Moments of the basis maps at the places of the cheap kernel; with `constant`, of one that is 1 as well."""
+        second = Moments.zero(d * d * (len(basis) + constant), self.conv.out_channels)
+        for view, _ in self.views:
+            maps = view.maps(self.conv, basis)
+            if constant:
+                maps = torch.cat((maps, view.inside), 1)
+            second.add(sight.neighbourhoods(maps, d).flatten(1), sight.rows(view.target))
+        return second.of_all_processes()
+
+    def _made_good(self, chunk: Chunk) -> Tensor | float:
+        """What the other summand lacks in the converted model, as this convolution's output would have to give it.
+
+        The target is the original sum less the converted other summand, seen through the norm's scale.
+        """
+        if self.partner is None or self.partner not in chunk.converted:
+            return 0.0
+        lacks = (chunk.original[self.partner] - chunk.converted[self.partner]).float().cpu()
+        return lacks * self.gain[:, None, None]
+
+    def _share(self, chunk: Chunk, target: Tensor, limit: int) -> int:
+        """Positions of each map to look at, for near `limit` in the whole set."""
+        return max(1, -(-limit * chunk.batch.size // (self.images * len(target))))
+
+
+def channel_weights(norm: Any, outputs: int) -> Tensor:
+    """How much a squared error of each output (n) counts: gamma^2 / sigma^2 where BatchNorm follows, else alike."""
+    if norm is None:
+        return torch.ones(outputs, dtype=torch.float64)
+    weight = 1 / (norm.running_var.double().cpu() + norm.eps)
+    if norm.weight is not None:
+        weight = weight * norm.weight.detach().double().cpu().square()
+    return weight.clamp_min(1e-6 * weight.mean())
+
+
+def emit(conv: nn.Conv2d, entry: Rewrite, stats: Statistics | MapStatistics, solution: Solution) -> GhostWeights:
+    """Filters, kernels and biases of a solution; a constant that no bias can hold goes to the norm behind."""
+    coordinates, channels, m = solution.intrinsic, solution.groups.channels, entry.layout.intrinsic
+    lacking = lstsq.constants(stats, solution)
+    primary_bias = cheap_bias = shift = None
+    if stats.constant:
+        primary_bias, cheap_bias = coordinates[:, -1], lacking[channels[m:]]
+        coordinates = coordinates[:, :-1]
+    elif conv.bias is not None:
+        primary_bias = lacking[channels[:m]]
+        seen = torch.einsum("jwd,jw->j", solution.kernels, primary_bias[solution.groups.sources])
+        cheap_bias = lacking[channels[m:]] - seen
+    elif entry.norm is not None:
+        shift = lacking
+    d = entry.layout.dw_size
+    return GhostWeights(
+        channels=channels,
+        primary_weight=sight.as_kernels(coordinates @ stats.basis, conv),
+        primary_bias=primary_bias,
+        cheap_weight=solution.kernels.reshape(len(channels) - m, -1, d, d),
+        cheap_bias=cheap_bias,
+        shift=shift,
+        error=lstsq.errors(stats, solution) / stats.var.clamp_min(1e-30),
+    )
+
+
+def _inverse_scale(norm: Any, outputs: int) -> Tensor:
+    """sigma / gamma of the norm behind; 0 for channels that it all but silences, 1 where there is none."""
+    if norm is None:
+        return torch.ones(outputs)
+    scale = (norm.running_var + norm.eps).rsqrt().cpu()
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach().cpu()
+    audible = scale.abs() > 0.01 * scale.abs().max()
+    return torch.where(audible, 1 / scale, 0).float()
