@@ -101,7 +101,7 @@ class MapMoments:
             self.count.add_(len(vs))
             self.v.add_(vs.sum(0, dtype=torch.float64))
             self.y.add_(ys.sum(0, dtype=torch.float64))
-            by_map = vs.permute(2, 1, 0)
+            by_map = vs.permute(2, 1, 0).contiguous()
             self.auto.add_(by_map @ by_map.mT)
             self.cross.add_((vs.flatten(1).T @ ys).reshape(self.cross.shape))
             self.yy.add_(ys.square().sum(0, dtype=torch.float64))
