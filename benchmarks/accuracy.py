@@ -11,22 +11,17 @@ nothing else sees. Results go to benchmarks/results/accuracy.json.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import torch
 from networks import accuracy, images, resnet20
-from rich.console import Console
-from rich.table import Table
+from tables import Row, publish
 from torch import Tensor, fx, nn
 
 from ghostify import Policy, Rule, fit, plan, rewrite, trace
 from ghostify.assign import in_given_order
 from ghostify.budget import plan_within
-from ghostify.checkpoint import versions
 from ghostify.cost import count_macs
 from ghostify.demo import Images
 from ghostify.lstsq import GhostWeights
@@ -46,7 +41,6 @@ FORMS = [
     ("ratio 4, depthwise d=3", Rule(ratio=4), None),
     ("ratio 4, pointwise", Rule(ratio=4, cheap="pointwise"), None),
 ]
-RESULTS = Path(__file__).parent / "results" / "accuracy.json"
 
 
 def random_ghosts(program: Program, decided: Plan, seed: int = 0) -> fx.GraphModule:
@@ -65,14 +59,14 @@ def random_ghosts(program: Program, decided: Plan, seed: int = 0) -> fx.GraphMod
     return rewrite(program, decided, weights)
 
 
-def rows(model: nn.Module, data: Images, quick: bool) -> Iterator[dict[str, Any]]:
+def rows(model: nn.Module, data: Images, quick: bool) -> Iterator[Row]:
     """One row for each way of converting."""
     first = data.test[:1]
     program = trace(model, first)
     base = accuracy(model, data)
     yield {"how": "original", "top1": base, "drop": 0.0, "macs": count_macs(model, first), "seconds": 0.0, "images": 0}
 
-    def row(how: str, module: nn.Module, seconds: float = 0.0, used: int = 0) -> dict[str, Any]:
+    def row(how: str, module: nn.Module, seconds: float = 0.0, used: int = 0) -> Row:
         top = accuracy(module, data)
         return {
             "how": how,
@@ -105,25 +99,27 @@ def calibration(data: Images, count: int, seed: int) -> Tensor:
     return data.train[torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))[:count]]
 
 
+COLUMNS = {
+    "top-1 %": lambda row: f"{row['top1']:.2f}",
+    "points lost": lambda row: f"{row['drop']:.2f}",
+    "M MACs": lambda row: f"{row['macs'] / 1e6:.1f}",
+    "fit s": lambda row: f"{row['seconds']:.1f}",
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the settings of the README's table")
     arguments = parser.parse_args()
     data = images()
     model = resnet20(data)
-    table = Table(title="ResNet-20 w32, Fashion-MNIST, all dense convolutions but the first; no training")
-    for heading in ("how", "top-1 %", "points lost", "M MACs", "fit s"):
-        table.add_column(heading, justify="left" if heading == "how" else "right")
-    found = []
-    for row in rows(model, data, arguments.quick):
-        found.append(row)
-        cells = f"{row['top1']:.2f}", f"{row['drop']:.2f}", f"{row['macs'] / 1e6:.1f}", f"{row['seconds']:.1f}"
-        table.add_row(row["how"], *cells)
-        print(row["how"], *cells, flush=True)
-    Console().print(table)
-    RESULTS.parent.mkdir(exist_ok=True)
-    content = {"command": "python benchmarks/accuracy.py" + " --quick" * arguments.quick, "versions": versions()}
-    RESULTS.write_text(json.dumps({**content, "rows": found}, indent=1) + "\n")
+    publish(
+        "accuracy",
+        "ResNet-20 w32, Fashion-MNIST, all dense convolutions but the first; no training",
+        COLUMNS,
+        rows(model, data, arguments.quick),
+        command="python benchmarks/accuracy.py" + " --quick" * arguments.quick,
+    )
 
 
 if __name__ == "__main__":
