@@ -90,6 +90,9 @@ def convert(
     ] = None,
     images: Annotated[int, typer.Option(min=1, help="calibration images to use, spread over what is there")] = 512,
     batch: Annotated[int, typer.Option(min=1, help="calibration images at a time")] = 32,
+    reconstruct: Annotated[
+        bool, typer.Option("--reconstruct", help="then gradient steps block by block, on the calibration images")
+    ] = False,
     arg: Arguments = None,
     input_size: Size = None,
     seed: Annotated[int, typer.Option(help="for the positions that the fit looks at")] = 0,
@@ -111,6 +114,7 @@ def convert(
             budget=_budget(budget),
             example_inputs=sources.example(prepared.size),
             calibration=None if data is None else data.batches,
+            reconstruct=reconstruct,
             seed=seed,
             progress=progress,
         )
@@ -241,3 +245,7 @@ def _print(found: Report, title: str, as_json: bool) -> None:
     console.print(table(found, title))
     skipped = len(found.lines) - found.rewritten
     console.print(f"{found.rewritten} convolutions rewritten, {skipped} left as they are", highlight=False)
+    if (done := found.reconstruction) is not None:
+        kept = sum(b.steps > 0 for b in done.blocks)
+        errors = f"outputs' error on held-out images {done.before:.4f} -> {done.after:.4f}"
+        console.print(f"{kept} of {len(done.blocks)} blocks reconstructed, {errors}", highlight=False)

@@ -12,6 +12,7 @@ from ghostify.errors import GhostifyError
 from ghostify.fit import Progress, fit
 from ghostify.plan import plan
 from ghostify.policy import Pattern, Policy, Rule, as_patterns
+from ghostify.reconstruct import reconstruct_blocks
 from ghostify.report import attach, summarise
 from ghostify.rewrite import rewrite
 from ghostify.sensitivity import calibrate
@@ -30,6 +31,7 @@ def ghostify(
     budget: Mapping[str, float] | None = None,
     example_inputs: Any = None,
     calibration: Iterable[Any] | None = None,
+    reconstruct: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> fx.GraphModule:
@@ -39,9 +41,12 @@ def ghostify(
     targets, every dense convolution but the first is rewritten. A `budget` such as {"macs": 0.5} - a share of the
     original's, or a number; also "params" - replaces the ratio by one for each layer, and needs `example_inputs`.
     `calibration` yields batches, in whatever form the model's forward takes; each layer is then fitted to the
-    original's outputs on them, otherwise the fit is data-free. `example_inputs` adds shapes and MACs to the report.
-    Raises `GhostifyError`.
+    original's outputs on them, otherwise the fit is data-free. `reconstruct` then takes gradient steps, block by block,
+    towards the original's outputs on the same batches. `example_inputs` adds shapes and MACs to the report. Raises
+    `GhostifyError`.
     """
+    if reconstruct and calibration is None:
+        raise GhostifyError("reconstruct needs images: pass calibration, a few hundred unlabelled ones")
     if policy is None:
         chosen = ("*",) if targets is None else as_patterns(targets, "targets")
         ignored = () if ignore is None else as_patterns(ignore, "ignore")
@@ -52,4 +57,7 @@ def ghostify(
     seen = None if calibration is None else calibrate(program, calibration, seed)
     decided = plan(program, policy) if budget is None else plan_within(program, policy, budget, seen, seed)
     fits = fit(program, decided, seen, seed=seed, progress=progress)
-    return attach(rewrite(program, decided, fits.weights), summarise(decided, fits))
+    done = None
+    if reconstruct and seen is not None:
+        fits, done = reconstruct_blocks(program, decided, fits, seen.batches, seed=seed, progress=progress)
+    return attach(rewrite(program, decided, fits.weights), summarise(decided, fits, done))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -102,6 +103,12 @@ class GhostModule(nn.Module):
         self.primary_conv = primary_conv
         self.cheap_operation = cheap_operation
         self.register_buffer("order", order)
+
+    @property
+    def cheap_convs(self) -> tuple[nn.Conv2d, ...]:
+        """The convolutions of the cheap operation, in the order of their maps."""
+        cheap: Any = self.cheap_operation
+        return tuple(getattr(cheap, "convs", (cheap,)))
 
     def forward(self, x: Tensor) -> Tensor:
         intrinsic = self.primary_conv(x)

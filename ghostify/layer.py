@@ -48,6 +48,8 @@ class Layer:
         self.gain = _inverse_scale(norm, self.conv.out_channels)
         self.free_mean = self.conv.bias is not None or norm is not None
         self.first = Pair.zero(self.conv.weight[0].numel(), self.conv.out_channels)
+        features = min(entry.layout.dw_size**2 * self.conv.out_channels, FEATURES)
+        self.viewed = min(POSITIONS, VIEWED * FEATURES**2 // features**2)
         self.views: list[tuple[View, Tensor]] = []
 
     def look(self, node: fx.Node, chunk: Chunk) -> None:
@@ -65,14 +67,14 @@ class Layer:
                 f"near overflow: look at that batch, or at the model's dtype"
             )
         self.first.add(u, y, judges[places[0]])
-        side = math.ceil(self._share(chunk, target, VIEWED) ** 0.5)
+        side = math.ceil(self._share(chunk, target, self.viewed) ** 0.5)
         view = sight.view(self.conv, image, target, side, d, seed)
         self.views.append((view, judges) if d > 1 else (view[judges], judges[judges]))
 
     def fit(self, clock: Clock, otherwise: Callable[[], GhostWeights]) -> GhostWeights:
         """Ghost weights from all that was seen, or those of `otherwise` if they do better on the held-out images."""
         first, filters = self.first.of_all_processes(), sight.filters_of(self.conv).T
-        everything, d = first.both(), self.entry.layout.dw_size
+        everything, d = first.both, self.entry.layout.dw_size
         with clock("solving"):
             if not self.shared:
                 filters = lstsq.dense_prediction(first, filters, self.weights, free_mean=self.free_mean)

@@ -23,6 +23,7 @@ DAMPING = 1e-7
 CAUTION = 0.01
 UNJUDGED = 0.1
 JUDGED = 64
+JOINT_OUTPUTS = 256
 JOINT_STEPS = 10
 JOINT_STOP = 5e-3
 
@@ -158,10 +159,6 @@ def _spd_solve(matrix: Tensor, right: Tensor, damping: Tensor) -> Tensor:
         if not failed.any() and matrix.dim() > 2 and right.shape[-1] > matrix.shape[-1]:
             return torch.cholesky_inverse(factor) @ right  # the batched solver would go column by column
         if not failed.any():
-            if matrix.dim() > 2 and right.shape[-1] > matrix.shape[-1]:
-                return (
-                    torch.cholesky_inverse(factor) @ right
-                )  # many small systems: the solver would go column by column
             return torch.cholesky_solve(right, factor)
         damping = damping.clamp_min(torch.finfo(matrix.dtype).eps) * 100
     return torch.linalg.lstsq(matrix + damping * eye, right).solution
@@ -180,7 +177,7 @@ def dense_prediction(moments: Pair, prior: Tensor, weights: Tensor, *, free_mean
     ridge = UNJUDGED
     if moments.held_out.count:
         ridge = best_ridge(parts(moments.fitted), parts(moments.held_out), prior, weights)
-    uu, uy, _ = parts(moments.both())
+    uu, uy, _ = parts(moments.both)
     return solve_ridge(uu, uy, prior, ridge)
 
 
@@ -217,7 +214,8 @@ def solve(stats: Statistics | MapStatistics, layout: Layout, weights: Tensor) ->
         return _solve_maps(stats, layout, weights)
     groups = choose_groups(_pair_costs(stats, weights), layout)
     if layout.width == 1:
-        return _alternate(stats, _with_kernels(stats, groups, stats.start[groups.intrinsic.flatten()]), weights)
+        solution = _with_kernels(stats, groups, stats.start[groups.intrinsic.flatten()])
+        return _alternate(stats, solution, weights) if layout.outputs <= JOINT_OUTPUTS else solution
     groups, coordinates = _reduced_rank(stats, groups, weights)
     return _with_kernels(stats, groups, coordinates)
 
@@ -250,14 +248,19 @@ def errors(stats: Statistics | MapStatistics, solution: Solution) -> Tensor:
     """Squared error of every output channel (n), less a free constant each if the statistics are centred."""
     if isinstance(stats, MapStatistics):
         return _map_errors(stats, solution)
-    maps = _as_maps(stats, solution)
-    flat = maps.flatten(1)
-    gram = stats.gram.reshape(flat.shape[1], -1)
-    cross = stats.cross.reshape(flat.shape[1], -1)[:, solution.groups.channels].T
-    loss = stats.var[solution.groups.channels] - 2 * (flat * cross).sum(1) + ((flat @ gram) * flat).sum(1)
-    result = torch.empty_like(loss)
-    result[solution.groups.channels] = loss.clamp_min(0)
-    return result
+    groups, centre, m = solution.groups, stats.centre, len(solution.intrinsic)
+    own, ghosts = groups.channels[:m], groups.channels[m:]
+    result = torch.empty_like(stats.var)
+    result[own] = _loss(solution.intrinsic, stats.gram[centre, :, centre], stats.cross[centre][:, own], stats.var[own])
+    size = stats.gram.shape[0] * stats.gram.shape[1]
+    gram, cross = stats.gram.reshape(size, size), stats.cross.reshape(size, -1)[:, ghosts]
+    result[ghosts] = _loss(_ghost_maps(solution).flatten(1), gram, cross, stats.var[ghosts])
+    return result.clamp_min(0)
+
+
+def _loss(coordinates: Tensor, gram: Tensor, cross: Tensor, var: Tensor) -> Tensor:
+    """Squared errors of predictions with these coordinates (k x b), given moments of the basis and the targets."""
+    return var - 2 * (coordinates * cross.T).sum(1) + ((coordinates @ gram) * coordinates).sum(1)
 
 
 def constants(stats: Statistics | MapStatistics, solution: Solution) -> Tensor:
@@ -267,19 +270,16 @@ def constants(stats: Statistics | MapStatistics, solution: Solution) -> Tensor:
         mine = stats.mean_v[:, own[solution.groups.sources[:, 0]]].T
         means = torch.cat((stats.mean_v[len(stats.mean_v) // 2, own], (solution.kernels[:, 0] * mine).sum(1)))
     else:
-        means = (_as_maps(stats, solution) * stats.mean_v).sum((1, 2))
+        own = (solution.intrinsic * stats.mean_v[stats.centre]).sum(1)
+        means = torch.cat((own, (_ghost_maps(solution) * stats.mean_v).sum((1, 2))))
     result = torch.empty_like(means)
     result[solution.groups.channels] = stats.mean_y[solution.groups.channels] - means
     return result
 
 
-def _as_maps(stats: Statistics, solution: Solution) -> Tensor:
-    """Every computed map as coefficients over places and basis (n x D x b), in computed order."""
-    places = stats.gram.shape[0]
-    intrinsic = torch.zeros(len(solution.intrinsic), places, stats.gram.shape[1], dtype=stats.gram.dtype)
-    intrinsic[:, stats.centre] = solution.intrinsic
-    sources = solution.intrinsic[solution.groups.sources]
-    return torch.cat((intrinsic, torch.einsum("jwd,jwb->jdb", solution.kernels, sources)))
+def _ghost_maps(solution: Solution) -> Tensor:
+    """Every ghost as coefficients over places and basis (ghosts x D x b)."""
+    return torch.einsum("jwd,jwb->jdb", solution.kernels, solution.intrinsic[solution.groups.sources])
 
 
 def _pair_costs(stats: Statistics, weights: Tensor) -> Tensor:

@@ -78,10 +78,9 @@ class Moments:
 
     def centred(self) -> tuple[Tensor, Tensor, Tensor]:
         """Covariances (uu, uy) and variances (y) of the rows seen so far."""
-        n = self.count.clamp_min(1)
-        uu = self.uu / n - torch.outer(self.mean_u, self.mean_u)
-        uy = self.uy / n - torch.outer(self.mean_u, self.mean_y)
-        return uu, uy, (self.yy / n - self.mean_y.square()).clamp_min(0)
+        uu, uy, yy = self.raw()
+        centre = uu - torch.outer(self.mean_u, self.mean_u), uy - torch.outer(self.mean_u, self.mean_y)
+        return *centre, (yy - self.mean_y.square()).clamp_min(0)
 
     def raw(self) -> tuple[Tensor, Tensor, Tensor]:
         """Mean products (uu, uy) and squares (y), means included."""
@@ -108,6 +107,7 @@ class Pair:
     def of_all_processes(self) -> Pair:
         return Pair(self.fitted.of_all_processes(), self.held_out.of_all_processes())
 
+    @cached_property
     def both(self) -> Moments:
         return self.fitted + self.held_out
 

@@ -14,6 +14,7 @@ from ghostify import cost
 from ghostify.errors import GhostifyError
 from ghostify.fit import Fits
 from ghostify.plan import Plan, Rewrite, Skip
+from ghostify.reconstruct import Rebuilt, Reconstruction
 from ghostify.trace import Convolution
 
 META = "ghostify"
@@ -46,13 +47,17 @@ class Line:
 
 @dataclass(frozen=True)
 class Report:
-    """All convolutions in order of use, whole-model MACs where known, images the fit used, seconds of each part."""
+    """All convolutions in order of use, whole-model MACs where known, images used, seconds of each part, and blocks.
+
+    Errors of lines are those of the closed-form fit, before any reconstruction.
+    """
 
     lines: tuple[Line, ...]
     macs_before: int | None
     macs_after: int | None
     images: int
     seconds: dict[str, float]
+    reconstruction: Reconstruction | None = None
 
     @property
     def rewritten(self) -> int:
@@ -76,7 +81,12 @@ class Report:
         for item in data["lines"]:
             shape = {k: None if item[k] is None else tuple(item[k]) for k in ("filters", "output")}
             lines.append(Line(**{**item, **shape}))
-        return cls(tuple(lines), *(data[k] for k in ("macs_before", "macs_after", "images", "seconds")))
+        counts = {k: data[k] for k in ("macs_before", "macs_after", "images", "seconds")}
+        done = data.get("reconstruction")
+        if done is not None:
+            blocks = tuple(Rebuilt(**{**item, "layers": tuple(item["layers"])}) for item in done["blocks"])
+            done = Reconstruction(**{**done, "blocks": blocks})
+        return cls(tuple(lines), **counts, reconstruction=done)
 
 
 def report(module: fx.GraphModule) -> Report:
@@ -93,11 +103,11 @@ def attach(module: fx.GraphModule, made: Report) -> fx.GraphModule:
     return module
 
 
-def summarise(plan: Plan, fits: Fits | None = None) -> Report:
-    """The report of a plan, with the errors of its fits where they are done."""
+def summarise(plan: Plan, fits: Fits | None = None, reconstruction: Reconstruction | None = None) -> Report:
+    """The report of a plan, with the errors of its fits, and of its blocks, where they are done."""
     lines = tuple(_line(entry, fits) for entry in plan.entries)
     images, seconds = (0, {}) if fits is None else (fits.images, fits.seconds)
-    return Report(lines, plan.macs_before, plan.macs_after, images, seconds)
+    return Report(lines, plan.macs_before, plan.macs_after, images, seconds, reconstruction)
 
 
 def _line(entry: Rewrite | Skip, fits: Fits | None) -> Line:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ghostify.ghost import CheapOperation, GhostModule, ghost_of
+from ghostify.ghost import GhostModule, ghost_of
 from ghostify.lstsq import GhostWeights
 from ghostify.order import absorb
 from ghostify.plan import Plan, Rewrite
@@ -61,8 +61,7 @@ def put_ghost(module: fx.GraphModule, entry: Rewrite, weights: GhostWeights) -> 
 
 @torch.no_grad()
 def _fill(ghost: GhostModule, weights: GhostWeights) -> None:
-    cheap = ghost.cheap_operation
-    convs: list[Any] = list(cheap.convs) if isinstance(cheap, CheapOperation) else [cheap]
+    convs: tuple[Any, ...] = ghost.cheap_convs
     ghost.primary_conv.weight.copy_(weights.primary_weight)
     sizes = [conv.out_channels for conv in convs]
     for conv, kernels in zip(convs, weights.cheap_weight.split(sizes), strict=True):

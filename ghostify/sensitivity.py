@@ -18,7 +18,7 @@ from ghostify.collective import summed
 from ghostify.trace import Program
 from ghostify.walk import Watched
 
-SHARE = 2
+SHARE = 4
 IMAGES = 256
 PROBES = 4
 SPREAD_OVER = 32
@@ -52,7 +52,7 @@ def output_sensitivity(
 
     An error with variance e_j at every position of channel j raises the outputs' error, relative to their variance over
     images, by about sum_j s_j e_j: s_j is the sum over positions of the squared gradient of a random combination of
-    the outputs, averaged over combinations and the first `images` images (default: half of them, at most 256);
+    the outputs, averaged over combinations and the first `images` images (default: a quarter of them, at most 256);
     Hutchinson's estimator of the diagonal of J'J. Empty where the outputs have no gradient, or the model overwrites
     what a gradient would need.
     """

@@ -45,11 +45,12 @@ def test_plan_needs_no_weights():
 def test_convert_then_eval(files, tmp_path):
     done = run(
         "convert", NET, *SIZE, "--checkpoint", files / "w.safetensors", "--calibration", files / "data.npz",
-        "--output", tmp_path / "out", "--batch", 6,
+        "--output", tmp_path / "out", "--batch", 6, "--reconstruct",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "fitted to 24 images" in done.stdout
     assert "2 convolutions rewritten, 1 left as they are" in done.stdout
+    assert "of 1 blocks reconstructed, outputs' error on held-out images" in " ".join(done.stdout.split())
     assert load(tmp_path / "out")(torch.zeros(2, 3, 12, 12)).shape == (2, 5)
     judged = run(
         "eval", tmp_path / "out", "--data", files / "data.npz", "--original", files / "w.safetensors", "--json"
@@ -83,6 +84,7 @@ def test_user_errors_are_one_line_and_code_2(files, tmp_path):
         (("plan", NET, *SIZE, "--target", "zzz"), "ghostify: targets 'zzz' matches no convolution"),
         (("convert", NET, *SIZE, *weights, "--calibration", tmp_path / "no.npy"), "no.npy: cannot be read"),
         (("convert", NET, "--arg", "width=4", *SIZE, *weights), "does not fit Straight"),
+        (("convert", NET, *SIZE, *weights, "--reconstruct"), "ghostify: reconstruct needs images"),
         (("eval", tmp_path, "--data", files / "data.npz"), "is no ghostify folder"),
     ):
         done = run(*arguments)

@@ -91,9 +91,10 @@ def test_errors_and_constants_are_those_of_the_prediction():
     stats, shifts, y = maps_statistics(maps, targets, 3)
     solution = lstsq.solve(stats, Layout(6, 3, 1, 3), torch.ones(6, dtype=torch.float64))
     channels = solution.groups.channels
-    computed = torch.einsum("pdb,ndb->pn", shifts, lstsq._as_maps(stats, solution))
-    prediction = torch.empty_like(computed)
-    prediction[:, channels] = computed
+    prediction = torch.empty_like(y)
+    prediction[:, channels[:3]] = shifts[:, 4] @ solution.intrinsic.T
+    seen = torch.einsum("pdb,jb->pjd", shifts, solution.intrinsic[solution.groups.sources[:, 0]])
+    prediction[:, channels[3:]] = (seen * solution.kernels[:, 0]).sum(2)
     constants = lstsq.constants(stats, solution)
     torch.testing.assert_close((y - prediction).mean(0), constants)
     torch.testing.assert_close((y - prediction - constants).square().mean(0), lstsq.errors(stats, solution))
