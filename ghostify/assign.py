@@ -25,6 +25,10 @@ class Groups:
         """The original channel of each computed map."""
         return torch.cat((self.intrinsic.flatten(), self.ghosts))
 
+    def total(self, costs: Tensor) -> float:
+        """The sum of costs[i, j] (n x n) over every ghost j and its intrinsic map i, for w = 1."""
+        return float(costs[self.intrinsic[self.sources[:, 0], 0], self.ghosts].sum())
+
     def members(self) -> list[Tensor]:
         """All original channels of each group."""
         owner = self.sources[:, 0] // self.intrinsic.shape[1]

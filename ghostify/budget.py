@@ -15,6 +15,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
 
 from ghostify import cost, lstsq, sight
+from ghostify.assign import choose_groups
 from ghostify.datafree import statistics_of
 from ghostify.errors import GhostifyError
 from ghostify.ghost import Layout, intrinsic_maps
@@ -188,10 +189,10 @@ def _losses(target: Target, profile: Profile) -> Iterator[tuple[Layout, float]]:
         for m in sorted({max(1, round(n * k / STEPS)) for k in range(1, STEPS)} - {n}):
             yield Layout(n, m, m, 1), float(tails[n - m])
     if profile.maps is not None:
+        _, costs = lstsq.map_pairs(profile.maps, profile.weights)
         for m in sorted({intrinsic_maps(n, ratio) for ratio in RATIOS} - {n}):
             layout = Layout(n, m, 1, target.rule.dw_size)
-            solution = lstsq.solve(profile.maps, layout, profile.weights)
-            yield layout, float((lstsq.errors(profile.maps, solution) * profile.weights).sum())
+            yield layout, choose_groups(costs, layout).total(costs)
 
 
 def _wants_maps(target: Target) -> bool:

@@ -220,10 +220,15 @@ def solve(stats: Statistics | MapStatistics, layout: Layout, weights: Tensor) ->
     return _with_kernels(stats, groups, coordinates)
 
 
-def _solve_maps(stats: MapStatistics, layout: Layout, weights: Tensor) -> Solution:
+def map_pairs(stats: MapStatistics, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """For every pair the best kernel (n x D x n) of output j on map i, and its error weighted by `weights` (n x n)."""
     cross = stats.cross.transpose(0, 1)
     kernels = _spd_solve(stats.auto, cross, _damping(stats.auto, stats.rows))
-    costs = (stats.var - (cross * kernels).sum(1)).clamp_min(0) * weights
+    return kernels, (stats.var - (cross * kernels).sum(1)).clamp_min(0) * weights
+
+
+def _solve_maps(stats: MapStatistics, layout: Layout, weights: Tensor) -> Solution:
+    kernels, costs = map_pairs(stats, weights)
     groups = choose_groups(costs, layout)
     mine = groups.intrinsic[groups.sources[:, 0], 0]
     coordinates = torch.eye(len(stats.var), dtype=torch.float64)[groups.intrinsic[:, 0]]
