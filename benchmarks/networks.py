@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torchvision.models import vgg16_bn
 
 from ghostify.demo import Images, ResidualNet, fashion_mnist, train
 from ghostify.evaluate import outputs, top1
@@ -53,5 +54,17 @@ def resnet20(data: Images, width: int = 32, seed: int = 0) -> nn.Module:
     return trained(f"resnet20-w{width}", lambda: ResidualNet(20, width), data, epochs=6, seed=seed)
 
 
+def vgg16(data: Images, seed: int = 0) -> nn.Module:
+    """The form of VGG-16-BN for small images: torchvision's features but the last pooling, one linear layer."""
+
+    def build() -> nn.Module:
+        first, *others = vgg16_bn().features[:-1]
+        first = nn.Conv2d(data.train.shape[1], first.out_channels, 3, padding=1)
+        return nn.Sequential(first, *others, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
+
+    return trained("vgg16-bn", build, data, epochs=3, seed=seed)
+
+
 if __name__ == "__main__":
     resnet20(images())
+    vgg16(images())
