@@ -14,14 +14,14 @@ import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
 
-from ghostify import cost, lstsq, sight
+from ghostify import cost, sight
 from ghostify.assign import choose_groups
 from ghostify.datafree import statistics_of
 from ghostify.errors import GhostifyError
 from ghostify.ghost import Layout, intrinsic_maps
-from ghostify.lstsq import MapStatistics
 from ghostify.modes import evaluating
 from ghostify.moments import MapMoments, Moments
+from ghostify.pairs import MapStatistics, map_statistics
 from ghostify.plan import Plan, Skip, Target, plan_layouts, targets
 from ghostify.policy import Policy
 from ghostify.sensitivity import Calibration, calibrate
@@ -189,7 +189,7 @@ def _losses(target: Target, profile: Profile) -> Iterator[tuple[Layout, float]]:
         for m in sorted({max(1, round(n * k / STEPS)) for k in range(1, STEPS)} - {n}):
             yield Layout(n, m, m, 1), float(tails[n - m])
     if profile.maps is not None:
-        _, costs = lstsq.map_pairs(profile.maps, profile.weights)
+        costs = profile.maps.costs(profile.weights)
         for m in sorted({intrinsic_maps(n, ratio) for ratio in RATIOS} - {n}):
             layout = Layout(n, m, 1, target.rule.dw_size)
             yield layout, choose_groups(costs, layout).total(costs)
@@ -244,6 +244,6 @@ def _profiled(program: Program, wished: list[Target], calibration: Calibration, 
         alike = 1 / covariance.diagonal().clamp_min(1e-30).sum()
         weights = felt.get(name, torch.full((target.conv.outputs,), float(alike), dtype=torch.float64))
         eye = torch.eye(target.conv.outputs, dtype=torch.float64)
-        pairs = lstsq.map_statistics(maps[name].of_all_processes(), eye, None, True) if name in maps else None
+        pairs = map_statistics(maps[name].of_all_processes(), eye) if name in maps else None
         profiles[name] = Profile(covariance, pairs, weights.clamp_min(1e-12 * weights.max() + 1e-30))
     return profiles

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ghostify.lstsq import MapStatistics, Statistics
+from ghostify.lstsq import Statistics
+from ghostify.pairs import MapStatistics
 
 
 def statistics_of(conv: nn.Conv2d, norm: Any, dw_size: int, *, map_by_map: bool = False) -> Statistics | MapStatistics:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ghostify import lstsq
+from ghostify.assign import choose_groups
 from ghostify.batches import Batches
 from ghostify.clock import Clock
 from ghostify.datafree import statistics_of
@@ -101,8 +102,11 @@ def data_free(program: Program, entry: Rewrite) -> GhostWeights:
     norm: Any = None if entry.norm is None else program.module.get_submodule(entry.norm)
     layout = entry.layout
     apart = layout.width == 1 and layout.outputs * layout.dw_size**2 > MAPS_TOGETHER
-    stats = statistics_of(conv, norm, layout.dw_size, map_by_map=apart)
-    solution = lstsq.solve(stats, layout, channel_weights(norm, conv.out_channels))
+    stats: Any = statistics_of(conv, norm, layout.dw_size, map_by_map=apart)
+    weights = channel_weights(norm, conv.out_channels)
+    if apart:
+        stats = stats.linked(choose_groups(stats.costs(weights), layout))
+    solution = lstsq.solve(stats, layout, weights)
     emitted = emit(conv, entry, stats, solution)
     if conv.bias is None:
         return emitted

@@ -12,11 +12,13 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ghostify import lstsq, sight
+from ghostify.assign import Groups, choose_groups
 from ghostify.clock import Clock
 from ghostify.collective import summed
 from ghostify.errors import GhostifyError
-from ghostify.lstsq import GhostWeights, MapStatistics, Solution, Statistics
-from ghostify.moments import Moments, Pair
+from ghostify.lstsq import GhostWeights, Solution, Statistics
+from ghostify.moments import LinkMoments, Moments, Pair
+from ghostify.pairs import Links, link_statistics, sources_of
 from ghostify.plan import Rewrite
 from ghostify.sight import View
 from ghostify.trace import as_module
@@ -25,6 +27,7 @@ from ghostify.walk import Chunk, Walk
 POSITIONS = 40_000
 VIEWED = 8_000
 FEATURES = 2304
+COARSE = 1152
 HELD_OUT = 8
 DOUBTFUL = 1.1
 
@@ -48,8 +51,11 @@ class Layer:
         self.gain = _inverse_scale(norm, self.conv.out_channels)
         self.free_mean = self.conv.bias is not None or norm is not None
         self.first = Pair.zero(self.conv.weight[0].numel(), self.conv.out_channels)
-        features = min(entry.layout.dw_size**2 * self.conv.out_channels, FEATURES)
-        self.viewed = min(POSITIONS, VIEWED * FEATURES**2 // features**2)
+        layout = entry.layout
+        self.many = layout.width == 1 and layout.dw_size**2 * layout.outputs > FEATURES and layout.dw_size > 1
+        self.viewed = (
+            VIEWED if self.many else min(POSITIONS, VIEWED * FEATURES**2 // (layout.dw_size**2 * layout.outputs) ** 2)
+        )
         self.views: list[tuple[View, Tensor]] = []
 
     def look(self, node: fx.Node, chunk: Chunk) -> None:
@@ -74,22 +80,43 @@ class Layer:
     def fit(self, clock: Clock, otherwise: Callable[[], GhostWeights]) -> GhostWeights:
         """Ghost weights from all that was seen, or those of `otherwise` if they do better on the held-out images."""
         first, filters = self.first.of_all_processes(), sight.filters_of(self.conv).T
-        everything, d = first.both, self.entry.layout.dw_size
-        with clock("solving"):
-            if not self.shared:
+        if not self.shared:
+            with clock("solving"):
                 filters = lstsq.dense_prediction(first, filters, self.weights, free_mean=self.free_mean)
-            bias = None if self.conv.bias is None else everything.mean_y - filters.T @ everything.mean_u
-            constant = bias is not None and d > 1
-            basis, start = self._basis(everything, filters, FEATURES // d**2 - constant)
+        bias = None if self.conv.bias is None else first.both.mean_y - filters.T @ first.both.mean_u
+        stats = self._together(first.both, filters, bias, clock)
+        if self.many:
+            with clock("solving"):
+                groups = choose_groups(lstsq.pair_costs(stats, self.weights), self.entry.layout)
+            with clock("moments"):
+                stats = self._linked(groups, filters, bias)
+        with clock("solving"):
+            fitted = emit(self.conv, self.entry, stats, lstsq.solve(stats, self.entry.layout, self.weights))
+        return self._judged(fitted, otherwise) if first.held_out.count else fitted
+
+    def _together(self, seen: Moments, filters: Tensor, bias: Tensor | None, clock: Clock) -> Any:
+        """Statistics of the dense predictions, or of their principal maps, all with each other."""
+        d = self.entry.layout.dw_size
+        constant = bias is not None and d > 1
+        with clock("solving"):
+            basis, start = self._basis(seen, filters, (COARSE if self.many else FEATURES) // d**2 - constant)
         with clock("moments"):
-            seen = everything.projected(basis) if d == 1 else self._around(basis, d, constant)
+            seen = seen.projected(basis) if d == 1 else self._around(basis, d, constant)
         if constant and bias is not None:
             start = torch.cat((start, bias[:, None]), 1)
-        with clock("solving"):
-            stats = lstsq.statistics(seen, d * d, basis, start, constant, self.free_mean)
-            solution = lstsq.solve(stats, self.entry.layout, self.weights)
-            fitted = emit(self.conv, self.entry, stats, solution)
-        return self._judged(fitted, otherwise) if first.held_out.count else fitted
+        return lstsq.statistics(seen, d * d, basis, start, constant, self.free_mean)
+
+    def _linked(self, groups: Groups, filters: Tensor, bias: Tensor | None) -> Links:
+        """Statistics of the chosen intrinsic maps, each with its ghosts."""
+        d, own, source = self.entry.layout.dw_size, groups.intrinsic[:, 0], sources_of(groups)
+        basis, mine = filters.T[own], None if bias is None else bias[own]
+        moments = LinkMoments.zero(len(own), d * d, len(source))
+        for view, _ in self.views:
+            maps = view.maps(self.conv, basis)
+            if mine is not None:
+                maps = maps + mine.to(maps.dtype)[:, None, None] * view.inside
+            moments.add(sight.neighbourhoods(maps, d), sight.rows(view.target)[:, groups.channels], source)
+        return link_statistics(moments.of_all_processes(), groups, basis, mine, self.free_mean)
 
     def _judged(self, fitted: GhostWeights, otherwise: Callable[[], GhostWeights]) -> GhostWeights:
         held_out = self._error(fitted)
@@ -179,7 +206,7 @@ def channel_weights(norm: Any, outputs: int) -> Tensor:
     return weight.clamp_min(1e-6 * weight.mean())
 
 
-def emit(conv: nn.Conv2d, entry: Rewrite, stats: Statistics | MapStatistics, solution: Solution) -> GhostWeights:
+def emit(conv: nn.Conv2d, entry: Rewrite, stats: Statistics | Links, solution: Solution) -> GhostWeights:
     """Filters, kernels and biases of a solution; a constant that no bias can hold goes to the norm behind."""
     coordinates, channels, m = solution.intrinsic, solution.groups.channels, entry.layout.intrinsic
     lacking = lstsq.constants(stats, solution)

@@ -16,14 +16,13 @@ from torch import Tensor
 
 from ghostify.assign import Groups, choose_groups
 from ghostify.ghost import Layout
-from ghostify.moments import MapMoments, Moments, Pair
+from ghostify.moments import Moments, Pair
+from ghostify.pairs import Links
+from ghostify.systems import damping_for, solve_damped, solve_ridge
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-DAMPING = 1e-7
-CAUTION = 0.01
 UNJUDGED = 0.1
 JUDGED = 64
-JOINT_OUTPUTS = 256
 JOINT_STEPS = 10
 JOINT_STOP = 5e-3
 
@@ -53,28 +52,6 @@ class Statistics:
         return self.gram.shape[0] // 2
 
 
-@dataclass(frozen=True, eq=False)
-class MapStatistics:
-    """What wide layers get instead of `Statistics`: second moments of each dense prediction with itself at the D places
-    (`auto`, n x D x D) and with every output (`cross`, D x n x n), but none between two predictions.
-
-    `basis` (n x c k^2) holds the filters of the dense predictions, `bias` (n) their biases where the layer has any.
-    """
-
-    auto: Tensor
-    cross: Tensor
-    var: Tensor
-    mean_v: Tensor
-    mean_y: Tensor
-    basis: Tensor
-    rows: float = float("inf")
-    bias: Tensor | None = None
-
-    @property
-    def constant(self) -> bool:
-        return self.bias is not None
-
-
 def statistics(
     moments: Moments, places: int, basis: Tensor, start: Tensor, constant: bool, free_mean: bool
 ) -> Statistics:
@@ -91,22 +68,6 @@ def statistics(
         start=start,
         rows=float(moments.count),
         constant=constant,
-    )
-
-
-def map_statistics(moments: MapMoments, basis: Tensor, bias: Tensor | None, free_mean: bool) -> MapStatistics:
-    """Statistics from moments taken map by map."""
-    n = moments.count.clamp_min(1)
-    v, y = float(free_mean) * moments.v / n, float(free_mean) * moments.y / n
-    return MapStatistics(
-        auto=moments.auto / n - torch.einsum("di,ei->ide", v, v),
-        cross=moments.cross / n - torch.einsum("di,j->dij", v, y),
-        var=(moments.yy / n - y.square()).clamp_min(0),
-        mean_v=v,
-        mean_y=y,
-        basis=basis,
-        rows=float(moments.count),
-        bias=bias,
     )
 
 
@@ -136,32 +97,6 @@ class GhostWeights:
     shift: Tensor | None = None
     error: Tensor | None = None
     held_out: Tensor | None = None
-
-
-def solve_ridge(uu: Tensor, uy: Tensor, prior: Tensor, ridge: float) -> Tensor:
-    """argmin_W ||y - W' u||^2 + lambda ||W - prior||^2 (a x b), lambda = ridge x the mean diagonal of uu (a x a)."""
-    damping = max(ridge, DAMPING) * uu.diagonal().mean().clamp_min(torch.finfo(uu.dtype).tiny)
-    return prior + _spd_solve(uu, uy - uu @ prior, damping)
-
-
-def _damping(grams: Tensor, rows: float) -> Tensor:
-    """A share of each matrix's mean diagonal that grows as there are fewer rows for its unknowns."""
-    share = max(DAMPING, CAUTION * grams.shape[-1] / rows)
-    return share * grams.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-30)
-
-
-def _spd_solve(matrix: Tensor, right: Tensor, damping: Tensor) -> Tensor:
-    """(matrix + damping I) X = right for symmetric positive semi-definite matrices, batched; damped more if need be."""
-    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype)
-    damping = torch.as_tensor(damping, dtype=matrix.dtype)[..., None, None]
-    for _ in range(8):
-        factor, failed = torch.linalg.cholesky_ex(matrix + damping * eye)
-        if not failed.any() and matrix.dim() > 2 and right.shape[-1] > matrix.shape[-1]:
-            return torch.cholesky_inverse(factor) @ right  # the batched solver would go column by column
-        if not failed.any():
-            return torch.cholesky_solve(right, factor)
-        damping = damping.clamp_min(torch.finfo(matrix.dtype).eps) * 100
-    return torch.linalg.lstsq(matrix + damping * eye, right).solution
 
 
 def dense_prediction(moments: Pair, prior: Tensor, weights: Tensor, *, free_mean: bool) -> Tensor:
@@ -203,56 +138,28 @@ def best_ridge(fit: tuple[Tensor, ...], held_out: tuple[Tensor, ...], prior: Ten
     return RIDGES[k]
 
 
-def solve(stats: Statistics | MapStatistics, layout: Layout, weights: Tensor) -> Solution:
+def solve(stats: Statistics | Links, layout: Layout, weights: Tensor) -> Solution:
     """The ghost layer of `layout` that predicts the outputs with the least error weighted by `weights` (n).
 
     Grouping by pair errors, kernels by the normal equations; for w = 1 then the joint refit by alternating half-steps,
-    for wider ghosts with one-pixel kernels the optimum in closed form (reduced rank within each group). From
-    `MapStatistics` (w = 1 only) there is no joint refit.
+    for wider ghosts with one-pixel kernels the optimum in closed form (reduced rank within each group). `Links`
+    stand for w = 1 with groups that are chosen already, and without a joint refit.
     """
-    if isinstance(stats, MapStatistics):
-        return _solve_maps(stats, layout, weights)
-    groups = choose_groups(_pair_costs(stats, weights), layout)
+    if isinstance(stats, Links):
+        own = torch.eye(len(stats.auto), dtype=torch.float64)
+        start = own if stats.bias is None else torch.cat((own, stats.bias[:, None]), 1)
+        return Solution(stats.groups, start, stats.kernels())
+    groups = choose_groups(pair_costs(stats, weights), layout)
     if layout.width == 1:
-        solution = _with_kernels(stats, groups, stats.start[groups.intrinsic.flatten()])
-        return _alternate(stats, solution, weights) if layout.outputs <= JOINT_OUTPUTS else solution
+        return _alternate(stats, _with_kernels(stats, groups, stats.start[groups.intrinsic.flatten()]), weights)
     groups, coordinates = _reduced_rank(stats, groups, weights)
     return _with_kernels(stats, groups, coordinates)
 
 
-def map_pairs(stats: MapStatistics, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """For every pair the best kernel (n x D x n) of output j on map i, and its error weighted by `weights` (n x n)."""
-    cross = stats.cross.transpose(0, 1)
-    kernels = _spd_solve(stats.auto, cross, _damping(stats.auto, stats.rows))
-    return kernels, (stats.var - (cross * kernels).sum(1)).clamp_min(0) * weights
-
-
-def _solve_maps(stats: MapStatistics, layout: Layout, weights: Tensor) -> Solution:
-    kernels, costs = map_pairs(stats, weights)
-    groups = choose_groups(costs, layout)
-    mine = groups.intrinsic[groups.sources[:, 0], 0]
-    coordinates = torch.eye(len(stats.var), dtype=torch.float64)[groups.intrinsic[:, 0]]
-    if stats.bias is not None:
-        coordinates = torch.cat((coordinates, stats.bias[groups.intrinsic]), 1)
-    return Solution(groups, coordinates, kernels[mine, :, groups.ghosts][:, None])
-
-
-def _map_errors(stats: MapStatistics, solution: Solution) -> Tensor:
-    groups, centre = solution.groups, stats.auto.shape[1] // 2
-    own, kernels = groups.intrinsic[:, 0], solution.kernels[:, 0]
-    source = own[groups.sources[:, 0]]
-    result = torch.empty_like(stats.var)
-    result[own] = stats.var[own] - 2 * stats.cross[centre, own, own] + stats.auto[own, centre, centre]
-    explained = 2 * (stats.cross[:, source, groups.ghosts].T * kernels).sum(1)
-    spent = torch.einsum("jd,jde,je->j", kernels, stats.auto[source], kernels)
-    result[groups.ghosts] = stats.var[groups.ghosts] - explained + spent
-    return result.clamp_min(0)
-
-
-def errors(stats: Statistics | MapStatistics, solution: Solution) -> Tensor:
+def errors(stats: Statistics | Links, solution: Solution) -> Tensor:
     """Squared error of every output channel (n), less a free constant each if the statistics are centred."""
-    if isinstance(stats, MapStatistics):
-        return _map_errors(stats, solution)
+    if isinstance(stats, Links):
+        return stats.errors(solution.kernels)
     groups, centre, m = solution.groups, stats.centre, len(solution.intrinsic)
     own, ghosts = groups.channels[:m], groups.channels[m:]
     result = torch.empty_like(stats.var)
@@ -268,15 +175,12 @@ def _loss(coordinates: Tensor, gram: Tensor, cross: Tensor, var: Tensor) -> Tens
     return var - 2 * (coordinates * cross.T).sum(1) + ((coordinates @ gram) * coordinates).sum(1)
 
 
-def constants(stats: Statistics | MapStatistics, solution: Solution) -> Tensor:
+def constants(stats: Statistics | Links, solution: Solution) -> Tensor:
     """What each output channel (n, original order) lacks in the mean."""
-    if isinstance(stats, MapStatistics):
-        own = solution.groups.intrinsic[:, 0]
-        mine = stats.mean_v[:, own[solution.groups.sources[:, 0]]].T
-        means = torch.cat((stats.mean_v[len(stats.mean_v) // 2, own], (solution.kernels[:, 0] * mine).sum(1)))
-    else:
-        own = (solution.intrinsic * stats.mean_v[stats.centre]).sum(1)
-        means = torch.cat((own, (_ghost_maps(solution) * stats.mean_v).sum((1, 2))))
+    if isinstance(stats, Links):
+        return stats.constants(solution.kernels)
+    own = (solution.intrinsic * stats.mean_v[stats.centre]).sum(1)
+    means = torch.cat((own, (_ghost_maps(solution) * stats.mean_v).sum((1, 2))))
     result = torch.empty_like(means)
     result[solution.groups.channels] = stats.mean_y[solution.groups.channels] - means
     return result
@@ -287,13 +191,13 @@ def _ghost_maps(solution: Solution) -> Tensor:
     return torch.einsum("jwd,jwb->jdb", solution.kernels, solution.intrinsic[solution.groups.sources])
 
 
-def _pair_costs(stats: Statistics, weights: Tensor) -> Tensor:
+def pair_costs(stats: Statistics, weights: Tensor) -> Tensor:
     """Weighted error of predicting output j by the best kernel on the dense prediction of output i, for all pairs."""
     start = stats.start
     half = torch.einsum("ib,dbec->idec", start, stats.gram)
     gram = torch.einsum("idec,ic->ide", half, start)
     cross = torch.einsum("ib,dbj->idj", start, stats.cross)
-    kernels = _spd_solve(gram, cross, _damping(gram, stats.rows))
+    kernels = solve_damped(gram, cross, damping_for(gram, stats.rows))
     return (stats.var - (cross * kernels).sum(1)).clamp_min(0) * weights
 
 
@@ -309,13 +213,13 @@ def _with_kernels(stats: Statistics, groups: Groups, coordinates: Tensor) -> Sol
         a = grouped[start : start + step]
         half = torch.einsum("gwb,dbec->gwdec", a, stats.gram)
         gram = torch.einsum("gwdec,gvc->gwdve", half, a).reshape(len(a), width * places, width * places)
-        damping = _damping(gram, stats.rows)
+        damping = damping_for(gram, stats.rows)
         mine = ((owner >= start) & (owner < start + len(a))).nonzero().flatten()
         if not len(mine):
             continue
         targets = stats.cross[:, :, groups.ghosts[mine]]
         right = torch.einsum("jwb,dbj->jwd", a[owner[mine] - start], targets).reshape(len(mine), -1, 1)
-        solved = _spd_solve(gram[owner[mine] - start], right, damping[owner[mine] - start])
+        solved = solve_damped(gram[owner[mine] - start], right, damping[owner[mine] - start])
         kernels[mine] = solved.reshape(len(mine), width, places)
     return Solution(groups, coordinates, kernels)
 
@@ -353,9 +257,9 @@ def _with_coordinates(stats: Statistics, solution: Solution, weights: Tensor) ->
         b = min(a + step, len(mine))
         systems = (pairs[a:b] @ by_place).reshape(-1, size, size) + weights[mine[a:b], None, None] * own_gram
         systems = (systems + systems.mT) / 2
-        damping = 10 * _damping(systems, stats.rows)
+        damping = 10 * damping_for(systems, stats.rows)
         residual = right[a:b] - torch.einsum("ibc,ic->ib", systems, solution.intrinsic[a:b])
-        result[a:b] = solution.intrinsic[a:b] + _spd_solve(systems, residual[..., None], damping)[..., 0]
+        result[a:b] = solution.intrinsic[a:b] + solve_damped(systems, residual[..., None], damping)[..., 0]
     return result
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ghostify.collective import summed
 
 ROWS = 8192
+FEW = 1024
 BLOCK = 512
 
 
@@ -154,3 +155,40 @@ class MapMoments:
 
     def __add__(self, other: MapMoments) -> MapMoments:
         return MapMoments(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+@dataclass(frozen=True, eq=False)
+class LinkMoments:
+    """Sums over rows of m maps at D places and of n targets, each of which is linked to one map.
+
+    `auto` is m x D x D, `cross` n x D, `v` m x D; float64.
+    """
+
+    count: Tensor
+    v: Tensor
+    y: Tensor
+    auto: Tensor
+    cross: Tensor
+    yy: Tensor
+
+    @classmethod
+    def zero(cls, maps: int, places: int, targets: int) -> LinkMoments:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64)
+
+        sums = zeros(), zeros(maps, places), zeros(targets)
+        return cls(*sums, zeros(maps, places, places), zeros(targets, places), zeros(targets))
+
+    def add(self, v: Tensor, y: Tensor, source: Tensor) -> None:
+        """Take up rows v (P x D x m) and y (P x n), in place; `source` (n) names each target's map."""
+        for vs, ys in zip(v.split(FEW), y.split(FEW), strict=True):
+            by_map = vs.permute(2, 1, 0).contiguous()
+            self.count.add_(len(vs))
+            self.v.add_(by_map.sum(2, dtype=torch.float64))
+            self.y.add_(ys.sum(0, dtype=torch.float64))
+            self.auto.add_(by_map @ by_map.mT)
+            self.cross.add_((by_map[source] @ ys.T[:, :, None])[:, :, 0])
+            self.yy.add_(ys.square().sum(0, dtype=torch.float64))
+
+    def of_all_processes(self) -> LinkMoments:
+        return LinkMoments(*summed(*(getattr(self, f.name) for f in fields(self))))

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ghostify import GhostifyError, Policy, Rule, fit, ghostify, plan, report, rewrite, trace
+from ghostify import GhostifyError, Policy, Rule, fit, ghostify, layer, plan, report, rewrite, trace
 from ghostify.evaluate import outputs, relative_error
 from ghostify.ghost import Layout, ghost_of
 from tests import nets
@@ -215,3 +215,18 @@ def test_layouts_of_the_report_match_the_modules():
             ghost = converted.get_submodule(line.name)
             assert ghost.primary_conv.out_channels == line.intrinsic
             assert Layout(line.filters[0], line.intrinsic, line.width, line.dw_size).ghosts == 2 * line.filters[0] // 3
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_layers_with_many_maps_are_fitted_pair_by_pair(monkeypatch, bias):
+    model = nn.Sequential(nn.Conv2d(3, 24, 3, padding=1, bias=bias), *([] if bias else [nn.BatchNorm2d(24)]))
+    model, x = nets.settle(model), nets.images(32, 12)
+    policy = Policy((Rule(),), keep_first=False)
+    together = ghostify(model, policy=policy, calibration=x)
+    monkeypatch.setattr(layer, "FEATURES", 9 * 23)
+    monkeypatch.setattr(layer, "COARSE", 9 * 12)
+    apart, free = ghostify(model, policy=policy, calibration=x), ghostify(model, policy=policy)
+    test = nets.images(16, 12, seed=9)
+    assert error(model, together, test) <= error(model, apart, test) * 1.02 < error(model, free, test)
+    line = report(apart).lines[0]
+    assert line.held_out == pytest.approx(line.error, rel=0.2)

@@ -9,6 +9,7 @@ from ghostify.assign import Groups
 from ghostify.ghost import Layout
 from ghostify.lstsq import Statistics
 from ghostify.moments import Moments, Pair
+from ghostify.systems import solve_ridge
 
 
 def moments_of(u, y):
@@ -29,7 +30,7 @@ def test_streamed_ridge_equals_lstsq_on_materialised_data(seed, rows):
     stacked = torch.cat((u / rows**0.5, strength.sqrt() * torch.eye(5, dtype=torch.float64)))
     wanted = torch.cat((y / rows**0.5, strength.sqrt() * prior))
     expected = torch.linalg.lstsq(stacked, wanted).solution
-    torch.testing.assert_close(lstsq.solve_ridge(uu, uy, prior, 0.1), expected)
+    torch.testing.assert_close(solve_ridge(uu, uy, prior, 0.1), expected)
 
 
 def test_dense_prediction_takes_the_ridge_that_held_out_rows_prefer():
@@ -106,7 +107,7 @@ def test_the_joint_refit_only_lowers_the_error():
     maps = torch.einsum("ij,njhw->nihw", mixing, torch.randn(8, 4, 10, 10, dtype=torch.float64))
     stats, _, _ = maps_statistics(maps, maps, 3)
     weights = torch.rand(10, dtype=torch.float64) + 0.1
-    groups = lstsq.choose_groups(lstsq._pair_costs(stats, weights), Layout(10, 5, 1, 3))
+    groups = lstsq.choose_groups(lstsq.pair_costs(stats, weights), Layout(10, 5, 1, 3))
     before = lstsq._with_kernels(stats, groups, stats.start[groups.intrinsic.flatten()])
     after = lstsq._alternate(stats, before, weights)
     assert (weights * lstsq.errors(stats, after)).sum() < 0.99 * (weights * lstsq.errors(stats, before)).sum()

@@ -1,0 +1,151 @@
+"""Layers with many maps (w = 1): who could be whose ghost, and the kernels once that is chosen; tensor maths only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ghostify.assign import Groups
+from ghostify.moments import LinkMoments, MapMoments
+from ghostify.systems import damping_for, solve_damped
+
+
+@dataclass(frozen=True, eq=False)
+class MapStatistics:
+    """Second moments of n maps, each with itself at the D places (`auto`, n x D x D) and with every output (`cross`,
+    D x n x n), but none between two maps; `var`, `mean_v` (D x n) and `mean_y` likewise.
+
+    `basis` (n x c k^2) holds the filters that make the maps.
+    """
+
+    auto: Tensor
+    cross: Tensor
+    var: Tensor
+    mean_v: Tensor
+    mean_y: Tensor
+    basis: Tensor
+    rows: float = float("inf")
+
+    def costs(self, weights: Tensor) -> Tensor:
+        """Error of output j by the best kernel on map i, weighted by `weights` (n), for all pairs (n x n)."""
+        cross = self.cross.transpose(0, 1)
+        kernels = solve_damped(self.auto, cross, damping_for(self.auto, self.rows))
+        return (self.var - (cross * kernels).sum(1)).clamp_min(0) * weights
+
+    def linked(self, groups: Groups) -> Links:
+        """What the chosen groups need of it."""
+        own, source = groups.intrinsic[:, 0], sources_of(groups)
+        channels = groups.channels
+        return Links(
+            groups=groups,
+            auto=self.auto[own],
+            cross=self.cross[:, own[source], channels].T,
+            var=self.var,
+            mean_v=self.mean_v[:, own].T,
+            mean_y=self.mean_y[channels],
+            basis=self.basis[own],
+            rows=self.rows,
+        )
+
+
+def map_statistics(moments: MapMoments, basis: Tensor) -> MapStatistics:
+    """Statistics from moments taken map by map, less the means."""
+    n = moments.count.clamp_min(1)
+    v, y = moments.v / n, moments.y / n
+    return MapStatistics(
+        auto=moments.auto / n - torch.einsum("di,ei->ide", v, v),
+        cross=moments.cross / n - torch.einsum("di,j->dij", v, y),
+        var=(moments.yy / n - y.square()).clamp_min(0),
+        mean_v=v,
+        mean_y=y,
+        basis=basis,
+        rows=float(moments.count),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Links:
+    """Moments of each of m intrinsic maps with itself at the D places (`auto`, m x D x D), and of each computed channel
+    with the map it is made of (`cross`, n x D); `mean_v` is m x D, `mean_y` (n) in computed order, `var` in the original's.
+
+    `basis` (m x c k^2) holds the intrinsic filters, `bias` (m) their biases where the layer has any.
+    """
+
+    groups: Groups
+    auto: Tensor
+    cross: Tensor
+    var: Tensor
+    mean_v: Tensor
+    mean_y: Tensor
+    basis: Tensor
+    rows: float = float("inf")
+    bias: Tensor | None = None
+
+    @property
+    def constant(self) -> bool:
+        return self.bias is not None
+
+    def kernels(self) -> Tensor:
+        """The ghosts' kernels (ghosts x 1 x D) by the normal equations."""
+        m, source = len(self.auto), self.groups.sources[:, 0]
+        turns = _turns(source)
+        right = self.cross.new_zeros(m, self.auto.shape[1], int(turns.max()) + 1)
+        right[source, :, turns] = self.cross[m:]
+        return solve_damped(self.auto, right, damping_for(self.auto, self.rows))[source, :, turns][:, None]
+
+    def errors(self, kernels: Tensor) -> Tensor:
+        """Squared error of every output channel (n, original order)."""
+        each = self._all(kernels)
+        spent = torch.einsum("kd,kde,ke->k", each, self.auto[sources_of(self.groups)], each)
+        return (self.var - in_order(2 * (self.cross * each).sum(1) - spent, self.groups)).clamp_min(0)
+
+    def constants(self, kernels: Tensor) -> Tensor:
+        """What each output channel (n, original order) lacks in the mean."""
+        return in_order(self.mean_y - (self.mean_v[sources_of(self.groups)] * self._all(kernels)).sum(1), self.groups)
+
+    def _all(self, kernels: Tensor) -> Tensor:
+        """The kernels of all computed channels (n x D): an intrinsic map's is 1 at the centre."""
+        own = self.cross.new_zeros(len(self.auto), self.auto.shape[1])
+        own[:, own.shape[1] // 2] = 1
+        return torch.cat((own, kernels[:, 0]))
+
+
+def link_statistics(moments: LinkMoments, groups: Groups, basis: Tensor, bias: Tensor | None, free_mean: bool) -> Links:
+    """Statistics from moments taken link by link, less the means where they are free."""
+    n = moments.count.clamp_min(1)
+    v, y = float(free_mean) * moments.v / n, float(free_mean) * moments.y / n
+    return Links(
+        groups=groups,
+        auto=moments.auto / n - torch.einsum("id,ie->ide", v, v),
+        cross=moments.cross / n - v[sources_of(groups)] * y[:, None],
+        var=in_order((moments.yy / n - y.square()).clamp_min(0), groups),
+        mean_v=v,
+        mean_y=y,
+        basis=basis,
+        rows=float(moments.count),
+        bias=bias,
+    )
+
+
+def sources_of(groups: Groups) -> Tensor:
+    """For every computed channel the number of the intrinsic map it is made of; an intrinsic one's is its own."""
+    return torch.cat((torch.arange(len(groups.intrinsic)), groups.sources[:, 0]))
+
+
+def in_order(computed: Tensor, groups: Groups) -> Tensor:
+    """Values of the computed channels, by original channel."""
+    result = torch.empty_like(computed)
+    result[groups.channels] = computed
+    return result
+
+
+def _turns(source: Tensor) -> Tensor:
+    """For every ghost how many ghosts of the same intrinsic map stand before it."""
+    order = source.argsort(stable=True)
+    ranked = source[order]
+    first = torch.searchsorted(ranked, ranked)
+    turns = torch.empty_like(source)
+    turns[order] = torch.arange(len(source)) - first
+    return turns
