@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -101,17 +104,32 @@ def solve(choices: list[list[Candidate]], limits: list[float]) -> list[int] | No
     scale = spent.max(axis=1, initial=1)
     within = LinearConstraint(spent / scale[:, None], -np.inf, np.array(limits) / scale)
     losses = np.array([c.loss for c in flat])
-    result = milp(
-        losses / max(losses.max(), 1e-300),
-        integrality=np.ones(len(flat)),
-        bounds=Bounds(0, 1),
-        constraints=[one_each, within],
-        options={"mip_rel_gap": 1e-4, "time_limit": 60},
-    )
+    with _mute():
+        result = milp(
+            losses / max(losses.max(), 1e-300),
+            integrality=np.ones(len(flat)),
+            bounds=Bounds(0, 1),
+            constraints=[one_each, within],
+            options={"mip_rel_gap": 1e-4, "time_limit": 60},
+        )
     if result.x is None:
         return None
     starts = np.cumsum([0, *(len(options) for options in choices)])
     return [int(result.x[a:b].argmax()) for a, b in pairwise(starts)]
+
+
+@contextmanager
+def _mute() -> Iterator[None]:
+    """Keep standard output clean of what the solver's library writes there past Python, whatever its options say."""
+    sys.stdout.flush()
+    standing, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(standing, 1)
+        os.close(standing)
+        os.close(nowhere)
 
 
 def _limits(program: Program, budget: Mapping[str, float]) -> list[float]:

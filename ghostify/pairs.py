@@ -68,7 +68,7 @@ def map_statistics(moments: MapMoments, basis: Tensor) -> MapStatistics:
 @dataclass(frozen=True, eq=False)
 class Links:
     """Moments of each of m intrinsic maps with itself at the D places (`auto`, m x D x D), and of each computed channel
-    with the map it is made of (`cross`, n x D); `mean_v` is m x D, `mean_y` (n) in computed order, `var` in the original's.
+    with the map it is made of (`cross`, n x D); `mean_v` is m x D, `mean_y` (n) in computed, `var` in original order.
 
     `basis` (m x c k^2) holds the intrinsic filters, `bias` (m) their biases where the layer has any.
     """

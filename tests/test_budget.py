@@ -1,11 +1,12 @@
 import itertools
+import os
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ghostify import GhostifyError, Policy, Rule, cost, ghostify, report, trace
+from ghostify import GhostifyError, Policy, Rule, budget, cost, ghostify, report, trace
 from ghostify.budget import Candidate, plan_within, solve
 from ghostify.evaluate import outputs, relative_error
 from tests import nets
@@ -116,3 +117,10 @@ def test_planning_a_model_in_training_mode_leaves_its_statistics_alone():
     assert all(torch.equal(v, before[k]) for k, v in program.module.state_dict().items())
     assert program.module.training
     assert planned == plan_within(trace(model.eval(), x[:1]), policy, {"macs": 0.7}, x)
+
+
+def test_what_a_library_writes_past_python_stays_out_of_standard_output(capfd):
+    with budget._mute():
+        os.write(1, b"a remark of the solver")
+    print("ours", flush=True)
+    assert capfd.readouterr().out == "ours\n"
