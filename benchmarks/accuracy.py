@@ -1,20 +1,21 @@
 """Accuracy without training: what converting leaves of a trained network's top-1.
 
-    python benchmarks/accuracy.py --quick     ResNet-20 of width 32 on Fashion-MNIST, one seed
-    python benchmarks/accuracy.py             three seeds, more settings, fewer images, and the form of VGG-16-BN
+    python benchmarks/accuracy.py --quick            ResNet-20 of width 32 on Fashion-MNIST, one seed
+    python benchmarks/accuracy.py                    three seeds, more settings, fewer images
+    python benchmarks/accuracy.py --network vgg16    the form of VGG-16-BN
 
 The networks are trained here on the 60,000 training images (seed 0, once, then cached). Calibration takes unlabelled
 training images, picked by seed; no label and no gradient step is used. Top-1 is on all 10,000 test images, which
-nothing else sees. Results go to benchmarks/results/accuracy.json.
+nothing else sees. Results go to benchmarks/results/accuracy.json, or accuracy-vgg16.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import chain
 
 import torch
 from networks import accuracy, images, resnet20, vgg16
@@ -79,7 +80,7 @@ def random_ghosts(program: Program, decided: Plan, seed: int = 0) -> fx.GraphMod
     return rewrite(program, decided, weights)
 
 
-def rows(network: str, model: nn.Module, data: Images, forms: list[Form]) -> Iterator[Row]:
+def rows(model: nn.Module, data: Images, forms: list[Form]) -> Iterator[Row]:
     """One row for each way of converting."""
     first = data.test[:1]
     program = trace(model, first)
@@ -88,7 +89,7 @@ def rows(network: str, model: nn.Module, data: Images, forms: list[Form]) -> Ite
     def row(how: str, module: nn.Module, seconds: float = 0.0, used: int = 0) -> Row:
         top = accuracy(module, data)
         return {
-            "how": f"{network}: {how}",
+            "how": how,
             "top1": top,
             "drop": base - top,
             "macs": count_macs(module, first),
@@ -122,6 +123,10 @@ def calibration(data: Images, count: int, seed: int) -> Tensor:
     return data.train[torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))[:count]]
 
 
+NETWORKS = {
+    "resnet20": (resnet20, "accuracy", [*SEEDS, *FEWER, *KERNELS, *QUARTER]),
+    "vgg16": (vgg16, "accuracy-vgg16", [*HALF, *QUARTER, *AUTO]),
+}
 COLUMNS = {
     "top-1 %": lambda row: f"{row['top1']:.2f}",
     "points lost": lambda row: f"{row['drop']:.2f}",
@@ -132,20 +137,17 @@ COLUMNS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the settings of the README's table")
+    parser.add_argument("--quick", action="store_true", help="the settings of the README's table, one seed")
+    parser.add_argument("--network", choices=NETWORKS, default="resnet20")
     arguments = parser.parse_args()
     data = images()
-    made = rows(
-        "ResNet-20", resnet20(data), data, [*HALF, *AUTO] if arguments.quick else [*SEEDS, *FEWER, *KERNELS, *QUARTER]
-    )
-    if not arguments.quick:
-        made = chain(made, rows("VGG-16-BN", vgg16(data), data, [*HALF, *QUARTER, *AUTO]))
+    build, name, forms = NETWORKS[arguments.network]
     publish(
-        "accuracy",
-        "Fashion-MNIST, all dense convolutions but the first; no training",
+        name,
+        f"{arguments.network}, Fashion-MNIST, all dense convolutions but the first; no training",
         COLUMNS,
-        made,
-        command="python benchmarks/accuracy.py" + " --quick" * arguments.quick,
+        rows(build(data), data, [*HALF, *AUTO] if arguments.quick else forms),
+        command=" ".join(["python", "benchmarks/accuracy.py", *sys.argv[1:]]),
     )
 
 
