@@ -3,34 +3,40 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
-from torch import Tensor
+from torch import Tensor, nn
 
-from ghostify import cost, lstsq, sight
+from ghostify import cost, sight
+from ghostify.assign import choose_groups
 from ghostify.datafree import statistics_of
 from ghostify.errors import GhostifyError
 from ghostify.ghost import Layout, intrinsic_maps
-from ghostify.lstsq import MapStatistics
 from ghostify.modes import evaluating
 from ghostify.moments import MapMoments, Moments
+from ghostify.pairs import MapStatistics, map_statistics
 from ghostify.plan import Plan, Skip, Target, plan_layouts, targets
 from ghostify.policy import Policy
-from ghostify.sensitivity import output_sensitivity
+from ghostify.sensitivity import Calibration, calibrate
 from ghostify.trace import Convolution, Program
-from ghostify.walk import Watched, chunks_of
+from ghostify.walk import Watched
 from ghostify.wiring import Wiring, norm_after
 
 RATIOS = (1.25, 1.5, 2, 2.5, 3, 4, 6, 8)
 STEPS = 32
 POSITIONS = 20_000
 MAP_POSITIONS = 8_000
+IDENTITY = nn.Conv2d(1, 1, 1, device="meta")
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ def plan_within(
     program: Program,
     policy: Policy,
     budget: Mapping[str, float],
-    calibration: Iterable[Any] | None = None,
+    calibration: Iterable[Any] | Calibration | None = None,
     seed: int = 0,
 ) -> Plan:
     """The plan under `policy` that keeps within `budget` with the least expected error of the model's outputs.
@@ -69,7 +75,10 @@ def plan_within(
         raise GhostifyError("a budget chooses how wide the ghosts see: use cheap 'auto', 'depthwise' or 'pointwise'")
     found = targets(program, policy)
     wished = [t for t in found if isinstance(t, Target)]
-    profiles = _data_free(program, wished) if calibration is None else _profiled(program, wished, calibration, seed)
+    if calibration is None:
+        profiles = _data_free(program, wished)
+    else:
+        profiles = _profiled(program, wished, calibrate(program, calibration, seed), seed)
     choices = [_candidates(t, profiles[t.conv.name], tuple(budget)) for t in wished]
     fixed = _fixed(program, wished, tuple(budget))
     chosen = solve(choices, [limit - own for limit, own in zip(limits, fixed, strict=True)])
@@ -95,17 +104,32 @@ def solve(choices: list[list[Candidate]], limits: list[float]) -> list[int] | No
     scale = spent.max(axis=1, initial=1)
     within = LinearConstraint(spent / scale[:, None], -np.inf, np.array(limits) / scale)
     losses = np.array([c.loss for c in flat])
-    result = milp(
-        losses / max(losses.max(), 1e-300),
-        integrality=np.ones(len(flat)),
-        bounds=Bounds(0, 1),
-        constraints=[one_each, within],
-        options={"mip_rel_gap": 1e-4, "time_limit": 60},
-    )
+    with _mute():
+        result = milp(
+            losses / max(losses.max(), 1e-300),
+            integrality=np.ones(len(flat)),
+            bounds=Bounds(0, 1),
+            constraints=[one_each, within],
+            options={"mip_rel_gap": 1e-4, "time_limit": 60},
+        )
     if result.x is None:
         return None
     starts = np.cumsum([0, *(len(options) for options in choices)])
     return [int(result.x[a:b].argmax()) for a, b in pairwise(starts)]
+
+
+@contextmanager
+def _mute() -> Iterator[None]:
+    """Keep standard output clean of what the solver's library writes there past Python, whatever its options say."""
+    sys.stdout.flush()
+    standing, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(standing, 1)
+        os.close(standing)
+        os.close(nowhere)
 
 
 def _limits(program: Program, budget: Mapping[str, float]) -> list[float]:
@@ -183,10 +207,10 @@ def _losses(target: Target, profile: Profile) -> Iterator[tuple[Layout, float]]:
         for m in sorted({max(1, round(n * k / STEPS)) for k in range(1, STEPS)} - {n}):
             yield Layout(n, m, m, 1), float(tails[n - m])
     if profile.maps is not None:
+        costs = profile.maps.costs(profile.weights)
         for m in sorted({intrinsic_maps(n, ratio) for ratio in RATIOS} - {n}):
             layout = Layout(n, m, 1, target.rule.dw_size)
-            solution = lstsq.solve(profile.maps, layout, profile.weights)
-            yield layout, float((lstsq.errors(profile.maps, solution) * profile.weights).sum())
+            yield layout, choose_groups(costs, layout).total(costs)
 
 
 def _wants_maps(target: Target) -> bool:
@@ -208,40 +232,36 @@ def _data_free(program: Program, wished: list[Target]) -> dict[str, Profile]:
     return profiles
 
 
-def _profiled(program: Program, wished: list[Target], calibration: Iterable[Any], seed: int) -> dict[str, Profile]:
+def _profiled(program: Program, wished: list[Target], calibration: Calibration, seed: int) -> dict[str, Profile]:
     """Profiles from one forward of the original over the calibration images, and what its outputs feel."""
-    chunks = chunks_of(program.module, calibration)
-    images = sum(c.size for c in chunks)
-    felt = output_sensitivity(program, chunks, seed=seed)
+    felt, images = calibration.felt, calibration.batches.images
     by_node = {call.node: t for t in wished for call in t.conv.calls}
     whole = {t.conv.name: Moments.zero(t.conv.outputs, 0) for t in wished}
     maps = {t.conv.name: MapMoments.zero(t.conv.outputs, t.rule.dw_size**2) for t in wished if _wants_maps(t)}
-    first = 0
 
-    def look(node: str, output: Tensor) -> Tensor:
+    def look(first: int, node: str, output: Tensor) -> Tensor:
         target = by_node[node]
         name, seen = target.conv.name, output.float().cpu()
-        places = sight.choose_places(seen.shape, max(1, -(-POSITIONS // images)), seed + first)
+        places = sight.choose_places(seen.shape, -(-POSITIONS // images), seed + first)
         rows = sight.values(seen, places)
         whole[name].add(rows, rows[:, :0])
         if name in maps:
-            d = target.rule.dw_size
-            places = sight.choose_places(seen.shape, max(1, -(-MAP_POSITIONS // images)), seed + first)
-            maps[name].add(sight.neighbourhoods(seen, places, d), sight.values(seen, places))
+            d, side = target.rule.dw_size, math.ceil((MAP_POSITIONS / images) ** 0.5)
+            view = sight.view(IDENTITY, seen, seen, side, d, seed + first)
+            maps[name].add(sight.neighbourhoods(view.seen, d), sight.rows(view.target))
         return output
 
-    module = Watched(program.module, set(by_node), look)
     with evaluating(program.module):
-        for chunk in chunks:
-            module.run(*chunk.inputs, enable_io_processing=False)
-            first += chunk.size
+        for batch in calibration.batches.own:
+            module = Watched(program.module, set(by_node), partial(look, batch.first))
+            module.run(*batch.inputs, enable_io_processing=False)
     profiles = {}
     for target in wished:
         name = target.conv.name
-        covariance = whole[name].centred()[0]
+        covariance = whole[name].of_all_processes().centred()[0]
         alike = 1 / covariance.diagonal().clamp_min(1e-30).sum()
         weights = felt.get(name, torch.full((target.conv.outputs,), float(alike), dtype=torch.float64))
         eye = torch.eye(target.conv.outputs, dtype=torch.float64)
-        pairs = lstsq.map_statistics(maps[name], eye, None, True) if name in maps else None
+        pairs = map_statistics(maps[name].of_all_processes(), eye) if name in maps else None
         profiles[name] = Profile(covariance, pairs, weights.clamp_min(1e-12 * weights.max() + 1e-30))
     return profiles
