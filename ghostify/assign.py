@@ -48,7 +48,7 @@ def choose_groups(costs: Tensor, layout: Layout) -> Groups:
     capacities = layout.capacities
     centres, ghosts = _match(costs, layout) if max(capacities) == 1 else _assign(costs, capacities)
     by_size = sorted(range(len(centres)), key=lambda k: -len(ghosts[k]))
-    flat = [(k, ghost) for k, old in enumerate(by_size) for ghost in ghosts[old]]
+    flat = [(k, ghost) for k, old in enumerate(by_size) for ghost in sorted(ghosts[old])]  # their places are alike
     return Groups(
         torch.tensor([[centres[old]] for old in by_size]),
         torch.tensor([ghost for _, ghost in flat]),
