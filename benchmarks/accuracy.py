@@ -11,15 +11,13 @@ nothing else sees. Results go to benchmarks/results/accuracy.json, or accuracy-v
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from networks import accuracy, images, resnet20, vgg16
-from tables import Row, publish
+from tables import Row, options, publish
 from torch import Tensor, fx, nn
 
 from ghostify import Policy, Rule, fit, plan, rewrite, trace
@@ -136,8 +134,7 @@ COLUMNS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the settings of the README's table, one seed")
+    parser = options(__doc__, quick="the settings of the README's table, one seed")
     parser.add_argument("--network", choices=NETWORKS, default="resnet20")
     arguments = parser.parse_args()
     data = images()
@@ -147,7 +144,6 @@ def main() -> None:
         f"{arguments.network}, Fashion-MNIST, all dense convolutions but the first; no training",
         COLUMNS,
         rows(build(data), data, [*HALF, *AUTO] if arguments.quick else forms),
-        command=" ".join(["python", "benchmarks/accuracy.py", *sys.argv[1:]]),
     )
 
 

@@ -12,7 +12,6 @@ Results go to benchmarks/results/craft.json.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ import torch
 from documents import calibration_pages, test_pages
 from easyocr.craft import CRAFT
 from easyocr.craft_utils import getDetBoxes
-from tables import Row, publish
+from tables import Row, options, publish
 from torch import Tensor, nn
 
 from ghostify import ghostify
@@ -131,11 +130,11 @@ def rows(setting: Setting, forms: list[tuple[str, dict[str, Any]]]) -> Iterator[
         return {"how": how, **spent, **agreement(scores, reference)}
 
     yield row("original", model, reference, 0.0, 0)
-    for name, options in forms:
+    for name, wish in forms:
         started = time.perf_counter()
         module = ghostify(
             model,
-            **options,
+            **wish,
             ignore=narrow,
             example_inputs=batches[0][:1],
             calibration=batches,
@@ -159,16 +158,13 @@ COLUMNS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer and smaller pages")
-    quick = parser.parse_args().quick
+    quick = options(__doc__, quick="fewer and smaller pages").parse_args().quick
     setting = Setting(24, 256, 16, 384) if quick else Setting(128, 256, 48, 512)
     publish(
         "craft",
         f"CRAFT against itself on {setting.test} pages of {setting.test_size} x {setting.test_size}; no training",
         COLUMNS,
         rows(setting, QUICK if quick else FORMS),
-        command="python benchmarks/craft.py" + " --quick" * quick,
         **vars(setting),
     )
 

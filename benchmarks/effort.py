@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 
 import torch
-from tables import Row, publish
+from tables import Row, options, publish
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import resnet50
@@ -90,7 +90,7 @@ COLUMNS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--only", nargs=2, metavar=("IMAGES", "CHEAP"), help=argparse.SUPPRESS)
     only = parser.parse_args().only
     if only:
@@ -103,7 +103,7 @@ def main() -> None:
                 command = [sys.executable, __file__, "--only", str(images), cheap]
                 yield json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
-    publish("effort", "Fitting ResNet-50, ratio 2", COLUMNS, rows(), command="python benchmarks/effort.py")
+    publish("effort", "Fitting ResNet-50, ratio 2", COLUMNS, rows())
 
 
 if __name__ == "__main__":

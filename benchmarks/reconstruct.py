@@ -8,16 +8,14 @@ As benchmarks/accuracy.py: 512 unlabelled training images, no labels; top-1 and 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
-from accuracy import RESULTS, calibration
+from accuracy import calibration
 from networks import images, resnet20
+from tables import Row, options, publish
 
 from ghostify import Policy, Rule, ghostify, report
-from ghostify.checkpoint import versions
 from ghostify.cost import count_macs
 from ghostify.evaluate import outputs, relative_error, top1
 
@@ -27,7 +25,7 @@ FORMS: list[tuple[str, Rule, dict[str, float] | None]] = [
 ]
 
 
-def rows() -> Iterator[dict[str, Any]]:
+def rows() -> Iterator[Row]:
     """Each form without and with reconstruction."""
     data = images()
     model, batches = resnet20(data), calibration(data, 512, 0).split(64)
@@ -36,8 +34,8 @@ def rows() -> Iterator[dict[str, Any]]:
     yield {"how": "original", "top1": top1(wanted, data.test_labels)}
     for name, rule, budget in FORMS:
         for again in (False, True):
-            options = {"policy": Policy((rule,)), "budget": budget, "example_inputs": first, "calibration": batches}
-            made = ghostify(model, **options, reconstruct=again)
+            wish = {"policy": Policy((rule,)), "budget": budget, "example_inputs": first, "calibration": batches}
+            made = ghostify(model, **wish, reconstruct=again)
             answers = outputs(made, test)
             yield {
                 "how": name + ", reconstructed" * again,
@@ -49,14 +47,21 @@ def rows() -> Iterator[dict[str, Any]]:
             }
 
 
+def number(key: str, form: str) -> Callable[[Row], str]:
+    """The cell of a row that has such a number; the original has but its top-1."""
+    return lambda row: format(row[key], form) if key in row else ""
+
+
+COLUMNS = {
+    "top-1 %": number("top1", ".2f"),
+    "same top-1 %": number("agreement", ".2f"),
+    "output error": number("error", ".4f"),
+    "MACs": number("macs", ",.0f"),
+    "fit s": number("seconds", ".0f"),
+}
+
+
 if __name__ == "__main__":
-    found = []
-    for row in rows():
-        found.append(row)
-        print(*(f"{v:.4g}" if isinstance(v, float) else v for v in row.values()), flush=True)
-    content = {
-        "command": "python benchmarks/reconstruct.py",
-        "versions": versions(),
-        "threads": torch.get_num_threads(),
-    }
-    RESULTS.with_name("reconstruct.json").write_text(json.dumps({**content, "rows": found}, indent=1) + "\n")
+    options(__doc__).parse_args()
+    title = "ResNet-20, Fashion-MNIST, 512 images, with and without reconstruction"
+    publish("reconstruct", title, COLUMNS, rows(), threads=torch.get_num_threads())

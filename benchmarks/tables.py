@@ -1,8 +1,10 @@
-"""What every benchmark does with its rows: print them as they come, show the table, write the result file."""
+"""What every benchmark does: read its options, print rows as they come, show the table, write the result file."""
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,16 @@ RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
 
 
+def options(description: str | None, quick: str | None = None) -> argparse.ArgumentParser:
+    """A parser that shows the benchmark's own text; with --quick where it says what that means."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if quick:
+        parser.add_argument("--quick", action="store_true", help=quick)
+    return parser
+
+
 def publish(name: str, title: str, columns: dict[str, Callable[[Row], str]], rows: Iterable[Row], **facts: Any) -> None:
-    """Show `rows` by `columns` (heading -> cell) and write them with `facts` and versions to results/`name`.json."""
+    """Show `rows` by `columns` (heading -> cell); write them, `facts`, command and versions to results/`name`.json."""
     table, found = Table(title=title), []
     table.add_column("how")
     for heading in columns:
@@ -29,5 +39,6 @@ def publish(name: str, title: str, columns: dict[str, Callable[[Row], str]], row
         print(row["how"], *cells, flush=True)
     Console().print(table)
     RESULTS.mkdir(exist_ok=True)
-    content = {**facts, "versions": versions(), "rows": found}
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    content = {"command": command, **facts, "versions": versions(), "rows": found}
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
