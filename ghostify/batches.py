@@ -16,6 +16,7 @@ from ghostify.trace import as_arguments, bind_inputs
 
 IN_MEMORY = 1 << 26
 VALUES = 32 * 3 * 224**2
+HELD_OUT = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +83,11 @@ def split(inputs: list[Any], images: int) -> list[list[Any]]:
         return [inputs]
     parts = [v.split(images) if isinstance(v, Tensor) else repeat(v) for v in inputs]
     return [list(part) for part in zip(*parts, strict=False)]
+
+
+def judges(numbers: Tensor, every: int = HELD_OUT) -> Tensor:
+    """Which images are held out, by number: the last of every `every`, none of one."""
+    return numbers % every == max(every - 1, 1)
 
 
 def images_of(inputs: list[Any]) -> int:

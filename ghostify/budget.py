@@ -242,11 +242,11 @@ def _profiled(program: Program, wished: list[Target], calibration: Calibration, 
     def look(first: int, node: str, output: Tensor) -> Tensor:
         target = by_node[node]
         name, seen = target.conv.name, output.float().cpu()
-        places = sight.choose_places(seen.shape, -(-POSITIONS // images), seed + first)
+        places = sight.choose_places(seen.shape, sight.share_of(POSITIONS, images), seed + first)
         rows = sight.values(seen, places)
         whole[name].add(rows, rows[:, :0])
         if name in maps:
-            d, side = target.rule.dw_size, math.ceil((MAP_POSITIONS / images) ** 0.5)
+            d, side = target.rule.dw_size, math.ceil(sight.share_of(MAP_POSITIONS, images) ** 0.5)
             view = sight.view(IDENTITY, seen, seen, side, d, seed + first)
             maps[name].add(sight.neighbourhoods(view.seen, d), sight.rows(view.target))
         return output

@@ -15,7 +15,7 @@ from ghostify.assign import choose_groups
 from ghostify.batches import Batches
 from ghostify.clock import Clock
 from ghostify.datafree import statistics_of
-from ghostify.layer import Layer, channel_weights, emit
+from ghostify.layer import Layer, channel_weights, emit, has_many_maps
 from ghostify.lstsq import GhostWeights
 from ghostify.plan import Plan, Rewrite
 from ghostify.rewrite import put_ghost
@@ -23,7 +23,6 @@ from ghostify.sensitivity import Calibration, calibrate
 from ghostify.trace import Program
 from ghostify.walk import Walk
 
-MAPS_TOGETHER = 2304
 PARTED = 1.5
 NOTABLE = 0.02
 
@@ -101,7 +100,7 @@ def data_free(program: Program, entry: Rewrite) -> GhostWeights:
     conv = program.conv(entry.conv.name)
     norm: Any = None if entry.norm is None else program.module.get_submodule(entry.norm)
     layout = entry.layout
-    apart = layout.width == 1 and layout.outputs * layout.dw_size**2 > MAPS_TOGETHER
+    apart = has_many_maps(layout)
     stats: Any = statistics_of(conv, norm, layout.dw_size, map_by_map=apart)
     weights = channel_weights(norm, conv.out_channels)
     if apart:

@@ -13,9 +13,11 @@ from torch.nn import functional as F
 
 from ghostify import lstsq, sight
 from ghostify.assign import Groups, choose_groups
+from ghostify.batches import HELD_OUT, judges
 from ghostify.clock import Clock
 from ghostify.collective import summed
 from ghostify.errors import GhostifyError
+from ghostify.ghost import Layout
 from ghostify.lstsq import GhostWeights, Solution, Statistics
 from ghostify.moments import LinkMoments, Moments, Pair
 from ghostify.pairs import Links, link_statistics, sources_of
@@ -28,7 +30,6 @@ POSITIONS = 40_000
 VIEWED = 8_000
 FEATURES = 2304
 COARSE = 1152
-HELD_OUT = 8
 DOUBTFUL = 1.1
 
 
@@ -52,7 +53,7 @@ class Layer:
         self.free_mean = self.conv.bias is not None or norm is not None
         self.first = Pair.zero(self.conv.weight[0].numel(), self.conv.out_channels)
         layout = entry.layout
-        self.many = layout.width == 1 and layout.dw_size**2 * layout.outputs > FEATURES and layout.dw_size > 1
+        self.many = has_many_maps(layout) and layout.dw_size > 1
         self.viewed = (
             VIEWED if self.many else min(POSITIONS, VIEWED * FEATURES**2 // (layout.dw_size**2 * layout.outputs) ** 2)
         )
@@ -62,8 +63,7 @@ class Layer:
         """Take up one batch: what the converted model feeds the convolution, and what the original made of it."""
         image = chunk.value(node.all_input_nodes[0]).float().cpu()
         target = chunk.original[node].float().cpu() + self._made_good(chunk)
-        every = min(HELD_OUT, self.images)
-        judges = (torch.arange(len(target)) + chunk.batch.first) % every == (every - 1 if every > 1 else 1)
+        held = judges(torch.arange(len(target)) + chunk.batch.first, min(HELD_OUT, self.images))
         seed, d = self.seed * 1_000_003 + chunk.batch.first, self.entry.layout.dw_size
         places = sight.choose_places(target.shape, self._share(chunk, target, POSITIONS), seed)
         u, y = sight.patches(self.conv, image, places), sight.values(target, places)
@@ -72,10 +72,10 @@ class Layer:
                 f"calibration batch {chunk.batch.number}: {self.entry.conv.name} sees values that are not finite or "
                 f"near overflow: look at that batch, or at the model's dtype"
             )
-        self.first.add(u, y, judges[places[0]])
+        self.first.add(u, y, held[places[0]])
         side = math.ceil(self._share(chunk, target, self.viewed) ** 0.5)
         view = sight.view(self.conv, image, target, side, d, seed)
-        self.views.append((view, judges) if d > 1 else (view[judges], judges[judges]))
+        self.views.append((view, held) if d > 1 else (view[held], held[held]))
 
     def fit(self, clock: Clock, otherwise: Callable[[], GhostWeights]) -> GhostWeights:
         """Ghost weights from all that was seen, or those of `otherwise` if they do better on the held-out images."""
@@ -132,9 +132,10 @@ class Layer:
         """Relative reconstruction error of each output channel on the held-out images, by running the layer there."""
         lost = torch.zeros(3, self.conv.out_channels, dtype=torch.float64)
         count = torch.zeros((), dtype=torch.float64)
-        for view, judges in self.views:
-            y = sight.rows(view[judges].target).double()
-            made = sight.rows(self._run(view[judges], weights)).double()
+        for view, held in self.views:
+            part = view[held]
+            y = sight.rows(part.target).double()
+            made = sight.rows(self._run(part, weights)).double()
             lost += torch.stack(((made - y).square().sum(0), y.sum(0), y.square().sum(0)))
             count += len(y)
         lost, count = summed(lost, count)
@@ -193,7 +194,12 @@ class Layer:
 
     def _share(self, chunk: Chunk, target: Tensor, limit: int) -> int:
         """Positions of each map to look at, for near `limit` in the whole set."""
-        return max(1, -(-limit * chunk.batch.size // (self.images * len(target))))
+        return sight.share_of(limit * chunk.batch.size, self.images * len(target))
+
+
+def has_many_maps(layout: Layout) -> bool:
+    """Whether there are too many maps for the moments between all of them at all places of the cheap kernel."""
+    return layout.width == 1 and layout.outputs * layout.dw_size**2 > FEATURES
 
 
 def channel_weights(norm: Any, outputs: int) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ghostify.assign import Groups, choose_groups
 from ghostify.ghost import Layout
 from ghostify.moments import Moments, Pair
-from ghostify.pairs import Links
+from ghostify.pairs import Links, in_order
 from ghostify.systems import damping_for, solve_damped, solve_ridge
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -162,12 +162,11 @@ def errors(stats: Statistics | Links, solution: Solution) -> Tensor:
         return stats.errors(solution.kernels)
     groups, centre, m = solution.groups, stats.centre, len(solution.intrinsic)
     own, ghosts = groups.channels[:m], groups.channels[m:]
-    result = torch.empty_like(stats.var)
-    result[own] = _loss(solution.intrinsic, stats.gram[centre, :, centre], stats.cross[centre][:, own], stats.var[own])
+    kept = _loss(solution.intrinsic, stats.gram[centre, :, centre], stats.cross[centre][:, own], stats.var[own])
     size = stats.gram.shape[0] * stats.gram.shape[1]
     gram, cross = stats.gram.reshape(size, size), stats.cross.reshape(size, -1)[:, ghosts]
-    result[ghosts] = _loss(_ghost_maps(solution).flatten(1), gram, cross, stats.var[ghosts])
-    return result.clamp_min(0)
+    made = _loss(_ghost_maps(solution).flatten(1), gram, cross, stats.var[ghosts])
+    return in_order(torch.cat((kept, made)), groups).clamp_min(0)
 
 
 def _loss(coordinates: Tensor, gram: Tensor, cross: Tensor, var: Tensor) -> Tensor:
@@ -181,9 +180,7 @@ def constants(stats: Statistics | Links, solution: Solution) -> Tensor:
         return stats.constants(solution.kernels)
     own = (solution.intrinsic * stats.mean_v[stats.centre]).sum(1)
     means = torch.cat((own, (_ghost_maps(solution) * stats.mean_v).sum((1, 2))))
-    result = torch.empty_like(means)
-    result[solution.groups.channels] = stats.mean_y[solution.groups.channels] - means
-    return result
+    return stats.mean_y - in_order(means, solution.groups)
 
 
 def _ghost_maps(solution: Solution) -> Tensor:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ghostify.collective import summed
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 ROWS = 8192
 FEW = 1024
@@ -16,58 +20,61 @@ BLOCK = 512
 
 
 @dataclass(frozen=True, eq=False)
-class Moments:
-    """Sums over rows of features u (a values) and targets y (b values); float64, whatever the rows were.
+class Sums:
+    """Sums over rows with n targets: `count` rows, the targets `y` and their squares `yy` (n); float64.
 
-    Of the products of u with itself (a x a) `upper` is good above the diagonal only; `uy` is a x b, `yy` holds the b
-    squares. Two sets of moments add up to the moments of all rows.
+    What else is summed, subclasses say. Two sets of sums add up to those of all rows.
     """
 
     count: Tensor
-    u: Tensor
     y: Tensor
+    yy: Tensor
+
+    def take_targets(self, y: Tensor) -> None:
+        """Take up the targets of rows (P x n), in place."""
+        self.count.add_(len(y))
+        self.y.add_(y.sum(0, dtype=torch.float64))
+        self.yy.add_(y.square().sum(0, dtype=torch.float64))
+
+    def of_all_processes(self) -> Self:
+        return type(self)(*summed(*(getattr(self, f.name) for f in fields(self))))
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+@dataclass(frozen=True, eq=False)
+class Moments(Sums):
+    """Sums of features u (a values) and of their products with each other and with the targets.
+
+    Of the products of u with itself (a x a) `upper` is good above the diagonal only; `uy` is a x n.
+    """
+
+    u: Tensor
     upper: Tensor
     uy: Tensor
-    yy: Tensor
 
     @classmethod
     def zero(cls, features: int, targets: int) -> Moments:
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float64)
-
-        return cls(
-            zeros(),
-            zeros(features),
-            zeros(targets),
-            zeros(features, features),
-            zeros(features, targets),
-            zeros(targets),
-        )
+        own = zeros(features), zeros(features, features), zeros(features, targets)
+        return cls(zeros(), zeros(targets), zeros(targets), *own)
 
     def add(self, u: Tensor, y: Tensor) -> None:
-        """Take up rows u (P x a) and y (P x b), in place. Products of blocks of rows are summed in float64."""
+        """Take up rows u (P x a) and y (P x n), in place. Products of blocks of rows are summed in float64."""
         for us, ys in zip(u.split(ROWS), y.split(ROWS), strict=True):
-            self.count.add_(len(us))
+            self.take_targets(ys)
             self.u.add_(us.sum(0, dtype=torch.float64))
-            self.y.add_(ys.sum(0, dtype=torch.float64))
             for a in range(0, us.shape[1], BLOCK):
                 self.upper[a : a + BLOCK, a:].add_(us[:, a : a + BLOCK].T @ us[:, a:])
             self.uy.add_(us.T @ ys)
-            self.yy.add_(ys.square().sum(0, dtype=torch.float64))
-
-    def __add__(self, other: Moments) -> Moments:
-        return Moments(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     @property
     def uu(self) -> Tensor:
         return self.upper.triu() + self.upper.triu(1).T
 
-    def of_all_processes(self) -> Moments:
-        return Moments(*summed(*(getattr(self, f.name) for f in fields(self))))
-
     def projected(self, basis: Tensor) -> Moments:
         """Moments of maps that are `basis` (b x a) times the features."""
-        return Moments(self.count, basis @ self.u, self.y, basis @ self.uu @ basis.T, basis @ self.uy, self.yy)
+        return replace(self, u=basis @ self.u, upper=basis @ self.uu @ basis.T, uy=basis @ self.uy)
 
     @cached_property
     def mean_u(self) -> Tensor:
@@ -112,83 +119,58 @@ class Pair:
     def both(self) -> Moments:
         return self.fitted + self.held_out
 
-    def projected(self, basis: Tensor) -> Pair:
-        """Moments of maps that are `basis` (b x a) times the features."""
-        return Pair(*(m.projected(basis) for m in (self.fitted, self.held_out)))
-
 
 @dataclass(frozen=True, eq=False)
-class MapMoments:
-    """Sums over rows of n maps at D places and of n targets, map by map: no products between different maps.
+class MapMoments(Sums):
+    """Sums of n maps at D places and of n targets, map by map: no products between different maps.
 
-    `auto` is n x D x D, `cross` D x n x n (place, map, target), `v` D x n; float64.
+    `v` is D x n, `auto` n x D x D, `cross` D x n x n (place, map, target).
     """
 
-    count: Tensor
     v: Tensor
-    y: Tensor
     auto: Tensor
     cross: Tensor
-    yy: Tensor
 
     @classmethod
     def zero(cls, maps: int, places: int) -> MapMoments:
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float64)
-
-        sums = zeros(), zeros(places, maps), zeros(maps)
-        return cls(*sums, zeros(maps, places, places), zeros(places, maps, maps), zeros(maps))
+        own = zeros(places, maps), zeros(maps, places, places), zeros(places, maps, maps)
+        return cls(zeros(), zeros(maps), zeros(maps), *own)
 
     def add(self, v: Tensor, y: Tensor) -> None:
         """Take up rows v (P x D x n) and y (P x n), in place."""
         for vs, ys in zip(v.split(ROWS), y.split(ROWS), strict=True):
-            self.count.add_(len(vs))
-            self.v.add_(vs.sum(0, dtype=torch.float64))
-            self.y.add_(ys.sum(0, dtype=torch.float64))
+            self.take_targets(ys)
             by_map = vs.permute(2, 1, 0).contiguous()
+            self.v.add_(vs.sum(0, dtype=torch.float64))
             self.auto.add_(by_map @ by_map.mT)
             self.cross.add_((vs.flatten(1).T @ ys).reshape(self.cross.shape))
-            self.yy.add_(ys.square().sum(0, dtype=torch.float64))
-
-    def of_all_processes(self) -> MapMoments:
-        return MapMoments(*summed(*(getattr(self, f.name) for f in fields(self))))
-
-    def __add__(self, other: MapMoments) -> MapMoments:
-        return MapMoments(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
 
 @dataclass(frozen=True, eq=False)
-class LinkMoments:
-    """Sums over rows of m maps at D places and of n targets, each of which is linked to one map.
+class LinkMoments(Sums):
+    """Sums of m maps at D places and of n targets, each of which is linked to one map.
 
-    `auto` is m x D x D, `cross` n x D, `v` m x D; float64.
+    `v` is m x D, `auto` m x D x D, `cross` n x D.
     """
 
-    count: Tensor
     v: Tensor
-    y: Tensor
     auto: Tensor
     cross: Tensor
-    yy: Tensor
 
     @classmethod
     def zero(cls, maps: int, places: int, targets: int) -> LinkMoments:
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float64)
-
-        sums = zeros(), zeros(maps, places), zeros(targets)
-        return cls(*sums, zeros(maps, places, places), zeros(targets, places), zeros(targets))
+        own = zeros(maps, places), zeros(maps, places, places), zeros(targets, places)
+        return cls(zeros(), zeros(targets), zeros(targets), *own)
 
     def add(self, v: Tensor, y: Tensor, source: Tensor) -> None:
         """Take up rows v (P x D x m) and y (P x n), in place; `source` (n) names each target's map."""
         for vs, ys in zip(v.split(FEW), y.split(FEW), strict=True):
+            self.take_targets(ys)
             by_map = vs.permute(2, 1, 0).contiguous()
-            self.count.add_(len(vs))
             self.v.add_(by_map.sum(2, dtype=torch.float64))
-            self.y.add_(ys.sum(0, dtype=torch.float64))
             self.auto.add_(by_map @ by_map.mT)
             self.cross.add_((by_map[source] @ ys.T[:, :, None])[:, :, 0])
-            self.yy.add_(ys.square().sum(0, dtype=torch.float64))
 
-    def of_all_processes(self) -> LinkMoments:
-        return LinkMoments(*summed(*(getattr(self, f.name) for f in fields(self))))
+
+def zeros(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float64)

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ghostify.batches import Batch
+from ghostify.batches import Batch, judges
 from ghostify.blocks import Block
-from ghostify.layer import HELD_OUT
 
 IMAGES = 16
 
@@ -67,11 +66,11 @@ def parts_of(module: fx.GraphModule, batches: Iterable[Batch]) -> Iterator[Part]
         batched = [isinstance(v, Tensor) and v.dim() > 0 for v in inputs]
         if any(b and len(v) != batch.size for v, b in zip(inputs, batched, strict=True)):
             values = dict(zip(names, copy.deepcopy(inputs), strict=True))
-            yield Part(batch.size, batch.number % HELD_OUT == HELD_OUT - 1, values, values)
+            yield Part(batch.size, bool(judges(torch.tensor(batch.number))), values, values)
             continue
         number = torch.arange(batch.first, batch.first + batch.size)
         for held in (False, True):
-            chosen = ((number % HELD_OUT == HELD_OUT - 1) == held).nonzero()[:, 0]
+            chosen = (judges(number) == held).nonzero()[:, 0]
             for index in chosen.tensor_split(max(1, round(len(chosen) / IMAGES))) if len(chosen) else ():
                 taken = [v[index.to(v.device)] if b else v for v, b in zip(inputs, batched, strict=True)]
                 values = dict(zip(names, taken, strict=True))

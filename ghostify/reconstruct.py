@@ -12,14 +12,13 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from ghostify.batches import Batches, batches_of
+from ghostify.batches import HELD_OUT, Batches, batches_of
 from ghostify.blocks import Block, blocks_of
 from ghostify.collective import mine
 from ghostify.descent import descend
 from ghostify.errors import GhostifyError
 from ghostify.fit import Fits, Progress
 from ghostify.ghost import GhostModule
-from ghostify.layer import HELD_OUT
 from ghostify.lstsq import GhostWeights
 from ghostify.piecewise import IMAGES, Part, Side, Values, own_copy, parts_of
 from ghostify.plan import Plan, Rewrite

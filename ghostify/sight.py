@@ -29,6 +29,11 @@ def padded(conv: nn.Conv2d, image: Tensor) -> Tensor:
     return F.pad(image, pad, mode=mode) if any(pad) else image
 
 
+def share_of(limit: int, maps: int) -> int:
+    """Positions of each of so many maps to look at, for near `limit` in all; at least one."""
+    return max(1, -(-limit // maps))
+
+
 def choose_places(shape: torch.Size, share: int, seed: int) -> Places:
     """Image, row and column of `share` random output positions of every image, or of all if there are no more."""
     count, _, height, width = shape

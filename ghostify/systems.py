@@ -27,9 +27,9 @@ def solve_damped(matrix: Tensor, right: Tensor, damping: Tensor) -> Tensor:
     damping = torch.as_tensor(damping, dtype=matrix.dtype)[..., None, None]
     for _ in range(8):
         factor, failed = torch.linalg.cholesky_ex(matrix + damping * eye)
-        if not failed.any() and matrix.dim() > 2 and right.shape[-1] > matrix.shape[-1]:
-            return torch.cholesky_inverse(factor) @ right  # the batched solver would go column by column
         if not failed.any():
+            if matrix.dim() > 2 and right.shape[-1] > matrix.shape[-1]:
+                return torch.cholesky_inverse(factor) @ right  # the batched solver would go column by column
             return torch.cholesky_solve(right, factor)
         damping = damping.clamp_min(torch.finfo(matrix.dtype).eps) * 100
     return torch.linalg.lstsq(matrix + damping * eye, right).solution
