@@ -23,11 +23,14 @@ from ghostify.moments import LinkMoments, Moments, Pair
 from ghostify.pairs import Links, link_statistics, sources_of
 from ghostify.plan import Rewrite
 from ghostify.sight import View
+from ghostify.systems import leading_vectors
 from ghostify.trace import as_module
 from ghostify.walk import Chunk, Walk
 
 POSITIONS = 40_000
-VIEWED = 8_000
+SUFFICE = 16_000
+ROWS_EACH = 8
+VIEWED = 6_000
 FEATURES = 2304
 COARSE = 1152
 DOUBTFUL = 1.1
@@ -54,18 +57,19 @@ class Layer:
         self.first = Pair.zero(self.conv.weight[0].numel(), self.conv.out_channels)
         layout = entry.layout
         self.many = has_many_maps(layout) and layout.dw_size > 1
+        self.positions = min(POSITIONS, max(SUFFICE, ROWS_EACH * len(self.first.fitted.u)))
         self.viewed = (
-            VIEWED if self.many else min(POSITIONS, VIEWED * FEATURES**2 // (layout.dw_size**2 * layout.outputs) ** 2)
+            VIEWED if self.many else min(SUFFICE, VIEWED * FEATURES**2 // (layout.dw_size**2 * layout.outputs) ** 2)
         )
         self.views: list[tuple[View, Tensor]] = []
 
     def look(self, node: fx.Node, chunk: Chunk) -> None:
         """Take up one batch: what the converted model feeds the convolution, and what the original made of it."""
         image = chunk.value(node.all_input_nodes[0]).float().cpu()
-        target = chunk.original[node].float().cpu() + self._made_good(chunk)
+        target = self._target(node, chunk)
         held = judges(torch.arange(len(target)) + chunk.batch.first, min(HELD_OUT, self.images))
         seed, d = self.seed * 1_000_003 + chunk.batch.first, self.entry.layout.dw_size
-        places = sight.choose_places(target.shape, self._share(chunk, target, POSITIONS), seed)
+        places = sight.choose_places(target.shape, self._share(chunk, target, self.positions), seed)
         u, y = sight.patches(self.conv, image, places), sight.values(target, places)
         if not all(rows.norm().square().isfinite() for rows in (u, y)):
             raise GhostifyError(
@@ -169,28 +173,30 @@ class Layer:
         scale = self.weights.sqrt()
         scaled = filters * scale
         covariance = scaled.T @ uu @ scaled
-        vectors = torch.linalg.eigh((covariance + covariance.T) / 2).eigenvectors[:, -limit:]
+        vectors = leading_vectors(covariance, limit)
         return vectors.T @ scaled.T, vectors / scale[:, None]
 
     def _around(self, basis: Tensor, d: int, constant: bool) -> Moments:
         """Moments of the basis maps at the places of the cheap kernel; with `constant`, of one that is 1 as well."""
         second = Moments.zero(d * d * (len(basis) + constant), self.conv.out_channels)
-        for view, _ in self.views:
+        every = 2 if self.many else 1
+        for view in (view[::every] for view, _ in self.views):
             maps = view.maps(self.conv, basis)
             if constant:
                 maps = torch.cat((maps, view.inside), 1)
             second.add(sight.neighbourhoods(maps, d).flatten(1), sight.rows(view.target))
         return second.of_all_processes()
 
-    def _made_good(self, chunk: Chunk) -> Tensor | float:
-        """What the other summand lacks in the converted model, as this convolution's output would have to give it.
+    def _target(self, node: fx.Node, chunk: Chunk) -> Tensor:
+        """The original's output and, before a sum, what the other summand lacks in the converted model.
 
-        The target is the original sum less the converted other summand, seen through the norm's scale.
+        The sum of both is then the original sum less the converted other summand, seen through the norm's scale.
         """
+        output = chunk.original[node].float().cpu()
         if self.partner is None or self.partner not in chunk.converted:
-            return 0.0
+            return output
         lacks = (chunk.original[self.partner] - chunk.converted[self.partner]).float().cpu()
-        return lacks * self.gain[:, None, None]
+        return torch.addcmul(output, lacks, self.gain[:, None, None])
 
     def _share(self, chunk: Chunk, target: Tensor, limit: int) -> int:
         """Positions of each map to look at, for near `limit` in the whole set."""

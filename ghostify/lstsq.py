@@ -18,13 +18,14 @@ from ghostify.assign import Groups, choose_groups
 from ghostify.ghost import Layout
 from ghostify.moments import Moments, Pair
 from ghostify.pairs import Links, in_order
-from ghostify.systems import damping_for, solve_damped, solve_ridge
+from ghostify.systems import damping_for, explained, solve_damped, solve_ridge
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 UNJUDGED = 0.1
+AMPLE = 16
 JUDGED = 64
 JOINT_STEPS = 10
-JOINT_STOP = 5e-3
+JOINT_STOP = 1e-2
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,13 +112,16 @@ def dense_prediction(moments: Pair, prior: Tensor, weights: Tensor, *, free_mean
 
     ridge = UNJUDGED
     if moments.held_out.count:
-        ridge = best_ridge(parts(moments.fitted), parts(moments.held_out), prior, weights)
+        start = RIDGES[2] if moments.fitted.count > AMPLE * len(prior) else RIDGES[3]
+        ridge = best_ridge(parts(moments.fitted), parts(moments.held_out), prior, weights, start)
     uu, uy, _ = parts(moments.both)
     return solve_ridge(uu, uy, prior, ridge)
 
 
-def best_ridge(fit: tuple[Tensor, ...], held_out: tuple[Tensor, ...], prior: Tensor, weights: Tensor) -> float:
-    """Of `RIDGES` the one that does best on `held_out`, judged by some outputs, going downhill from the middle."""
+def best_ridge(
+    fit: tuple[Tensor, ...], held_out: tuple[Tensor, ...], prior: Tensor, weights: Tensor, start: float
+) -> float:
+    """Of `RIDGES` the one that does best on `held_out`, judged by some outputs, going downhill from `start`."""
     some = torch.arange(0, prior.shape[1], -(-prior.shape[1] // JUDGED))
     dtype = torch.float32 if len(prior) > JUDGED else prior.dtype
     uu, uy, prior = fit[0].to(dtype), fit[1][:, some].to(dtype), prior[:, some].to(dtype)
@@ -131,8 +135,8 @@ def best_ridge(fit: tuple[Tensor, ...], held_out: tuple[Tensor, ...], prior: Ten
         gain = 2 * (filters * test_uy).sum(0) - (filters * (test_uu @ filters)).sum(0)
         return -(weights * gain).sum().item()
 
-    k = len(RIDGES) // 2
-    step = -1 if loss(k - 1) < loss(k) else 1
+    k = RIDGES.index(start)
+    step = 1 if loss(k + 1) < loss(k) else -1
     while loss(k + step) < loss(k):
         k += step
     return RIDGES[k]
@@ -194,8 +198,7 @@ def pair_costs(stats: Statistics, weights: Tensor) -> Tensor:
     half = torch.einsum("ib,dbec->idec", start, stats.gram)
     gram = torch.einsum("idec,ic->ide", half, start)
     cross = torch.einsum("ib,dbj->idj", start, stats.cross)
-    kernels = solve_damped(gram, cross, damping_for(gram, stats.rows))
-    return (stats.var - (cross * kernels).sum(1)).clamp_min(0) * weights
+    return (stats.var - explained(gram, cross, damping_for(gram, stats.rows))).clamp_min(0) * weights
 
 
 def _with_kernels(stats: Statistics, groups: Groups, coordinates: Tensor) -> Solution:
@@ -253,7 +256,6 @@ def _with_coordinates(stats: Statistics, solution: Solution, weights: Tensor) ->
     for a in range(0, len(mine), step):
         b = min(a + step, len(mine))
         systems = (pairs[a:b] @ by_place).reshape(-1, size, size) + weights[mine[a:b], None, None] * own_gram
-        systems = (systems + systems.mT) / 2
         damping = 10 * damping_for(systems, stats.rows)
         residual = right[a:b] - torch.einsum("ibc,ic->ib", systems, solution.intrinsic[a:b])
         result[a:b] = solution.intrinsic[a:b] + solve_damped(systems, residual[..., None], damping)[..., 0]

@@ -70,7 +70,12 @@ class Moments(Sums):
 
     @property
     def uu(self) -> Tensor:
-        return self.upper.triu() + self.upper.triu(1).T
+        whole = self.upper.clone()
+        for a in range(0, len(whole), BLOCK):
+            b = min(a + BLOCK, len(whole))
+            whole[a:b, a:b] = whole[a:b, a:b].triu() + whole[a:b, a:b].triu(1).T
+            whole[b:, a:b] = whole[a:b, b:].T
+        return whole
 
     def projected(self, basis: Tensor) -> Moments:
         """Moments of maps that are `basis` (b x a) times the features."""
@@ -87,13 +92,14 @@ class Moments(Sums):
     def centred(self) -> tuple[Tensor, Tensor, Tensor]:
         """Covariances (uu, uy) and variances (y) of the rows seen so far."""
         uu, uy, yy = self.raw()
-        centre = uu - torch.outer(self.mean_u, self.mean_u), uy - torch.outer(self.mean_u, self.mean_y)
-        return *centre, (yy - self.mean_y.square()).clamp_min(0)
+        uu.addr_(self.mean_u, self.mean_u, alpha=-1)
+        uy.addr_(self.mean_u, self.mean_y, alpha=-1)
+        return uu, uy, (yy - self.mean_y.square()).clamp_min(0)
 
     def raw(self) -> tuple[Tensor, Tensor, Tensor]:
         """Mean products (uu, uy) and squares (y), means included."""
         n = self.count.clamp_min(1)
-        return self.uu / n, self.uy / n, self.yy / n
+        return self.uu.div_(n), self.uy / n, self.yy / n
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,13 +170,26 @@ class LinkMoments(Sums):
 
     def add(self, v: Tensor, y: Tensor, source: Tensor) -> None:
         """Take up rows v (P x D x m) and y (P x n), in place; `source` (n) names each target's map."""
+        turns = turns_of(source)
         for vs, ys in zip(v.split(FEW), y.split(FEW), strict=True):
             self.take_targets(ys)
             by_map = vs.permute(2, 1, 0).contiguous()
+            served = by_map.new_zeros(int(turns.max()) + 1, len(by_map), len(ys))
+            served[turns, source] = ys.T
             self.v.add_(by_map.sum(2, dtype=torch.float64))
             self.auto.add_(by_map @ by_map.mT)
-            self.cross.add_((by_map[source] @ ys.T[:, :, None])[:, :, 0])
+            self.cross.add_((by_map @ served.permute(1, 2, 0))[source, :, turns])
 
 
 def zeros(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.float64)
+
+
+def turns_of(source: Tensor) -> Tensor:
+    """For every ghost how many ghosts of the same intrinsic map stand before it."""
+    order = source.argsort(stable=True)
+    ranked = source[order]
+    first = torch.searchsorted(ranked, ranked)
+    turns = torch.empty_like(source)
+    turns[order] = torch.arange(len(source)) - first
+    return turns

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ghostify.assign import Groups
-from ghostify.moments import LinkMoments, MapMoments
-from ghostify.systems import damping_for, solve_damped
+from ghostify.moments import LinkMoments, MapMoments, turns_of
+from ghostify.systems import damping_for, explained, solve_damped
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,9 +30,8 @@ class MapStatistics:
 
     def costs(self, weights: Tensor) -> Tensor:
         """Error of output j by the best kernel on map i, weighted by `weights` (n), for all pairs (n x n)."""
-        cross = self.cross.transpose(0, 1)
-        kernels = solve_damped(self.auto, cross, damping_for(self.auto, self.rows))
-        return (self.var - (cross * kernels).sum(1)).clamp_min(0) * weights
+        taken = explained(self.auto, self.cross.transpose(0, 1), damping_for(self.auto, self.rows))
+        return (self.var - taken).clamp_min(0) * weights
 
     def linked(self, groups: Groups) -> Links:
         """What the chosen groups need of it."""
@@ -90,7 +89,7 @@ class Links:
     def kernels(self) -> Tensor:
         """The ghosts' kernels (ghosts x 1 x D) by the normal equations."""
         m, source = len(self.auto), self.groups.sources[:, 0]
-        turns = _turns(source)
+        turns = turns_of(source)
         right = self.cross.new_zeros(m, self.auto.shape[1], int(turns.max()) + 1)
         right[source, :, turns] = self.cross[m:]
         return solve_damped(self.auto, right, damping_for(self.auto, self.rows))[source, :, turns][:, None]
@@ -139,13 +138,3 @@ def in_order(computed: Tensor, groups: Groups) -> Tensor:
     result = torch.empty_like(computed)
     result[groups.channels] = computed
     return result
-
-
-def _turns(source: Tensor) -> Tensor:
-    """For every ghost how many ghosts of the same intrinsic map stand before it."""
-    order = source.argsort(stable=True)
-    ranked = source[order]
-    first = torch.searchsorted(ranked, ranked)
-    turns = torch.empty_like(source)
-    turns[order] = torch.arange(len(source)) - first
-    return turns

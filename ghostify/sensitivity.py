@@ -20,8 +20,8 @@ from ghostify.walk import Watched
 
 SHARE = 4
 IMAGES = 256
-PROBES = 4
-SPREAD_OVER = 32
+PROBES = 2
+SPREAD_OVER = 16
 AT_ONCE = 8
 
 Sensitivity = dict[str, Tensor]

@@ -84,7 +84,7 @@ class View:
     inside: Tensor
     target: Tensor
 
-    def __getitem__(self, images: Tensor) -> View:
+    def __getitem__(self, images: Tensor | slice) -> View:
         return View(self.seen[images], self.inside[images], self.target[images])
 
     def maps(self, conv: nn.Conv2d, filters: Tensor) -> Tensor:

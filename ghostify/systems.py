@@ -7,6 +7,9 @@ from torch import Tensor
 
 DAMPING = 1e-7
 CAUTION = 0.01
+ATTEMPTS = 20
+BEYOND = 16
+ITERATIONS = 3
 
 
 def solve_ridge(uu: Tensor, uy: Tensor, prior: Tensor, ridge: float) -> Tensor:
@@ -23,13 +26,40 @@ def damping_for(grams: Tensor, rows: float) -> Tensor:
 
 def solve_damped(matrix: Tensor, right: Tensor, damping: Tensor) -> Tensor:
     """(matrix + damping I) X = right for symmetric positive semi-definite matrices, batched; damped more if need be."""
-    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype)
-    damping = torch.as_tensor(damping, dtype=matrix.dtype)[..., None, None]
-    for _ in range(8):
-        factor, failed = torch.linalg.cholesky_ex(matrix + damping * eye)
+    return torch.cholesky_solve(right, factor_damped(matrix, damping))
+
+
+def explained(matrix: Tensor, right: Tensor, damping: Tensor) -> Tensor:
+    """diag(right' (matrix + damping I)^-1 right), batched: the variance that least squares take from the targets."""
+    factor = factor_damped(matrix, damping)
+    eye = torch.eye(factor.shape[-1], dtype=factor.dtype).expand_as(factor)
+    return (torch.linalg.solve_triangular(factor, eye, upper=False) @ right).square_().sum(-2)
+
+
+def factor_damped(matrix: Tensor, damping: Tensor) -> Tensor:
+    """The lower triangular factor of matrix + damping I, batched; damped more if need be."""
+    damping = torch.as_tensor(damping, dtype=matrix.dtype)[..., None]
+    for _ in range(ATTEMPTS):
+        damped = matrix.clone()
+        damped.diagonal(dim1=-2, dim2=-1).add_(damping)
+        factor, failed = torch.linalg.cholesky_ex(damped)
         if not failed.any():
-            if matrix.dim() > 2 and right.shape[-1] > matrix.shape[-1]:
-                return torch.cholesky_inverse(factor) @ right  # the batched solver would go column by column
-            return torch.cholesky_solve(right, factor)
+            return factor
         damping = damping.clamp_min(torch.finfo(matrix.dtype).eps) * 100
-    return torch.linalg.lstsq(matrix + damping * eye, right).solution
+    return torch.linalg.cholesky(damped)  # says what is wrong with it
+
+
+def leading_vectors(matrix: Tensor, count: int) -> Tensor:
+    """Orthonormal vectors of (nearly) the `count` largest eigenvalues of a symmetric matrix (n x n): n x count.
+
+    Subspace iteration from a fixed start where they are few, which is exact enough to choose by.
+    """
+    matrix = (matrix + matrix.T) / 2
+    if len(matrix) < 4 * count:
+        return torch.linalg.eigh(matrix).eigenvectors[:, -count:]
+    generator = torch.Generator().manual_seed(0)
+    space = torch.randn(len(matrix), count + BEYOND, generator=generator, dtype=matrix.dtype)
+    for _ in range(ITERATIONS):
+        space = torch.linalg.qr(matrix @ space).Q
+    within = space.T @ matrix @ space
+    return space @ torch.linalg.eigh((within + within.T) / 2).eigenvectors[:, -count:]

@@ -113,7 +113,8 @@ class Walk:
     def _run_original(self, node: fx.Node, chunk: Chunk) -> None:
         if self._diverges(node, chunk) and _may_write(self.original, node):
             for source in node.all_input_nodes:
-                chunk.converted[source] = _copied(chunk.value(source))
+                if _memory(chunk.value(source)) & _memory(chunk.original[source]):
+                    chunk.converted[source] = _copied(chunk.value(source))
         chunk.original[node] = _execute(self.original, node, chunk.original, chunk)
 
     def _run_converted(self, node: fx.Node, chunk: Chunk) -> None:

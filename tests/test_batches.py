@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import nn
 
 from ghostify import GhostifyError, trace
 from ghostify.batches import VALUES, batches_of, split
@@ -19,7 +20,7 @@ def test_batches_are_numbered_through_and_large_ones_cut():
 
 def test_a_list_is_not_copied_and_a_stream_survives_its_end():
     x = nets.images(4)
-    assert batches_of(module(), [x]).own[0].inputs[0].data_ptr() == x.data_ptr()
+    assert batches_of(module(), [x]).own[0].stored[0].data_ptr() == x.data_ptr()
     streamed = batches_of(module(), (x * k for k in range(3)))
     assert torch.equal(streamed.own[2].inputs[0], 2 * x)
 
@@ -43,3 +44,20 @@ def test_labels_are_left_out():
 def test_no_images(bad):
     with pytest.raises(GhostifyError, match="calibration batch 0: holds no images"):
         batches_of(module(), [bad])
+
+
+class Flattening(nn.Module):
+    """Its view needs contiguous maps."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return self.conv(x).view(x.shape[0], -1)
+
+
+def test_images_lie_channels_last_where_the_model_bears_it():
+    x = nets.images(4)
+    assert batches_of(module(), [x]).own[0].inputs[0].is_contiguous(memory_format=torch.channels_last)
+    assert batches_of(trace(Flattening().eval()).module, [x]).own[0].inputs[0].is_contiguous()
