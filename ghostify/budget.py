@@ -175,11 +175,11 @@ def _out_of_reach(program: Program, budget: Mapping[str, float], limits: list[fl
     raise GhostifyError("the budgets are out of reach together: relax one of them")
 
 
-def _decided(target: Target | Skip, layouts: dict[str, Layout | None]) -> tuple[Convolution, Layout] | Skip:
+def _decided(target: Target | Skip, layouts: dict[str, Layout | None]) -> tuple[Target, Layout] | Skip:
     if isinstance(target, Skip):
         return target
     layout = layouts[target.conv.name]
-    return Skip(target.conv, "the budget is kept without it") if layout is None else (target.conv, layout)
+    return Skip(target.conv, "the budget is kept without it") if layout is None else (target, layout)
 
 
 def _candidates(target: Target, profile: Profile, keys: tuple[str, ...]) -> list[Candidate]:
@@ -261,7 +261,6 @@ def _profiled(program: Program, wished: list[Target], calibration: Calibration, 
         covariance = whole[name].of_all_processes().centred()[0]
         alike = 1 / covariance.diagonal().clamp_min(1e-30).sum()
         weights = felt.get(name, torch.full((target.conv.outputs,), float(alike), dtype=torch.float64))
-        eye = torch.eye(target.conv.outputs, dtype=torch.float64)
-        pairs = map_statistics(maps[name].of_all_processes(), eye) if name in maps else None
+        pairs = map_statistics(maps[name].of_all_processes()) if name in maps else None
         profiles[name] = Profile(covariance, pairs, weights.clamp_min(1e-12 * weights.max() + 1e-30))
     return profiles

@@ -31,6 +31,9 @@ Model = Annotated[str, typer.Argument(help="timm:NAME, torchvision:NAME or modul
 Ratio = Annotated[float, typer.Option(help="outputs per intrinsic map; 2 halves the dense convolutions")]
 DwSize = Annotated[int, typer.Option(help="kernel size of the cheap operation")]
 Cheap = Annotated[str, typer.Option(help="depthwise, pointwise, or how many intrinsic maps each ghost sees")]
+Activated = Annotated[
+    bool, typer.Option("--activated", help="let depthwise ghosts read activated maps where that loses less")
+]
 Targets = Annotated[list[str] | None, typer.Option("--target", help="convolutions to rewrite: name, glob, re:, class")]
 Ignore = Annotated[list[str] | None, typer.Option(help="convolutions to leave alone: name, glob, re:, class")]
 PolicyFile = Annotated[
@@ -50,6 +53,7 @@ def plan(
     ratio: Ratio = 2.0,
     dw_size: DwSize = 3,
     cheap: Cheap = "depthwise",
+    activated: Activated = False,
     target: Targets = None,
     ignore: Ignore = None,
     policy: PolicyFile = None,
@@ -66,7 +70,7 @@ def plan(
     built = source.build()
     size = sources.preprocessing(built, _size(input_size)).size
     program = trace(built, sources.example(size))
-    wished, limits = _policy(policy, ratio, dw_size, cheap, target, ignore), _budget(budget)
+    wished, limits = _policy(policy, ratio, dw_size, cheap, activated, target, ignore), _budget(budget)
     decided = make_plan(program, wished) if limits is None else plan_within(program, wished, limits)
     _print(summarise(decided), f"{model} at {'x'.join(map(str, size))}", as_json)
 
@@ -81,6 +85,7 @@ def convert(
     ratio: Ratio = 2.0,
     dw_size: DwSize = 3,
     cheap: Cheap = "depthwise",
+    activated: Activated = False,
     target: Targets = None,
     ignore: Ignore = None,
     policy: PolicyFile = None,
@@ -103,7 +108,7 @@ def convert(
     Example: ghostify convert timm:resnet18 --checkpoint w.safetensors --calibration photos/ --output out/
     """
     source = Source(model, sources.parse_arguments(arg or []))
-    wished = _policy(policy, ratio, dw_size, cheap, target, ignore)
+    wished = _policy(policy, ratio, dw_size, cheap, activated, target, ignore)
     built = checkpoint.load_weights(source.build(), checkpoint_file)
     prepared = sources.preprocessing(built, _size(input_size))
     data = None if calibration is None else sources.read_data(calibration, prepared, limit=images, batch=batch)
@@ -203,14 +208,21 @@ def main() -> None:
 
 
 def _policy(
-    file: Path | None, ratio: float, dw_size: int, cheap: str, target: list[str] | None, ignore: list[str] | None
+    file: Path | None,
+    ratio: float,
+    dw_size: int,
+    cheap: str,
+    activated: bool,
+    target: list[str] | None,
+    ignore: list[str] | None,
 ) -> Policy:
     if file is not None:
         if target or ignore:
             raise GhostifyError("--target and --ignore belong into the rules of --policy: give either, not both")
         return Policy.from_toml(file)
     width: str | int = int(cheap) if cheap.isdigit() else cheap
-    return Policy((Rule(tuple(target or ("*",)), tuple(ignore or ()), ratio, dw_size, width),), keep_first=not target)
+    rule = Rule(tuple(target or ("*",)), tuple(ignore or ()), ratio, dw_size, width, activated)
+    return Policy((rule,), keep_first=not target)
 
 
 def _budget(pairs: list[str] | None) -> dict[str, float] | None:

@@ -25,6 +25,7 @@ def ghostify(
     *,
     dw_size: int = 3,
     cheap: str | int = "depthwise",
+    activated: bool = False,
     targets: Pattern | Iterable[Pattern] | None = None,
     ignore: Pattern | Iterable[Pattern] | None = None,
     policy: Policy | None = None,
@@ -37,9 +38,10 @@ def ghostify(
 ) -> fx.GraphModule:
     """A copy of `model` whose dense convolutions are ghost modules, at about 1 / `ratio` of the multiply-accumulates.
 
-    `ratio`, `dw_size`, `cheap`, `targets` and `ignore` make up one `Rule` (see there); `policy` replaces them. Without
-    targets, every dense convolution but the first is rewritten. A `budget` such as {"macs": 0.5} - a share of the
-    original's, or a number; also "params" - replaces the ratio by one for each layer, and needs `example_inputs`.
+    `ratio`, `dw_size`, `cheap`, `activated`, `targets` and `ignore` make up one `Rule` (see there); `policy` replaces
+    them. Without targets, every dense convolution but the first is rewritten. A `budget` such as {"macs": 0.5} - a
+    share of the original's, or a number; also "params" - replaces the ratio by one for each layer, and needs
+    `example_inputs`.
     `calibration` yields batches, in whatever form the model's forward takes; each layer is then fitted to the
     original's outputs on them, otherwise the fit is data-free. `reconstruct` then takes gradient steps, block by block,
     towards the original's outputs on the same batches. `example_inputs` adds shapes and MACs to the report. Raises
@@ -50,7 +52,7 @@ def ghostify(
     if policy is None:
         chosen = ("*",) if targets is None else as_patterns(targets, "targets")
         ignored = () if ignore is None else as_patterns(ignore, "ignore")
-        policy = Policy((Rule(chosen, ignored, ratio, dw_size, cheap),), keep_first=targets is None)
+        policy = Policy((Rule(chosen, ignored, ratio, dw_size, cheap, activated),), keep_first=targets is None)
     elif targets is not None or ignore is not None:
         raise GhostifyError("targets and ignore belong into the rules of the policy: pass either, not both")
     program = trace(model, example_inputs)

@@ -56,7 +56,6 @@ def white_statistics(
         "var": lags[:, :, reach, reach].diagonal().clone(),
         "mean_v": means.expand(len(places), n),
         "mean_y": means,
-        "basis": weight.double().permute(0, 2, 3, 1).flatten(1),
     }
     if map_by_map:
         own = lags.diagonal(dim1=0, dim2=1)
@@ -67,7 +66,8 @@ def white_statistics(
     for p, (a, b) in enumerate(places):
         for q, (c, d) in enumerate(places):
             gram[p, :, q] = lags[:, :, a - c + reach, b - d + reach]
-    return Statistics(gram=gram, start=torch.eye(n, dtype=torch.float64), **common)
+    basis = weight.double().permute(0, 2, 3, 1).flatten(1)
+    return Statistics(gram=gram, basis=basis, start=torch.eye(n, dtype=torch.float64), **common)
 
 
 def _on_canvas(weight: Tensor, dilation: tuple[int, int]) -> Tensor:

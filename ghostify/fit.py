@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ghostify import lstsq
+from ghostify import lstsq, sight
 from ghostify.assign import choose_groups
 from ghostify.batches import Batches
 from ghostify.clock import Clock
@@ -104,7 +104,7 @@ def data_free(program: Program, entry: Rewrite) -> GhostWeights:
     stats: Any = statistics_of(conv, norm, layout.dw_size, map_by_map=apart)
     weights = channel_weights(norm, conv.out_channels)
     if apart:
-        stats = stats.linked(choose_groups(stats.costs(weights), layout))
+        stats = stats.linked(choose_groups(stats.costs(weights), layout), sight.filters_of(conv))
     solution = lstsq.solve(stats, layout, weights)
     emitted = emit(conv, entry, stats, solution)
     if conv.bias is None:

@@ -93,15 +93,23 @@ class GhostModule(nn.Module):
     """Intrinsic maps by `primary_conv`, ghosts from them by `cheap_operation`, concatenated.
 
     N x C x H x W -> N x (m + ghosts) x H' x W'. `order`, where given, holds for every output channel its place in the
-    concatenation. Formula: Han et al., 2020, equations 2 and 3.
+    concatenation; `activation` what the intrinsic maps go through on their way to the cheap operation, and only there:
+    norm and activation behind the module come to all maps. Formula: Han et al., 2020, equations 2 and 3.
     """
 
     order: Tensor | None
 
-    def __init__(self, primary_conv: nn.Conv2d, cheap_operation: nn.Module, order: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        primary_conv: nn.Conv2d,
+        cheap_operation: nn.Module,
+        order: Tensor | None = None,
+        activation: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.primary_conv = primary_conv
         self.cheap_operation = cheap_operation
+        self.activation = activation
         self.register_buffer("order", order)
 
     @property
@@ -112,7 +120,8 @@ class GhostModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         intrinsic = self.primary_conv(x)
-        return join(intrinsic, self.cheap_operation(intrinsic), self.order)
+        read = intrinsic if self.activation is None else self.activation(intrinsic)
+        return join(intrinsic, self.cheap_operation(read), self.order)
 
 
 @fx.wrap

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ghostify import lstsq, sight
+from ghostify.activation import activation_line, narrowed
 from ghostify.assign import Groups, choose_groups
 from ghostify.batches import HELD_OUT, judges
 from ghostify.clock import Clock
@@ -19,8 +21,8 @@ from ghostify.collective import summed
 from ghostify.errors import GhostifyError
 from ghostify.ghost import Layout
 from ghostify.lstsq import GhostWeights, Solution, Statistics
-from ghostify.moments import LinkMoments, Moments, Pair
-from ghostify.pairs import Links, link_statistics, sources_of
+from ghostify.moments import LinkMoments, MapMoments, Moments, Pair
+from ghostify.pairs import Links, in_order, link_statistics, map_statistics, served, sources_of
 from ghostify.plan import Rewrite
 from ghostify.sight import View
 from ghostify.systems import leading_vectors
@@ -29,7 +31,7 @@ from ghostify.walk import Chunk, Walk
 
 POSITIONS = 40_000
 SUFFICE = 16_000
-ROWS_EACH = 8
+ROWS_EACH = 6
 VIEWED = 6_000
 FEATURES = 2304
 COARSE = 1152
@@ -62,6 +64,7 @@ class Layer:
             VIEWED if self.many else min(SUFFICE, VIEWED * FEATURES**2 // (layout.dw_size**2 * layout.outputs) ** 2)
         )
         self.views: list[tuple[View, Tensor]] = []
+        self.line = None if entry.activation is None else activation_line(walk.original, entry).float().cpu()
 
     def look(self, node: fx.Node, chunk: Chunk) -> None:
         """Take up one batch: what the converted model feeds the convolution, and what the original made of it."""
@@ -96,7 +99,10 @@ class Layer:
                 stats = self._linked(groups, filters, bias)
         with clock("solving"):
             fitted = emit(self.conv, self.entry, stats, lstsq.solve(stats, self.entry.layout, self.weights))
-        return self._judged(fitted, otherwise) if first.held_out.count else fitted
+        if not first.held_out.count:
+            return fitted
+        forms = [fitted] if self.line is None else [fitted, self._activated(self.line, first.both, filters, clock)]
+        return self._judged(forms, otherwise)
 
     def _together(self, seen: Moments, filters: Tensor, bias: Tensor | None, clock: Clock) -> Any:
         """Statistics of the dense predictions, or of their principal maps, all with each other."""
@@ -122,15 +128,58 @@ class Layer:
             moments.add(sight.neighbourhoods(maps, d), sight.rows(view.target)[:, groups.channels], source)
         return link_statistics(moments.of_all_processes(), groups, basis, mine, self.free_mean)
 
-    def _judged(self, fitted: GhostWeights, otherwise: Callable[[], GhostWeights]) -> GhostWeights:
-        held_out = self._error(fitted)
+    def _activated(self, line: nn.Sequential, seen: Moments, filters: Tensor, clock: Clock) -> GhostWeights:
+        """The nonlinear form: filters of the dense prediction, ghosts fitted to what norm and activation make of it."""
+        layout, places = self.entry.layout, self.entry.layout.dw_size**2
+        constants = float(self.free_mean) * (seen.mean_y - filters.T @ seen.mean_u)
+
+        def read(view: View, channels: Tensor) -> Tensor:
+            maps = view.maps(self.conv, filters.T[channels]) + constants[channels].float()[:, None, None]
+            through = narrowed(copy.deepcopy(line), channels, None)
+            return sight.neighbourhoods(through(maps) * view.inside, layout.dw_size)
+
+        with clock("moments"):
+            pairs = MapMoments.zero(layout.outputs, places)
+            for view in (view[::2] for view, _ in self.views):
+                pairs.add(read(view, torch.arange(layout.outputs)), sight.rows(view.target))
+            stats = map_statistics(pairs.of_all_processes(), self.free_mean)
+        with clock("solving"):
+            groups = choose_groups(stats.costs(self.weights), layout)
+        own, source = groups.intrinsic[:, 0], groups.sources[:, 0]
+        with clock("moments"):
+            links = LinkMoments.zero(len(own), places, len(source))
+            for view, _ in self.views:
+                links.add(read(view, own), sight.rows(view.target)[:, groups.ghosts], source)
+        with clock("solving"):
+            kernels, lacking, error = served(links.of_all_processes(), source, self.free_mean)
+            uu, uy, yy = seen.centred() if self.free_mean else seen.raw()
+            mine, var = filters[:, own], yy[own].clamp_min(1e-30)
+            kept = var - 2 * (mine * uy[:, own]).sum(0) + (mine * (uu @ mine)).sum(0)
+        biased = self.conv.bias is not None
+        return GhostWeights(
+            channels=groups.channels,
+            primary_weight=sight.as_kernels(mine.T, self.conv),
+            primary_bias=constants[own] if biased else None,
+            cheap_weight=kernels.reshape(len(source), 1, layout.dw_size, layout.dw_size),
+            cheap_bias=lacking if biased else None,
+            shift=in_order(torch.cat((constants[own], lacking)), groups) if self.entry.norm and not biased else None,
+            error=in_order(torch.cat((kept.clamp_min(0) / var, error)), groups),
+            activated=True,
+        )
+
+    def _judged(self, forms: list[GhostWeights], otherwise: Callable[[], GhostWeights]) -> GhostWeights:
+        """The form with the least error on held-out images; or the data-free fit where they are in doubt."""
+        fitted = min((replace(form, held_out=self._error(form)) for form in forms), key=self._lost)
         assert fitted.error is not None
-        if (self.weights * held_out).sum() > DOUBTFUL * (self.weights * fitted.error).sum():
+        if self._lost(fitted) > DOUBTFUL * float((self.weights * fitted.error).sum()):
             other = otherwise()
-            error = self._error(other)
-            if (self.weights * error).sum() < (self.weights * held_out).sum():
-                return replace(other, error=None, held_out=error)
-        return replace(fitted, held_out=held_out)
+            other = replace(other, error=None, held_out=self._error(other))
+            return min(fitted, other, key=self._lost)
+        return fitted
+
+    def _lost(self, weights: GhostWeights) -> float:
+        assert weights.held_out is not None
+        return float((self.weights * weights.held_out).sum())
 
     def _error(self, weights: GhostWeights) -> Tensor:
         """Relative reconstruction error of each output channel on the held-out images, by running the layer there."""
@@ -152,10 +201,14 @@ class Layer:
         intrinsic = view.maps(self.conv, weights.primary_weight.permute(0, 2, 3, 1).flatten(1))
         if weights.primary_bias is not None:
             intrinsic = intrinsic + weights.primary_bias.float()[:, None, None] * view.inside
+        read = intrinsic
+        if weights.activated and self.line is not None:
+            own = weights.channels[: layout.intrinsic]
+            held = 0.0 if weights.shift is None else weights.shift.float()[own][:, None, None]
+            read = narrowed(copy.deepcopy(self.line), own, None)(intrinsic + held) * view.inside
         kernels = weights.cheap_weight.float().split([b.outputs for b in layout.blocks])
         ghosts = [
-            F.conv2d(intrinsic[:, b.start : b.stop], k, groups=b.groups)
-            for b, k in zip(layout.blocks, kernels, strict=True)
+            F.conv2d(read[:, b.start : b.stop], k, groups=b.groups) for b, k in zip(layout.blocks, kernels, strict=True)
         ]
         height, width = view.target.shape[2:]
         maps = torch.cat((intrinsic[:, :, reach : reach + height, reach : reach + width], *ghosts), 1)

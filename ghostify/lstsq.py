@@ -87,7 +87,8 @@ class GhostWeights:
 
     `channels` names for each computed map (m intrinsic, then ghosts) the original output channel. `shift` holds, by
     original channel, the constants that the following BatchNorm takes up. `error` is the relative reconstruction error
-    per original channel, on the calibration images; `held_out` the same on images the fit did not see.
+    per original channel, on the calibration images; `held_out` the same on images the fit did not see. `activated`
+    ghosts read the intrinsic maps behind norm and activation.
     """
 
     channels: Tensor
@@ -98,6 +99,7 @@ class GhostWeights:
     shift: Tensor | None = None
     error: Tensor | None = None
     held_out: Tensor | None = None
+    activated: bool = False
 
 
 def dense_prediction(moments: Pair, prior: Tensor, weights: Tensor, *, free_mean: bool) -> Tensor:

@@ -16,8 +16,6 @@ from ghostify.systems import damping_for, explained, solve_damped
 class MapStatistics:
     """Second moments of n maps, each with itself at the D places (`auto`, n x D x D) and with every output (`cross`,
     D x n x n), but none between two maps; `var`, `mean_v` (D x n) and `mean_y` likewise.
-
-    `basis` (n x c k^2) holds the filters that make the maps.
     """
 
     auto: Tensor
@@ -25,7 +23,6 @@ class MapStatistics:
     var: Tensor
     mean_v: Tensor
     mean_y: Tensor
-    basis: Tensor
     rows: float = float("inf")
 
     def costs(self, weights: Tensor) -> Tensor:
@@ -33,8 +30,8 @@ class MapStatistics:
         taken = explained(self.auto, self.cross.transpose(0, 1), damping_for(self.auto, self.rows))
         return (self.var - taken).clamp_min(0) * weights
 
-    def linked(self, groups: Groups) -> Links:
-        """What the chosen groups need of it."""
+    def linked(self, groups: Groups, basis: Tensor) -> Links:
+        """What the chosen groups need of it; `basis` (n x c k^2) holds the filters that make the maps."""
         own, source = groups.intrinsic[:, 0], sources_of(groups)
         channels = groups.channels
         return Links(
@@ -44,22 +41,21 @@ class MapStatistics:
             var=self.var,
             mean_v=self.mean_v[:, own].T,
             mean_y=self.mean_y[channels],
-            basis=self.basis[own],
+            basis=basis[own],
             rows=self.rows,
         )
 
 
-def map_statistics(moments: MapMoments, basis: Tensor) -> MapStatistics:
-    """Statistics from moments taken map by map, less the means."""
+def map_statistics(moments: MapMoments, free_mean: bool = True) -> MapStatistics:
+    """Statistics from moments taken map by map, less the means where they are free."""
     n = moments.count.clamp_min(1)
-    v, y = moments.v / n, moments.y / n
+    v, y = float(free_mean) * moments.v / n, float(free_mean) * moments.y / n
     return MapStatistics(
         auto=moments.auto / n - torch.einsum("di,ei->ide", v, v),
         cross=moments.cross / n - torch.einsum("di,j->dij", v, y),
         var=(moments.yy / n - y.square()).clamp_min(0),
         mean_v=v,
         mean_y=y,
-        basis=basis,
         rows=float(moments.count),
     )
 
@@ -88,11 +84,7 @@ class Links:
 
     def kernels(self) -> Tensor:
         """The ghosts' kernels (ghosts x 1 x D) by the normal equations."""
-        m, source = len(self.auto), self.groups.sources[:, 0]
-        turns = turns_of(source)
-        right = self.cross.new_zeros(m, self.auto.shape[1], int(turns.max()) + 1)
-        right[source, :, turns] = self.cross[m:]
-        return solve_damped(self.auto, right, damping_for(self.auto, self.rows))[source, :, turns][:, None]
+        return kernels_of(self.auto, self.cross[len(self.auto) :], self.groups.sources[:, 0], self.rows)[:, None]
 
     def errors(self, kernels: Tensor) -> Tensor:
         """Squared error of every output channel (n, original order)."""
@@ -138,3 +130,24 @@ def in_order(computed: Tensor, groups: Groups) -> Tensor:
     result = torch.empty_like(computed)
     result[groups.channels] = computed
     return result
+
+
+def kernels_of(auto: Tensor, cross: Tensor, source: Tensor, rows: float) -> Tensor:
+    """Kernels (k x D) that make each target of its source among m maps; `auto` is m x D x D, `cross` k x D."""
+    turns = turns_of(source)
+    right = cross.new_zeros(*auto.shape[:2], int(turns.max()) + 1)
+    right[source, :, turns] = cross
+    return solve_damped(auto, right, damping_for(auto, rows))[source, :, turns]
+
+
+def served(moments: LinkMoments, source: Tensor, free_mean: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Of targets that are each made of one map: kernels (k x D), constants and relative errors (k)."""
+    n = moments.count.clamp_min(1)
+    v, y = float(free_mean) * moments.v / n, float(free_mean) * moments.y / n
+    auto = moments.auto / n - torch.einsum("id,ie->ide", v, v)
+    cross = moments.cross / n - v[source] * y[:, None]
+    kernels = kernels_of(auto, cross, source, float(moments.count))
+    spent = torch.einsum("kd,kde,ke->k", kernels, auto[source], kernels)
+    var = (moments.yy / n - y.square()).clamp_min(1e-30)
+    error = var - 2 * (cross * kernels).sum(1) + spent
+    return kernels, y - (v[source] * kernels).sum(1), error.clamp_min(0) / var

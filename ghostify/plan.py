@@ -11,7 +11,7 @@ from ghostify.ghost import Layout, feasible_width, intrinsic_maps
 from ghostify.order import Absorption, absorption
 from ghostify.policy import Policy, Rule
 from ghostify.trace import Convolution, Program
-from ghostify.wiring import Wiring, norm_after, partner_in_sum
+from ghostify.wiring import Wiring, activation_after, norm_after, partner_in_sum
 
 
 @dataclass(frozen=True)
@@ -19,14 +19,15 @@ class Rewrite:
     """A convolution that becomes a ghost module.
 
     `norm` names the BatchNorm behind it whose statistics take up constant shifts; `partner` the node that its
-    output is added to; `absorb` says who takes up the order of its channels, None where a gather remains. MACs are for
-    one output position.
+    output is added to; `activation` the node that activates its maps, where ghosts may read them so; `absorb` says who
+    takes up the order of its channels, None where a gather remains. MACs are for one output position.
     """
 
     conv: Convolution
     layout: Layout
     norm: str | None
     partner: str | None
+    activation: str | None
     absorb: Absorption | None
     macs_before: int
     macs_after: int
@@ -79,8 +80,8 @@ def targets(program: Program, policy: Policy) -> list[Target | Skip]:
     return [_target(program, policy, conv, i == 0) for i, conv in enumerate(program.convolutions)]
 
 
-def plan_layouts(program: Program, decided: Iterable[tuple[Convolution, Layout] | Skip]) -> Plan:
-    """The plan that gives each convolution its layout; those that save nothing are skipped."""
+def plan_layouts(program: Program, decided: Iterable[tuple[Target, Layout] | Skip]) -> Plan:
+    """The plan that gives each target its layout; those that save nothing are skipped."""
     wiring = Wiring(program.module)
     entries = tuple(d if isinstance(d, Skip) else _rewrite(wiring, *d) for d in decided)
     saved = [_saved(e) for e in entries if isinstance(e, Rewrite)]
@@ -114,7 +115,7 @@ def _target(program: Program, policy: Policy, conv: Convolution, first: bool) ->
     return Target(conv, rule)
 
 
-def _with_ratio(target: Target | Skip) -> tuple[Convolution, Layout] | Skip:
+def _with_ratio(target: Target | Skip) -> tuple[Target, Layout] | Skip:
     if isinstance(target, Skip):
         return target
     conv, rule = target.conv, target.rule
@@ -125,16 +126,19 @@ def _with_ratio(target: Target | Skip) -> tuple[Convolution, Layout] | Skip:
         return Skip(conv, "ratio 1 keeps every map")
     if not 1 <= intrinsic < conv.outputs:
         return Skip(conv, f"ratio {rule.ratio:g} leaves no ghosts of {conv.outputs} maps")
-    return conv, layout_of(conv.outputs, intrinsic, rule.cheap, rule.dw_size)
+    return target, layout_of(conv.outputs, intrinsic, rule.cheap, rule.dw_size)
 
 
-def _rewrite(wiring: Wiring, conv: Convolution, layout: Layout) -> Rewrite | Skip:
+def _rewrite(wiring: Wiring, target: Target, layout: Layout) -> Rewrite | Skip:
+    conv = target.conv
     before, after = cost.dense_macs(conv), cost.ghost_macs(conv, layout)
     if after >= before:
         return Skip(conv, f"nothing is saved: {before} MACs a position before, {after} after")
     nodes = [call.node for call in conv.calls]
     norm = norm_after(wiring, nodes)
-    return Rewrite(conv, layout, norm, partner_in_sum(wiring, nodes, norm), absorption(wiring, nodes), before, after)
+    partner = partner_in_sum(wiring, nodes, norm)
+    activation = activation_after(wiring, nodes, norm) if target.rule.activated and layout.width == 1 else None
+    return Rewrite(conv, layout, norm, partner, activation, absorption(wiring, nodes), before, after)
 
 
 def _saved(entry: Rewrite) -> int | None:

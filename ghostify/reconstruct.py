@@ -124,6 +124,9 @@ class _Layer:
             norm: Any = module.get_submodule(str(entry.norm))
             self.rated.append((self.shift, RATE * float(norm.running_var.float().mean().sqrt())))
             ghost.register_forward_hook(lambda _, inputs, made: made + self.shift[:, None, None])  # noqa: ARG005
+            if ghost.activation is not None:
+                own = weights.channels[: entry.layout.intrinsic].to(self.shift.device)
+                ghost.activation.register_forward_pre_hook(lambda _, read: read[0] + self.shift[own][:, None, None])
 
     def weights(self) -> GhostWeights:
         """As they now are."""

@@ -25,7 +25,7 @@ class Line:
     """One convolution. MACs are for the example inputs where `output` (H, W) is known, else for one position.
 
     `error` and `held_out` are relative reconstruction errors, averaged over channels; `gather` says that the layer's
-    output is put in order by an index.
+    output is put in order by an index, `activated` that its ghosts read activated maps.
     """
 
     name: str
@@ -43,6 +43,7 @@ class Line:
     params_after: int
     error: float | None = None
     held_out: float | None = None
+    activated: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,7 @@ def _line(entry: Rewrite | Skip, fits: Fits | None) -> Line:
         params_after=entry.macs_after + bias,
         error=_mean(None if weights is None else weights.error),
         held_out=_mean(None if weights is None else weights.held_out),
+        activated=weights is not None and weights.activated,
     )
 
 
@@ -174,7 +176,7 @@ def _cells(line: Line, fitted: bool) -> list[str]:
     ghosts = line.filters[0] - line.intrinsic
     error = line.held_out if line.held_out is not None else line.error
     shape = f"{line.intrinsic} + {ghosts}, d={line.dw_size}" + (f", w={line.width}" if line.width > 1 else "")
-    note = shape + (", gather" if line.gather else "")
+    note = shape + (", activated" if line.activated else "") + (", gather" if line.gather else "")
     return [
         line.name,
         filters,

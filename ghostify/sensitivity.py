@@ -18,7 +18,7 @@ from ghostify.collective import summed
 from ghostify.trace import Program
 from ghostify.walk import Watched
 
-SHARE = 4
+SHARE = 6
 IMAGES = 256
 PROBES = 2
 SPREAD_OVER = 16

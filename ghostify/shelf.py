@@ -1,16 +1,21 @@
-"""Values that outlive a step, in memory up to a limit and in temporary files beyond it."""
+"""Values that outlive a step, in memory of their own up to a limit and in temporary files beyond it."""
 
 from __future__ import annotations
 
+import bisect
+import ctypes
 import os
+import sys
 import tempfile
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from ghostify.errors import GhostifyError
+
+ALIGNED = 64
 
 
 class Stored:
@@ -42,27 +47,64 @@ class Stored:
             os.unlink(self.path)
 
 
+class Away:
+    """A tensor of another device, put aside in this machine's memory."""
+
+    def __init__(self, kept: Tensor, device: torch.device) -> None:
+        self.kept, self.device = kept, device
+
+    def load(self) -> Tensor:
+        """The tensor on its own device."""
+        return self.kept.to(self.device)
+
+
 class Shelf:
-    """Takes values up; `limit` bytes of them stay in memory, the rest goes to temporary files."""
+    """Takes values up: into `limit` bytes of memory of its own, and beyond them into temporary files.
+
+    Memory apart, because values that outlive the others riddle the heap with holes, which then grows with their number.
+    """
 
     def __init__(self, limit: int) -> None:
-        self.limit, self.held = limit, 0
+        self.memory = torch.empty(limit, dtype=torch.uint8).numpy()
+        self.holes = [(0, limit)]
 
     def put(self, value: Any, *, movable: bool = True) -> Any:
-        """The value itself while there is room, else a `Stored` of it. Only plain dense tensors move."""
-        if self.held + _size(value) > self.limit and movable and _plain(value):
+        """A copy on the shelf, its values bit-equal and its strides the same, or the value itself. Only plain dense
+        tensors move, and only once; what lies in a file, or is from another device, comes as a thing to `load`."""
+        if not movable or not _plain(value) or self._holds(value):
+            return value
+        room = self._take(value.numel() * value.element_size())
+        if room is None:
             return Stored(value)
-        self.held += _size(value)
-        return value
+        kept = torch.frombuffer(room, dtype=value.dtype).as_strided(value.shape, value.stride()).copy_(value)
+        return kept if value.device.type == "cpu" else Away(kept, value.device)
 
-    def give_back(self, value: Any) -> None:
-        """Give the caller back what `put` returned, and its room to others."""
-        self.held -= _size(value)
+    def _holds(self, tensor: Tensor) -> bool:
+        offset = tensor.data_ptr() - self.memory.ctypes.data
+        return tensor.device.type == "cpu" and 0 <= offset < len(self.memory)
 
+    def _take(self, size: int) -> Any:
+        """The beginning of the first hole that is large enough, if any; when nobody holds it, it is a hole again.
 
-def _size(value: Any) -> int:
-    """Bytes of all tensors in a value; none for what lies in a file."""
-    return sum(t.numel() * t.element_size() for t in tree_leaves(value) if isinstance(t, Tensor))
+        Tensors made of it hold it, and so do their views.
+        """
+        size = -(-size // ALIGNED) * ALIGNED
+        for k, (start, end) in enumerate(self.holes):
+            if end - start >= size:
+                self.holes[k : k + 1] = [(start + size, end)] if end - start > size else []
+                room = self.memory[start : start + size]
+                weakref.finalize(room, self._give_back, start, start + size)
+                return room
+        return None
+
+    def _give_back(self, start: int, end: int) -> None:
+        k = bisect.bisect(self.holes, (start, end))
+        if k < len(self.holes) and self.holes[k][0] == end:
+            end = self.holes.pop(k)[1]
+        if k and self.holes[k - 1][1] == start:
+            start = self.holes.pop(k - 1)[0]
+            k -= 1
+        self.holes.insert(k, (start, end))
 
 
 def _plain(value: Any) -> bool:
@@ -83,3 +125,10 @@ def _bytes(tensor: Tensor) -> memoryview:
     """The memory of a dense tensor on the CPU."""
     flat = tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
     return flat.numpy().data
+
+
+def tidy() -> None:
+    """Give the heap's free pages back to the system, where the C library can: small things that stay hold them else."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)

@@ -13,11 +13,12 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ghostify.batches import Batch
-from ghostify.shelf import Shelf, Stored
+from ghostify.shelf import Away, Shelf, Stored, tidy
 from ghostify.trace import called
 
 READ_ONLY = (nn.Conv2d, nn.Linear, nn.BatchNorm2d)
 ACTIVATIONS = 1 << 30
+FEW = 8
 
 
 class Values(dict[fx.Node, Any]):
@@ -25,7 +26,7 @@ class Values(dict[fx.Node, Any]):
 
     def __getitem__(self, node: fx.Node) -> Any:
         value = super().__getitem__(node)
-        if isinstance(value, Stored):
+        if isinstance(value, Stored | Away):
             value = self[node] = value.load()
         return value
 
@@ -52,19 +53,13 @@ class Chunk:
             for node, value in list(side.items()):
                 side[node] = shelf.put(value, movable=all(owners[p] == 1 for p in _memory(value)))
 
-    def wake(self, shelf: Shelf) -> None:
-        """Take back the room that `rest` took in memory."""
-        for side in (self.original, self.converted):
-            for value in side.values():
-                shelf.give_back(value)
-
 
 class Walk:
     """Steps through the graph of `module` with a copy of it that the caller converts on the way.
 
     The walk stops at the nodes named `stops`; `changed` names all nodes whose module the caller is going to replace or
     change. From one stop to the next, one batch after another goes the whole way; what it needs later is put aside,
-    beyond `limit` bytes (default 1 GiB) in temporary files.
+    beyond `limit` bytes (default 1 GiB) in temporary files. With many batches, free memory goes back after each.
     """
 
     def __init__(
@@ -101,7 +96,6 @@ class Walk:
 
     def _stretch(self, begin: int, end: int) -> Iterator[Chunk]:
         for chunk in self.chunks:
-            chunk.wake(self._shelf)
             for k in range(begin, end + 1):
                 if k > begin or k == 0:
                     self._run_original(self.nodes[k], chunk)
@@ -109,6 +103,8 @@ class Walk:
                     self._run_converted(self.nodes[k], chunk)
             yield chunk
             chunk.rest(self._shelf)
+            if len(self.chunks) > FEW:
+                tidy()
 
     def _run_original(self, node: fx.Node, chunk: Chunk) -> None:
         if self._diverges(node, chunk) and _may_write(self.original, node):

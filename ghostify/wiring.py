@@ -17,6 +17,12 @@ from ghostify.trace import called
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d)
 SILENT_MODULES = (nn.Identity, nn.Dropout, nn.Dropout2d, DropPath, DropBlock2d, StochasticDepth)
 SILENT_FUNCTIONS = (F.dropout, F.dropout2d, stochastic_depth)
+ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.GELU, nn.LeakyReLU, nn.ELU, nn.Mish)
+ACTIVATION_FUNCTIONS: dict[Any, type[nn.Module]] = {
+    F.relu: nn.ReLU, torch.relu: nn.ReLU, torch.relu_: nn.ReLU, F.relu6: nn.ReLU6, F.silu: nn.SiLU,
+    F.hardswish: nn.Hardswish, F.gelu: nn.GELU, F.mish: nn.Mish,
+}  # fmt: skip
+ACTIVATION_METHODS: dict[Any, type[nn.Module]] = {"relu": nn.ReLU, "relu_": nn.ReLU}
 SUMS = (operator.add, operator.iadd, torch.add)
 SUM_METHODS = ("add", "add_")
 
@@ -44,6 +50,30 @@ def norm_after(wiring: Wiring, nodes: list[str]) -> str | None:
     norm: Any = called(wiring.module, node)
     fits = isinstance(norm, NORMS) and norm.running_mean is not None and wiring.used_once(node) and not hooked(norm)
     return str(node.target) if fits else None
+
+
+def activation_after(wiring: Wiring, nodes: list[str], norm: str | None) -> str | None:
+    """The node that activates a convolution's output straight behind it and its norm, or the norm's that does both."""
+    if len(nodes) != 1:
+        return None
+    node = wiring.nodes[nodes[0]]
+    if norm is not None:
+        node = next(iter(node.users))
+        inner = [c for c in called(wiring.module, node).children() if not isinstance(c, nn.Identity)]
+        if inner:
+            return node.name if all(isinstance(c, ACTIVATIONS) for c in inner) else None
+    user = only_user(node)
+    return user.name if user is not None and activation_of(wiring.module, user) is not None else None
+
+
+def activation_of(module: nn.Module, node: fx.Node) -> nn.Module | None:
+    """A module that does what an activation node does, None for any other node."""
+    if node.op == "call_module":
+        inner = called(module, node)
+        return inner if isinstance(inner, ACTIVATIONS) and not hooked(inner) else None
+    plain = len(node.args) == 1 and not set(node.kwargs) - {"inplace"}
+    known = ACTIVATION_FUNCTIONS if node.op == "call_function" else ACTIVATION_METHODS
+    return known[node.target]() if plain and node.target in known else None
 
 
 def partner_in_sum(wiring: Wiring, nodes: list[str], norm: str | None) -> str | None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ghostify import GhostifyError
-from ghostify.shelf import Shelf, Stored
+from ghostify.shelf import Shelf, Stored, tidy
 
 
 @given(st.permutations(range(4)), st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool]))
@@ -35,13 +35,41 @@ def test_the_file_goes_with_the_object():
     assert not path.exists()
 
 
-def test_the_shelf_keeps_to_its_limit_and_gives_room_back():
-    shelf, value = Shelf(100), torch.zeros(20)
-    assert shelf.put(value) is value
-    assert isinstance(shelf.put(value.clone()), Stored)
+def test_the_shelf_keeps_to_its_limit_and_room_comes_back():
+    shelf, value = Shelf(150), torch.arange(20.0).reshape(4, 5).T
+    kept = shelf.put(value)
+    assert torch.equal(kept, value)
+    assert (kept.stride(), kept is value) == (value.stride(), False)
+    assert shelf.put(kept) is kept
+    assert isinstance(shelf.put(value), Stored)
     assert shelf.put(7) == 7
-    shelf.give_back(value)
-    assert shelf.put(value) is value
+    view = kept[1:]
+    del kept
+    assert isinstance(shelf.put(value), Stored)
+    del view
+    assert isinstance(shelf.put(value), torch.Tensor)
+
+
+@given(st.lists(st.tuples(st.integers(1, 90), st.integers(0, 9)), max_size=30))
+def test_rooms_never_overlap_and_all_come_back(orders):
+    shelf, held = Shelf(1024), []
+    for number, (size, victim) in enumerate(orders):
+        value = torch.full((size,), float(number))
+        kept = shelf.put(value)
+        held.append((kept, number))
+        if victim < len(held):
+            held.pop(victim)
+        del kept
+        assert all((t == n).all() for t, n in held if isinstance(t, torch.Tensor))
+    del held
+    gc.collect()
+    assert shelf.holes == [(0, 1024)]
+
+
+def test_tidying_changes_nothing():
+    value = torch.arange(5)
+    tidy()
+    assert value.sum() == 10
 
 
 @pytest.mark.parametrize(

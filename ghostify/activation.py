@@ -1,0 +1,51 @@
+"""The paper's nonlinear form: the norm and activation behind a convolution, for ghosts that read through them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ghostify.plan import Rewrite
+from ghostify.wiring import activation_of
+
+
+def activation_line(module: fx.GraphModule, entry: Rewrite) -> nn.Sequential:
+    """Copies of the norm, if any, and the activation of all n maps of `entry`; neither writes in place."""
+    node = next(n for n in module.graph.nodes if n.name == entry.activation)
+    line = [] if entry.norm is None else [module.get_submodule(entry.norm)]
+    if str(node.target) != entry.norm:
+        activation = activation_of(module, node)
+        assert activation is not None
+        line.append(activation)
+    copied = copy.deepcopy(nn.Sequential(*line))
+    for inner in copied.modules():
+        if hasattr(inner, "inplace"):
+            setattr(inner, "inplace", False)  # noqa: B010
+    return copied
+
+
+@torch.no_grad()
+def narrowed(line: nn.Sequential, channels: Tensor, shift: Tensor | None) -> nn.Sequential:
+    """The line for some `channels` only, in their order, whose norm has taken up the `shift` (n), if any; in place."""
+    norm: Any = line[0]
+    if getattr(norm, "running_mean", None) is None:
+        return line
+    if shift is not None:
+        take_up(norm, shift)
+    channels = channels.to(norm.running_mean.device)
+    for name, parameter in norm.named_parameters(recurse=False):
+        setattr(norm, name, nn.Parameter(parameter[channels], parameter.requires_grad))
+    for name, buffer in norm.named_buffers(recurse=False):
+        if buffer.dim():
+            setattr(norm, name, buffer[channels])
+    norm.num_features = len(channels)
+    return line
+
+
+@torch.no_grad()
+def take_up(norm: Any, shift: Tensor) -> None:
+    """Let a norm's running mean take up constants (n) that its inputs lack."""
+    norm.running_mean.sub_(shift.to(norm.running_mean))
