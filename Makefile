@@ -18,8 +18,13 @@ check: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/installed         ## the accuracy tables of the README
+bench: $(VENV)/bench             ## the tables of the README
 	$(BIN)/python benchmarks/accuracy.py --quick
+	$(BIN)/python benchmarks/craft.py --quick
+
+$(VENV)/bench: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet -e '.[bench]'
+	touch $@
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -27,6 +27,7 @@ from ghostify.moments import MapMoments, Moments
 from ghostify.pairs import MapStatistics, map_statistics
 from ghostify.plan import Plan, Skip, Target, plan_layouts, targets
 from ghostify.policy import Policy
+from ghostify.propagate import input_channels
 from ghostify.sensitivity import Calibration, calibrate
 from ghostify.trace import Convolution, Program
 from ghostify.walk import Watched
@@ -224,9 +225,14 @@ def _data_free(program: Program, wished: list[Target]) -> dict[str, Profile]:
         conv = program.conv(target.conv.name)
         behind = norm_after(wiring, [call.node for call in target.conv.calls])
         norm: Any = None if behind is None else program.module.get_submodule(behind)
-        one = statistics_of(conv, norm, 1)
+        inputs = input_channels(program.module, target.conv.calls[0].node)
+        one = statistics_of(conv, norm, 1, inputs=inputs)
         assert not isinstance(one, MapStatistics)
-        maps: Any = statistics_of(conv, norm, target.rule.dw_size, map_by_map=True) if _wants_maps(target) else None
+        maps: Any = (
+            statistics_of(conv, norm, target.rule.dw_size, inputs=inputs, map_by_map=True)
+            if _wants_maps(target)
+            else None
+        )
         weights = 1 / one.var.clamp_min(1e-12 * one.var.max() + 1e-30) / len(one.var)
         profiles[target.conv.name] = Profile(one.gram[0, :, 0], maps, weights)
     return profiles

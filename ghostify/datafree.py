@@ -10,13 +10,20 @@ from torch.nn import functional as F
 
 from ghostify.lstsq import Statistics
 from ghostify.pairs import MapStatistics
+from ghostify.propagate import Channels
 
 
-def statistics_of(conv: nn.Conv2d, norm: Any, dw_size: int, *, map_by_map: bool = False) -> Statistics | MapStatistics:
-    """Statistics of a convolution under white inputs, with the running statistics of the BatchNorm behind, if any."""
+def statistics_of(
+    conv: nn.Conv2d, norm: Any, dw_size: int, *, inputs: Channels | None = None, map_by_map: bool = False
+) -> Statistics | MapStatistics:
+    """Statistics of a convolution under white inputs, with the running statistics of the BatchNorm behind, if any.
+
+    `inputs` says what is known of the convolution's input channels.
+    """
     return white_statistics(
         conv.weight.detach().float().cpu(),
         dw_size,
+        input_variance=None if inputs is None or len(inputs.var) != conv.in_channels else inputs.var,
         stride=(conv.stride[0], conv.stride[1]),
         dilation=(conv.dilation[0], conv.dilation[1]),
         mean=None if norm is None else norm.running_mean.cpu(),

@@ -18,6 +18,7 @@ from ghostify.datafree import statistics_of
 from ghostify.layer import Layer, channel_weights, emit, has_many_maps
 from ghostify.lstsq import GhostWeights
 from ghostify.plan import Plan, Rewrite
+from ghostify.propagate import input_channels
 from ghostify.rewrite import put_ghost
 from ghostify.sensitivity import Calibration, calibrate
 from ghostify.trace import Program
@@ -101,7 +102,8 @@ def data_free(program: Program, entry: Rewrite) -> GhostWeights:
     norm: Any = None if entry.norm is None else program.module.get_submodule(entry.norm)
     layout = entry.layout
     apart = has_many_maps(layout)
-    stats: Any = statistics_of(conv, norm, layout.dw_size, map_by_map=apart)
+    inputs = input_channels(program.module, entry.conv.calls[0].node)
+    stats: Any = statistics_of(conv, norm, layout.dw_size, inputs=inputs, map_by_map=apart)
     weights = channel_weights(norm, conv.out_channels)
     if apart:
         stats = stats.linked(choose_groups(stats.costs(weights), layout), sight.filters_of(conv))

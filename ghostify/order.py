@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ghostify.ghost import GhostModule
+from ghostify.kinds import is_plain
 from ghostify.trace import called
 from ghostify.wiring import NORMS, Wiring, hooked, only_user
 
@@ -44,7 +45,9 @@ def absorption(wiring: Wiring, nodes: list[str]) -> Absorption | None:
     while (user := only_user(node)) is not None and user.args and user.args[0] is node:
         if user.op == "call_module":
             inner: Any = called(wiring.module, user)
-            if type(inner) is nn.Conv2d:
+            if isinstance(inner, nn.Conv2d):
+                if not is_plain(inner):
+                    return None
                 dense = inner.groups == 1 and wiring.used_once(user) and not hooked(inner)
                 return Absorption(tuple(norms), str(user.target)) if dense else None
             if isinstance(inner, NORMS) and wiring.used_once(user) and not hooked(inner):

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ghostify.kinds import padded_same
 
 Places = tuple[Tensor, Tensor, Tensor]
 
@@ -24,6 +27,8 @@ def as_kernels(filters: Tensor, conv: nn.Conv2d) -> Tensor:
 
 def padded(conv: nn.Conv2d, image: Tensor) -> Tensor:
     """The input as the convolution pads it, whatever its padding and padding mode."""
+    if isinstance(conv, Conv2dSame):
+        return padded_same(conv, image)
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
     pad = conv._reversed_padding_repeated_twice
     return F.pad(image, pad, mode=mode) if any(pad) else image

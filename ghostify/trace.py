@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from ghostify.errors import GhostifyError
+from ghostify.kinds import is_plain, plain
 from ghostify.modes import evaluating
 
 Shape = tuple[int, ...]
@@ -66,7 +67,7 @@ class Program:
     macs: int | None = None
 
     def conv(self, name: str) -> nn.Conv2d:
-        """The convolution `name` as a module that shares the program's parameters."""
+        """The convolution `name` as a plain module; it shares the program's parameters where it is one there."""
         return as_module(self.module, name)
 
 
@@ -145,13 +146,16 @@ def called(module: nn.Module, node: fx.Node) -> nn.Module:
 
 
 def as_module(module: fx.GraphModule, name: str) -> nn.Conv2d:
-    """The convolution called `name` in a traced module: itself, or a `Conv2d` around a functional call's parameters."""
+    """The convolution called `name` in a traced module as a plain one: itself, what its class amounts to, or a `Conv2d`
+    around a functional call's parameters."""
     try:
         found = module.get_submodule(name)
     except AttributeError:
         return _functional_conv(module, next(n for n in module.graph.nodes if _functional_weight(module, n) == name))
     assert isinstance(found, nn.Conv2d)
-    return found
+    made = plain(found)
+    assert isinstance(made, nn.Conv2d)
+    return made
 
 
 def _detached(model: nn.Module) -> dict[int, Any]:
@@ -174,7 +178,7 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
             module_qualified_name in self.leaves
-            or isinstance(m, self.notrace)
+            or isinstance(m, (*self.notrace, nn.Conv2d))
             or super().is_leaf_module(m, module_qualified_name)
         )
 
@@ -371,13 +375,11 @@ def _obstacle(readers: _Readers, conv: nn.Conv2d, own_uses: int = 0) -> str | No
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if any(getattr(conv, h) for h in hooks):
         return "it carries hooks: remove them, then convert"
-    if hasattr(conv, "parametrizations"):
-        return "its weight is parametrised: torch.nn.utils.parametrize.remove_parametrizations first"
-    if type(conv) is not nn.Conv2d:
-        return f"{type(conv).__module__}.{type(conv).__name__} is a Conv2d of its own kind"
+    if not is_plain(conv) and isinstance(why := plain(conv), str):
+        return f"{type(conv).__module__}.{type(conv).__name__} is a Conv2d of its own kind: {why}"
     if conv.weight.is_complex() or not conv.weight.is_floating_point():
         return f"its weight is {conv.weight.dtype}"
-    if readers.holders[id(conv.weight)] > 1 or readers.fetches[id(conv.weight)] > own_uses:
+    if any(readers.holders[id(p)] > 1 for p in conv.parameters()) or readers.fetches[id(conv.weight)] > own_uses:
         return "its weight is shared with another part of the model"
     return None
 

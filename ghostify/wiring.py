@@ -89,7 +89,7 @@ def partner_in_sum(wiring: Wiring, nodes: list[str], norm: str | None) -> str | 
             if not all(isinstance(c, nn.Identity) for c in inner.children()):
                 return None
             awaited = None
-        elif not _silent(wiring, user):
+        elif not is_silent(wiring.module, user):
             return None
         node = user
     return None
@@ -104,14 +104,15 @@ def _summand(user: fx.Node, node: fx.Node) -> fx.Node | None:
 
 def _source(wiring: Wiring, node: fx.Node) -> fx.Node:
     """The node itself, or what it hands on unchanged in evaluation."""
-    while _silent(wiring, node):
+    while is_silent(wiring.module, node):
         node = node.all_input_nodes[0]
     return node
 
 
-def _silent(wiring: Wiring, node: fx.Node) -> bool:
+def is_silent(module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the node hands its input on unchanged in evaluation."""
     if node.op == "call_module":
-        return isinstance(called(wiring.module, node), SILENT_MODULES)
+        return isinstance(called(module, node), SILENT_MODULES)
     return node.op == "call_function" and node.target in SILENT_FUNCTIONS
 
 

@@ -54,7 +54,7 @@ def test_policy_from_toml(tmp_path):
     [
         ("[[rule", "policy.toml: not a readable policy"),
         ("", r"holds no \[\[rule\]\] table"),
-        ("[[rule]]\nration = 2", "rule 1: unknown key 'ration': known are cheap, dw_size"),
+        ("[[rule]]\nration = 2", "rule 1: unknown key 'ration': known are activated, cheap, dw_size"),
         ("colour = 1\n[[rule]]\nratio = 2", "unknown key 'colour'"),
         ("[[rule]]\nratio = 2\n[[rule]]\nratio = 0", "rule 2: ratio 0 is not"),
         ("keep_first = 3\n[[rule]]\nratio = 2", "keep_first is neither"),

@@ -15,7 +15,7 @@ def sensitivity(model, batches, **options):
 
 def test_it_predicts_the_output_error_of_small_noise():
     model, x = nets.settle(nets.Straight()), nets.images(32, 12)
-    found = sensitivity(model, [x], probes=64)["a.0"]
+    found = sensitivity(model, [x], images=32, probes=64)["a.0"]
     wanted = model(x).double()
     spread = wanted.var(0, correction=0).sum()
     for channel in (0, 5, 9):

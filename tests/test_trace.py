@@ -76,18 +76,11 @@ def test_optional_arguments_left_out_stand_guard():
     assert torch.equal(given.module(x, torch.ones(1) * 3), model(x, torch.ones(1) * 3))
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (lambda c: c.register_forward_hook(lambda *_: None), "it carries hooks"),
-        (lambda c: torch.nn.utils.parametrizations.weight_norm(c), "parametris"),
-    ],
-)
-def test_obstacles(change, reason):
+def test_hooks_are_an_obstacle():
     model = nets.settle(nets.Straight())
-    change(model.a[0])
-    found = next(c for c in trace(model).convolutions if c.name.startswith("a.0"))
-    assert reason in found.obstacle
+    model.a[0].register_forward_hook(lambda *_: None)
+    found = next(c for c in trace(model).convolutions if c.name == "a.0")
+    assert "it carries hooks" in found.obstacle
 
 
 def test_a_tied_weight_is_an_obstacle():

@@ -1,0 +1,93 @@
+"""What is known of a model's maps without images: mean and variance of each channel, from BatchNorm on.
+
+BatchNorm's outputs have mean beta and variance gamma^2; activations are followed as of normal values, sums as of
+independent ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ghostify.trace import called
+from ghostify.wiring import NORMS, SUM_METHODS, SUMS, activation_of, is_silent
+
+POOLS = (nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Upsample)
+NODES = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Channels:
+    """Mean and variance of each channel (n, float64)."""
+
+    mean: Tensor
+    var: Tensor
+
+
+def input_channels(module: fx.GraphModule, name: str) -> Channels | None:
+    """What is known of the channels that the node `name` reads."""
+    node = next(n for n in module.graph.nodes if n.name == name)
+    return channels_of(module, {}, node.all_input_nodes[0])
+
+
+def channels_of(module: fx.GraphModule, known: dict[fx.Node, Channels | None], node: fx.Node) -> Channels | None:
+    """What is known of the node's channels, None where nothing is; `known` keeps what was found."""
+    if node not in known:
+        known[node] = None  # what a cycle, which a graph has not, would read
+        known[node] = _channels(module, known, node)
+    return known[node]
+
+
+def _channels(module: fx.GraphModule, known: dict[fx.Node, Channels | None], node: fx.Node) -> Channels | None:
+    sources = node.all_input_nodes
+    if node.op == "call_module" and isinstance(called(module, node), NORMS):
+        return _normed(called(module, node))
+    if not sources:
+        return None
+    if node.target is torch.cat or (node.op in ("call_function", "call_method") and _adds(node)):
+        parts = [channels_of(module, known, source) for source in sources]
+        found = [p for p in parts if p is not None]
+        if len(found) < len(parts):
+            return None
+        if node.target is torch.cat:
+            dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+            joined = Channels(torch.cat([p.mean for p in found]), torch.cat([p.var for p in found]))
+            return joined if dim == 1 else None
+        if len(found) == 2 and found[0].mean.shape == found[1].mean.shape:
+            return Channels(found[0].mean + found[1].mean, found[0].var + found[1].var)
+        return None
+    if (activation := activation_of(module, node)) is not None:
+        source = channels_of(module, known, sources[0])
+        return None if source is None else activated(activation, source)
+    if is_silent(module, node) or (node.op == "call_module" and isinstance(called(module, node), POOLS)):
+        return channels_of(module, known, sources[0])
+    return None
+
+
+def activated(activation: nn.Module, source: Channels) -> Channels:
+    """Mean and variance of normal values behind an activation, by quadrature at NODES points."""
+    places = torch.linspace(-4, 4, NODES, dtype=torch.float64)
+    weights = torch.exp(-places.square() / 2)
+    weights = weights / weights.sum()
+    with torch.no_grad():
+        values = activation((source.mean + places[:, None] * source.var.sqrt()).clone())
+    mean = (weights[:, None] * values).sum(0)
+    return Channels(mean, (weights[:, None] * (values - mean).square()).sum(0))
+
+
+def _normed(norm: Any) -> Channels:
+    size = norm.running_mean.shape[0] if norm.running_mean is not None else norm.num_features
+    gamma = torch.ones(size) if norm.weight is None else norm.weight.detach()
+    beta = torch.zeros(size) if norm.bias is None else norm.bias.detach()
+    made = Channels(beta.double().cpu(), gamma.double().cpu().square())
+    inner = [c for c in norm.children() if not isinstance(c, nn.Identity)]
+    for child in inner:
+        made = activated(child, made)
+    return made
+
+
+def _adds(node: fx.Node) -> bool:
+    return node.target in (SUMS if node.op == "call_function" else SUM_METHODS)

@@ -1,0 +1,50 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ghostify import trace
+from ghostify.propagate import Channels, activated, channels_of, input_channels
+from tests import nets
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.SiLU(), nn.Hardswish(), nn.LeakyReLU(0.2)])
+def test_activations_of_normal_values(activation):
+    mean, deviation = torch.tensor([-2.0, 0.0, 1.5]).double(), torch.tensor([1.0, 0.5, 2.0]).double()
+    values = activation(mean + deviation * torch.randn(200_000, 3, generator=torch.Generator().manual_seed(0)))
+    found = activated(activation, Channels(mean, deviation.square()))
+    torch.testing.assert_close(found.mean, values.mean(0), atol=0.02, rtol=0.02)
+    torch.testing.assert_close(found.var, values.var(0), atol=0.03, rtol=0.03)
+
+
+class Paths(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.a, self.b = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.pool = nn.MaxPool2d(1)
+        self.added, self.both, self.raw = nn.Conv2d(4, 4, 1), nn.Conv2d(8, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        a, b = self.a(x), self.b(x)
+        joined = torch.cat((a, self.pool(b)), 1)
+        return self.added(F.dropout(a) + b) + self.both(joined) + self.raw(x * 2)
+
+
+def test_sums_and_joints_of_norms_are_followed():
+    model = nets.settle(Paths())
+    module = trace(model).module
+    a, b = [(n.weight.detach().double().square(), n.bias.detach().double()) for n in (model.a, model.b)]
+    found = input_channels(module, "added")
+    torch.testing.assert_close(found.var, a[0] + b[0])
+    torch.testing.assert_close(found.mean, a[1] + b[1])
+    torch.testing.assert_close(input_channels(module, "both").var, torch.cat((a[0], b[0])))
+
+
+def test_what_is_not_known_is_said_so():
+    module = trace(nets.settle(Paths())).module
+    assert input_channels(module, "raw") is None
+    assert input_channels(module, "stem") is None
+    known = {}
+    assert all(channels_of(module, known, n) is None for n in module.graph.nodes if n.op == "placeholder")
