@@ -19,14 +19,14 @@ from unittest.mock import patch
 
 import torch
 from accuracy import calibration, random_ghosts
-from networks import accuracy, images, resnet20
+from networks import images, resnet20
 from tables import Row, options, publish
 from torch import Tensor, nn
 
 from ghostify import Policy, Rule, fit, lstsq, plan, rewrite, trace
 from ghostify.assign import Groups, in_given_order
 from ghostify.demo import Images
-from ghostify.evaluate import outputs, relative_error
+from ghostify.evaluate import outputs, relative_error, top1
 from ghostify.ghost import Layout
 from ghostify.lstsq import Solution, Statistics
 from ghostify.moments import Pair
@@ -111,12 +111,13 @@ def rows(model: nn.Module, data: Images) -> Iterator[Row]:
     decided = plan(program, Policy((Rule(ratio=2),)))
     batches = list(calibration(data, IMAGES, 0).split(64))
     seen = calibrate(program, batches, 0)
-    test = data.test.split(500)
+    test = data.test.to(memory_format=torch.channels_last).split(500)
     reference = outputs(model, test)
 
     def row(how: str, module: nn.Module, seconds: float = 0.0, layer_error: float | None = None) -> Row:
-        made = relative_error(outputs(module, test), reference)
-        return {"how": how, "layer": layer_error, "error": made, "top1": accuracy(module, data), "seconds": seconds}
+        made = outputs(module.to(memory_format=torch.channels_last), test)
+        error, top = relative_error(made, reference), top1(made, data.test_labels)
+        return {"how": how, "layer": layer_error, "error": error, "top1": top, "seconds": seconds}
 
     def converted(how: str, decided: Plan, seen: Calibration, patches: Patches) -> Row:
         started = time.perf_counter()

@@ -27,7 +27,9 @@ def images() -> Images:
 
 def accuracy(model: nn.Module, data: Images) -> float:
     """Top-1 in percent on all test images, float32."""
-    return top1(outputs(model, data.test.split(500)), data.test_labels)
+    last = torch.channels_last  # faster on a CPU
+    test = data.test.to(memory_format=last).split(500)
+    return top1(outputs(model.to(memory_format=last), test), data.test_labels)
 
 
 def trained(name: str, build: Callable[[], nn.Module], data: Images, *, epochs: float, seed: int = 0) -> nn.Module:

@@ -17,7 +17,7 @@ from ghostify.shelf import Away, Shelf, Stored
 from ghostify.trace import as_arguments, bind_inputs
 
 IN_MEMORY = 1 << 26
-VALUES = 32 * 3 * 224**2
+VALUES = 16 * 3 * 224**2
 HELD_OUT = 8
 
 

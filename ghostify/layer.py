@@ -31,7 +31,7 @@ from ghostify.walk import Chunk, Walk
 
 POSITIONS = 40_000
 SUFFICE = 16_000
-ROWS_EACH = 6
+WORK = 34e9
 VIEWED = 6_000
 FEATURES = 2304
 COARSE = 1152
@@ -59,10 +59,8 @@ class Layer:
         self.first = Pair.zero(self.conv.weight[0].numel(), self.conv.out_channels)
         layout = entry.layout
         self.many = has_many_maps(layout) and layout.dw_size > 1
-        self.positions = min(POSITIONS, max(SUFFICE, ROWS_EACH * len(self.first.fitted.u)))
-        self.viewed = (
-            VIEWED if self.many else min(SUFFICE, VIEWED * FEATURES**2 // (layout.dw_size**2 * layout.outputs) ** 2)
-        )
+        self.positions = rows_for(len(self.first.fitted.u), SUFFICE)
+        self.viewed = VIEWED if self.many else rows_for(layout.dw_size**2 * layout.outputs, VIEWED, 0.9)
         self.views: list[tuple[View, Tensor]] = []
         self.line = None if entry.activation is None else activation_line(walk.original, entry).float().cpu()
 
@@ -254,6 +252,11 @@ class Layer:
     def _share(self, chunk: Chunk, target: Tensor, limit: int) -> int:
         """Positions of each map to look at, for near `limit` in the whole set."""
         return sight.share_of(limit * chunk.batch.size, self.images * len(target))
+
+
+def rows_for(features: int, least: int, share: float = 1.0) -> int:
+    """Rows to take moments of so many features from: as many as a share of WORK products allow, within limits."""
+    return min(POSITIONS, max(least, int(share * WORK / features**2)))
 
 
 def has_many_maps(layout: Layout) -> bool:

@@ -21,7 +21,7 @@ from ghostify.walk import Watched
 SHARE = 6
 IMAGES = 256
 PROBES = 2
-SPREAD_OVER = 16
+SPREAD_OVER = 8
 AT_ONCE = 8
 
 Sensitivity = dict[str, Tensor]

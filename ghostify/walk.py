@@ -18,7 +18,7 @@ from ghostify.trace import called
 
 READ_ONLY = (nn.Conv2d, nn.Linear, nn.BatchNorm2d)
 ACTIVATIONS = 1 << 30
-FEW = 8
+FEW = 16
 
 
 class Values(dict[fx.Node, Any]):
