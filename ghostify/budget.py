@@ -51,9 +51,10 @@ class Candidate:
 
 @dataclass(frozen=True, eq=False)
 class Profile:
-    """A convolution's outputs in the original: covariance (n x n), pair statistics if wanted, and channel weights."""
+    """A convolution's outputs in the original: their covariance (n x n), or those on either half of the images; pair
+    statistics if wanted, and channel weights."""
 
-    covariance: Tensor
+    covariances: tuple[Tensor, ...]
     maps: MapStatistics | None
     weights: Tensor
 
@@ -202,9 +203,7 @@ def _dominates(a: Candidate, b: Candidate) -> bool:
 def _losses(target: Target, profile: Profile) -> Iterator[tuple[Layout, float]]:
     n, cheap = target.conv.outputs, target.rule.cheap
     if cheap in ("auto", "pointwise"):
-        scale = profile.weights.sqrt()
-        values = torch.linalg.eigvalsh(profile.covariance * torch.outer(scale, scale)).clamp_min(0)
-        tails = torch.cat((torch.zeros(1, dtype=values.dtype), values.cumsum(0)))
+        tails = _tails(profile)
         for m in sorted({max(1, round(n * k / STEPS)) for k in range(1, STEPS)} - {n}):
             yield Layout(n, m, m, 1), float(tails[n - m])
     if profile.maps is not None:
@@ -212,6 +211,18 @@ def _losses(target: Target, profile: Profile) -> Iterator[tuple[Layout, float]]:
         for m in sorted({intrinsic_maps(n, ratio) for ratio in RATIOS} - {n}):
             layout = Layout(n, m, 1, target.rule.dw_size)
             yield layout, choose_groups(costs, layout).total(costs)
+
+
+def _tails(profile: Profile) -> Tensor:
+    """Weighted error of the best n - k directions for the outputs, for k = 0 ... n left out: the sum of the k smallest
+    eigenvalues. Directions of one half of the images are judged on the other: few images look simpler than they are."""
+    scale = profile.weights.sqrt()
+    halves = [c * torch.outer(scale, scale) for c in profile.covariances]
+    lost = torch.zeros_like(scale)
+    for own, other in zip(halves, reversed(halves), strict=True):
+        vectors = torch.linalg.eigh(own).eigenvectors
+        lost += ((vectors.T @ other) * vectors.T).sum(1).clamp_min(0) / len(halves)
+    return torch.cat((torch.zeros(1, dtype=lost.dtype), lost.cumsum(0)))
 
 
 def _wants_maps(target: Target) -> bool:
@@ -234,7 +245,7 @@ def _data_free(program: Program, wished: list[Target]) -> dict[str, Profile]:
             else None
         )
         weights = 1 / one.var.clamp_min(1e-12 * one.var.max() + 1e-30) / len(one.var)
-        profiles[target.conv.name] = Profile(one.gram[0, :, 0], maps, weights)
+        profiles[target.conv.name] = Profile((one.gram[0, :, 0],), maps, weights)
     return profiles
 
 
@@ -242,15 +253,17 @@ def _profiled(program: Program, wished: list[Target], calibration: Calibration, 
     """Profiles from one forward of the original over the calibration images, and what its outputs feel."""
     felt, images = calibration.felt, calibration.batches.images
     by_node = {call.node: t for t in wished for call in t.conv.calls}
-    whole = {t.conv.name: Moments.zero(t.conv.outputs, 0) for t in wished}
+    halves = {t.conv.name: [Moments.zero(t.conv.outputs, 0) for _ in range(2)] for t in wished}
     maps = {t.conv.name: MapMoments.zero(t.conv.outputs, t.rule.dw_size**2) for t in wished if _wants_maps(t)}
 
     def look(first: int, node: str, output: Tensor) -> Tensor:
         target = by_node[node]
         name, seen = target.conv.name, output.float().cpu()
         places = sight.choose_places(seen.shape, sight.share_of(POSITIONS, images), seed + first)
-        rows = sight.values(seen, places)
-        whole[name].add(rows, rows[:, :0])
+        rows, odd = sight.values(seen, places), (places[0] + first) % 2
+        for half, moments in enumerate(halves[name]):
+            mine = rows[odd == half]
+            moments.add(mine, mine[:, :0])
         if name in maps:
             d, side = target.rule.dw_size, math.ceil(sight.share_of(MAP_POSITIONS, images) ** 0.5)
             view = sight.view(IDENTITY, seen, seen, side, d, seed + first)
@@ -264,9 +277,11 @@ def _profiled(program: Program, wished: list[Target], calibration: Calibration, 
     profiles = {}
     for target in wished:
         name = target.conv.name
-        covariance = whole[name].of_all_processes().centred()[0]
-        alike = 1 / covariance.diagonal().clamp_min(1e-30).sum()
+        parts = [moments.of_all_processes() for moments in halves[name]]
+        both = parts[0] + parts[1]
+        covariances = tuple(p.centred()[0] for p in parts) if all(p.count for p in parts) else (both.centred()[0],)
+        alike = 1 / both.centred()[0].diagonal().clamp_min(1e-30).sum()
         weights = felt.get(name, torch.full((target.conv.outputs,), float(alike), dtype=torch.float64))
         pairs = map_statistics(maps[name].of_all_processes()) if name in maps else None
-        profiles[name] = Profile(covariance, pairs, weights.clamp_min(1e-12 * weights.max() + 1e-30))
+        profiles[name] = Profile(covariances, pairs, weights.clamp_min(1e-12 * weights.max() + 1e-30))
     return profiles
