@@ -1,0 +1,211 @@
+"""The whole zoo: every timm architecture with at least two dense convolutions, and every torchvision model.
+
+    python benchmarks/zoo.py                     go on where the last run ended, two processes
+    python benchmarks/zoo.py --only resnet --fresh
+    python benchmarks/zoo.py --sample            one architecture a family
+
+Of each, with random weights at the smallest input that it takes: how it traces; its dense convolutions, and which are
+rewritten at ratio 2 or skipped and why; whether every one of them stands in the plan once; whether an empty plan is
+bit-equal, shapes stay, saving and loading is bit-equal, and every parameter gets a gradient; seconds. Each runs in a
+process of its own with a time limit. Lines go to benchmarks/results/zoo.json as they come, so that a run can go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from tables import RESULTS, Row, options
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ghostify import ghostify, load, report, save, trace
+from ghostify.checkpoint import versions
+from ghostify.cost import count_macs
+
+FILE = RESULTS / "zoo.json"
+LIMIT = 600
+SIZES = (64, 96, 128, 160, 224, 256, 288, 320, 384, 448, 512)
+DENSE = 2
+
+
+def names() -> list[str]:
+    """Every architecture of both libraries."""
+    return [f"timm:{n}" for n in timm.list_models()] + [f"torchvision:{n}" for n in torchvision.models.list_models()]
+
+
+def build(name: str) -> nn.Module:
+    kind, _, name = name.partition(":")
+    torch.manual_seed(0)
+    if kind == "timm":
+        return timm.create_model(name).eval()
+    known = inspect.signature(torchvision.models.get_model_builder(name)).parameters
+    none = {key: None for key in ("weights", "weights_backbone") if key in known}
+    return torchvision.models.get_model(name, **none).eval()
+
+
+def dense(model: nn.Module) -> list[str]:
+    """Paths of the dense convolutions."""
+    return [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.groups == 1]
+
+
+def smallest_input(model: nn.Module, name: str) -> Any:
+    """What one forward takes, at the least size that works."""
+    cfg = getattr(model, "default_cfg", None) or {}
+    given = cfg.get("input_size", (3, 224, 224))
+    video = name.startswith("torchvision:") and any(isinstance(m, nn.Conv3d) for m in model.modules())
+    for size in sorted({*SIZES, given[-1]}):
+        if cfg.get("fixed_input_size") and size != given[-1]:
+            continue
+        x = torch.randn(2, given[0], *((8,) if video else ()), size, size)
+        try:
+            with torch.no_grad():
+                model(x)
+        except Exception:
+            if size == max(*SIZES, given[-1]):
+                raise
+        else:
+            return x
+    raise AssertionError(name)
+
+
+def examine(name: str) -> Row:
+    """One line of the table."""
+    started = time.perf_counter()
+    model = build(name)
+    wanted = dense(model)
+    line: Row = {"name": name, "dense": len(wanted)}
+    if len(wanted) < DENSE:
+        return {**line, "outcome": "too few dense convolutions"}
+    x = smallest_input(model, name)
+    line["input"] = list(x.shape)
+    program = trace(model, x)
+    seen = Counter(c.name for c in program.convolutions)
+    line |= {
+        "leaves": sorted({c.obstacle.split(":")[0] for c in program.convolutions if c.obstacle}),
+        "unlisted": [n for n in wanted if seen[n] != 1],
+    }
+    before = leaves(model, x)
+    line["empty_equal"] = same(before, leaves(ghostify(model, 1, example_inputs=x), x))
+    converted = ghostify(model, 2, example_inputs=x)
+    made = report(converted)
+    line["rewritten"] = made.rewritten
+    line["skipped"] = dict(Counter(kind_of(item.reason) for item in made.lines if item.reason))
+    line["shapes_equal"] = [v.shape for v in before] == [v.shape for v in leaves(converted, x)]
+    line["macs"] = [made.macs_before, count_macs(converted, x)]
+    line["macs_as_planned"] = line["macs"][1] == made.macs_after
+    line["gradients"] = ungraded(converted, x)
+    with tempfile.TemporaryDirectory() as folder:
+        again = load(save(converted, Path(folder) / "out"))
+        line["reload_equal"] = same(leaves(converted, x), leaves(again, x))
+    good = line["empty_equal"] and line["shapes_equal"] and line["reload_equal"] and not line["unlisted"]
+    return {**line, "outcome": "good" if good else "bad", "seconds": round(time.perf_counter() - started, 1)}
+
+
+def kind_of(reason: str) -> str:
+    """The reason without the name it speaks of."""
+    return reason.split(":")[0].split("'")[0].strip()
+
+
+def leaves(model: nn.Module, x: Tensor) -> list[Tensor]:
+    with torch.no_grad():
+        return [v for v in tree_leaves(model.eval()(x)) if isinstance(v, Tensor)]
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+def ungraded(model: nn.Module, x: Tensor) -> list[str]:
+    """Parameters of ghost modules that get no gradient."""
+    outputs = [v for v in tree_leaves(model.eval()(x)) if isinstance(v, Tensor) and v.requires_grad]
+    sum(v.double().sum() for v in outputs).backward()
+    named = model.named_parameters()
+    return [n for n, p in named if p.requires_grad and p.grad is None and ("primary_conv" in n or "cheap_op" in n)]
+
+
+def in_process(name: str) -> Row:
+    command = [sys.executable, __file__, "--one", name]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
+        return json.loads(done.stdout.splitlines()[-1])
+    except subprocess.TimeoutExpired:
+        return {"name": name, "outcome": f"took more than {LIMIT} s"}
+    except (IndexError, json.JSONDecodeError):
+        return {"name": name, "outcome": f"crashed: {done.stderr.strip().splitlines()[-1:]}"}
+
+
+def one(name: str) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    try:
+        print(json.dumps(examine(name)))
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(last.filename).name}:{last.lineno}"
+        print(json.dumps({"name": name, "outcome": f"{type(error).__name__} at {where}: {str(error)[:300]}"}))
+
+
+def sample(all_names: list[str]) -> list[str]:
+    """The first of each family, by the module that defines it."""
+    families: dict[str, str] = {}
+    for name in all_names:
+        kind, _, bare = name.partition(":")
+        module = (
+            timm.models._registry._model_to_module[bare]
+            if kind == "timm"
+            else torchvision.models.get_model_builder(bare).__module__
+        )
+        families.setdefault(f"{kind}:{module}", name)
+    return list(families.values())
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--only", default="", help="architectures with this in their names")
+    parser.add_argument("--fresh", action="store_true", help="begin anew")
+    parser.add_argument("--sample", action="store_true", help="one architecture a family")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no more after so many")
+    arguments = parser.parse_args()
+    if arguments.one:
+        one(arguments.one)
+        return
+    found: dict[str, Row] = {}
+    if FILE.exists() and not arguments.fresh:
+        found = {row["name"]: row for row in json.loads(FILE.read_text())["rows"]}
+    wanted = [n for n in names() if arguments.only in n]
+    wanted = sample(wanted) if arguments.sample else wanted
+    waiting = [n for n in wanted if n not in found]
+    started = time.perf_counter()
+
+    def examined(name: str) -> None:
+        if time.perf_counter() - started > 60 * arguments.minutes:
+            return
+        row = found[name] = in_process(name)
+        print(f"{len(found)} {name}: {row['outcome']} {row.get('rewritten', '')} of {row.get('dense', '')}", flush=True)
+        FILE.write_text(json.dumps({"versions": versions(), "rows": list(found.values())}, indent=0) + "\n")
+
+    RESULTS.mkdir(exist_ok=True)
+    with ThreadPoolExecutor(arguments.processes) as pool:
+        list(pool.map(examined, waiting))
+    print(Counter(row["outcome"].split(":")[0] for row in found.values()))
+
+
+if __name__ == "__main__":
+    main()
