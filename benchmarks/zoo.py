@@ -165,12 +165,8 @@ def sample(all_names: list[str]) -> list[str]:
     families: dict[str, str] = {}
     for name in all_names:
         kind, _, bare = name.partition(":")
-        module = (
-            timm.models._registry._model_to_module[bare]
-            if kind == "timm"
-            else torchvision.models.get_model_builder(bare).__module__
-        )
-        families.setdefault(f"{kind}:{module}", name)
+        builder = timm.model_entrypoint(bare) if kind == "timm" else torchvision.models.get_model_builder(bare)
+        families.setdefault(f"{kind}:{builder.__module__}", name)
     return list(families.values())
 
 

@@ -28,13 +28,12 @@ def activation_line(module: fx.GraphModule, entry: Rewrite) -> nn.Sequential:
 
 
 @torch.no_grad()
-def narrowed(line: nn.Sequential, channels: Tensor, shift: Tensor | None) -> nn.Sequential:
-    """The line for some `channels` only, in their order, whose norm has taken up the `shift` (n), if any; in place."""
+def narrowed(line: nn.Sequential, channels: Tensor) -> nn.Sequential:
+    """A copy of the line for some `channels` only, in their order."""
+    line = copy.deepcopy(line)
     norm: Any = line[0]
     if getattr(norm, "running_mean", None) is None:
         return line
-    if shift is not None:
-        take_up(norm, shift)
     channels = channels.to(norm.running_mean.device)
     for name, parameter in norm.named_parameters(recurse=False):
         setattr(norm, name, nn.Parameter(parameter[channels], parameter.requires_grad))
@@ -43,9 +42,3 @@ def narrowed(line: nn.Sequential, channels: Tensor, shift: Tensor | None) -> nn.
             setattr(norm, name, buffer[channels])
     norm.num_features = len(channels)
     return line
-
-
-@torch.no_grad()
-def take_up(norm: Any, shift: Tensor) -> None:
-    """Let a norm's running mean take up constants (n) that its inputs lack."""
-    norm.running_mean.sub_(shift.to(norm.running_mean))

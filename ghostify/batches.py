@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from ghostify.collective import mine
 from ghostify.errors import GhostifyError
 from ghostify.modes import evaluating
-from ghostify.shelf import Away, Shelf, Stored
+from ghostify.shelf import Shelf, loaded
 from ghostify.trace import as_arguments, bind_inputs
 
 IN_MEMORY = 1 << 26
@@ -34,7 +34,7 @@ class Batch:
     @property
     def inputs(self) -> list[Any]:
         """What the module's placeholders take, laid out in `form`."""
-        return in_form([v.load() if isinstance(v, Stored | Away) else v for v in self.stored], self.form)
+        return in_form([loaded(v) for v in self.stored], self.form)
 
 
 @dataclass(frozen=True, eq=False)

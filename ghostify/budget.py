@@ -278,9 +278,9 @@ def _profiled(program: Program, wished: list[Target], calibration: Calibration, 
     for target in wished:
         name = target.conv.name
         parts = [moments.of_all_processes() for moments in halves[name]]
-        both = parts[0] + parts[1]
-        covariances = tuple(p.centred()[0] for p in parts) if all(p.count for p in parts) else (both.centred()[0],)
-        alike = 1 / both.centred()[0].diagonal().clamp_min(1e-30).sum()
+        whole = (parts[0] + parts[1]).centred()[0]
+        covariances = tuple(p.centred()[0] for p in parts) if all(p.count for p in parts) else (whole,)
+        alike = 1 / whole.diagonal().clamp_min(1e-30).sum()
         weights = felt.get(name, torch.full((target.conv.outputs,), float(alike), dtype=torch.float64))
         pairs = map_statistics(maps[name].of_all_processes()) if name in maps else None
         profiles[name] = Profile(covariances, pairs, weights.clamp_min(1e-12 * weights.max() + 1e-30))

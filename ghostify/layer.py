@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -133,7 +132,7 @@ class Layer:
 
         def read(view: View, channels: Tensor) -> Tensor:
             maps = view.maps(self.conv, filters.T[channels]) + constants[channels].float()[:, None, None]
-            through = narrowed(copy.deepcopy(line), channels, None)
+            through = narrowed(line, channels)
             return sight.neighbourhoods(through(maps) * view.inside, layout.dw_size)
 
         with clock("moments"):
@@ -203,7 +202,7 @@ class Layer:
         if weights.activated and self.line is not None:
             own = weights.channels[: layout.intrinsic]
             held = 0.0 if weights.shift is None else weights.shift.float()[own][:, None, None]
-            read = narrowed(copy.deepcopy(self.line), own, None)(intrinsic + held) * view.inside
+            read = narrowed(self.line, own)(intrinsic + held) * view.inside
         kernels = weights.cheap_weight.float().split([b.outputs for b in layout.blocks])
         ghosts = [
             F.conv2d(read[:, b.start : b.stop], k, groups=b.groups) for b, k in zip(layout.blocks, kernels, strict=True)

@@ -17,8 +17,8 @@ from torch import Tensor
 from ghostify.assign import Groups, choose_groups
 from ghostify.ghost import Layout
 from ghostify.moments import Moments, Pair
-from ghostify.pairs import Links, in_order
-from ghostify.systems import damping_for, explained, solve_damped, solve_ridge
+from ghostify.pairs import Links, costs_of, in_order
+from ghostify.systems import damping_for, solve_damped, solve_ridge
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 UNJUDGED = 0.1
@@ -200,7 +200,7 @@ def pair_costs(stats: Statistics, weights: Tensor) -> Tensor:
     half = torch.einsum("ib,dbec->idec", start, stats.gram)
     gram = torch.einsum("idec,ic->ide", half, start)
     cross = torch.einsum("ib,dbj->idj", start, stats.cross)
-    return (stats.var - explained(gram, cross, damping_for(gram, stats.rows))).clamp_min(0) * weights
+    return costs_of(gram, cross, stats.var, stats.rows) * weights
 
 
 def _with_kernels(stats: Statistics, groups: Groups, coordinates: Tensor) -> Solution:

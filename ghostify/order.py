@@ -46,9 +46,7 @@ def absorption(wiring: Wiring, nodes: list[str]) -> Absorption | None:
         if user.op == "call_module":
             inner: Any = called(wiring.module, user)
             if isinstance(inner, nn.Conv2d):
-                if not is_plain(inner):
-                    return None
-                dense = inner.groups == 1 and wiring.used_once(user) and not hooked(inner)
+                dense = is_plain(inner) and inner.groups == 1 and wiring.used_once(user) and not hooked(inner)
                 return Absorption(tuple(norms), str(user.target)) if dense else None
             if isinstance(inner, NORMS) and wiring.used_once(user) and not hooked(inner):
                 if not _blind_inside(inner):

@@ -27,8 +27,7 @@ class MapStatistics:
 
     def costs(self, weights: Tensor) -> Tensor:
         """Error of output j by the best kernel on map i, weighted by `weights` (n), for all pairs (n x n)."""
-        taken = explained(self.auto, self.cross.transpose(0, 1), damping_for(self.auto, self.rows))
-        return (self.var - taken).clamp_min(0) * weights
+        return costs_of(self.auto, self.cross.transpose(0, 1), self.var, self.rows) * weights
 
     def linked(self, groups: Groups, basis: Tensor) -> Links:
         """What the chosen groups need of it; `basis` (n x c k^2) holds the filters that make the maps."""
@@ -105,19 +104,31 @@ class Links:
 
 def link_statistics(moments: LinkMoments, groups: Groups, basis: Tensor, bias: Tensor | None, free_mean: bool) -> Links:
     """Statistics from moments taken link by link, less the means where they are free."""
-    n = moments.count.clamp_min(1)
-    v, y = float(free_mean) * moments.v / n, float(free_mean) * moments.y / n
+    auto, cross, var, v, y = _centred(moments, sources_of(groups), free_mean)
     return Links(
         groups=groups,
-        auto=moments.auto / n - torch.einsum("id,ie->ide", v, v),
-        cross=moments.cross / n - v[sources_of(groups)] * y[:, None],
-        var=in_order((moments.yy / n - y.square()).clamp_min(0), groups),
+        auto=auto,
+        cross=cross,
+        var=in_order(var.clamp_min(0), groups),
         mean_v=v,
         mean_y=y,
         basis=basis,
         rows=float(moments.count),
         bias=bias,
     )
+
+
+def _centred(moments: LinkMoments, source: Tensor, free_mean: bool) -> tuple[Tensor, ...]:
+    """Mean products (`auto`, `cross`, `var`), less the means where they are free; means of maps and targets."""
+    n = moments.count.clamp_min(1)
+    v, y = float(free_mean) * moments.v / n, float(free_mean) * moments.y / n
+    auto = moments.auto / n - torch.einsum("id,ie->ide", v, v)
+    return auto, moments.cross / n - v[source] * y[:, None], moments.yy / n - y.square(), v, y
+
+
+def costs_of(auto: Tensor, cross: Tensor, var: Tensor, rows: float) -> Tensor:
+    """Squared error of output j by the best kernel on map i (n x n); `auto` is n x D x D, `cross` n x D x n."""
+    return (var - explained(auto, cross, damping_for(auto, rows))).clamp_min(0)
 
 
 def sources_of(groups: Groups) -> Tensor:
@@ -142,12 +153,9 @@ def kernels_of(auto: Tensor, cross: Tensor, source: Tensor, rows: float) -> Tens
 
 def served(moments: LinkMoments, source: Tensor, free_mean: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Of targets that are each made of one map: kernels (k x D), constants and relative errors (k)."""
-    n = moments.count.clamp_min(1)
-    v, y = float(free_mean) * moments.v / n, float(free_mean) * moments.y / n
-    auto = moments.auto / n - torch.einsum("id,ie->ide", v, v)
-    cross = moments.cross / n - v[source] * y[:, None]
+    auto, cross, var, v, y = _centred(moments, source, free_mean)
     kernels = kernels_of(auto, cross, source, float(moments.count))
     spent = torch.einsum("kd,kde,ke->k", kernels, auto[source], kernels)
-    var = (moments.yy / n - y.square()).clamp_min(1e-30)
+    var = var.clamp_min(1e-30)
     error = var - 2 * (cross * kernels).sum(1) + spent
     return kernels, y - (v[source] * kernels).sum(1), error.clamp_min(0) / var

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ghostify.trace import called
-from ghostify.wiring import NORMS, SUM_METHODS, SUMS, activation_of, is_silent
+from ghostify.wiring import NORMS, activation_of, adds, is_silent
 
 POOLS = (nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Upsample)
 NODES = 64
@@ -36,7 +36,6 @@ def input_channels(module: fx.GraphModule, name: str) -> Channels | None:
 def channels_of(module: fx.GraphModule, known: dict[fx.Node, Channels | None], node: fx.Node) -> Channels | None:
     """What is known of the node's channels, None where nothing is; `known` keeps what was found."""
     if node not in known:
-        known[node] = None  # what a cycle, which a graph has not, would read
         known[node] = _channels(module, known, node)
     return known[node]
 
@@ -47,7 +46,7 @@ def _channels(module: fx.GraphModule, known: dict[fx.Node, Channels | None], nod
         return _normed(called(module, node))
     if not sources:
         return None
-    if node.target is torch.cat or (node.op in ("call_function", "call_method") and _adds(node)):
+    if node.target is torch.cat or adds(node):
         parts = [channels_of(module, known, source) for source in sources]
         found = [p for p in parts if p is not None]
         if len(found) < len(parts):
@@ -79,15 +78,9 @@ def activated(activation: nn.Module, source: Channels) -> Channels:
 
 
 def _normed(norm: Any) -> Channels:
-    size = norm.running_mean.shape[0] if norm.running_mean is not None else norm.num_features
-    gamma = torch.ones(size) if norm.weight is None else norm.weight.detach()
-    beta = torch.zeros(size) if norm.bias is None else norm.bias.detach()
+    gamma = torch.ones(norm.num_features) if norm.weight is None else norm.weight.detach()
+    beta = torch.zeros(norm.num_features) if norm.bias is None else norm.bias.detach()
     made = Channels(beta.double().cpu(), gamma.double().cpu().square())
-    inner = [c for c in norm.children() if not isinstance(c, nn.Identity)]
-    for child in inner:
+    for child in (c for c in norm.children() if not isinstance(c, nn.Identity)):
         made = activated(child, made)
     return made
-
-
-def _adds(node: fx.Node) -> bool:
-    return node.target in (SUMS if node.op == "call_function" else SUM_METHODS)

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
-from ghostify.activation import activation_line, narrowed, take_up
+from ghostify.activation import activation_line, narrowed
 from ghostify.ghost import GhostModule, ghost_of
 from ghostify.lstsq import GhostWeights
 from ghostify.order import absorb
@@ -52,13 +52,14 @@ def put_ghost(module: fx.GraphModule, entry: Rewrite, weights: GhostWeights) -> 
     _fill(ghost, weights)
     if entry.conv.kind == "conv2d":
         _call_instead(module, entry)
-    line = activation_line(module, entry) if weights.activated else None
     setattr(owner, leaf, ghost)
-    if line is not None:
-        ghost.activation = narrowed(line, weights.channels[: entry.layout.intrinsic], weights.shift)
     if entry.norm is not None and weights.shift is not None:
         norm = module.get_submodule(entry.norm)
-        take_up(norm, weights.shift)
+        assert isinstance(norm.running_mean, Tensor)
+        with torch.no_grad():
+            norm.running_mean.sub_(weights.shift.to(norm.running_mean))
+    if weights.activated:
+        ghost.activation = narrowed(activation_line(module, entry), weights.channels[: entry.layout.intrinsic])
 
 
 @torch.no_grad()

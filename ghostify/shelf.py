@@ -58,6 +58,11 @@ class Away:
         return self.kept.to(self.device)
 
 
+def loaded(value: Any) -> Any:
+    """The value that was put aside, back in memory and on its device; any other as it is."""
+    return value.load() if isinstance(value, Stored | Away) else value
+
+
 class Shelf:
     """Takes values up: into `limit` bytes of memory of its own, and beyond them into temporary files.
 

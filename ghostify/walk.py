@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ghostify.batches import Batch
-from ghostify.shelf import Away, Shelf, Stored, tidy
+from ghostify.shelf import Shelf, loaded, tidy
 from ghostify.trace import called
 
 READ_ONLY = (nn.Conv2d, nn.Linear, nn.BatchNorm2d)
@@ -25,9 +25,7 @@ class Values(dict[fx.Node, Any]):
     """One model's live values by node; what lies in a file comes back when it is asked for."""
 
     def __getitem__(self, node: fx.Node) -> Any:
-        value = super().__getitem__(node)
-        if isinstance(value, Stored | Away):
-            value = self[node] = value.load()
+        value = self[node] = loaded(super().__getitem__(node))
         return value
 
 

@@ -95,11 +95,15 @@ def partner_in_sum(wiring: Wiring, nodes: list[str], norm: str | None) -> str | 
     return None
 
 
+def adds(node: fx.Node) -> bool:
+    """Whether the node is a sum."""
+    return node.target in (SUMS if node.op == "call_function" else SUM_METHODS if node.op == "call_method" else ())
+
+
 def _summand(user: fx.Node, node: fx.Node) -> fx.Node | None:
     """What `user` adds to `node`, if that is what it does."""
-    adds = user.target in (SUMS if user.op == "call_function" else SUM_METHODS if user.op == "call_method" else ())
     others = [a for a in user.args if isinstance(a, fx.Node) and a is not node]
-    return others[0] if adds and len(others) == 1 and not user.kwargs else None
+    return others[0] if adds(user) and len(others) == 1 and not user.kwargs else None
 
 
 def _source(wiring: Wiring, node: fx.Node) -> fx.Node:
