@@ -28,7 +28,8 @@ from ghostify.pairs import MapStatistics, map_statistics
 from ghostify.plan import Plan, Skip, Target, plan_layouts, targets
 from ghostify.policy import Policy
 from ghostify.propagate import input_channels
-from ghostify.sensitivity import Calibration, calibrate
+from ghostify.sensitivity import Calibration, calibrate, metric_of
+from ghostify.systems import root_of
 from ghostify.trace import Convolution, Program
 from ghostify.walk import Watched
 from ghostify.wiring import Wiring, norm_after
@@ -52,11 +53,11 @@ class Candidate:
 @dataclass(frozen=True, eq=False)
 class Profile:
     """A convolution's outputs in the original: their covariance (n x n), or those on either half of the images; pair
-    statistics if wanted, and channel weights."""
+    statistics if wanted, and the metric by which errors count."""
 
     covariances: tuple[Tensor, ...]
     maps: MapStatistics | None
-    weights: Tensor
+    metric: Tensor
 
 
 def plan_within(
@@ -207,7 +208,7 @@ def _losses(target: Target, profile: Profile) -> Iterator[tuple[Layout, float]]:
         for m in sorted({max(1, round(n * k / STEPS)) for k in range(1, STEPS)} - {n}):
             yield Layout(n, m, m, 1), float(tails[n - m])
     if profile.maps is not None:
-        costs = profile.maps.costs(profile.weights)
+        costs = profile.maps.costs(profile.metric.diagonal())
         for m in sorted({intrinsic_maps(n, ratio) for ratio in RATIOS} - {n}):
             layout = Layout(n, m, 1, target.rule.dw_size)
             yield layout, choose_groups(costs, layout).total(costs)
@@ -216,9 +217,9 @@ def _losses(target: Target, profile: Profile) -> Iterator[tuple[Layout, float]]:
 def _tails(profile: Profile) -> Tensor:
     """Weighted error of the best n - k directions for the outputs, for k = 0 ... n left out: the sum of the k smallest
     eigenvalues. Directions of one half of the images are judged on the other: few images look simpler than they are."""
-    scale = profile.weights.sqrt()
-    halves = [c * torch.outer(scale, scale) for c in profile.covariances]
-    lost = torch.zeros_like(scale)
+    root = root_of(profile.metric)
+    halves = [root.T @ c @ root for c in profile.covariances]
+    lost = torch.zeros(len(root), dtype=root.dtype)
     for own, other in zip(halves, reversed(halves), strict=True):
         vectors = torch.linalg.eigh(own).eigenvectors
         lost += ((vectors.T @ other) * vectors.T).sum(1).clamp_min(0) / len(halves)
@@ -245,7 +246,7 @@ def _data_free(program: Program, wished: list[Target]) -> dict[str, Profile]:
             else None
         )
         weights = 1 / one.var.clamp_min(1e-12 * one.var.max() + 1e-30) / len(one.var)
-        profiles[target.conv.name] = Profile((one.gram[0, :, 0],), maps, weights)
+        profiles[target.conv.name] = Profile((one.gram[0, :, 0],), maps, torch.diag(weights))
     return profiles
 
 
@@ -281,7 +282,7 @@ def _profiled(program: Program, wished: list[Target], calibration: Calibration, 
         whole = (parts[0] + parts[1]).centred()[0]
         covariances = tuple(p.centred()[0] for p in parts) if all(p.count for p in parts) else (whole,)
         alike = 1 / whole.diagonal().clamp_min(1e-30).sum()
-        weights = felt.get(name, torch.full((target.conv.outputs,), float(alike), dtype=torch.float64))
+        metric = metric_of(felt[name]) if name in felt else alike * torch.eye(len(whole), dtype=torch.float64)
         pairs = map_statistics(maps[name].of_all_processes()) if name in maps else None
-        profiles[name] = Profile(covariances, pairs, weights.clamp_min(1e-12 * weights.max() + 1e-30))
+        profiles[name] = Profile(covariances, pairs, metric)
     return profiles

@@ -107,7 +107,7 @@ def data_free(program: Program, entry: Rewrite) -> GhostWeights:
     weights = channel_weights(norm, conv.out_channels)
     if apart:
         stats = stats.linked(choose_groups(stats.costs(weights), layout), sight.filters_of(conv))
-    solution = lstsq.solve(stats, layout, weights)
+    solution = lstsq.solve(stats, layout, torch.diag(weights))
     emitted = emit(conv, entry, stats, solution)
     if conv.bias is None:
         return emitted

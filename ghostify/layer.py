@@ -23,6 +23,7 @@ from ghostify.lstsq import GhostWeights, Solution, Statistics
 from ghostify.moments import LinkMoments, MapMoments, Moments, Pair
 from ghostify.pairs import Links, in_order, link_statistics, map_statistics, served, sources_of
 from ghostify.plan import Rewrite
+from ghostify.sensitivity import metric_of
 from ghostify.sight import View
 from ghostify.systems import leading_vectors
 from ghostify.trace import as_module
@@ -49,9 +50,11 @@ class Layer:
         self.conv = as_module(walk.original, entry.conv.name)
         norm: Any = None if entry.norm is None else walk.original.get_submodule(entry.norm)
         self.shared = len(entry.conv.calls) > 1
-        self.weights = channel_weights(norm, self.conv.out_channels)
         if felt is not None and felt.isfinite().all() and felt.any():
-            self.weights = felt.clamp_min(1e-3 * felt.mean())
+            self.metric = metric_of(felt)
+        else:
+            self.metric = torch.diag(channel_weights(norm, self.conv.out_channels))
+        self.weights = self.metric.diagonal()
         self.partner = walk.node(entry.partner)
         self.gain = _inverse_scale(norm, self.conv.out_channels)
         self.free_mean = self.conv.bias is not None or norm is not None
@@ -95,7 +98,7 @@ class Layer:
             with clock("moments"):
                 stats = self._linked(groups, filters, bias)
         with clock("solving"):
-            fitted = emit(self.conv, self.entry, stats, lstsq.solve(stats, self.entry.layout, self.weights))
+            fitted = emit(self.conv, self.entry, stats, lstsq.solve(stats, self.entry.layout, self.metric))
         if not first.held_out.count:
             return fitted
         forms = [fitted] if self.line is None else [fitted, self._activated(self.line, first.both, filters, clock)]

@@ -18,7 +18,7 @@ from ghostify.assign import Groups, choose_groups
 from ghostify.ghost import Layout
 from ghostify.moments import Moments, Pair
 from ghostify.pairs import Links, costs_of, in_order
-from ghostify.systems import damping_for, solve_damped, solve_ridge
+from ghostify.systems import damping_for, root_of, solve_damped, solve_ridge
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 UNJUDGED = 0.1
@@ -144,21 +144,23 @@ def best_ridge(
     return RIDGES[k]
 
 
-def solve(stats: Statistics | Links, layout: Layout, weights: Tensor) -> Solution:
-    """The ghost layer of `layout` that predicts the outputs with the least error weighted by `weights` (n).
+def solve(stats: Statistics | Links, layout: Layout, metric: Tensor) -> Solution:
+    """The ghost layer of `layout` that predicts the outputs with the least error e' M e by the `metric` M (n x n).
 
     Grouping by pair errors, kernels by the normal equations; for w = 1 then the joint refit by alternating half-steps,
-    for wider ghosts with one-pixel kernels the optimum in closed form (reduced rank within each group). `Links`
-    stand for w = 1 with groups that are chosen already, and without a joint refit.
+    for wider ghosts with one-pixel kernels the optimum in closed form (reduced rank within each group), which alone
+    knows how errors of different channels count together: the rest goes by M's diagonal. `Links` stand for w = 1 with
+    groups that are chosen already, and without a joint refit.
     """
     if isinstance(stats, Links):
         own = torch.eye(len(stats.auto), dtype=torch.float64)
         start = own if stats.bias is None else torch.cat((own, stats.bias[:, None]), 1)
         return Solution(stats.groups, start, stats.kernels())
+    weights = metric.diagonal()
     groups = choose_groups(pair_costs(stats, weights), layout)
     if layout.width == 1:
         return _alternate(stats, _with_kernels(stats, groups, stats.start[groups.intrinsic.flatten()]), weights)
-    groups, coordinates = _reduced_rank(stats, groups, weights)
+    groups, coordinates = _reduced_rank(stats, groups, metric)
     return _with_kernels(stats, groups, coordinates)
 
 
@@ -273,23 +275,25 @@ def _own_terms(stats: Statistics) -> tuple[Tensor, Tensor]:
     return gram + torch.outer(mean, mean), cross + torch.outer(mean, stats.mean_y)
 
 
-def _reduced_rank(stats: Statistics, groups: Groups, weights: Tensor) -> tuple[Groups, Tensor]:
+def _reduced_rank(stats: Statistics, groups: Groups, metric: Tensor) -> tuple[Groups, Tensor]:
     """Within each group the w maps that serve all its outputs best (leading eigenvectors), as w of the outputs.
 
-    Reduced-rank regression: any rank-w prediction A B with an invertible w x w block of A equals one whose w rows there
-    are the identity, so that concatenation loses nothing against low rank. Pivoted QR finds a well-conditioned block.
+    Reduced-rank regression of L' y, with M = L L'. Any rank-w prediction A B with an invertible w x w block of A equals
+    one whose w rows there are the identity, so that concatenation loses nothing against low rank. Pivoted QR finds a
+    well-conditioned block.
     """
     centre = stats.centre
     gram = stats.gram[centre, :, centre]
     width = groups.intrinsic.shape[1]
     intrinsic, sources, ghosts, coordinates = [], [], [], []
     for g, members in enumerate(groups.members()):
-        scale = weights[members].sqrt().clamp_min(1e-12 * weights.max().sqrt().item() + 1e-30)
-        prediction = stats.start[members] * scale[:, None]
+        factor = root_of(metric[members][:, members])
+        prediction = factor.T @ stats.start[members]
         moment = prediction @ gram @ prediction.T
         vectors = torch.linalg.eigh((moment + moment.T) / 2).eigenvectors[:, -width:]
-        rows = torch.from_numpy(qr(vectors.T.numpy(), mode="r", pivoting=True)[1][:width].copy()).long()
-        coordinates.append(vectors[rows] @ (vectors.T @ prediction) / scale[rows, None])
+        loadings = torch.linalg.solve_triangular(factor.T, vectors, upper=True)
+        rows = torch.from_numpy(qr(loadings.T.numpy(), mode="r", pivoting=True)[1][:width].copy()).long()
+        coordinates.append(loadings[rows] @ (vectors.T @ prediction))
         others = torch.ones(len(members), dtype=torch.bool)
         others[rows] = False
         intrinsic.append(members[rows])

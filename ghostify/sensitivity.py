@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
+from ghostify import sight
 from ghostify.batches import Batches, batches_of, images_of, split
 from ghostify.collective import summed
 from ghostify.trace import Program
@@ -23,6 +24,9 @@ IMAGES = 256
 PROBES = 2
 SPREAD_OVER = 8
 AT_ONCE = 8
+POSITIONS = 256
+SHRINK = 0.1
+LEAST = 1e-3
 
 Sensitivity = dict[str, Tensor]
 
@@ -48,19 +52,21 @@ def calibrate(program: Program, calibration: Iterable[Any] | Calibration, seed: 
 def output_sensitivity(
     program: Program, batches: Batches, *, images: int | None = None, probes: int = PROBES, seed: int = 0
 ) -> Sensitivity:
-    """By convolution, the relative squared error of the model's outputs per squared error of each channel (n, float64).
+    """By convolution, how the model's outputs' relative squared error follows from errors of its channels (n x n).
 
-    An error with variance e_j at every position of channel j raises the outputs' error, relative to their variance over
-    images, by about sum_j s_j e_j: s_j is the sum over positions of the squared gradient of a random combination of
-    the outputs, averaged over combinations and the first `images` images (default: a quarter of them, at most 256);
-    Hutchinson's estimator of the diagonal of J'J. Empty where the outputs have no gradient, or the model overwrites
-    what a gradient would need.
+    Errors with covariance E between channels at every position raise the outputs' squared error, relative to their
+    variance over images, by about trace(G E): G is the sum over positions of g g', g being the gradient of a random
+    combination of the outputs, averaged over combinations and the first `images` images (default: a sixth of them, at
+    most 256); Hutchinson's estimator, with errors taken as independent of gradients and of those at other positions (as
+    in K-FAC, Martens and Grosse 2015). Large maps are sampled at POSITIONS places. Empty where the outputs have no
+    gradient, or the model overwrites what a gradient would need.
     """
     images = min(-(-batches.images // SHARE), IMAGES) if images is None else images
-    names = {call.node: c.name for c in program.convolutions if c.obstacle is None for call in c.calls}
+    dense = [c for c in program.convolutions if c.obstacle is None and c.groups == 1]
+    names = {call.node: c.name for c in dense for call in c.calls}
     module = copy.deepcopy(program.module).eval().requires_grad_(False)
     spreads = _spreads(module, _first(batches, min(images, SPREAD_OVER)))
-    sums = {c.name: torch.zeros(c.outputs, dtype=torch.float64) for c in program.convolutions if c.obstacle is None}
+    sums = {c.name: torch.zeros(c.outputs, c.outputs, dtype=torch.float64) for c in dense}
     failed = torch.zeros(())
     for first, counts, inputs in _first(batches, images):
         taps: dict[str, Tensor] = {}
@@ -80,12 +86,28 @@ def output_sensitivity(
                 break
             for node, gradient in zip(taps, gradients, strict=True):
                 if gradient is not None:
-                    sums[names[node]] += counts * gradient.double().square().sum((0, 2, 3)).cpu()
+                    sums[names[node]] += counts * _products(gradient, seed)
     if summed(failed)[0]:
         return {}
     seen = probes * min(images, batches.images)
-    found = {name: summed(total)[0] / seen for name, total in sums.items()}
+    found = {name: (summed(total)[0] / seen).float() for name, total in sums.items()}
     return {name: felt for name, felt in found.items() if felt.any()}
+
+
+def metric_of(felt: Tensor) -> Tensor:
+    """A sensitivity as a metric for errors (n x n, float64, positive definite): what channels feel together counts a
+    little less than few images say, and no channel less than LEAST of the mean."""
+    felt = felt.double()
+    own = felt.diagonal()
+    floored = own.clamp_min(LEAST * own.mean() + torch.finfo(torch.float32).tiny)
+    return (1 - SHRINK) * felt + torch.diag(floored - (1 - SHRINK) * own)
+
+
+def _products(gradient: Tensor, seed: int) -> Tensor:
+    """The sum over positions of products between channels (n x n), from some places where the maps are large."""
+    places = sight.choose_places(gradient[:1].shape, POSITIONS, seed)
+    rows = gradient[:, :, places[1], places[2]].transpose(0, 1).flatten(1)
+    return (rows @ rows.T).double().cpu() * (gradient[0, 0].numel() / len(places[1]))
 
 
 def _tap(taps: dict[str, Tensor], node: str, output: Tensor) -> Tensor:

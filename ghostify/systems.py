@@ -49,6 +49,11 @@ def factor_damped(matrix: Tensor, damping: Tensor) -> Tensor:
     return torch.linalg.cholesky(damped)  # says what is wrong with it
 
 
+def root_of(matrix: Tensor) -> Tensor:
+    """Lower triangular L with L L' = matrix, symmetric positive semi-definite, all but for rounding."""
+    return factor_damped(matrix, 1e-12 * matrix.diagonal().mean() + torch.finfo(matrix.dtype).tiny)
+
+
 def leading_vectors(matrix: Tensor, count: int) -> Tensor:
     """Orthonormal vectors of (nearly) the `count` largest eigenvalues of a symmetric matrix (n x n): n x count.
 

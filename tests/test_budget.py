@@ -130,9 +130,9 @@ def test_few_images_are_not_taken_to_be_simple():
     """Directions found on a handful of rows leave more of the others than of themselves."""
     rows = torch.randn(12, 8, generator=torch.Generator().manual_seed(0)).double()
     halves = tuple(h.T @ h / len(h) for h in rows.split(6))
-    ones = torch.ones(8, dtype=torch.float64)
-    crossed = budget._tails(budget.Profile(halves, None, ones))
-    own = [budget._tails(budget.Profile((h,), None, ones)) for h in halves]
-    torch.testing.assert_close(own[0], torch.cat((ones[:1] * 0, torch.linalg.eigvalsh(halves[0]).cumsum(0))))
+    eye = torch.eye(8, dtype=torch.float64)
+    crossed = budget._tails(budget.Profile(halves, None, eye))
+    own = [budget._tails(budget.Profile((h,), None, eye)) for h in halves]
+    torch.testing.assert_close(own[0], torch.cat((torch.zeros(1), torch.linalg.eigvalsh(halves[0]).cumsum(0))))
     assert (crossed[1:-1] > (own[0] + own[1])[1:-1] / 2).all()
     assert crossed[-1] == pytest.approx(float((own[0] + own[1])[-1] / 2))

@@ -90,7 +90,7 @@ def test_errors_and_constants_are_those_of_the_prediction():
     maps = torch.randn(4, 6, 6, 6, dtype=torch.float64)
     targets = maps + 0.3 * maps.roll(1, 1) + 5
     stats, shifts, y = maps_statistics(maps, targets, 3)
-    solution = lstsq.solve(stats, Layout(6, 3, 1, 3), torch.ones(6, dtype=torch.float64))
+    solution = lstsq.solve(stats, Layout(6, 3, 1, 3), torch.eye(6, dtype=torch.float64))
     channels = solution.groups.channels
     prediction = torch.empty_like(y)
     prediction[:, channels[:3]] = shifts[:, 4] @ solution.intrinsic.T
@@ -117,10 +117,26 @@ def test_pointwise_ghosts_reach_the_error_of_low_rank():
     maps = torch.randn(4, 8, 8, 8, dtype=torch.float64)
     mixed = torch.einsum("ij,njhw->nihw", torch.randn(8, 8, dtype=torch.float64), maps)
     stats, _, _ = maps_statistics(mixed, mixed, 1)
-    ones = torch.ones(8, dtype=torch.float64)
-    solution = lstsq.solve(stats, Layout(8, 3, 3, 1), ones)
+    solution = lstsq.solve(stats, Layout(8, 3, 3, 1), torch.eye(8, dtype=torch.float64))
     values = torch.linalg.eigvalsh(stats.gram[0, :, 0])
     assert lstsq.errors(stats, solution).sum().item() == pytest.approx(values[:5].sum().item(), rel=1e-2)
+
+
+def test_pointwise_ghosts_are_the_best_low_rank_by_the_metric():
+    torch.manual_seed(0)
+    mixed = torch.einsum("ij,njhw->nihw", torch.randn(8, 8).double(), torch.randn(4, 8, 8, 8).double())
+    stats, shifts, y = maps_statistics(mixed, mixed, 1)
+    metric = torch.cov(torch.randn(8, 3, dtype=torch.float64)) + 0.05 * torch.eye(8, dtype=torch.float64)
+    solution = lstsq.solve(stats, Layout(8, 3, 3, 1), metric)
+    channels = solution.groups.channels
+    prediction = torch.empty_like(y)
+    prediction[:, channels[:3]] = shifts[:, 0] @ solution.intrinsic.T
+    prediction[:, channels[3:]] = prediction[:, channels[:3]] @ solution.kernels[:, :, 0].T
+    errors = torch.cov((y - prediction).T, correction=0)
+    values, vectors = torch.linalg.eigh(metric)
+    root = (vectors * values.sqrt()) @ vectors.T
+    least = torch.linalg.eigvalsh(root @ stats.gram[0, :, 0] @ root)[:5].sum()
+    assert (metric * errors).sum().item() == pytest.approx(least.item(), rel=1e-2)
 
 
 def test_dead_and_duplicate_maps_are_survived():
@@ -129,6 +145,6 @@ def test_dead_and_duplicate_maps_are_survived():
     maps[:, 3] = maps[:, 2]
     for d, layout in ((3, Layout(6, 3, 1, 3)), (1, Layout(6, 3, 3, 1)), (1, Layout(6, 2, 1, 1))):
         stats, _, _ = maps_statistics(maps, maps, d)
-        solution = lstsq.solve(stats, layout, torch.ones(6, dtype=torch.float64))
+        solution = lstsq.solve(stats, layout, torch.eye(6, dtype=torch.float64))
         assert solution.kernels.isfinite().all()
         assert lstsq.errors(stats, solution)[1] < 1e-6

@@ -2,9 +2,10 @@ import pytest
 import torch
 from torch import nn
 
+import ghostify.sensitivity as module
 from ghostify import trace
 from ghostify.batches import batches_of
-from ghostify.sensitivity import output_sensitivity
+from ghostify.sensitivity import metric_of, output_sensitivity
 from tests import nets
 
 
@@ -18,25 +19,42 @@ def test_it_predicts_the_output_error_of_small_noise():
     found = sensitivity(model, [x], images=32, probes=64)["a.0"]
     wanted = model(x).double()
     spread = wanted.var(0, correction=0).sum()
-    for channel in (0, 5, 9):
+    for direction in (torch.eye(len(found))[0], torch.eye(len(found))[5], torch.randn(len(found))):
 
-        def disturb(_module, _inputs, output, channel=channel):
-            noise = torch.zeros_like(output)
-            noise[:, channel] = 0.01 * torch.randn_like(output[:, channel])
-            return output + noise
+        def disturb(_module, _inputs, output, direction=direction):
+            return output + 0.01 * torch.randn_like(output[:, :1]) * direction[:, None, None]
 
         handle = model.a[0].register_forward_hook(disturb)
         errors = [(model(x) - wanted).square().sum() / len(x) / spread for _ in range(40)]
         handle.remove()
-        assert torch.stack(errors).mean().item() == pytest.approx(found[channel].item() * 1e-4, rel=0.35)
+        assert torch.stack(errors).mean().item() == pytest.approx(
+            (direction @ found @ direction).item() * 1e-4, rel=0.35
+        )
+
+
+def test_large_maps_are_felt_from_some_places(monkeypatch):
+    model, x = nets.settle(nets.Straight()), nets.images(16, 16)
+    whole = sensitivity(model, [x])["a.0"]
+    monkeypatch.setattr(module, "POSITIONS", 100)
+    some = sensitivity(model, [x])["a.0"]
+    assert not torch.equal(some, whole)
+    torch.testing.assert_close(some.trace(), whole.trace(), rtol=0.2, atol=0)
+
+
+def test_a_metric_is_positive_and_keeps_what_channels_feel():
+    felt = torch.tensor([[4.0, 2.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    metric = metric_of(felt)
+    torch.testing.assert_close(metric.diagonal()[:2], torch.tensor([4.0, 1.0], dtype=torch.float64))
+    assert torch.linalg.eigvalsh(metric).min() > 0
+    assert metric[0, 1] == pytest.approx(1.8)
 
 
 def test_a_channel_that_nobody_reads_is_not_felt():
     model = nets.settle(nets.Straight())
     model.b[0].weight.data[:, 3] = 0
     found = sensitivity(model, nets.images(8))["a.0"]
-    assert found[3] == 0
-    assert (found > 0).sum() > 8
+    assert not found[3].any()
+    assert (found.diagonal() > 0).sum() > 8
 
 
 def test_images_are_limited_and_parameters_stay_frozen():
