@@ -27,8 +27,8 @@ from ghostify.cost import count_macs
 from ghostify.demo import Images
 from ghostify.lstsq import GhostWeights
 from ghostify.plan import Plan
+from ghostify.program import Program
 from ghostify.sensitivity import calibrate
-from ghostify.trace import Program
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ import timm
 import torch
 import torchvision
 from tables import RESULTS, Row, options
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from ghostify import ghostify, load, report, save, trace
@@ -96,7 +96,7 @@ def examine(name: str) -> Row:
     program = trace(model, x)
     seen = Counter(c.name for c in program.convolutions)
     line |= {
-        "leaves": sorted({c.obstacle.split(":")[0] for c in program.convolutions if c.obstacle}),
+        "obstacles": dict(Counter(kind_of(c.obstacle) for c in program.convolutions if c.obstacle)),
         "unlisted": [n for n in wanted if seen[n] != 1],
     }
     before = leaves(model, x)
@@ -105,7 +105,9 @@ def examine(name: str) -> Row:
     made = report(converted)
     line["rewritten"] = made.rewritten
     line["skipped"] = dict(Counter(kind_of(item.reason) for item in made.lines if item.reason))
-    line["shapes_equal"] = [v.shape for v in before] == [v.shape for v in leaves(converted, x)]
+    line["parts"] = len(program.parts)
+    line["class"] = "GraphModule" if isinstance(converted, fx.GraphModule) else type(converted).__name__
+    line["shapes_equal"] = shapes(before, program.module) == shapes(leaves(converted, x), program.module)
     line["macs"] = [made.macs_before, count_macs(converted, x)]
     line["macs_as_planned"] = line["macs"][1] == made.macs_after
     line["gradients"] = ungraded(converted, x)
@@ -114,6 +116,11 @@ def examine(name: str) -> Row:
         line["reload_equal"] = same(leaves(converted, x), leaves(again, x))
     good = line["empty_equal"] and line["shapes_equal"] and line["reload_equal"] and not line["unlisted"]
     return {**line, "outcome": "good" if good else "bad", "seconds": round(time.perf_counter() - started, 1)}
+
+
+def shapes(outputs: list[Tensor], module: nn.Module) -> list[torch.Size]:
+    """Of a detector, whose class stays, without the number of boxes."""
+    return [v.shape if isinstance(module, fx.GraphModule) else v.shape[1:] for v in outputs]
 
 
 def kind_of(reason: str) -> str:

@@ -8,13 +8,14 @@ from itertools import repeat
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
+from ghostify.calls import Inputs, inputs_of, run, tensors_of
 from ghostify.collective import mine
 from ghostify.errors import GhostifyError
 from ghostify.modes import evaluating
 from ghostify.shelf import Shelf, loaded
-from ghostify.trace import as_arguments, bind_inputs
 
 IN_MEMORY = 1 << 26
 VALUES = 16 * 3 * 224**2
@@ -23,18 +24,27 @@ HELD_OUT = 8
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """`size` images of the calibration set, from number `first` on; `number` is the user's batch they come from."""
+    """`size` images of the calibration set, from number `first` on; `number` is the user's batch they come from.
+
+    `otherwise` is what the converted model is fed in their place, where that differs.
+    """
 
     number: int
     first: int
     size: int
-    stored: list[Any]
+    stored: Inputs
     form: torch.memory_format = torch.preserve_format
+    otherwise: Inputs | None = None
 
     @property
-    def inputs(self) -> list[Any]:
-        """What the module's placeholders take, laid out in `form`."""
+    def inputs(self) -> Inputs:
+        """What the module takes, laid out in `form`."""
         return in_form([loaded(v) for v in self.stored], self.form)
+
+    @property
+    def converted_inputs(self) -> Inputs:
+        """What the converted module takes."""
+        return self.inputs if self.otherwise is None else in_form([loaded(v) for v in self.otherwise], self.form)
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +55,7 @@ class Batches:
     images: int
 
 
-def batches_of(module: fx.GraphModule, calibration: Iterable[Any] | Batches) -> Batches:
+def batches_of(module: nn.Module, calibration: Iterable[Any] | Batches) -> Batches:
     """The batches of `calibration`, as `module` takes them; further elements of a tuple, such as labels, are left out.
 
     Large ones are cut. Those that come from a loader are kept, beyond 64 MiB in temporary files; those of a list stay
@@ -56,15 +66,13 @@ def batches_of(module: fx.GraphModule, calibration: Iterable[Any] | Batches) -> 
         return calibration
     if isinstance(calibration, Tensor | Mapping):
         calibration = [calibration]
-    count = sum(n.op == "placeholder" for n in module.graph.nodes)
     shelf = None if isinstance(calibration, Sequence) else Shelf(IN_MEMORY)
     (rank, processes), parts, seen = mine(), 0, 0
     own: list[Batch] = []
     for number, batch in enumerate(calibration):
-        args, kwargs = as_arguments(batch)
-        inputs = bind_inputs(module, args[:count], kwargs)
+        inputs = inputs_of(module, batch)
         _refuse_strange(inputs, number)
-        first = next(v for v in inputs if isinstance(v, Tensor))
+        first = tensors_of(inputs)[0]
         for part in split(inputs, max(1, VALUES * len(first) // first.numel())):
             size = images_of(part)
             if parts % processes == rank:
@@ -80,18 +88,22 @@ def batches_of(module: fx.GraphModule, calibration: Iterable[Any] | Batches) -> 
     return Batches(tuple(replace(batch, form=form) for batch in own), seen)
 
 
-def split(inputs: list[Any], images: int) -> list[list[Any]]:
+def split(inputs: Inputs, images: int) -> list[Inputs]:
     """Inputs for up to `images` images each; whole where their tensors do not agree on how many there are."""
     sizes = {len(v) if v.dim() else 0 for v in inputs if isinstance(v, Tensor)}
-    if len(sizes) != 1:
+    if len(sizes) != 1 or any(tensors_of(v) for v in inputs if not isinstance(v, Tensor)):
         return [inputs]
     parts = [v.split(images) if isinstance(v, Tensor) else repeat(v) for v in inputs]
     return [list(part) for part in zip(*parts, strict=False)]
 
 
-def in_form(inputs: list[Any], form: torch.memory_format) -> list[Any]:
+def in_form(inputs: Inputs, form: torch.memory_format) -> Inputs:
     """The inputs with their images laid out in `form`."""
-    return [v.to(memory_format=form) if isinstance(v, Tensor) and v.dim() == 4 else v for v in inputs]
+
+    def laid_out(value: Any) -> Any:
+        return value.to(memory_format=form) if isinstance(value, Tensor) and value.dim() == 4 else value
+
+    return [tree_map(laid_out, v) for v in inputs]
 
 
 def judges(numbers: Tensor, every: int = HELD_OUT) -> Tensor:
@@ -99,29 +111,30 @@ def judges(numbers: Tensor, every: int = HELD_OUT) -> Tensor:
     return numbers % every == max(every - 1, 1)
 
 
-def images_of(inputs: list[Any]) -> int:
-    """How many images the inputs hold: the length of the first tensor that has one."""
-    return next(len(v) for v in inputs if isinstance(v, Tensor) and v.dim() > 0)
+def images_of(inputs: Inputs) -> int:
+    """How many images the inputs hold: the length of the first tensor that has one, or of a list of single images."""
+    tensors = [v for v in tensors_of(inputs) if v.dim() > 0]
+    listed = not any(isinstance(v, Tensor) for v in inputs) and all(v.dim() == 3 for v in tensors)
+    return len(tensors) if listed else len(tensors[0])
 
 
-def _fast_form(module: fx.GraphModule, inputs: list[Any]) -> torch.memory_format:
+def _fast_form(module: nn.Module, inputs: Inputs) -> torch.memory_format:
     """Channels last on a CPU, where convolutions run faster so, if the model does the same with such images."""
-    if any(v.device.type != "cpu" for v in inputs if isinstance(v, Tensor)):
+    if any(v.device.type != "cpu" for v in tensors_of(inputs)):
         return torch.preserve_format
     with evaluating(module):
         try:
             as_given, last = (
-                fx.Interpreter(module).run(*in_form(inputs, form), enable_io_processing=False)
-                for form in (torch.preserve_format, torch.channels_last)
+                run(module, in_form(inputs, form)) for form in (torch.preserve_format, torch.channels_last)
             )
             torch.testing.assert_close(last, as_given, rtol=1e-2, atol=1e-2, check_stride=False, equal_nan=True)
-        except (RuntimeError, AssertionError):
+        except (RuntimeError, AssertionError, TypeError):
             return torch.preserve_format
     return torch.channels_last
 
 
-def _refuse_strange(inputs: list[Any], number: int) -> None:
-    tensors = [v for v in inputs if isinstance(v, Tensor)]
+def _refuse_strange(inputs: Inputs, number: int) -> None:
+    tensors = tensors_of(inputs)
     if not tensors or tensors[0].dim() == 0 or tensors[0].numel() == 0:
         raise GhostifyError(f"calibration batch {number}: holds no images")
     if not all(t.isfinite().all() for t in tensors if t.is_floating_point()):

@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ghostify import cost, sight
 from ghostify.assign import choose_groups
+from ghostify.calls import run
+from ghostify.collective import summed
 from ghostify.datafree import statistics_of
 from ghostify.errors import GhostifyError
 from ghostify.ghost import Layout, intrinsic_maps
@@ -27,11 +29,11 @@ from ghostify.moments import MapMoments, Moments
 from ghostify.pairs import MapStatistics, map_statistics
 from ghostify.plan import Plan, Skip, Target, plan_layouts, targets
 from ghostify.policy import Policy
+from ghostify.program import Convolution, Program
 from ghostify.propagate import input_channels
+from ghostify.record import looking
 from ghostify.sensitivity import Calibration, calibrate, metric_of
 from ghostify.systems import root_of
-from ghostify.trace import Convolution, Program
-from ghostify.walk import Watched
 from ghostify.wiring import Wiring, norm_after
 
 RATIOS = (1.25, 1.5, 2, 2.5, 3, 4, 6, 8)
@@ -232,12 +234,13 @@ def _wants_maps(target: Target) -> bool:
 
 def _data_free(program: Program, wished: list[Target]) -> dict[str, Profile]:
     """Profiles under white inputs; every layer's whole output counts alike."""
-    profiles, wiring = {}, Wiring(program.module)
+    profiles, wiring = {}, {path: Wiring(part) for path, part in program.parts.items()}
+    known = {path: input_channels(part) for path, part in program.parts.items()}
     for target in wished:
-        conv = program.conv(target.conv.name)
-        behind = norm_after(wiring, [call.node for call in target.conv.calls])
-        norm: Any = None if behind is None else program.module.get_submodule(behind)
-        inputs = input_channels(program.module, target.conv.calls[0].node)
+        conv, part = program.conv(target.conv.name), program.parts[target.conv.part]
+        behind = norm_after(wiring[target.conv.part], [call.node for call in target.conv.calls])
+        norm: Any = None if behind is None else part.get_submodule(behind)
+        inputs = known[target.conv.part].get(target.conv.calls[0].node)
         one = statistics_of(conv, norm, 1, inputs=inputs)
         assert not isinstance(one, MapStatistics)
         maps: Any = (
@@ -253,12 +256,14 @@ def _data_free(program: Program, wished: list[Target]) -> dict[str, Profile]:
 def _profiled(program: Program, wished: list[Target], calibration: Calibration, seed: int) -> dict[str, Profile]:
     """Profiles from one forward of the original over the calibration images, and what its outputs feel."""
     felt, images = calibration.felt, calibration.batches.images
-    by_node = {call.node: t for t in wished for call in t.conv.calls}
+    by_node = {(t.conv.part, call.node): t for t in wished for call in t.conv.calls}
     halves = {t.conv.name: [Moments.zero(t.conv.outputs, 0) for _ in range(2)] for t in wished}
     maps = {t.conv.name: MapMoments.zero(t.conv.outputs, t.rule.dw_size**2) for t in wished if _wants_maps(t)}
 
-    def look(first: int, node: str, output: Tensor) -> Tensor:
-        target = by_node[node]
+    def look(first: int, part: str, node: fx.Node, _: Any, output: Tensor) -> Tensor:
+        target = by_node.get((part, node.name))
+        if target is None:
+            return output
         name, seen = target.conv.name, output.float().cpu()
         places = sight.choose_places(seen.shape, sight.share_of(POSITIONS, images), seed + first)
         rows, odd = sight.values(seen, places), (places[0] + first) % 2
@@ -273,11 +278,14 @@ def _profiled(program: Program, wished: list[Target], calibration: Calibration, 
 
     with evaluating(program.module):
         for batch in calibration.batches.own:
-            module = Watched(program.module, set(by_node), partial(look, batch.first))
-            module.run(*batch.inputs, enable_io_processing=False)
-    profiles = {}
+            with looking(program.module, program.parts, partial(look, batch.first)):
+                run(program.module, batch.inputs)
+    unseen = [t for t in wished if not sum(float(summed(m.count)[0]) for m in halves[t.conv.name])]
+    profiles = _data_free(program, unseen)
     for target in wished:
         name = target.conv.name
+        if name in profiles:
+            continue
         parts = [moments.of_all_processes() for moments in halves[name]]
         whole = (parts[0] + parts[1]).centred()[0]
         covariances = tuple(p.centred()[0] for p in parts) if all(p.count for p in parts) else (whole,)

@@ -17,17 +17,17 @@ import torch
 import torchvision
 from safetensors.torch import load_file, save_file
 from timm.models import load_state_dict
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from ghostify.describe import describe, rebuild
 from ghostify.errors import GhostifyError
-from ghostify.report import Report, attach, report
+from ghostify.report import Report, attach, notes_of, report
 
 FORMAT = 1
 TENSORS, DESCRIPTION = "model.safetensors", "ghostify.json"
 
 
-def save(module: fx.GraphModule, path: str | Path, *, source: dict[str, Any] | None = None) -> Path:
+def save(module: nn.Module, path: str | Path, *, source: dict[str, Any] | None = None) -> Path:
     """Write a converted model as a folder, all or nothing; `source` may tell where the original came from.
 
     Raises `GhostifyError` for what plain data cannot say, and for an existing folder that is not ghostify's.
@@ -41,7 +41,7 @@ def save(module: fx.GraphModule, path: str | Path, *, source: dict[str, Any] | N
         save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, fresh / TENSORS)
         content = {
             "format": FORMAT,
-            "source": source or module.meta.get("ghostify_source"),
+            "source": source or notes_of(module).get("ghostify_source"),
             "model": data,
             "report": report(module).to_dict(),
             "versions": versions(),
@@ -56,7 +56,7 @@ def save(module: fx.GraphModule, path: str | Path, *, source: dict[str, Any] | N
     return folder
 
 
-def load(path: str | Path, *, allow: Iterable[str] = (), device: str | torch.device = "cpu") -> fx.GraphModule:
+def load(path: str | Path, *, allow: Iterable[str] = (), device: str | torch.device = "cpu") -> nn.Module:
     """Read a folder that `save` wrote; bit-equal, without pickle.
 
     Classes are imported from torch, torchvision and timm, and from the packages named in `allow`. Raises
@@ -82,7 +82,7 @@ def load(path: str | Path, *, allow: Iterable[str] = (), device: str | torch.dev
         raise GhostifyError(f"{folder / DESCRIPTION}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise GhostifyError(f"{folder / DESCRIPTION}: is incomplete: {type(error).__name__}: {error}") from error
-    module.meta["ghostify_source"] = content["source"]
+    notes_of(module)["ghostify_source"] = content["source"]
     return module
 
 

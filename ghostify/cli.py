@@ -21,7 +21,7 @@ from ghostify.errors import GhostifyError
 from ghostify.fit import Progress as FitProgress
 from ghostify.plan import plan as make_plan
 from ghostify.policy import Policy, Rule
-from ghostify.report import Report, report, summarise, table
+from ghostify.report import Report, notes_of, report, summarise, table
 from ghostify.sources import Data, Source
 from ghostify.trace import trace
 
@@ -145,7 +145,7 @@ def evaluate_command(
     Example: ghostify eval out/ --data test.npz --original w.safetensors
     """
     module = checkpoint.load(folder)
-    source = module.meta["ghostify_source"]
+    source = notes_of(module)["ghostify_source"]
     if not source:
         raise GhostifyError(f"{folder}: does not say which model it was: convert it by the command to use eval")
     built = Source(source["name"], source["arguments"]).build()

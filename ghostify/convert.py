@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 
 from ghostify.budget import plan_within
 from ghostify.errors import GhostifyError
@@ -35,7 +35,7 @@ def ghostify(
     reconstruct: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
-) -> fx.GraphModule:
+) -> nn.Module:
     """A copy of `model` whose dense convolutions are ghost modules, at about 1 / `ratio` of the multiply-accumulates.
 
     `ratio`, `dw_size`, `cheap`, `activated`, `targets` and `ignore` make up one `Rule` (see there); `policy` replaces

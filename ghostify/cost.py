@@ -8,19 +8,19 @@ from typing import Any
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ghostify.calls import as_arguments
 from ghostify.ghost import Layout
 from ghostify.modes import evaluating
-from ghostify.trace import Call, Convolution, as_arguments
+from ghostify.program import Call, Convolution
 
 
 def positions(calls: Iterable[Call]) -> int | None:
     """Output positions over all images of all calls, or None where no shapes are known."""
     total = 0
     for call in calls:
-        if call.output_shape is None:
+        if call.places is None:
             return None
-        *batch, _, height, width = call.output_shape
-        total += (batch[0] if batch else 1) * height * width
+        total += call.places
     return total
 
 

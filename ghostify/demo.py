@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from safetensors.torch import save_file
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ghostify.checkpoint import load, load_weights, save
@@ -207,7 +207,7 @@ def run(output: Path | None, console: Console, as_json: bool = False, seed: int 
     return results
 
 
-def _convert(trained: nn.Module, images: Images, small: bool, seed: int) -> dict[str, fx.GraphModule]:
+def _convert(trained: nn.Module, images: Images, small: bool, seed: int) -> dict[str, nn.Module]:
     """Converted without images, with 256 unlabelled training images, and the latter after a short round of training."""
     first = images.train[:1]
     calibration = images.train[: 256 if small else 512].split(64)

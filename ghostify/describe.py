@@ -8,7 +8,7 @@ import importlib
 import math
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ BUILTINS = ("getattr", "len", "min", "max", "sum", "abs", "int", "float", "bool"
 FUNCTION_MODULES = (
     "torch.nn.functional", "torch._C._nn", "torch._C._special", "torch._C._linalg", "torch._C._fft",
     "torch.functional", "_operator", "math", "timm.", "torchvision.ops", "torchvision.models", "torchvision.transforms",
-    "ghostify.trace", "ghostify.ghost",
+    "ghostify.tracer", "ghostify.ghost",
 )  # fmt: skip
 TORCH_FUNCTIONS = ("_assert", "sym_int", "sym_float", "sym_max", "sym_min", "sym_not", "sym_ite")
 FORBIDDEN = ("from_file", "save", "load")
@@ -30,7 +30,7 @@ OWN = frozenset(nn.Module().__dict__) - {"training"}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def describe(module: fx.GraphModule) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def describe(module: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The module as JSON-ready data, and its tensors by path.
 
     Raises `GhostifyError` for a leaf that holds hooks or attributes that plain data cannot say.
@@ -48,7 +48,7 @@ def describe(module: fx.GraphModule) -> tuple[dict[str, Any], dict[str, Tensor]]
     return {"modules": modules, "aliases": aliases}, {k: v for k, v in tensors.items() if k not in aliases}
 
 
-def rebuild(data: dict[str, Any], tensors: dict[str, Tensor], allow: Iterable[str] = ()) -> fx.GraphModule:
+def rebuild(data: dict[str, Any], tensors: dict[str, Tensor], allow: Iterable[str] = ()) -> nn.Module:
     """The inverse of `describe`. Classes and functions come from torch, torchvision, timm and what `allow` names."""
     names = _Names((*PACKAGES, *allow))
     tensors = dict(tensors)
@@ -70,7 +70,6 @@ def rebuild(data: dict[str, Any], tensors: dict[str, Tensor], allow: Iterable[st
             owner, _, leaf = path.rpartition(".")
             built[owner]._modules[leaf] = made
     root = built[""]
-    assert isinstance(root, fx.GraphModule)
     for path, inner in root.named_modules():
         inner.training = data["modules"][path]["training"]
     return root
@@ -96,9 +95,9 @@ def _describe_one(path: str, inner: nn.Module, tensors: dict[str, Tensor]) -> di
         return item
     item["class"] = _name(type(inner), f"{path}: its class")
     item["attributes"] = {
-        key: _encode(value, f"{path}.{key}")
+        key: _encode(value, f"{path}.{key}".lstrip("."), tensors)
         for key, value in inner.__dict__.items()
-        if key not in OWN and key != "training"
+        if key not in OWN and key not in ("training", "meta")
     }
     return item
 
@@ -141,7 +140,7 @@ def _shell(
         cls = names.module_class(item["class"])
         made = cls.__new__(cls)
         nn.Module.__init__(made)
-        made.__dict__.update({k: _decode(v, {}, names) for k, v in item["attributes"].items()})
+        made.__dict__.update({k: _decode(v, tensors, names) for k, v in item["attributes"].items()})
     for name, facts in item["parameters"].items():
         tensor = None if facts is None else _take(tensors, path, name)
         if tensor is not None and id(tensor) not in parameters:
@@ -182,7 +181,12 @@ def _graph(items: list[dict[str, Any]], names: _Names) -> fx.Graph:
     return graph
 
 
-def _encode(value: Any, where: str) -> Any:
+def _encode(value: Any, where: str, tensors: dict[str, Tensor] | None = None) -> Any:
+    """A value as plain data; tensors go into `tensors`, under a path of their own."""
+    if isinstance(value, Tensor) and tensors is not None:
+        key = f"{where}:{len(tensors)}"
+        tensors[key] = value
+        return {"tensor": key}
     if value is None or isinstance(value, bool | str) or type(value) is int:
         return value
     if isinstance(value, enum.Enum):
@@ -195,13 +199,13 @@ def _encode(value: Any, where: str) -> Any:
         return {type(value).__name__: str(value).removeprefix("torch.")}
     if value is Ellipsis:
         return {"ellipsis": True}
-    encoded = _encode_container(value, where)
-    return _encode_callable(value, where) if encoded is None else encoded
+    encoded = _encode_container(value, where, tensors)
+    return _encode_callable(value, where, tensors) if encoded is None else encoded
 
 
-def _encode_container(value: Any, where: str) -> Any:
+def _encode_container(value: Any, where: str, tensors: dict[str, Tensor] | None) -> Any:
     def every(values: Iterable[Any]) -> list[Any]:
-        return [_encode(v, where) for v in values]
+        return [_encode(v, where, tensors) for v in values]
 
     if isinstance(value, list):
         return every(value)
@@ -216,21 +220,35 @@ def _encode_container(value: Any, where: str) -> Any:
     return None
 
 
-def _encode_callable(value: Any, where: str) -> Any:
+def _encode_callable(value: Any, where: str, tensors: dict[str, Tensor] | None) -> Any:
     if isinstance(value, functools.partial):
         return {"partial": [_name(value.func, where), *(_encode(v, where) for v in (list(value.args), value.keywords))]}
     if isinstance(value, type):
         return {"class": _name(value, where)}
     if isinstance(value, nn.Module | types.MethodType):
         raise GhostifyError(f"{where}: holds a {type(value).__name__} beside its submodules, which cannot be saved")
-    if callable(value):
+    if callable(value) and hasattr(value, "__qualname__"):
         return {"function": _name(value, where)}
+    if (
+        type(value).__reduce_ex__ is object.__reduce_ex__
+        and hasattr(value, "__dict__")
+        and not isinstance(value, tuple)
+    ):
+        own = {k: _encode(v, f"{where}.{k}", tensors) for k, v in vars(value).items()}
+        return {"object": [_name(type(value), where), own]}
     raise GhostifyError(f"{where}: a {type(value).__name__} cannot be saved as plain data")
 
 
-def _decode(value: Any, nodes: dict[str, fx.Node], names: _Names) -> Any:
+def _decode(value: Any, known: Mapping[str, Any], names: _Names) -> Any:
+    """The inverse of `_encode`; `known` has the graph's nodes, or the tensors."""
+
     def every(values: Iterable[Any]) -> list[Any]:
-        return [_decode(v, nodes, names) for v in values]
+        return [_decode(v, known, names) for v in values]
+
+    def instance() -> Any:
+        made: Any = object.__new__(names.plain_class(inner[0]))
+        made.__dict__.update({k: _decode(v, known, names) for k, v in inner[1].items()})
+        return made
 
     if isinstance(value, list):
         return every(value)
@@ -239,7 +257,9 @@ def _decode(value: Any, nodes: dict[str, fx.Node], names: _Names) -> Any:
     ((kind, inner),) = value.items()
     made: dict[str, Callable[[], Any]] = {
         "float": lambda: float(inner),
-        "node": lambda: nodes[inner],
+        "node": lambda: known[inner],
+        "tensor": lambda: known[inner].clone(),
+        "object": instance,
         "enum": lambda: names.of(inner[0])[inner[1]],
         "dtype": lambda: _torch_constant(inner, torch.dtype),
         "memory_format": lambda: _torch_constant(inner, torch.memory_format),
@@ -253,7 +273,7 @@ def _decode(value: Any, nodes: dict[str, fx.Node], names: _Names) -> Any:
         "slice": lambda: slice(*every(inner)),
         "ellipsis": lambda: Ellipsis,
         "partial": lambda: functools.partial(
-            names.callable(inner[0]), *every(inner[1]), **_decode(inner[2], nodes, names)
+            names.callable(inner[0]), *every(inner[1]), **_decode(inner[2], known, names)
         ),
         "class": lambda: names.callable(inner),
         "function": lambda: names.callable(inner),
@@ -280,6 +300,8 @@ def _name(value: Any, where: str) -> str:
         module = owner.__name__ if isinstance(owner, types.ModuleType) else "torch"
         if module in ("torch", "") and getattr(torch, name, None) is not value:
             module = "torch.nn.functional"
+    if "<locals>" in name and module == "torch.nn.functional":  # functions that it makes of two, such as max_pool2d
+        name = next((k for k, v in vars(torch.nn.functional).items() if v is value), name)
     full = f"{module}:{name}"
     try:
         found = _import(full)
@@ -323,6 +345,12 @@ class _Names:
         found = self.of(full)
         if not (isinstance(found, type) and issubclass(found, nn.Module)):
             raise GhostifyError(f"names {full} as a layer, which is no nn.Module")
+        return found
+
+    def plain_class(self, full: str) -> type:
+        found = self.function(full)
+        if not isinstance(found, type) or issubclass(found, nn.Module):
+            raise GhostifyError(f"names {full} as an object's class, which is none")
         return found
 
     def callable(self, full: str) -> Any:

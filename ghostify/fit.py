@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
+from torch import fx, nn
 
 from ghostify import lstsq, sight
+from ghostify.arriving import arriving
 from ghostify.assign import choose_groups
 from ghostify.batches import Batches
 from ghostify.clock import Clock
@@ -18,10 +21,10 @@ from ghostify.datafree import statistics_of
 from ghostify.layer import Layer, channel_weights, emit, has_many_maps
 from ghostify.lstsq import GhostWeights
 from ghostify.plan import Plan, Rewrite
-from ghostify.propagate import input_channels
-from ghostify.rewrite import put_ghost
-from ghostify.sensitivity import Calibration, calibrate
-from ghostify.trace import Program
+from ghostify.program import Program, part_of
+from ghostify.propagate import Channels, input_channels
+from ghostify.rewrite import put_ghost, rewrite_part
+from ghostify.sensitivity import Calibration, Sensitivity, calibrate
 from ghostify.walk import Walk
 
 PARTED = 1.5
@@ -54,55 +57,93 @@ def fit(
     same weights. Raises `GhostifyError` for an empty calibration, or one with values that are not finite; warns where
     the error on images held out is much above that on the others.
     """
-    clock = Clock()
+    fitting = _Fitting(program, plan, seed, progress)
     if calibration is None:
-        with clock("solving"):
-            weights = {e.conv.name: data_free(program, e) for e in plan.rewrites}
-        return Fits(weights, 0, clock.seconds)
+        with fitting.clock("solving"):
+            weights = {e.conv.name: fitting.data_free(e) for e in plan.rewrites}
+        return Fits(weights, 0, fitting.clock.seconds)
     calibration = calibrate(program, calibration, seed)
-    clock.seconds["sensitivity"] = calibration.seconds
+    fitting.clock.seconds["sensitivity"] = calibration.seconds
     with torch.no_grad():
-        weights = _walk(program, plan, calibration, clock, seed, progress)
-    _warn_if_parted(weights, calibration.batches)
-    return Fits(weights, calibration.batches.images, clock.seconds)
+        fitting.all_parts(calibration)
+    _warn_if_parted(fitting.weights, calibration.batches)
+    return Fits(fitting.weights, calibration.batches.images, fitting.clock.seconds)
 
 
-def _walk(
-    program: Program, plan: Plan, calibration: Calibration, clock: Clock, seed: int, progress: Progress | None
-) -> dict[str, GhostWeights]:
-    """Fit one layer after another on the way through both models."""
-    weights: dict[str, GhostWeights] = {}
-    entries = {call.node: e for e in plan.rewrites for call in e.conv.calls}
-    norms = {e.norm for e in plan.rewrites if e.norm is not None}
-    changed = {n.name for n in program.module.graph.nodes if n.op == "call_module" and n.target in norms}
-    walk = Walk(program.module, calibration.batches.own, set(entries), changed)
-    layers: dict[str, Layer] = {}
-    for node, arriving in clock.each("forward", walk.steps()):
-        entry = entries[node.name]
-        name = entry.conv.name
-        if progress:
-            progress(len(weights), len(plan.rewrites), name)
-        if name not in layers:
-            layers[name] = Layer(walk, entry, calibration.felt.get(name), calibration.batches.images, seed)
-        for chunk in clock.each("forward", arriving):
-            with clock("moments"):
-                layers[name].look(node, chunk)
-        weights[name] = layers[name].fit(clock, partial(data_free, program, entry))
-        put_ghost(walk.converted, entry, weights[name])
-        if node.name == entry.conv.calls[-1].node:
-            del layers[name]
-    if progress:
-        progress(len(weights), len(plan.rewrites), "")
-    return weights
+class _Fitting:
+    """The fits of a plan as they come, and the time they take."""
+
+    def __init__(self, program: Program, plan: Plan, seed: int, progress: Progress | None) -> None:
+        self.program, self.plan, self.seed = program, plan, seed
+        self.progress: Progress = progress or (lambda *_: None)
+        self.clock = Clock()
+        self.weights: dict[str, GhostWeights] = {}
+        self.known = cache(lambda path: input_channels(program.parts[path]))
+
+    def data_free(self, entry: Rewrite) -> GhostWeights:
+        """The fit of one layer without images."""
+        part = self.program.parts[entry.conv.part]
+        norm = None if entry.norm is None else part.get_submodule(entry.norm)
+        inputs = self.known(entry.conv.part).get(entry.conv.calls[0].node)
+        return data_free(self.program.conv(entry.conv.name), entry, norm, inputs)
+
+    def all_parts(self, calibration: Calibration) -> None:
+        """One part after another, inner ones first; each sees what the parts before it have become."""
+        rewritten = [p for p in self.program.parts if any(e.conv.part == p for e in self.plan.rewrites)]
+        converted = self.program.module if rewritten == [""] else copy.deepcopy(self.program.module)
+        for path in rewritten:
+            batches: Batches | None = calibration.batches
+            if path:
+                with self.clock("forward"):
+                    batches = arriving(self.program, converted, path, calibration.batches)
+            if batches is None:
+                self._unseen(path)
+            else:
+                self._part(path, part_of(converted, path), batches, calibration.felt)
+            if path != rewritten[-1]:
+                rewrite_part(converted, path, self.plan, self.weights)
+        self.progress(len(self.weights), len(self.plan.rewrites), "")
+
+    def _part(self, path: str, converted: fx.GraphModule, batches: Batches, felt: Sensitivity) -> None:
+        """The layers of one part, one after another, on the way through it in both models."""
+        part, clock = self.program.parts[path], self.clock
+        entries = {call.node: e for e in self.plan.rewrites if e.conv.part == path for call in e.conv.calls}
+        walk = Walk(part, batches.own, set(entries), self._changed(path), converted=converted)
+        layers: dict[str, Layer] = {}
+        for node, coming in clock.each("forward", walk.steps()):
+            entry = entries[node.name]
+            name = entry.conv.name
+            self.progress(len(self.weights), len(self.plan.rewrites), name)
+            if name not in layers:
+                layers[name] = Layer(walk, entry, felt.get(name), batches.images, self.seed)
+            for chunk in clock.each("forward", coming):
+                with clock("moments"):
+                    layers[name].look(node, chunk)
+            self.weights[name] = layers[name].fit(clock, partial(self.data_free, entry))
+            put_ghost(walk.converted, entry, self.weights[name])
+            if node.name == entry.conv.calls[-1].node:
+                del layers[name]
+
+    def _unseen(self, path: str) -> None:
+        """A part that no calibration image reaches is fitted without images, and named."""
+        warnings.warn(f"no calibration image reaches {path}: it is fitted without images", stacklevel=4)
+        self.weights |= {e.conv.name: self.data_free(e) for e in self.plan.rewrites if e.conv.part == path}
+
+    def _changed(self, path: str) -> set[str]:
+        """Nodes of a part whose modules a fit changes, or hold parts that are rewritten already."""
+        norms = {e.norm for e in self.plan.rewrites if e.conv.part == path}
+        inner = [p.removeprefix(f"{path}.") for p in {e.conv.part for e in self.plan.rewrites} if p != path]
+        return {
+            n.name
+            for n in self.program.parts[path].graph.nodes
+            if n.op == "call_module" and (n.target in norms or any(f"{p}.".startswith(f"{n.target}.") for p in inner))
+        }
 
 
-def data_free(program: Program, entry: Rewrite) -> GhostWeights:
+def data_free(conv: nn.Conv2d, entry: Rewrite, norm: Any, inputs: Channels | None) -> GhostWeights:
     """Ghost weights from the convolution's filters and the statistics of the BatchNorm behind it, without images."""
-    conv = program.conv(entry.conv.name)
-    norm: Any = None if entry.norm is None else program.module.get_submodule(entry.norm)
     layout = entry.layout
     apart = has_many_maps(layout)
-    inputs = input_channels(program.module, entry.conv.calls[0].node)
     stats: Any = statistics_of(conv, norm, layout.dw_size, inputs=inputs, map_by_map=apart)
     weights = channel_weights(norm, conv.out_channels)
     if apart:

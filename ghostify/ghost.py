@@ -113,6 +113,11 @@ class GhostModule(nn.Module):
         self.register_buffer("order", order)
 
     @property
+    def weight(self) -> Tensor:
+        """The intrinsic filters: for forwards that ask a convolution for its dtype or device by its weight."""
+        return self.primary_conv.weight
+
+    @property
     def cheap_convs(self) -> tuple[nn.Conv2d, ...]:
         """The convolutions of the cheap operation, in the order of their maps."""
         cheap: Any = self.cheap_operation

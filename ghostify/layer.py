@@ -23,14 +23,14 @@ from ghostify.lstsq import GhostWeights, Solution, Statistics
 from ghostify.moments import LinkMoments, MapMoments, Moments, Pair
 from ghostify.pairs import Links, in_order, link_statistics, map_statistics, served, sources_of
 from ghostify.plan import Rewrite
+from ghostify.program import as_module
 from ghostify.sensitivity import metric_of
 from ghostify.sight import View
 from ghostify.systems import leading_vectors
-from ghostify.trace import as_module
 from ghostify.walk import Chunk, Walk
 
 POSITIONS = 40_000
-SUFFICE = 16_000
+SUFFICE = 14_000
 WORK = 34e9
 VIEWED = 6_000
 FEATURES = 2304
@@ -47,7 +47,7 @@ class Layer:
 
     def __init__(self, walk: Walk, entry: Rewrite, felt: Tensor | None, images: int, seed: int) -> None:
         self.entry, self.seed, self.images = entry, seed, images
-        self.conv = as_module(walk.original, entry.conv.name)
+        self.conv = as_module(walk.original, entry.conv.local)
         norm: Any = None if entry.norm is None else walk.original.get_submodule(entry.norm)
         self.shared = len(entry.conv.calls) > 1
         if felt is not None and felt.isfinite().all() and felt.any():

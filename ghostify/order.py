@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ghostify.ghost import GhostModule
 from ghostify.kinds import is_plain
-from ghostify.trace import called
+from ghostify.program import called
 from ghostify.wiring import NORMS, Wiring, hooked, only_user
 
 BLIND_MODULES = (

@@ -10,7 +10,7 @@ from ghostify.errors import GhostifyError
 from ghostify.ghost import Layout, feasible_width, intrinsic_maps
 from ghostify.order import Absorption, absorption
 from ghostify.policy import Policy, Rule
-from ghostify.trace import Convolution, Program
+from ghostify.program import Convolution, Program
 from ghostify.wiring import Wiring, activation_after, norm_after, partner_in_sum
 
 
@@ -18,9 +18,10 @@ from ghostify.wiring import Wiring, activation_after, norm_after, partner_in_sum
 class Rewrite:
     """A convolution that becomes a ghost module.
 
-    `norm` names the BatchNorm behind it whose statistics take up constant shifts; `partner` the node that its
-    output is added to; `activation` the node that activates its maps, where ghosts may read them so; `absorb` says who
-    takes up the order of its channels, None where a gather remains. MACs are for one output position.
+    Names of modules and nodes are those within the convolution's part. `norm` names the BatchNorm behind it whose
+    statistics take up constant shifts; `partner` the node that its output is added to; `activation` the node that
+    activates its maps, where ghosts may read them so; `absorb` says who takes up the order of its channels, None where
+    a gather remains. MACs are for one output position.
     """
 
     conv: Convolution
@@ -82,8 +83,8 @@ def targets(program: Program, policy: Policy) -> list[Target | Skip]:
 
 def plan_layouts(program: Program, decided: Iterable[tuple[Target, Layout] | Skip]) -> Plan:
     """The plan that gives each target its layout; those that save nothing are skipped."""
-    wiring = Wiring(program.module)
-    entries = tuple(d if isinstance(d, Skip) else _rewrite(wiring, *d) for d in decided)
+    wiring = {path: Wiring(part) for path, part in program.parts.items()}
+    entries = tuple(d if isinstance(d, Skip) else _rewrite(wiring[d[0].conv.part], *d) for d in decided)
     saved = [_saved(e) for e in entries if isinstance(e, Rewrite)]
     total = program.macs
     after = None if total is None or None in saved else total - sum(s for s in saved if s is not None)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ghostify.trace import called
+from ghostify.program import called
 from ghostify.wiring import NORMS, activation_of, adds, is_silent
 
 POOLS = (nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Upsample)
@@ -27,27 +27,26 @@ class Channels:
     var: Tensor
 
 
-def input_channels(module: fx.GraphModule, name: str) -> Channels | None:
-    """What is known of the channels that the node `name` reads."""
-    node = next(n for n in module.graph.nodes if n.name == name)
-    return channels_of(module, {}, node.all_input_nodes[0])
+Known = dict[fx.Node, "Channels | None"]
 
 
-def channels_of(module: fx.GraphModule, known: dict[fx.Node, Channels | None], node: fx.Node) -> Channels | None:
-    """What is known of the node's channels, None where nothing is; `known` keeps what was found."""
-    if node not in known:
+def input_channels(module: fx.GraphModule) -> dict[str, Channels]:
+    """What is known of the channels that each node of a graph reads first, by node."""
+    known: Known = {}
+    for node in module.graph.nodes:
         known[node] = _channels(module, known, node)
-    return known[node]
+    firsts = {n.name: known[n.all_input_nodes[0]] for n in module.graph.nodes if n.all_input_nodes}
+    return {name: channels for name, channels in firsts.items() if channels is not None}
 
 
-def _channels(module: fx.GraphModule, known: dict[fx.Node, Channels | None], node: fx.Node) -> Channels | None:
+def _channels(module: fx.GraphModule, known: Known, node: fx.Node) -> Channels | None:
     sources = node.all_input_nodes
     if node.op == "call_module" and isinstance(called(module, node), NORMS):
         return _normed(called(module, node))
     if not sources:
         return None
     if node.target is torch.cat or adds(node):
-        parts = [channels_of(module, known, source) for source in sources]
+        parts = [known[source] for source in sources]
         found = [p for p in parts if p is not None]
         if len(found) < len(parts):
             return None
@@ -59,10 +58,10 @@ def _channels(module: fx.GraphModule, known: dict[fx.Node, Channels | None], nod
             return Channels(found[0].mean + found[1].mean, found[0].var + found[1].var)
         return None
     if (activation := activation_of(module, node)) is not None:
-        source = channels_of(module, known, sources[0])
+        source = known[sources[0]]
         return None if source is None else activated(activation, source)
     if is_silent(module, node) or (node.op == "call_module" and isinstance(called(module, node), POOLS)):
-        return channels_of(module, known, sources[0])
+        return known[sources[0]]
     return None
 
 

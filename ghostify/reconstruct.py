@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from ghostify.batches import HELD_OUT, Batches, batches_of
 from ghostify.blocks import Block, blocks_of
-from ghostify.collective import mine
+from ghostify.collective import mine as processes
 from ghostify.descent import descend
 from ghostify.errors import GhostifyError
 from ghostify.fit import Fits, Progress
@@ -22,8 +22,8 @@ from ghostify.ghost import GhostModule
 from ghostify.lstsq import GhostWeights
 from ghostify.piecewise import IMAGES, Part, Side, Values, own_copy, parts_of
 from ghostify.plan import Plan, Rewrite
-from ghostify.rewrite import place_of, put_ghost
-from ghostify.trace import Program
+from ghostify.program import Program
+from ghostify.rewrite import place_of, put_ghost, rewrite_part
 
 STEPS = 200
 RATE = 1e-2
@@ -65,22 +65,28 @@ def reconstruct_blocks(
     are. A block keeps what is best on held-out images (every eighth), if only its fit, and so does the whole model.
     Raises `GhostifyError` for fewer than eight images, or in a group of several processes.
     """
-    if mine()[1] > 1:
+    if processes()[1] > 1:
         raise GhostifyError("reconstruct works in one process: fit in several, then reconstruct in one")
-    started = time.perf_counter()
+    started, traced = time.perf_counter(), program.module
+    if not isinstance(traced, fx.GraphModule):
+        raise GhostifyError(f"reconstruct needs a graph of the whole model: {type(traced).__name__} traces in parts")
     with torch.inference_mode(False), torch.no_grad():
-        parts = list(parts_of(program.module, batches_of(program.module, calibration).own))
+        parts = list(parts_of(traced, batches_of(traced, calibration).own))
         held = [p for p in parts if p.held]
         if not held or len(held) == len(parts):
             raise GhostifyError(f"reconstruct judges by every {HELD_OUT}th calibration image: pass at least {HELD_OUT}")
-        module = own_copy(program.module)
-        layers = {e.conv.name: _Layer(module, e, fits.weights[e.conv.name]) for e in plan.rewrites}
-        original, converted = Side(own_copy(program.module)), Side(module)
-        whole = blocks_of(program.module.graph, {})[0]
+        module = own_copy(traced)
+        for path in program.parts:
+            if path:
+                rewrite_part(module, path, plan, fits.weights)
+        mine = [e for e in plan.rewrites if not e.conv.part]
+        layers = {e.conv.name: _Layer(module, e, fits.weights[e.conv.name]) for e in mine}
+        original, converted = Side(own_copy(traced)), Side(module)
+        whole = blocks_of(traced.graph, {})[0]
         first = [converted.run(whole, p.converted) for p in held]
         blocks: list[Rebuilt] = []
-        calls = {call.node: e.conv.name for e in plan.rewrites for call in e.conv.calls}
-        for block in blocks_of(program.module.graph, calls):
+        calls = {call.node: e.conv.name for e in mine for call in e.conv.calls}
+        for block in blocks_of(traced.graph, calls):
             targets = [original.run(block, p.original) for p in parts]
             if block.layers:
                 if progress:
@@ -97,7 +103,7 @@ def reconstruct_blocks(
     fits = replace(fits, seconds={**fits.seconds, "reconstruction": time.perf_counter() - started})
     if not after < before:
         return fits, Reconstruction(tuple(replace(b, after=b.before, steps=0) for b in blocks), before, before)
-    weights = {name: layer.weights() for name, layer in layers.items()}
+    weights = {**fits.weights, **{name: layer.weights() for name, layer in layers.items()}}
     return replace(fits, weights=weights), Reconstruction(tuple(blocks), before, after)
 
 

@@ -8,14 +8,14 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
-from torch import fx
+from torch import nn
 
 from ghostify import cost
 from ghostify.errors import GhostifyError
 from ghostify.fit import Fits
 from ghostify.plan import Plan, Rewrite, Skip
+from ghostify.program import Convolution
 from ghostify.reconstruct import Rebuilt, Reconstruction
-from ghostify.trace import Convolution
 
 META = "ghostify"
 
@@ -90,18 +90,24 @@ class Report:
         return cls(tuple(lines), **counts, reconstruction=done)
 
 
-def report(module: fx.GraphModule) -> Report:
+def report(module: nn.Module) -> Report:
     """The report of a model that `ghostify` made or `load` read; raises `GhostifyError` for any other."""
-    found = getattr(module, "meta", {}).get(META)
+    found = notes_of(module).get(META)
     if not isinstance(found, Report):
         raise GhostifyError(f"{type(module).__name__} carries no report: pass what ghostify() or load() returned")
     return found
 
 
-def attach(module: fx.GraphModule, made: Report) -> fx.GraphModule:
+def attach(module: nn.Module, made: Report) -> nn.Module:
     """The module, carrying its report."""
-    module.meta[META] = made
+    notes_of(module)[META] = made
     return module
+
+
+def notes_of(module: nn.Module) -> dict[str, Any]:
+    """What is kept with a module but is no part of it: a traced one's `meta`, and the same for others."""
+    notes: dict[str, Any] = module.__dict__.setdefault("meta", {})
+    return notes
 
 
 def summarise(plan: Plan, fits: Fits | None = None, reconstruction: Reconstruction | None = None) -> Report:
@@ -198,7 +204,7 @@ def _short(count: int | None) -> str:
 
 
 def _size(conv: Convolution) -> tuple[int, int] | None:
-    shape = conv.calls[0].output_shape
+    shape = conv.calls[0].output_shape if conv.calls else None
     return None if shape is None else (shape[-2], shape[-1])
 
 

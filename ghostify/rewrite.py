@@ -7,38 +7,49 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from ghostify.activation import activation_line, narrowed
 from ghostify.ghost import GhostModule, ghost_of
 from ghostify.lstsq import GhostWeights
 from ghostify.order import absorb
 from ghostify.plan import Plan, Rewrite
-from ghostify.trace import Program, as_module
+from ghostify.program import Program, as_module, part_of, put_part
 
 
-def rewrite(program: Program, plan: Plan, weights: Mapping[str, GhostWeights]) -> fx.GraphModule:
+def rewrite(program: Program, plan: Plan, weights: Mapping[str, GhostWeights]) -> nn.Module:
     """A copy of the program's module in which every rewrite of `plan` is a `GhostModule` with its fitted weights."""
     module = copy.deepcopy(program.module)
-    for entry in plan.rewrites:
-        put_ghost(module, entry, weights[entry.conv.name])
-    for entry in plan.rewrites:
-        ghost = module.get_submodule(place_of(entry))
-        assert isinstance(ghost, GhostModule)
-        if entry.absorb is not None and ghost.order is not None:
-            absorb(module, ghost, entry.absorb)
-    module.graph.lint()
-    module.recompile()
+    for path in program.parts:
+        rewrite_part(module, path, plan, weights)
     return module
 
 
+def rewrite_part(module: nn.Module, path: str, plan: Plan, weights: Mapping[str, GhostWeights]) -> None:
+    """Rewrite one part of a copy of the program's module, in place."""
+    entries = [e for e in plan.rewrites if e.conv.part == path]
+    if not entries:
+        return
+    part = part_of(module, path)
+    for entry in entries:
+        put_ghost(part, entry, weights[entry.conv.name])
+    for entry in entries:
+        ghost = part.get_submodule(place_of(entry))
+        assert isinstance(ghost, GhostModule)
+        if entry.absorb is not None and ghost.order is not None:
+            absorb(part, ghost, entry.absorb)
+    part.graph.lint()
+    part.recompile()
+    put_part(module, path, part)
+
+
 def place_of(entry: Rewrite) -> str:
-    """Path of the ghost module: the convolution's own, or beside the weight of a functional one."""
-    return entry.conv.name if entry.conv.kind != "conv2d" else f"{entry.conv.name}_ghost"
+    """Path of the ghost module in its part: the convolution's own, or beside the weight of a functional one."""
+    return entry.conv.local if entry.conv.kind != "conv2d" else f"{entry.conv.local}_ghost"
 
 
 def put_ghost(module: fx.GraphModule, entry: Rewrite, weights: GhostWeights) -> None:
-    """Put the ghost module of `entry` into `module`, in place; its channel order is that of the original.
+    """Put the ghost module of `entry` into its part, `module`, in place; its channel order is that of the original.
 
     Where it stands already, it takes the new weights.
     """
@@ -48,7 +59,7 @@ def put_ghost(module: fx.GraphModule, entry: Rewrite, weights: GhostWeights) -> 
     if isinstance(standing, GhostModule):
         _fill(standing, weights)
         return
-    ghost = ghost_of(as_module(module, entry.conv.name), entry.layout)
+    ghost = ghost_of(as_module(module, entry.conv.local), entry.layout)
     _fill(ghost, weights)
     if entry.conv.kind == "conv2d":
         _call_instead(module, entry)

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from ghostify import sight
 from ghostify.batches import Batches, batches_of, images_of, split
+from ghostify.calls import run
 from ghostify.collective import summed
-from ghostify.trace import Program
-from ghostify.walk import Watched
+from ghostify.program import Program
+from ghostify.record import looking
 
-SHARE = 6
+SHARE = 8
+LEAST_IMAGES = 16
 IMAGES = 256
 PROBES = 2
 SPREAD_OVER = 8
@@ -56,37 +58,38 @@ def output_sensitivity(
 
     Errors with covariance E between channels at every position raise the outputs' squared error, relative to their
     variance over images, by about trace(G E): G is the sum over positions of g g', g being the gradient of a random
-    combination of the outputs, averaged over combinations and the first `images` images (default: a sixth of them, at
-    most 256); Hutchinson's estimator, with errors taken as independent of gradients and of those at other positions (as
-    in K-FAC, Martens and Grosse 2015). Large maps are sampled at POSITIONS places. Empty where the outputs have no
+    combination of the outputs, averaged over combinations and the first `images` images (default: an eighth of them,
+    16 to 256); Hutchinson's estimator, with errors taken as independent of gradients and of those at other positions
+    (as in K-FAC, Martens and Grosse 2015). Large maps are sampled at POSITIONS places. Empty where the outputs have no
     gradient, or the model overwrites what a gradient would need.
     """
-    images = min(-(-batches.images // SHARE), IMAGES) if images is None else images
+    images = min(max(-(-batches.images // SHARE), LEAST_IMAGES), IMAGES) if images is None else images
     dense = [c for c in program.convolutions if c.obstacle is None and c.groups == 1]
-    names = {call.node: c.name for c in dense for call in c.calls}
+    names = {(c.part, call.node): c.name for c in dense for call in c.calls}
     module = copy.deepcopy(program.module).eval().requires_grad_(False)
     spreads = _spreads(module, _first(batches, min(images, SPREAD_OVER)))
     sums = {c.name: torch.zeros(c.outputs, c.outputs, dtype=torch.float64) for c in dense}
     failed = torch.zeros(())
     for first, counts, inputs in _first(batches, images):
-        taps: dict[str, Tensor] = {}
-        with torch.enable_grad():
-            outputs = _tensors(
-                Watched(module, set(names), partial(_tap, taps)).run(*inputs, enable_io_processing=False)
-            )
+        taps: list[tuple[str, Tensor]] = []
+        with torch.enable_grad(), looking(module, program.parts, partial(_tap, names, taps)):
+            outputs = _tensors(run(module, inputs))
+        if len(outputs) != len(spreads):
+            failed += 1
+            break
         for probe in range(probes):
             drawn = [_draw(o, (seed * probes + probe) * 1_000_003 + first) for o in outputs]
             try:
                 total = torch.stack([(d * o).sum() / s for d, o, s in zip(drawn, outputs, spreads, strict=True)]).sum()
                 gradients = torch.autograd.grad(
-                    total, list(taps.values()), retain_graph=probe < probes - 1, allow_unused=True
+                    total, [zero for _, zero in taps], retain_graph=probe < probes - 1, allow_unused=True
                 )
             except RuntimeError:
                 failed += 1
                 break
-            for node, gradient in zip(taps, gradients, strict=True):
+            for (name, _), gradient in zip(taps, gradients, strict=True):
                 if gradient is not None:
-                    sums[names[node]] += counts * _products(gradient, seed)
+                    sums[name] += counts * _products(gradient, seed)
     if summed(failed)[0]:
         return {}
     seen = probes * min(images, batches.images)
@@ -110,10 +113,20 @@ def _products(gradient: Tensor, seed: int) -> Tensor:
     return (rows @ rows.T).double().cpu() * (gradient[0, 0].numel() / len(places[1]))
 
 
-def _tap(taps: dict[str, Tensor], node: str, output: Tensor) -> Tensor:
+def _tap(
+    names: Mapping[tuple[str, str], str],
+    taps: list[tuple[str, Tensor]],
+    part: str,
+    node: fx.Node,
+    _: Any,
+    output: Tensor,
+) -> Tensor:
     """The output plus a zero by which gradients can be taken."""
-    taps[node] = torch.zeros_like(output, requires_grad=True)
-    return output + taps[node]
+    if (part, node.name) not in names:
+        return output
+    zero = torch.zeros_like(output, requires_grad=True)
+    taps.append((names[part, node.name], zero))
+    return output + zero
 
 
 def _first(batches: Batches, images: int) -> Iterator[tuple[int, float, list[Any]]]:
@@ -135,17 +148,19 @@ def _tensors(outputs: Any) -> list[Tensor]:
     return [o for o in tree_leaves(outputs) if isinstance(o, Tensor) and o.is_floating_point()]
 
 
-def _spreads(module: fx.GraphModule, batches: Iterable[tuple[int, float, list[Any]]]) -> list[Tensor]:
+def _spreads(module: nn.Module, batches: Iterable[tuple[int, float, list[Any]]]) -> list[Tensor]:
     """The standard deviation of each output over images, all its values together; of one image, its size."""
     count, sums, squares = torch.zeros(()), [], []
     for _, counts, inputs in batches:
         with torch.no_grad():
-            outputs = _tensors(fx.Interpreter(module).run(*inputs, enable_io_processing=False))
+            outputs = _tensors(run(module, inputs))
         count += counts * images_of(inputs)
         sums.append([counts * (o.double().sum(0) if o.dim() else o.double()) for o in outputs])
         squares.append([counts * o.double().square().sum() for o in outputs])
     count = summed(count)[0]
-    spreads = []
+    spreads: list[Tensor] = []
+    if len({len(own) for own in sums}) > 1:
+        return spreads
     for mine, square in zip(zip(*sums, strict=True), zip(*squares, strict=True), strict=True):
         alike = count > 1 and len({m.shape for m in mine}) == 1
         mean = summed(torch.stack(mine).sum(0))[0] / count if alike else torch.zeros(())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +13,9 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ghostify.batches import Batch
+from ghostify.calls import Inputs
+from ghostify.program import called
 from ghostify.shelf import Shelf, loaded, tidy
-from ghostify.trace import called
 
 READ_ONLY = (nn.Conv2d, nn.Linear, nn.BatchNorm2d)
 ACTIVATIONS = 1 << 30
@@ -56,8 +57,9 @@ class Walk:
     """Steps through the graph of `module` with a copy of it that the caller converts on the way.
 
     The walk stops at the nodes named `stops`; `changed` names all nodes whose module the caller is going to replace or
-    change. From one stop to the next, one batch after another goes the whole way; what it needs later is put aside,
-    beyond `limit` bytes (default 1 GiB) in temporary files. With many batches, free memory goes back after each.
+    change, or that differs already in `converted`, of which the copy then is. From one stop to the next, one batch
+    after another goes the whole way; what it needs later is put aside, beyond `limit` bytes (default 1 GiB) in
+    temporary files. With many batches, free memory goes back after each.
     """
 
     def __init__(
@@ -67,14 +69,16 @@ class Walk:
         stops: set[str],
         changed: set[str],
         *,
+        converted: fx.GraphModule | None = None,
         limit: int = ACTIVATIONS,
     ) -> None:
         self.original = copy.deepcopy(module).eval()
-        self.converted = copy.deepcopy(module).eval()
+        self.converted = copy.deepcopy(module if converted is None else converted).eval()
         self.chunks, self.changed = [Chunk(batch) for batch in batches], changed | stops
         self.nodes = list(self.original.graph.nodes)
         self.stops = [k for k, node in enumerate(self.nodes) if node.name in stops]
         self._twins = {n.name: n for n in self.converted.graph.nodes}
+        self._named = {n.name: n for n in self.nodes}
         self._last_uses = _last_uses(self.original.graph)
         self._shelf = Shelf(limit)
 
@@ -109,32 +113,21 @@ class Walk:
             for source in node.all_input_nodes:
                 if _memory(chunk.value(source)) & _memory(chunk.original[source]):
                     chunk.converted[source] = _copied(chunk.value(source))
-        chunk.original[node] = _execute(self.original, node, chunk.original, chunk)
+        chunk.original[node] = _execute(self.original, node, chunk.original, chunk.batch.inputs)
 
     def _run_converted(self, node: fx.Node, chunk: Chunk) -> None:
         if self._diverges(node, chunk):
             twin = self._twins[node.name]
-            sources = node.all_input_nodes if node.name not in self.changed else node.all_input_nodes[:1]
-            values = Values(zip(twin.all_input_nodes, map(chunk.value, sources), strict=True))
-            chunk.converted[node] = _execute(self.converted, twin, values, chunk)
+            values = Values({source: chunk.value(self._named[source.name]) for source in twin.all_input_nodes})
+            chunk.converted[node] = _execute(self.converted, twin, values, chunk.batch.converted_inputs)
         for old in self._last_uses.get(node, ()):
             chunk.original.pop(old, None)
             chunk.converted.pop(old, None)
 
     def _diverges(self, node: fx.Node, chunk: Chunk) -> bool:
+        if node.op == "placeholder":
+            return chunk.batch.otherwise is not None
         return node.name in self.changed or any(source in chunk.converted for source in node.all_input_nodes)
-
-
-class Watched(fx.Interpreter):
-    """Runs a traced module; what the named nodes make goes through `look`, and on as `look` returns it."""
-
-    def __init__(self, module: fx.GraphModule, nodes: set[str], look: Callable[[str, Tensor], Tensor]) -> None:
-        super().__init__(module)
-        self.nodes, self.look = nodes, look
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        return self.look(n.name, result) if n.name in self.nodes and isinstance(result, Tensor) else result
 
 
 def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
@@ -146,11 +139,11 @@ def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     return uses
 
 
-def _execute(module: fx.GraphModule, node: fx.Node, env: Values, chunk: Chunk) -> Any:
+def _execute(module: fx.GraphModule, node: fx.Node, env: Values, inputs: Inputs) -> Any:
     target: Any = node.target
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
     if node.op == "placeholder":
-        return chunk.batch.inputs[[n for n in module.graph.nodes if n.op == "placeholder"].index(node)]
+        return inputs[[n for n in module.graph.nodes if n.op == "placeholder"].index(node)]
     if node.op == "get_attr":
         return operator.attrgetter(target)(module)
     if node.op == "call_module":

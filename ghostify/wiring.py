@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torchvision.ops import StochasticDepth, stochastic_depth
 
-from ghostify.trace import called
+from ghostify.program import called
 
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d)
 SILENT_MODULES = (nn.Identity, nn.Dropout, nn.Dropout2d, DropPath, DropBlock2d, StochasticDepth)

@@ -147,6 +147,39 @@ class Optional(nn.Module):
         return x * scale
 
 
+class Wild(nn.Module):
+    """Does not trace: a list of maps by the input's values, a head for each of them, a traceable backbone."""
+
+    class Backbone(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.stem = conv_norm(3, width)
+            self.a = conv_norm(width, width)
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            x = self.a(self.stem(x))
+            return [x, F.max_pool2d(x, 2)]
+
+    class Head(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(6, width, 3, 3) / 8)
+
+        def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+            return F.conv2d(x, self.weight, padding=1) * scale
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.backbone = self.Backbone(width)
+        self.gate = Stubborn.Gate(3)
+        self.head = self.Head(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = [m for m in self.backbone(x) if m.std() >= 0]
+        first = self.gate(self.head(maps[0])[:, :3].abs())
+        return torch.cat((first.mean((2, 3)), self.head(maps[1]).mean((2, 3))), 1)
+
+
 ALL = (Straight, Residual, Branches, Shared, Functional, Stubborn, Optional)
 
 

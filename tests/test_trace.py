@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 
 from ghostify import GhostifyError, trace
@@ -60,11 +60,53 @@ def test_one_weight_in_two_calls_is_one_convolution_if_the_calls_agree():
     assert "different strides, paddings" in other.obstacle
 
 
-def test_what_does_not_trace_is_a_leaf_and_its_convolutions_are_listed_with_the_reason():
-    program = trace(nets.settle(nets.Stubborn()))
+def test_a_convolution_inside_what_does_not_trace_is_a_part_of_its_own():
+    model, x = nets.settle(nets.Stubborn()), nets.images(1)
+    program = trace(model, x)
+    assert list(program.parts) == ["gate.conv", ""]
     gate = next(c for c in program.convolutions if c.name == "gate.conv")
-    assert "inside Gate 'gate'" in gate.obstacle
-    assert "control flow" in gate.obstacle
+    assert (gate.part, gate.local, gate.obstacle) == ("gate.conv", "conv", None)
+    assert gate.calls[0].output_shape == (1, 8, 12, 12)
+    assert program.conv("gate.conv") is program.module.gate.conv
+
+
+def test_a_class_that_does_not_trace_stays_around_the_parts_that_do():
+    model, x = nets.settle(nets.Wild()), nets.images(2)
+    program = trace(model, x)
+    assert list(program.parts) == ["backbone", "head", "gate.conv"]
+    assert isinstance(program.module, nets.Wild)
+    assert isinstance(program.module.backbone, fx.GraphModule)
+    assert [c.name for c in program.convolutions] == ["backbone.stem.0", "backbone.a.0", "head.weight", "gate.conv"]
+    assert torch.equal(program.module(x), model(x))
+    head = next(c for c in program.convolutions if c.part == "head")
+    assert head.calls[0].places == 2 * (144 + 36)
+
+
+def test_what_is_called_with_options_is_traced_as_it_is_called():
+    class Options(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nets.Optional()
+
+        def forward(self, x):
+            x = x if x.mean() > 100 else x + 1
+            return self.inner(x, bias=x.mean(), scale=2.0)
+
+    model, x = nets.settle(Options()), nets.images(1)
+    program = trace(model, x)
+    assert list(program.parts) == ["inner"]
+    torch.testing.assert_close(program.module(x), model(x))
+    with pytest.raises(GhostifyError, match="argument 'bias' was fixed"):
+        trace(model).module(x)
+
+
+def test_a_convolution_that_never_runs_is_listed_with_the_reason():
+    (found,) = trace(nets.Stubborn.Gate(3), -torch.ones(1, 3, 4, 4)).convolutions
+    assert "not called when the example inputs run" in found.obstacle
+    model = nets.settle(nets.Straight())
+    model.spare = nn.Conv2d(3, 3, 1)
+    spare = next(c for c in trace(model).convolutions if c.name == "spare")
+    assert (spare.calls, spare.obstacle) == ((), "its forward does not call it as traced")
 
 
 def test_optional_arguments_left_out_stand_guard():
@@ -97,7 +139,7 @@ def test_what_cannot_be_traced_or_run_is_one_error():
         def forward(self, x):
             return x if x.sum() > 0 else -x
 
-    with pytest.raises(GhostifyError, match=r"Wild\.forward cannot be traced"):
+    with pytest.raises(GhostifyError, match=r"Wild\.forward cannot be traced \(.*control flow"):
         trace(Wild())
     with pytest.raises(GhostifyError, match="does not run on example_inputs"):
         trace(nets.Straight(), torch.zeros(1, 7, 8, 8))
@@ -156,3 +198,66 @@ def test_a_model_that_kept_a_tensor_of_its_last_forward_is_copied():
     model(nets.images(1))
     assert len(trace(model).convolutions) == 1
     assert model.kept["bias"].requires_grad
+
+
+def test_a_model_that_raises_says_so_in_one_line():
+    class Raises(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            raise RuntimeError(f"no such sensor: {x.dim()}")
+
+    with pytest.raises(GhostifyError, match="does not run on example_inputs: RuntimeError: no such sensor: 4"):
+        trace(Raises(), nets.images(1))
+
+
+def test_a_model_that_calls_itself_is_entered_or_refused():
+    class Recursive(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.depth = nn.Conv2d(3, 3, 3, padding=1), 3
+
+        def forward(self, x, depth=None):
+            depth = self.depth if depth is None else depth
+            return x if depth == 0 else self(self.conv(x), depth - 1)
+
+    class Endless(Recursive):
+        def forward(self, x):
+            return self(self.conv(x))
+
+    x = nets.images(1)
+    model = Recursive()
+    program = trace(model, x)
+    assert torch.equal(program.module(x), model(x))
+    assert len(program.convolutions[0].calls) == 3
+    with pytest.raises(GhostifyError, match="does not run"):
+        trace(Endless(), x)
+
+
+def test_modules_that_refer_to_each_other_in_a_circle_are_traced_unless_they_are_registered():
+    model = nets.settle(nets.Wild())
+    model.gate.owner = [model]
+    program = trace(model, nets.images(1))
+    assert [c.part for c in program.convolutions] == ["backbone", "backbone", "head", "gate.conv"]
+    model.gate.registered = model
+    with pytest.raises(GhostifyError, match=r"gate\.registered is a module that it lies in itself"):
+        trace(model, nets.images(1))
+
+
+def test_a_graph_that_changes_with_the_size_is_traced_as_far_as_it_goes():
+    class Sizes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return self.a(x) if x.shape[-1] > 16 else self.b(x)
+
+    program = trace(Sizes(), nets.images(1, 12))
+    reasons = {c.name: c.obstacle for c in program.convolutions}
+    assert "not called when the example inputs run" in reasons["a"]
+    assert reasons["b"] is None
+    big = nets.images(1, 20)
+    assert program.module(big).shape == (1, 4, 18, 18)

@@ -1,0 +1,74 @@
+"""What arrives at a part of a model: the inputs of each of its calls, in the original and in the converted model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from ghostify.batches import IN_MEMORY, Batch, Batches, images_of
+from ghostify.calls import Inputs, bind_inputs, run, tensors_of
+from ghostify.collective import summed
+from ghostify.modes import evaluating
+from ghostify.program import Program
+from ghostify.shelf import Shelf
+
+APART = 0.5
+
+
+def arriving(program: Program, converted: nn.Module, path: str, batches: Batches) -> Batches | None:
+    """The calls of the part at `path` as a calibration set for it.
+
+    Where the calls of the two models do not correspond - another number or shape of values, as behind a choice of
+    proposals, or values that have little in common - both are fed what the original is. None where no batch reaches
+    the part.
+    """
+    shelf = Shelf(IN_MEMORY)
+    found: list[Batch] = []
+    seen = 0
+    for batch in batches.own:
+        originals = _calls(program, program.module, path, batch.inputs)
+        others = _calls(program, converted, path, batch.inputs)
+        for k, inputs in enumerate(originals):
+            if not any(v.dim() and len(v) for v in tensors_of(inputs)):
+                continue
+            other = others[k] if len(others) == len(originals) and _correspond(inputs, others[k]) else None
+            size = images_of(inputs)
+            stored = [shelf.put(v) for v in inputs]
+            otherwise = None if other is None else [shelf.put(v) for v in other]
+            found.append(Batch(batch.number, seen, size, stored, otherwise=otherwise))
+            seen += size
+    images = int(summed(torch.tensor(float(seen)))[0])
+    return Batches(tuple(found), images) if images else None
+
+
+def _calls(program: Program, module: nn.Module, path: str, inputs: Inputs) -> list[Inputs]:
+    """What each call of the part is fed in one forward."""
+    found: list[Inputs] = []
+
+    def note(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        found.append(tree_map(_kept, bind_inputs(program.parts[path], args, kwargs)))
+
+    handle = module.get_submodule(path).register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        with evaluating(module):
+            run(module, inputs)
+    finally:
+        handle.remove()
+    return found
+
+
+def _kept(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _correspond(inputs: Inputs, others: Inputs) -> bool:
+    """Whether two calls are fed the same but for an error."""
+    pairs = list(zip(tensors_of(inputs), tensors_of(others), strict=False))
+    if len(pairs) != len(tensors_of(others)) or any(a.shape != b.shape for a, b in pairs):
+        return False
+    apart = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
+    whole = sum(float(torch.square(a.double()).sum()) for a, _ in pairs)
+    return apart <= APART * whole

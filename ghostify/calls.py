@@ -1,0 +1,67 @@
+"""How models are called: a batch as arguments, arguments as a traced module's inputs, a forward of either."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from ghostify.errors import GhostifyError
+
+Inputs = list[Any]
+
+
+def as_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of a forward, from a tensor, a tuple or list, or a dict of keywords."""
+    if batch is None:
+        return (), {}
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    return (tuple(batch), {}) if isinstance(batch, tuple | list) else ((batch,), {})
+
+
+def bind_inputs(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Inputs:
+    """The values of a traced module's placeholders, in order, for one forward of `args` and `kwargs`."""
+    positional, values = list(args), []
+    for node in (n for n in module.graph.nodes if n.op == "placeholder"):
+        if node.target in kwargs:
+            values.append(kwargs[node.target])
+        elif positional:
+            values.append(positional.pop(0))
+        elif node.args:
+            values.append(node.args[0])
+        else:
+            raise GhostifyError(f"the model's input {node.target!r} is missing from the example or calibration inputs")
+    return values
+
+
+def example_of(module: nn.Module, batch: Any) -> Inputs:
+    """What one forward of `batch` feeds a module: a traced one's placeholders in order, or arguments and keywords."""
+    args, kwargs = as_arguments(batch)
+    return bind_inputs(module, args, kwargs) if isinstance(module, fx.GraphModule) else [args, kwargs]
+
+
+def inputs_of(module: nn.Module, batch: Any) -> Inputs:
+    """The same for a batch of a data set: elements of a tuple beyond what the module asks for, labels, are left out."""
+    args, kwargs = as_arguments(batch)
+    if isinstance(module, fx.GraphModule):
+        count = sum(n.op == "placeholder" for n in module.graph.nodes)
+        return bind_inputs(module, args[:count], kwargs)
+    asked = [p for p in inspect.signature(module.forward).parameters.values() if p.default is p.empty]
+    return [args if any(p.kind is p.VAR_POSITIONAL for p in asked) else args[: max(1, len(asked))], kwargs]
+
+
+def run(module: nn.Module, inputs: Inputs) -> Any:
+    """One forward."""
+    if isinstance(module, fx.GraphModule):
+        return module(*inputs)
+    args, kwargs = inputs
+    return module(*args, **kwargs)
+
+
+def tensors_of(inputs: Any) -> list[Tensor]:
+    """All tensors among the inputs, in order."""
+    return [v for v in tree_leaves(inputs) if isinstance(v, Tensor)]

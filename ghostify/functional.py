@@ -1,0 +1,71 @@
+"""`torch.nn.functional.conv2d` in a traced graph: the parameters it takes, and the module that would do the same."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+CONV2D_FUNCTIONS = (F.conv2d, torch.conv2d)
+
+
+def is_functional(node: fx.Node) -> bool:
+    """Whether the node calls conv2d as a function."""
+    return node.op == "call_function" and node.target in CONV2D_FUNCTIONS
+
+
+def functional_weight(module: nn.Module, node: fx.Node) -> str | None:
+    """Path of the parameter a functional convolution takes as weight, or None where it is computed."""
+    if not is_functional(node):
+        return None
+    bound = _bind(node)
+    for key in ("weight", "bias"):
+        value = bound[key]
+        if value is None and key == "bias":
+            continue
+        fetched = isinstance(value, fx.Node) and value.op == "get_attr"
+        if not fetched or not isinstance(attribute(module, value.target), nn.Parameter):
+            return None
+    if any(isinstance(bound[k], fx.Node) for k in ("stride", "padding", "dilation", "groups")):
+        return None
+    return str(bound["weight"].target)
+
+
+def functional_conv(module: nn.Module, node: fx.Node) -> nn.Conv2d:
+    """A `Conv2d` around the parameters of a functional convolution."""
+    bound = _bind(node)
+    weight = attribute(module, bound["weight"].target)
+    bias = None if bound["bias"] is None else attribute(module, bound["bias"].target)
+    conv = nn.Conv2d(
+        weight.shape[1] * bound["groups"],
+        weight.shape[0],
+        tuple(weight.shape[2:]),
+        bound["stride"],
+        bound["padding"],
+        bound["dilation"],
+        bound["groups"],
+        bias is not None,
+        device="meta",
+    )
+    conv.weight, conv.bias = weight, bias
+    return conv.train(module.training)
+
+
+def settings(node: fx.Node) -> str:
+    """Everything a functional convolution is called with but its input."""
+    bound = {k: v.target if isinstance(v, fx.Node) else v for k, v in _bind(node).items() if k != "input"}
+    return str(sorted(bound.items()))
+
+
+def attribute(module: nn.Module, path: str) -> Any:
+    """What lies at a dotted path."""
+    return operator.attrgetter(path)(module)
+
+
+def _bind(node: fx.Node) -> dict[str, Any]:
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    defaults: dict[str, Any] = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+    return defaults | dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
