@@ -24,11 +24,18 @@ def as_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def bind_inputs(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Inputs:
-    """The values of a traced module's placeholders, in order, for one forward of `args` and `kwargs`."""
-    positional, values = list(args), []
+    """The values of a traced module's placeholders, in order, for one forward of `args` and `kwargs`.
+
+    The rest of the positional arguments goes to a placeholder `*name`, as a tuple; that of the keywords to `**name`.
+    """
+    positional, named, values = list(args), dict(kwargs), Inputs()
     for node in (n for n in module.graph.nodes if n.op == "placeholder"):
-        if node.target in kwargs:
-            values.append(kwargs[node.target])
+        if node.target.startswith("**"):
+            values.append(named)
+        elif node.target.startswith("*"):
+            values.append(tuple(positional))
+        elif node.target in named:
+            values.append(named.pop(node.target))
         elif positional:
             values.append(positional.pop(0))
         elif node.args:
@@ -48,7 +55,7 @@ def inputs_of(module: nn.Module, batch: Any) -> Inputs:
     """The same for a batch of a data set: elements of a tuple beyond what the module asks for, labels, are left out."""
     args, kwargs = as_arguments(batch)
     if isinstance(module, fx.GraphModule):
-        count = sum(n.op == "placeholder" for n in module.graph.nodes)
+        count = sum(n.op == "placeholder" and not n.target.startswith("*") for n in module.graph.nodes)
         return bind_inputs(module, args[:count], kwargs)
     asked = [p for p in inspect.signature(module.forward).parameters.values() if p.default is p.empty]
     return [args if any(p.kind is p.VAR_POSITIONAL for p in asked) else args[: max(1, len(asked))], kwargs]
@@ -56,10 +63,22 @@ def inputs_of(module: nn.Module, batch: Any) -> Inputs:
 
 def run(module: nn.Module, inputs: Inputs) -> Any:
     """One forward."""
-    if isinstance(module, fx.GraphModule):
-        return module(*inputs)
-    args, kwargs = inputs
+    args, kwargs = spread(module, inputs) if isinstance(module, fx.GraphModule) else inputs
     return module(*args, **kwargs)
+
+
+def spread(module: fx.GraphModule, inputs: Inputs) -> tuple[list[Any], dict[str, Any]]:
+    """The arguments and keywords of a call that gives a traced module's placeholders these values."""
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    for node, value in zip((n for n in module.graph.nodes if n.op == "placeholder"), inputs, strict=True):
+        if node.target.startswith("**"):
+            kwargs |= value
+        elif node.target.startswith("*"):
+            args += value
+        else:
+            args.append(value)
+    return args, kwargs
 
 
 def tensors_of(inputs: Any) -> list[Tensor]:

@@ -257,6 +257,8 @@ def _print(found: Report, title: str, as_json: bool) -> None:
     console.print(table(found, title))
     skipped = len(found.lines) - found.rewritten
     console.print(f"{found.rewritten} convolutions rewritten, {skipped} left as they are", highlight=False)
+    if found.lost:
+        console.print(f"without the original's {', '.join(found.lost)}", highlight=False)
     if (done := found.reconstruction) is not None:
         kept = sum(b.steps > 0 for b in done.blocks)
         errors = f"outputs' error on held-out images {done.before:.4f} -> {done.after:.4f}"

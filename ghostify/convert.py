@@ -62,4 +62,4 @@ def ghostify(
     done = None
     if reconstruct and seen is not None:
         fits, done = reconstruct_blocks(program, decided, fits, seen.batches, seed=seed, progress=progress)
-    return attach(rewrite(program, decided, fits.weights), summarise(decided, fits, done))
+    return attach(rewrite(program, decided, fits.weights), summarise(decided, fits, done, program.lost))

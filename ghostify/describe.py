@@ -25,6 +25,7 @@ FUNCTION_MODULES = (
     "ghostify.tracer", "ghostify.ghost",
 )  # fmt: skip
 TORCH_FUNCTIONS = ("_assert", "sym_int", "sym_float", "sym_max", "sym_min", "sym_not", "sym_ite")
+KEPT = "_user_preserved_attributes"  # in the meta of a traced module; torch.fx takes them over to copies
 FORBIDDEN = ("from_file", "save", "load")
 OWN = frozenset(nn.Module().__dict__) - {"training"}
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -65,6 +66,8 @@ def rebuild(data: dict[str, Any], tensors: dict[str, Tensor], allow: Iterable[st
     for path in reversed(graphs):
         item = data["modules"][path]
         made = fx.GraphModule(built[path], _graph(item["nodes"], names), class_name=item["class_name"])
+        made.meta[KEPT] = {k: _decode(v, tensors, names) for k, v in item.get("attributes", {}).items()}
+        made.__dict__.update(made.meta[KEPT])
         built[path] = made
         if path:
             owner, _, leaf = path.rpartition(".")
@@ -73,6 +76,15 @@ def rebuild(data: dict[str, Any], tensors: dict[str, Tensor], allow: Iterable[st
     for path, inner in root.named_modules():
         inner.training = data["modules"][path]["training"]
     return root
+
+
+def is_sayable(value: Any) -> bool:
+    """Whether plain data can say it."""
+    try:
+        _encode(value, "")
+    except (GhostifyError, RecursionError):
+        return False
+    return True
 
 
 def _describe_one(path: str, inner: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -92,6 +104,8 @@ def _describe_one(path: str, inner: nn.Module, tensors: dict[str, Tensor]) -> di
     if isinstance(inner, fx.GraphModule):
         item["class_name"] = type(inner).__name__
         item["nodes"] = [_describe_node(n) for n in inner.graph.nodes]
+        kept = inner.meta.get(KEPT, {})
+        item["attributes"] = {key: _encode(value, f"{path}.{key}".lstrip(".")) for key, value in kept.items()}
         return item
     item["class"] = _name(type(inner), f"{path}: its class")
     item["attributes"] = {

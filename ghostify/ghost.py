@@ -89,6 +89,9 @@ class CheapOperation(nn.Module):
         return maps[0] if len(maps) == 1 else torch.cat(maps, 1)
 
 
+ASKED = ("weight", "in_channels", "kernel_size", "stride", "padding", "padding_mode", "dilation")
+
+
 class GhostModule(nn.Module):
     """Intrinsic maps by `primary_conv`, ghosts from them by `cheap_operation`, concatenated.
 
@@ -112,10 +115,11 @@ class GhostModule(nn.Module):
         self.activation = activation
         self.register_buffer("order", order)
 
-    @property
-    def weight(self) -> Tensor:
-        """The intrinsic filters: for forwards that ask a convolution for its dtype or device by its weight."""
-        return self.primary_conv.weight
+    def __getattr__(self, name: str) -> Any:
+        """What forwards ask a convolution for, its weight's dtype or its stride, is that of the primary one."""
+        if name in ASKED:
+            return getattr(super().__getattr__("primary_conv"), name)
+        return super().__getattr__(name)
 
     @property
     def cheap_convs(self) -> tuple[nn.Conv2d, ...]:

@@ -62,7 +62,8 @@ class Convolution:
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """A traced copy of the caller's model; read-only from here on. `macs` counts one forward of the example inputs.
+    """A traced copy of the caller's model; read-only from here on. `macs` counts one forward of the example inputs;
+    `lost` names what the model has beside its forward, and the copy has not.
 
     `parts` has the graphs by the paths of the modules they are of, inner ones before outer ones. Where the whole model
     traces, the last is `module` itself, under the path ""; else the model's class stays, around the parts. A
@@ -73,6 +74,7 @@ class Program:
     parts: Mapping[str, fx.GraphModule]
     convolutions: tuple[Convolution, ...]
     macs: int | None = None
+    lost: tuple[str, ...] = ()
 
     def conv(self, name: str) -> nn.Conv2d:
         """The convolution `name` as a plain module; it shares the program's parameters where it is one there."""

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ghostify.calls import Inputs, bind_inputs, run
+from ghostify.calls import Inputs, bind_inputs, run, spread
 from ghostify.errors import GhostifyError
 from ghostify.functional import is_functional
 from ghostify.modes import evaluating
@@ -80,7 +80,7 @@ def _hook(look: Look, path: str, node: fx.Node, _module: nn.Module, inputs: Any,
 def _interpreted(interpreter: fx.Interpreter, *args: Any, **kwargs: Any) -> Any:
     module = interpreter.module
     assert isinstance(module, fx.GraphModule)
-    return interpreter.run(*bind_inputs(module, args, kwargs), enable_io_processing=False)
+    return interpreter.run(*spread(module, bind_inputs(module, args, kwargs))[0], enable_io_processing=False)
 
 
 class _Looking(fx.Interpreter):

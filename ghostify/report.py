@@ -50,7 +50,8 @@ class Line:
 class Report:
     """All convolutions in order of use, whole-model MACs where known, images used, seconds of each part, and blocks.
 
-    Errors of lines are those of the closed-form fit, before any reconstruction.
+    `lost` names methods and attributes of the original that the result has not. Errors of lines are those of the
+    closed-form fit, before any reconstruction.
     """
 
     lines: tuple[Line, ...]
@@ -59,6 +60,7 @@ class Report:
     images: int
     seconds: dict[str, float]
     reconstruction: Reconstruction | None = None
+    lost: tuple[str, ...] = ()
 
     @property
     def rewritten(self) -> int:
@@ -87,7 +89,7 @@ class Report:
         if done is not None:
             blocks = tuple(Rebuilt(**{**item, "layers": tuple(item["layers"])}) for item in done["blocks"])
             done = Reconstruction(**{**done, "blocks": blocks})
-        return cls(tuple(lines), **counts, reconstruction=done)
+        return cls(tuple(lines), **counts, reconstruction=done, lost=tuple(data.get("lost", ())))
 
 
 def report(module: nn.Module) -> Report:
@@ -110,11 +112,13 @@ def notes_of(module: nn.Module) -> dict[str, Any]:
     return notes
 
 
-def summarise(plan: Plan, fits: Fits | None = None, reconstruction: Reconstruction | None = None) -> Report:
+def summarise(
+    plan: Plan, fits: Fits | None = None, reconstruction: Reconstruction | None = None, lost: tuple[str, ...] = ()
+) -> Report:
     """The report of a plan, with the errors of its fits, and of its blocks, where they are done."""
     lines = tuple(_line(entry, fits) for entry in plan.entries)
     images, seconds = (0, {}) if fits is None else (fits.images, fits.seconds)
-    return Report(lines, plan.macs_before, plan.macs_after, images, seconds, reconstruction)
+    return Report(lines, plan.macs_before, plan.macs_after, images, seconds, reconstruction, lost)
 
 
 def _line(entry: Rewrite | Skip, fits: Fits | None) -> Line:

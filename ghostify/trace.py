@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from ghostify.attributes import keep_attributes, lost_attributes
 from ghostify.calls import Inputs, example_of
 from ghostify.entering import answers_alike, enter, how_called
 from ghostify.errors import GhostifyError
@@ -47,7 +48,10 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Program:
     if made is not None:
         parts = _as_they_run(parts, list(calls))
     macs = None if made is None else made.macs
-    return Program(module, parts, (*found, *_unreached(found, named, module)), macs)
+    if isinstance(module, fx.GraphModule):
+        keep_attributes(module, model)
+    lost = lost_attributes(module, model)
+    return Program(module, parts, (*found, *_unreached(found, named, module)), macs, lost)
 
 
 def _copied(model: nn.Module) -> nn.Module:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 from timm.layers import get_notrace_functions, get_notrace_modules
 from torch import fx, nn
+from torch.fx.immutable_collections import immutable_dict
 
 from ghostify.errors import GhostifyError
 
 DEEP = 64
+PLAIN_DICTS = (dict, OrderedDict, immutable_dict)
 
 
 class Mode(nn.Module):
@@ -28,6 +31,12 @@ def fixed(value: Any, default: Any, name: str) -> None:
             f"argument {name!r} was fixed at its default {default!r} when the model was traced: "
             f"name it in example_inputs to keep it an input"
         )
+
+
+def unused(value: Any, name: str) -> None:
+    """Stand guard in a graph over `*args` or `**kwargs` that took nothing when the model was traced."""
+    if value:
+        raise GhostifyError(f"{name} took nothing when the model was traced: name what it takes in example_inputs")
 
 
 def same_mode(mode: bool, traced: bool, name: str) -> None:
@@ -72,6 +81,16 @@ def graph_of(root: nn.Module, given: Set[str]) -> fx.Graph:
                 leaves.add(inside)
 
 
+class _NoKeywords(dict[str, Any]):
+    """An empty `**kwargs` that torch.fx takes for one value."""
+
+
+class _NoArguments(tuple[()]):
+    """An empty `*args` that torch.fx takes for one value."""
+
+    __slots__ = ()
+
+
 def is_notrace(module: nn.Module) -> bool:
     """Whether timm marks modules of this class as not to be traced."""
     return isinstance(module, tuple(get_notrace_modules()))
@@ -102,8 +121,16 @@ class _Tracer(fx.Tracer):
         self.inside.pop()  # not in a `finally`: after an error the top names the module that does not trace
         return result
 
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, dict) and type(a) not in PLAIN_DICTS:
+            raise TypeError(f"it makes a {type(a).__name__}, which a graph would turn into a plain dict")
+        return super().create_arg(a)
+
     def _proxy_placeholder(self, name: str, concrete_args: Any, sig: Any, fn_for_analysis: Any) -> Any:
         proxy = super()._proxy_placeholder(name, concrete_args, sig, fn_for_analysis)
+        if name.startswith("*") and name.lstrip("*") not in self.given:
+            self.create_proxy("call_function", unused, (proxy, name), {})
+            return _NoKeywords() if name.startswith("**") else _NoArguments()
         parameter = sig.parameters.get(name)
         if parameter is None or parameter.default is parameter.empty or name in self.given:
             return proxy

@@ -1,8 +1,10 @@
 import pytest
 import torch
+from torch import fx
 
 from ghostify import GhostifyError, trace
 from ghostify.calls import as_arguments, bind_inputs, example_of, inputs_of, run
+from ghostify.tracer import graph_of
 from tests import nets
 
 
@@ -30,3 +32,18 @@ def test_labels_are_left_out_of_batches_but_not_of_examples():
     assert inputs_of(wild, (x, torch.ones(2))) == [(x,), {}]
     assert len(example_of(wild, (x, torch.ones(2)))[0]) == 2
     assert torch.equal(run(wild, inputs_of(wild, x)), wild(x))
+
+
+def test_the_rest_of_the_arguments_goes_to_starred_inputs():
+    class Starred(torch.nn.Module):
+        def forward(self, x, *more, **options):
+            return x + sum(more) if more or options else x
+
+    x = torch.ones(2)
+    plain = trace(torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1), Starred()), nets.images(1)).module
+    assert bind_inputs(plain, (x,), {}) == [x]
+    alone = fx.GraphModule(Starred(), graph_of(Starred(), {"x"}))
+    assert bind_inputs(alone, (x, 2, 3), {"a": 1}) == [x, (2, 3), {"a": 1}]
+    assert torch.equal(run(alone, [x, (), {}]), x)
+    with pytest.raises(GhostifyError, match=r"\*more took nothing when the model was traced"):
+        run(alone, [x, (2,), {}])

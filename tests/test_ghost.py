@@ -63,3 +63,11 @@ def test_the_layout_of_1_x_1_filters_is_told_by_their_strides():
     assert not is_channels_last(plain.primary_conv.weight)
     assert is_channels_last(last.primary_conv.weight)
     assert last.primary_conv.weight.stride() == conv.weight[:4].stride()
+
+
+def test_what_forwards_ask_a_convolution_for_is_answered():
+    ghost = ghost_of(nn.Conv2d(4, 8, 3, stride=2, padding=1, dilation=2), Layout(8, 4, 1, 3))
+    assert (ghost.stride, ghost.kernel_size, ghost.dilation, ghost.in_channels) == ((2, 2), (3, 3), (2, 2), 4)
+    assert ghost.weight is ghost.primary_conv.weight
+    with pytest.raises(AttributeError, match="no attribute 'groups'"):
+        _ = ghost.groups

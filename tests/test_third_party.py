@@ -1,0 +1,53 @@
+"""Networks of other packages, untrained: nobody planned for them in particular."""
+
+import pytest
+import segmentation_models_pytorch as smp
+import torch
+import transformers as hf
+from torch.utils._pytree import tree_leaves
+
+from ghostify import ghostify, load, report, save
+
+pytestmark = pytest.mark.filterwarnings("default")  # the packages' own
+WIDTHS = {"depths": [1, 1, 1, 1], "hidden_sizes": [16, 32, 64, 128]}
+MAKERS = {
+    "unet": lambda: smp.Unet("resnet18", encoder_weights=None, classes=2),
+    "deeplabv3plus": lambda: smp.DeepLabV3Plus("tu-mobilenetv3_small_100", encoder_weights=None, classes=2),
+    "hf-resnet": lambda: hf.ResNetForImageClassification(hf.ResNetConfig(embedding_size=16, **WIDTHS)),
+    "hf-convnext": lambda: hf.ConvNextForImageClassification(hf.ConvNextConfig(**WIDTHS)),
+    "hf-regnet": lambda: hf.RegNetForImageClassification(hf.RegNetConfig(embedding_size=16, groups_width=16, **WIDTHS)),
+    "hf-mobilenet-v2": lambda: hf.MobileNetV2ForImageClassification(hf.MobileNetV2Config()),
+}
+
+
+def answers(model, x):
+    with torch.no_grad():
+        made = model(**x)
+    return [v for v in tree_leaves(made.to_tuple() if hasattr(made, "to_tuple") else made) if v is not None]
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_network_of_another_package(name, tmp_path):
+    torch.manual_seed(0)
+    model = MAKERS[name]().eval()
+    x = {"pixel_values" if name.startswith("hf") else "x": torch.randn(2, 3, 64, 64)}
+    wanted = answers(model, x)
+    assert all(map(torch.equal, answers(ghostify(model, 1, example_inputs=x), x), wanted))
+    converted = ghostify(model, 2, cheap="pointwise", example_inputs=x)
+    found = report(converted)
+    dense = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Conv2d) and m.groups == 1]
+    lines = {line.name: line.reason for line in found.lines}
+    left = [lines[n] for n in dense if lines[n] is not None]
+    assert all(reason.startswith(("the first convolution", "nothing is saved")) for reason in left)
+    assert found.rewritten > 1
+    made = answers(converted, x)
+    assert [v.shape for v in made] == [v.shape for v in wanted]
+    save(converted, tmp_path / "out")
+    again = load(tmp_path / "out", allow=["transformers", "segmentation_models_pytorch"])
+    assert all(map(torch.equal, answers(again, x), made))
+
+
+def test_an_answer_of_a_class_of_its_own_stays_one():
+    model = hf.ResNetForImageClassification(hf.ResNetConfig(embedding_size=16, **WIDTHS)).eval()
+    converted = ghostify(model, cheap="pointwise")
+    assert converted(pixel_values=torch.randn(1, 3, 64, 64)).logits.shape == (1, 2)
