@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 from torch import fx, nn
 
-from ghostify.describe import KEPT, is_sayable
+from ghostify.describe import is_sayable, put_attributes
 
 STANDARD = frozenset(dir(nn.Module)) | {"forward", "meta"}
 
@@ -17,13 +16,6 @@ def keep_attributes(made: fx.GraphModule, model: nn.Module) -> None:
     wanted = {k: v for k, v in vars(model).items() if not k.startswith("_") and k not in vars(made)}
     kept = {k: v for k, v in wanted.items() if k != "training" and not callable(v) and is_sayable(v)}
     put_attributes(made, copy.deepcopy(kept))
-
-
-def put_attributes(made: fx.GraphModule, values: dict[str, Any]) -> None:
-    """Set them where torch.fx carries them over to copies."""
-    made.meta[KEPT] = values
-    for name, value in values.items():
-        setattr(made, name, value)
 
 
 def lost_attributes(made: nn.Module, model: nn.Module) -> tuple[str, ...]:

@@ -20,7 +20,6 @@ from torch import Tensor, fx, nn
 from ghostify import cost, sight
 from ghostify.assign import choose_groups
 from ghostify.calls import run
-from ghostify.collective import summed
 from ghostify.datafree import statistics_of
 from ghostify.errors import GhostifyError
 from ghostify.ghost import Layout, intrinsic_maps
@@ -280,13 +279,11 @@ def _profiled(program: Program, wished: list[Target], calibration: Calibration, 
         for batch in calibration.batches.own:
             with looking(program.module, program.parts, partial(look, batch.first)):
                 run(program.module, batch.inputs)
-    unseen = [t for t in wished if not sum(float(summed(m.count)[0]) for m in halves[t.conv.name])]
-    profiles = _data_free(program, unseen)
-    for target in wished:
-        name = target.conv.name
+    found = {name: [moments.of_all_processes() for moments in both] for name, both in halves.items()}
+    profiles = _data_free(program, [t for t in wished if not any(m.count for m in found[t.conv.name])])
+    for name, parts in found.items():
         if name in profiles:
             continue
-        parts = [moments.of_all_processes() for moments in halves[name]]
         whole = (parts[0] + parts[1]).centred()[0]
         covariances = tuple(p.centred()[0] for p in parts) if all(p.count for p in parts) else (whole,)
         alike = 1 / whole.diagonal().clamp_min(1e-30).sum()

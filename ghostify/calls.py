@@ -23,25 +23,31 @@ def as_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(batch), {}) if isinstance(batch, tuple | list) else ((batch,), {})
 
 
+def placeholders(module: fx.GraphModule) -> list[fx.Node]:
+    """The nodes of a traced module's inputs, in order."""
+    return [n for n in module.graph.nodes if n.op == "placeholder"]
+
+
 def bind_inputs(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Inputs:
     """The values of a traced module's placeholders, in order, for one forward of `args` and `kwargs`.
 
     The rest of the positional arguments goes to a placeholder `*name`, as a tuple; that of the keywords to `**name`.
     """
     positional, named, values = list(args), dict(kwargs), Inputs()
-    for node in (n for n in module.graph.nodes if n.op == "placeholder"):
-        if node.target.startswith("**"):
+    for node in placeholders(module):
+        name = str(node.target)
+        if name.startswith("**"):
             values.append(named)
-        elif node.target.startswith("*"):
+        elif name.startswith("*"):
             values.append(tuple(positional))
-        elif node.target in named:
-            values.append(named.pop(node.target))
+        elif name in named:
+            values.append(named.pop(name))
         elif positional:
             values.append(positional.pop(0))
         elif node.args:
             values.append(node.args[0])
         else:
-            raise GhostifyError(f"the model's input {node.target!r} is missing from the example or calibration inputs")
+            raise GhostifyError(f"the model's input {name!r} is missing from the example or calibration inputs")
     return values
 
 
@@ -55,7 +61,7 @@ def inputs_of(module: nn.Module, batch: Any) -> Inputs:
     """The same for a batch of a data set: elements of a tuple beyond what the module asks for, labels, are left out."""
     args, kwargs = as_arguments(batch)
     if isinstance(module, fx.GraphModule):
-        count = sum(n.op == "placeholder" and not n.target.startswith("*") for n in module.graph.nodes)
+        count = sum(not str(n.target).startswith("*") for n in placeholders(module))
         return bind_inputs(module, args[:count], kwargs)
     asked = [p for p in inspect.signature(module.forward).parameters.values() if p.default is p.empty]
     return [args if any(p.kind is p.VAR_POSITIONAL for p in asked) else args[: max(1, len(asked))], kwargs]
@@ -71,16 +77,17 @@ def spread(module: fx.GraphModule, inputs: Inputs) -> tuple[list[Any], dict[str,
     """The arguments and keywords of a call that gives a traced module's placeholders these values."""
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
-    for node, value in zip((n for n in module.graph.nodes if n.op == "placeholder"), inputs, strict=True):
-        if node.target.startswith("**"):
+    for node, value in zip(placeholders(module), inputs, strict=True):
+        name = str(node.target)
+        if name.startswith("**"):
             kwargs |= value
-        elif node.target.startswith("*"):
+        elif name.startswith("*"):
             args += value
         else:
             args.append(value)
     return args, kwargs
 
 
-def tensors_of(inputs: Any) -> list[Tensor]:
-    """All tensors among the inputs, in order."""
-    return [v for v in tree_leaves(inputs) if isinstance(v, Tensor)]
+def tensors_of(values: Any) -> list[Tensor]:
+    """All tensors among inputs or outputs, in order."""
+    return [v for v in tree_leaves(values) if isinstance(v, Tensor)]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ghostify.describe import describe, rebuild
 from ghostify.errors import GhostifyError
-from ghostify.report import Report, attach, notes_of, report
+from ghostify.report import Report, attach, note, notes_of, report
 
 FORMAT = 1
 TENSORS, DESCRIPTION = "model.safetensors", "ghostify.json"
@@ -82,7 +82,7 @@ def load(path: str | Path, *, allow: Iterable[str] = (), device: str | torch.dev
         raise GhostifyError(f"{folder / DESCRIPTION}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise GhostifyError(f"{folder / DESCRIPTION}: is incomplete: {type(error).__name__}: {error}") from error
-    notes_of(module)["ghostify_source"] = content["source"]
+    note(module, "ghostify_source", content["source"])
     return module
 
 

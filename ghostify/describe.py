@@ -66,8 +66,7 @@ def rebuild(data: dict[str, Any], tensors: dict[str, Tensor], allow: Iterable[st
     for path in reversed(graphs):
         item = data["modules"][path]
         made = fx.GraphModule(built[path], _graph(item["nodes"], names), class_name=item["class_name"])
-        made.meta[KEPT] = {k: _decode(v, tensors, names) for k, v in item.get("attributes", {}).items()}
-        made.__dict__.update(made.meta[KEPT])
+        put_attributes(made, {k: _decode(v, tensors, names) for k, v in item.get("attributes", {}).items()})
         built[path] = made
         if path:
             owner, _, leaf = path.rpartition(".")
@@ -76,6 +75,13 @@ def rebuild(data: dict[str, Any], tensors: dict[str, Tensor], allow: Iterable[st
     for path, inner in root.named_modules():
         inner.training = data["modules"][path]["training"]
     return root
+
+
+def put_attributes(made: fx.GraphModule, values: dict[str, Any]) -> None:
+    """Give a traced module attributes, where torch.fx carries them over to copies."""
+    made.meta[KEPT] = values
+    for name, value in values.items():
+        setattr(made, name, value)
 
 
 def is_sayable(value: Any) -> bool:

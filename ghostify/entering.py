@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_leaves
 
-from ghostify.calls import Inputs, run
+from ghostify.calls import Inputs, run, tensors_of
 from ghostify.modes import evaluating
 from ghostify.program import lone
 from ghostify.tracer import UntraceableError, graph_of
@@ -129,7 +128,7 @@ def answers_alike(a: nn.Module, a_inputs: Inputs, b: nn.Module, b_inputs: Inputs
     answers = []
     for module, inputs in ((a, a_inputs), (b, b_inputs)):
         with evaluating(module):
-            answers.append([v for v in tree_leaves(run(module, inputs)) if isinstance(v, torch.Tensor)])
+            answers.append(tensors_of(run(module, inputs)))
     if len(answers[0]) != len(answers[1]):
         return False
     return all(

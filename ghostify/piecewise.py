@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from ghostify.batches import Batch, judges
 from ghostify.blocks import Block
+from ghostify.calls import placeholders
 
 IMAGES = 16
 
@@ -60,7 +61,7 @@ def own_copy(module: fx.GraphModule) -> fx.GraphModule:
 
 def parts_of(module: fx.GraphModule, batches: Iterable[Batch]) -> Iterator[Part]:
     """Calibration batches cut to about IMAGES; one that is not all of one length stays whole, every eighth held out."""
-    names = [n.name for n in module.graph.nodes if n.op == "placeholder"]
+    names = [n.name for n in placeholders(module)]
     for batch in batches:
         inputs = batch.inputs
         batched = [isinstance(v, Tensor) and v.dim() > 0 for v in inputs]

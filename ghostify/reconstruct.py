@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves
 
 from ghostify.batches import HELD_OUT, Batches, batches_of
 from ghostify.blocks import Block, blocks_of
-from ghostify.collective import mine as processes
+from ghostify.calls import tensors_of
+from ghostify.collective import mine
 from ghostify.descent import descend
 from ghostify.errors import GhostifyError
 from ghostify.fit import Fits, Progress
@@ -65,7 +65,7 @@ def reconstruct_blocks(
     are. A block keeps what is best on held-out images (every eighth), if only its fit, and so does the whole model.
     Raises `GhostifyError` for fewer than eight images, or in a group of several processes.
     """
-    if processes()[1] > 1:
+    if mine()[1] > 1:
         raise GhostifyError("reconstruct works in one process: fit in several, then reconstruct in one")
     started, traced = time.perf_counter(), program.module
     if not isinstance(traced, fx.GraphModule):
@@ -79,13 +79,13 @@ def reconstruct_blocks(
         for path in program.parts:
             if path:
                 rewrite_part(module, path, plan, fits.weights)
-        mine = [e for e in plan.rewrites if not e.conv.part]
-        layers = {e.conv.name: _Layer(module, e, fits.weights[e.conv.name]) for e in mine}
+        entries = [e for e in plan.rewrites if not e.conv.part]
+        layers = {e.conv.name: _Layer(module, e, fits.weights[e.conv.name]) for e in entries}
         original, converted = Side(own_copy(traced)), Side(module)
         whole = blocks_of(traced.graph, {})[0]
         first = [converted.run(whole, p.converted) for p in held]
         blocks: list[Rebuilt] = []
-        calls = {call.node: e.conv.name for e in mine for call in e.conv.calls}
+        calls = {call.node: e.conv.name for e in entries for call in e.conv.calls}
         for block in blocks_of(traced.graph, calls):
             targets = [original.run(block, p.original) for p in parts]
             if block.layers:
@@ -156,8 +156,7 @@ class _Judge:
         self.spreads = [_variance(values) for values in zip(*map(self._tensors, targets), strict=True)]
 
     def _tensors(self, values: Values) -> list[Tensor]:
-        leaves = tree_leaves([values[name] for name in self.outputs])
-        return [v for v in leaves if isinstance(v, Tensor) and v.is_floating_point()]
+        return [v for v in tensors_of([values[name] for name in self.outputs]) if v.is_floating_point()]
 
     def distance(self, made: Values, target: Values) -> Tensor:
         pairs = zip(self._tensors(made), self._tensors(target), self.spreads, strict=True)

@@ -25,7 +25,7 @@ class Record:
     """Convolution calls by part and node, and the MACs of the whole forward, attention and linear layers included."""
 
     calls: Mapping[tuple[str, str], Call]
-    macs: int
+    macs: int | None
 
 
 def record(module: nn.Module, parts: Mapping[str, fx.GraphModule], inputs: Inputs) -> Record:
@@ -34,7 +34,7 @@ def record(module: nn.Module, parts: Mapping[str, fx.GraphModule], inputs: Input
 
     def look(path: str, node: fx.Node, seen: Any, made: Any) -> Any:
         if isinstance(seen, Tensor) and isinstance(made, Tensor) and made.dim() >= 3:
-            places = made[..., 0, :, :].numel() if made.dim() == 3 else len(made) * made[0, 0].numel()
+            places = made[..., 0, :, :].numel()
             first = calls.get((path, node.name), Call(node.name, tuple(seen.shape), tuple(made.shape), 0))
             calls[path, node.name] = replace(first, places=(first.places or 0) + places)
         return made

@@ -102,14 +102,19 @@ def report(module: nn.Module) -> Report:
 
 def attach(module: nn.Module, made: Report) -> nn.Module:
     """The module, carrying its report."""
-    notes_of(module)[META] = made
+    note(module, META, made)
     return module
 
 
 def notes_of(module: nn.Module) -> dict[str, Any]:
     """What is kept with a module but is no part of it: a traced one's `meta`, and the same for others."""
-    notes: dict[str, Any] = module.__dict__.setdefault("meta", {})
+    notes: dict[str, Any] = module.__dict__.get("meta", {})
     return notes
+
+
+def note(module: nn.Module, key: str, value: Any) -> None:
+    """Keep something with a module."""
+    module.__dict__.setdefault("meta", {})[key] = value
 
 
 def summarise(

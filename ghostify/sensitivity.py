@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
 from ghostify import sight
 from ghostify.batches import Batches, batches_of, images_of, split
-from ghostify.calls import run
+from ghostify.calls import run, tensors_of
 from ghostify.collective import summed
 from ghostify.program import Program
 from ghostify.record import looking
@@ -145,7 +144,7 @@ def _first(batches: Batches, images: int) -> Iterator[tuple[int, float, list[Any
 
 
 def _tensors(outputs: Any) -> list[Tensor]:
-    return [o for o in tree_leaves(outputs) if isinstance(o, Tensor) and o.is_floating_point()]
+    return [o for o in tensors_of(outputs) if o.is_floating_point()]
 
 
 def _spreads(module: nn.Module, batches: Iterable[tuple[int, float, list[Any]]]) -> list[Tensor]:
@@ -158,9 +157,9 @@ def _spreads(module: nn.Module, batches: Iterable[tuple[int, float, list[Any]]])
         sums.append([counts * (o.double().sum(0) if o.dim() else o.double()) for o in outputs])
         squares.append([counts * o.double().square().sum() for o in outputs])
     count = summed(count)[0]
-    spreads: list[Tensor] = []
     if len({len(own) for own in sums}) > 1:
-        return spreads
+        return []
+    spreads = []
     for mine, square in zip(zip(*sums, strict=True), zip(*squares, strict=True), strict=True):
         alike = count > 1 and len({m.shape for m in mine}) == 1
         mean = summed(torch.stack(mine).sum(0))[0] / count if alike else torch.zeros(())

@@ -8,17 +8,16 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
+from torch import fx, nn
 
 from ghostify.attributes import keep_attributes, lost_attributes
-from ghostify.calls import Inputs, example_of
+from ghostify.calls import example_of, tensors_of
 from ghostify.entering import answers_alike, enter, how_called
 from ghostify.errors import GhostifyError
 from ghostify.functional import attribute, functional_conv, functional_weight, is_functional, settings
 from ghostify.kinds import is_plain, plain
 from ghostify.program import Call, Convolution, Program, called
-from ghostify.record import record
+from ghostify.record import Record, record
 
 Parts = dict[str, fx.GraphModule]
 
@@ -35,27 +34,24 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Program:
     root = _copied(model)
     _refuse_uninitialised(root)
     named = [(path, m) for path, m in root.named_modules() if isinstance(m, nn.Conv2d)]
-    inputs = None if example_inputs is None else example_of(root, example_inputs)
-    module, parts, reason = _entered(model, root, inputs, example_inputs)
+    ran = example_inputs is not None
+    module, parts, reason = _entered(model, root, example_inputs)
     if not parts:
         raise GhostifyError(
             f"{type(model).__name__}.forward cannot be traced ({reason}), and no module in it that holds convolutions: "
             f"rewrite that line of forward without control flow on tensors"
         )
-    made = None if example_inputs is None else record(module, parts, example_of(module, example_inputs))
-    calls = {} if made is None else made.calls
-    found = _reached(module, parts, calls, ran=made is not None)
-    if made is not None:
-        parts = _as_they_run(parts, list(calls))
-    macs = None if made is None else made.macs
+    seen = record(module, parts, example_of(module, example_inputs)) if ran else Record({}, None)
+    found = _reached(module, parts, seen.calls, ran=ran)
+    convolutions = (*found, *_unreached(found, named, module))
     if isinstance(module, fx.GraphModule):
         keep_attributes(module, model)
     lost = lost_attributes(module, model)
-    return Program(module, parts, (*found, *_unreached(found, named, module)), macs, lost)
+    return Program(module, _as_they_run(parts, list(seen.calls)), convolutions, seen.macs, lost)
 
 
 def _copied(model: nn.Module) -> nn.Module:
-    held = [v for m in model.modules() for v in tree_leaves(list(vars(m).values())) if isinstance(v, Tensor)]
+    held = [v for m in model.modules() for v in tensors_of(list(vars(m).values()))]
     kept = {id(v): v.detach().clone() for v in held if not v.is_leaf}  # of a forward with gradients: deepcopy refuses
     try:
         return copy.deepcopy(model, kept)
@@ -63,15 +59,16 @@ def _copied(model: nn.Module) -> nn.Module:
         raise GhostifyError(f"{type(model).__name__} cannot be copied: {error}") from error
 
 
-def _entered(model: nn.Module, root: nn.Module, inputs: Inputs | None, example: Any) -> tuple[nn.Module, Parts, str]:
+def _entered(model: nn.Module, root: nn.Module, example: Any) -> tuple[nn.Module, Parts, str]:
     """The model with its graphs; if that answers otherwise than the model, only single convolutions are entered."""
-    given = {} if inputs is None else how_called(root, inputs)
-    module, parts, reason = enter(root, given)
-    nested = any(path and isinstance(module.get_submodule(path), fx.GraphModule) for path in parts)
-    if not nested or inputs is None:
+    if example is None:
+        return enter(root, {})
+    inputs = example_of(root, example)
+    module, parts, reason = enter(root, how_called(root, inputs))
+    if not any(path and isinstance(module.get_submodule(path), fx.GraphModule) for path in parts):
         return module, parts, reason
     with contextlib.suppress(Exception):
-        if answers_alike(model, example_of(model, example), module, example_of(module, example)):
+        if answers_alike(model, inputs, module, example_of(module, example)):
             return module, parts, reason
     again = _copied(model)
     return enter(again, how_called(again, inputs), whole=False)
@@ -160,11 +157,12 @@ def _describe(
         shape = calls[0].output_shape or (0, 0)
         computed = "its weight is computed in the forward"
         return Convolution(whole, "conv2d", 0, shape[1], (0, 0), 1, False, calls, computed, path)
+    conv = functional_conv(part, nodes[0])
     if len({settings(n) for n in nodes}) > 1:
         obstacle: str | None = "one weight is used with different strides, paddings or biases"
     else:
-        obstacle = _obstacle(readers, functional_conv(part, nodes[0]), own_uses=len(nodes))
-    return _of_module(whole, functional_conv(part, nodes[0]), calls, idle or obstacle, path, kind="conv2d")
+        obstacle = _obstacle(readers, conv, own_uses=len(nodes))
+    return _of_module(whole, conv, calls, idle or obstacle, path, kind="conv2d")
 
 
 def _of_module(

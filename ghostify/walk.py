@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from ghostify.batches import Batch
-from ghostify.calls import Inputs
+from ghostify.calls import placeholders, tensors_of
 from ghostify.program import called
 from ghostify.shelf import Shelf, loaded, tidy
 
@@ -79,12 +79,13 @@ class Walk:
         self.stops = [k for k, node in enumerate(self.nodes) if node.name in stops]
         self._twins = {n.name: n for n in self.converted.graph.nodes}
         self._named = {n.name: n for n in self.nodes}
+        self._inputs = placeholders(self.original)
         self._last_uses = _last_uses(self.original.graph)
         self._shelf = Shelf(limit)
 
     def node(self, name: str | None) -> fx.Node | None:
         """The original's node of that name."""
-        return next((n for n in self.nodes if n.name == name), None)
+        return None if name is None else self._named.get(name)
 
     def steps(self) -> Iterator[tuple[fx.Node, Iterator[Chunk]]]:
         """At each stop its node, and the batches one by one: the original has run the node, the converted not yet."""
@@ -113,13 +114,19 @@ class Walk:
             for source in node.all_input_nodes:
                 if _memory(chunk.value(source)) & _memory(chunk.original[source]):
                     chunk.converted[source] = _copied(chunk.value(source))
-        chunk.original[node] = _execute(self.original, node, chunk.original, chunk.batch.inputs)
+        if node.op == "placeholder":
+            chunk.original[node] = chunk.batch.inputs[self._inputs.index(node)]
+        else:
+            chunk.original[node] = _execute(self.original, node, chunk.original)
 
     def _run_converted(self, node: fx.Node, chunk: Chunk) -> None:
         if self._diverges(node, chunk):
-            twin = self._twins[node.name]
-            values = Values({source: chunk.value(self._named[source.name]) for source in twin.all_input_nodes})
-            chunk.converted[node] = _execute(self.converted, twin, values, chunk.batch.converted_inputs)
+            if node.op == "placeholder":
+                chunk.converted[node] = chunk.batch.converted_inputs[self._inputs.index(node)]
+            else:
+                twin = self._twins[node.name]
+                values = Values({source: chunk.value(self._named[source.name]) for source in twin.all_input_nodes})
+                chunk.converted[node] = _execute(self.converted, twin, values)
         for old in self._last_uses.get(node, ()):
             chunk.original.pop(old, None)
             chunk.converted.pop(old, None)
@@ -139,11 +146,9 @@ def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     return uses
 
 
-def _execute(module: fx.GraphModule, node: fx.Node, env: Values, inputs: Inputs) -> Any:
+def _execute(module: fx.GraphModule, node: fx.Node, env: Values) -> Any:
     target: Any = node.target
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
-    if node.op == "placeholder":
-        return inputs[[n for n in module.graph.nodes if n.op == "placeholder"].index(node)]
     if node.op == "get_attr":
         return operator.attrgetter(target)(module)
     if node.op == "call_module":
@@ -169,4 +174,4 @@ def _copied(value: Any) -> Any:
 
 def _memory(value: Any) -> set[int]:
     """Addresses of the memory that a value's tensors lie in."""
-    return {t.untyped_storage().data_ptr() for t in tree_leaves(value) if isinstance(t, Tensor)}
+    return {t.untyped_storage().data_ptr() for t in tensors_of(value)}
