@@ -17,17 +17,14 @@ from dataclasses import dataclass, replace
 
 import torch
 from networks import accuracy, images, resnet20, vgg16
+from starts import unfitted
 from tables import Row, options, publish
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from ghostify import Policy, Rule, fit, plan, rewrite, trace
-from ghostify.assign import in_given_order
 from ghostify.budget import plan_within
 from ghostify.cost import count_macs
 from ghostify.demo import Images
-from ghostify.lstsq import GhostWeights
-from ghostify.plan import Plan
-from ghostify.program import Program
 from ghostify.sensitivity import calibrate
 
 
@@ -62,22 +59,6 @@ SEEDS = [replace(form, seeds=(0, 1, 2)) for form in (*HALF, *AUTO)]
 FEWER = [replace(form, images=64) for form in (*HALF, *AUTO)]
 
 
-def random_ghosts(program: Program, decided: Plan, seed: int = 0) -> fx.GraphModule:
-    """What others start from: the first m filters kept, cheap kernels at random (Kaiming), in the given order."""
-    generator = torch.Generator().manual_seed(seed)
-    weights = {}
-    for entry in decided.rewrites:
-        conv, layout = program.conv(entry.conv.name), entry.layout
-        d, m = layout.dw_size, layout.intrinsic
-        kernels = (
-            torch.randn(layout.ghosts, layout.width, d, d, generator=generator) * (2 / (layout.width * d * d)) ** 0.5
-        )
-        weights[entry.conv.name] = GhostWeights(
-            in_given_order(layout).channels, conv.weight.detach()[:m], None, kernels, None
-        )
-    return rewrite(program, decided, weights)
-
-
 def rows(model: nn.Module, data: Images, forms: list[Form]) -> Iterator[Row]:
     """One row for each way of converting."""
     first = data.test[:1]
@@ -101,7 +82,7 @@ def rows(model: nn.Module, data: Images, forms: list[Form]) -> Iterator[Row]:
         if form.budget is None and form.images == 512:
             decided = plan(program, policy)
             if form.rule == Rule(ratio=2):
-                yield row(f"{form.name}, random ghosts", random_ghosts(program, decided))
+                yield row(f"{form.name}, random ghosts", rewrite(program, decided, unfitted(program, decided)))
             free = fit(program, decided)
             yield row(f"{form.name}, no images", rewrite(program, decided, free.weights), sum(free.seconds.values()))
         for seed in form.seeds:

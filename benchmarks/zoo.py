@@ -6,8 +6,10 @@
 
 Of each, with random weights at the smallest input that it takes: how it traces; its dense convolutions, and which are
 rewritten at ratio 2 or skipped and why; whether every one of them stands in the plan once; whether an empty plan is
-bit-equal, shapes stay, saving and loading is bit-equal, and every parameter gets a gradient; seconds. Each runs in a
-process of its own with a time limit. Lines go to benchmarks/results/zoo.json as they come, so that a run can go on.
+bit-equal, shapes stay, saving and loading is bit-equal, and every parameter gets a gradient; seconds. The first of each
+family is fitted, data-free; in the others the first filters stay and the cheap kernels are random, since none of this
+depends on them. Each runs in a process of its own with a time limit. Lines go to benchmarks/results/zoo.json as they
+come, so that a run can go on.
 """
 
 from __future__ import annotations
@@ -29,13 +31,15 @@ from typing import Any
 import timm
 import torch
 import torchvision
+from starts import unfitted
 from tables import RESULTS, Row, options
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from ghostify import ghostify, load, report, save, trace
+from ghostify import Policy, Rule, fit, load, plan, rewrite, save, trace
 from ghostify.checkpoint import versions
 from ghostify.cost import count_macs
+from ghostify.report import attach, summarise
 
 FILE = RESULTS / "zoo.json"
 LIMIT = 600
@@ -83,7 +87,7 @@ def smallest_input(model: nn.Module, name: str) -> Any:
     raise AssertionError(name)
 
 
-def examine(name: str) -> Row:
+def examine(name: str, fitted: bool) -> Row:
     """One line of the table."""
     started = time.perf_counter()
     model = build(name)
@@ -95,22 +99,24 @@ def examine(name: str) -> Row:
     line["input"] = list(x.shape)
     program = trace(model, x)
     seen = Counter(c.name for c in program.convolutions)
-    line |= {
-        "obstacles": dict(Counter(kind_of(c.obstacle) for c in program.convolutions if c.obstacle)),
-        "unlisted": [n for n in wanted if seen[n] != 1],
-    }
+    line["unlisted"] = [n for n in wanted if seen[n] != 1]
     before = leaves(model, x)
-    line["empty_equal"] = same(before, leaves(ghostify(model, 1, example_inputs=x), x))
-    converted = ghostify(model, 2, example_inputs=x)
-    made = report(converted)
-    line["rewritten"] = made.rewritten
-    line["skipped"] = dict(Counter(kind_of(item.reason) for item in made.lines if item.reason))
-    line["parts"] = len(program.parts)
+    line["empty_equal"] = same(before, leaves(rewrite(program, plan(program, Policy((Rule(ratio=1),))), {}), x))
+    decided = plan(program)
+    weights = fit(program, decided).weights if fitted else unfitted(program, decided)
+    converted = attach(rewrite(program, decided, weights), summarise(decided))
+    skipped = Counter(kind_of(item.reason) for item in decided.skips)
+    line |= {
+        "fitted": fitted,
+        "rewritten": len(decided.rewrites),
+        "skipped": dict(skipped),
+        "parts": len(program.parts),
+    }
     line["class"] = "GraphModule" if isinstance(converted, fx.GraphModule) else type(converted).__name__
     line["shapes_equal"] = shapes(before, program.module) == shapes(leaves(converted, x), program.module)
-    line["macs"] = [made.macs_before, count_macs(converted, x)]
-    line["macs_as_planned"] = line["macs"][1] == made.macs_after
-    line["gradients"] = ungraded(converted, x)
+    line["macs"] = [decided.macs_before, count_macs(converted, x)]
+    line["macs_as_planned"] = line["macs"][1] == decided.macs_after
+    line["no_gradient"] = ungraded(converted, x)
     with tempfile.TemporaryDirectory() as folder:
         again = load(save(converted, Path(folder) / "out"))
         line["reload_equal"] = same(leaves(converted, x), leaves(again, x))
@@ -145,8 +151,8 @@ def ungraded(model: nn.Module, x: Tensor) -> list[str]:
     return [n for n, p in named if p.requires_grad and p.grad is None and ("primary_conv" in n or "cheap_op" in n)]
 
 
-def in_process(name: str) -> Row:
-    command = [sys.executable, __file__, "--one", name]
+def in_process(name: str, fitted: bool) -> Row:
+    command = [sys.executable, __file__, "--one", name, *(["--fitted"] if fitted else [])]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
         return json.loads(done.stdout.splitlines()[-1])
@@ -156,11 +162,11 @@ def in_process(name: str) -> Row:
         return {"name": name, "outcome": f"crashed: {done.stderr.strip().splitlines()[-1:]}"}
 
 
-def one(name: str) -> None:
+def one(name: str, fitted: bool) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     try:
-        print(json.dumps(examine(name)))
+        print(json.dumps(examine(name, fitted)))
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(last.filename).name}:{last.lineno}"
@@ -180,6 +186,7 @@ def sample(all_names: list[str]) -> list[str]:
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--fitted", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--only", default="", help="architectures with this in their names")
     parser.add_argument("--fresh", action="store_true", help="begin anew")
     parser.add_argument("--sample", action="store_true", help="one architecture a family")
@@ -187,20 +194,21 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no more after so many")
     arguments = parser.parse_args()
     if arguments.one:
-        one(arguments.one)
+        one(arguments.one, arguments.fitted)
         return
     found: dict[str, Row] = {}
     if FILE.exists() and not arguments.fresh:
         found = {row["name"]: row for row in json.loads(FILE.read_text())["rows"]}
     wanted = [n for n in names() if arguments.only in n]
-    wanted = sample(wanted) if arguments.sample else wanted
+    first = set(sample(names()))
+    wanted = [n for n in wanted if n in first] if arguments.sample else wanted
     waiting = [n for n in wanted if n not in found]
     started = time.perf_counter()
 
     def examined(name: str) -> None:
         if time.perf_counter() - started > 60 * arguments.minutes:
             return
-        row = found[name] = in_process(name)
+        row = found[name] = in_process(name, name in first)
         print(f"{len(found)} {name}: {row['outcome']} {row.get('rewritten', '')} of {row.get('dense', '')}", flush=True)
         FILE.write_text(json.dumps({"versions": versions(), "rows": list(found.values())}, indent=0) + "\n")
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ghostify.lstsq import Statistics
 from ghostify.pairs import MapStatistics
@@ -86,8 +85,19 @@ def _on_canvas(weight: Tensor, dilation: tuple[int, int]) -> Tensor:
 
 
 def _lags(filters: Tensor, dw_size: int, stride: tuple[int, int]) -> Tensor:
-    """E[z_i(p + d) z_j(p)] for white inputs: n x n x (2 dw_size - 1)^2, d counted in output positions."""
-    reach = dw_size - 1
-    pad = (reach * stride[0], reach * stride[1])
-    spread = F.pad(filters, (pad[1], pad[1], pad[0], pad[0]))
-    return F.conv2d(spread, filters, stride=stride).flip(2, 3)
+    """E[z_i(p + d) z_j(p)] for white inputs: n x n x (2 dw_size - 1)^2, d counted in output positions.
+
+    One matrix product over the taps that two windows share, for each of half the distances: -d is the transpose of d.
+    """
+    reach, (n, _, height, width) = dw_size - 1, filters.shape
+    lags = filters.new_zeros(n, n, 2 * reach + 1, 2 * reach + 1)
+    for down, right in [(a, b) for a in range(reach + 1) for b in range(-reach, reach + 1) if (a, b) >= (0, 0)]:
+        y, x = down * stride[0], right * stride[1]
+        if y >= height or abs(x) >= width:
+            continue
+        later = filters[:, :, : height - y, max(0, -x) : width - max(0, x)].flatten(1)
+        earlier = filters[:, :, y:, max(0, x) : width + min(0, x)].flatten(1)
+        product = later @ earlier.T
+        lags[:, :, reach + down, reach + right] = product
+        lags[:, :, reach - down, reach - right] = product.T
+    return lags
