@@ -1,6 +1,6 @@
 """The whole zoo: every timm architecture with at least two dense convolutions, and every torchvision model.
 
-    python benchmarks/zoo.py                     go on where the last run ended, two processes
+    python benchmarks/zoo.py                     go on where the last run ended, and try again what was not good
     python benchmarks/zoo.py --only resnet --fresh
     python benchmarks/zoo.py --sample            one architecture a family
 
@@ -14,17 +14,17 @@ come, so that a run can go on.
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import inspect
 import json
-import subprocess
-import sys
 import tempfile
 import time
 import traceback
 import warnings
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ FILE = RESULTS / "zoo.json"
 LIMIT = 600
 SIZES = (64, 96, 128, 160, 224, 256, 288, 320, 384, 448, 512)
 DENSE = 2
+FEW = "too few dense convolutions"
+DONE = ("good", FEW)
 
 
 def names() -> list[str]:
@@ -90,17 +92,21 @@ def smallest_input(model: nn.Module, name: str) -> Any:
 def examine(name: str, fitted: bool) -> Row:
     """One line of the table."""
     started = time.perf_counter()
+    with contextlib.suppress(Exception), torch.device("meta"):
+        if (count := len(dense(build(name)))) < DENSE:
+            return {"name": name, "dense": count, "outcome": FEW}
     model = build(name)
     wanted = dense(model)
     line: Row = {"name": name, "dense": len(wanted)}
     if len(wanted) < DENSE:
-        return {**line, "outcome": "too few dense convolutions"}
+        return {**line, "outcome": FEW}
     x = smallest_input(model, name)
     line["input"] = list(x.shape)
     program = trace(model, x)
     seen = Counter(c.name for c in program.convolutions)
     line["unlisted"] = [n for n in wanted if seen[n] != 1]
     before = leaves(model, x)
+    del model
     line["empty_equal"] = same(before, leaves(rewrite(program, plan(program, Policy((Rule(ratio=1),))), {}), x))
     decided = plan(program)
     weights = fit(program, decided).weights if fitted else unfitted(program, decided)
@@ -113,7 +119,9 @@ def examine(name: str, fitted: bool) -> Row:
         "parts": len(program.parts),
     }
     line["class"] = "GraphModule" if isinstance(converted, fx.GraphModule) else type(converted).__name__
-    line["shapes_equal"] = shapes(before, program.module) == shapes(leaves(converted, x), program.module)
+    whole = isinstance(program.module, fx.GraphModule)
+    del program, weights
+    line["shapes_equal"] = shapes(before, whole) == shapes(leaves(converted, x), whole)
     line["macs"] = [decided.macs_before, count_macs(converted, x)]
     line["macs_as_planned"] = line["macs"][1] == decided.macs_after
     line["no_gradient"] = ungraded(converted, x)
@@ -124,9 +132,9 @@ def examine(name: str, fitted: bool) -> Row:
     return {**line, "outcome": "good" if good else "bad", "seconds": round(time.perf_counter() - started, 1)}
 
 
-def shapes(outputs: list[Tensor], module: nn.Module) -> list[torch.Size]:
+def shapes(outputs: list[Tensor], whole: bool) -> list[torch.Size]:
     """Of a detector, whose class stays, without the number of boxes."""
-    return [v.shape if isinstance(module, fx.GraphModule) else v.shape[1:] for v in outputs]
+    return [v.shape if whole else v.shape[1:] for v in outputs]
 
 
 def kind_of(reason: str) -> str:
@@ -147,30 +155,49 @@ def ungraded(model: nn.Module, x: Tensor) -> list[str]:
     """Parameters of ghost modules that get no gradient."""
     outputs = [v for v in tree_leaves(model.eval()(x)) if isinstance(v, Tensor) and v.requires_grad]
     sum(v.double().sum() for v in outputs).backward()
-    named = model.named_parameters()
-    return [n for n, p in named if p.requires_grad and p.grad is None and ("primary_conv" in n or "cheap_op" in n)]
+    named = [(n, p) for n, p in model.named_parameters() if "primary_conv" in n or "cheap_op" in n]
+    missing = [n for n, p in named if p.requires_grad and p.grad is None]
+    model.zero_grad()
+    return missing
 
 
-def in_process(name: str, fitted: bool) -> Row:
-    command = [sys.executable, __file__, "--one", name, *(["--fitted"] if fitted else [])]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
-        return json.loads(done.stdout.splitlines()[-1])
-    except subprocess.TimeoutExpired:
-        return {"name": name, "outcome": f"took more than {LIMIT} s"}
-    except (IndexError, json.JSONDecodeError):
-        return {"name": name, "outcome": f"crashed: {done.stderr.strip().splitlines()[-1:]}"}
-
-
-def one(name: str, fitted: bool) -> None:
+def one(name: str, fitted: bool, out: Connection) -> None:
+    """In a process of its own: send the row, or what went wrong."""
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
     try:
-        print(json.dumps(examine(name, fitted)))
+        out.send(examine(name, fitted))
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(last.filename).name}:{last.lineno}"
-        print(json.dumps({"name": name, "outcome": f"{type(error).__name__} at {where}: {str(error)[:300]}"}))
+        out.send({"name": name, "outcome": f"{type(error).__name__} at {where}: {str(error)[:300]}"})
+
+
+def every(wanted: list[str], first: set[str], processes: int, minutes: float) -> Iterator[Row]:
+    """The rows as they come, from forks of this process that end with their architecture."""
+    context, started = get_context("fork"), time.perf_counter()
+    waiting, running = list(reversed(wanted)), {}
+    while running or waiting:
+        if time.perf_counter() - started > 60 * minutes:
+            waiting.clear()
+        while waiting and len(running) < processes:
+            name, (receive, send) = waiting.pop(), context.Pipe(duplex=False)
+            process = context.Process(target=one, args=(name, name in first, send))
+            process.start()
+            send.close()
+            running[name] = process, receive, time.perf_counter()
+        for name, (process, receive, since) in list(running.items()):
+            late = time.perf_counter() - since > LIMIT
+            if not (receive.poll(0.2) or late):
+                continue
+            try:
+                row = {"name": name, "outcome": f"took more than {LIMIT} s"} if late else receive.recv()
+            except EOFError:
+                process.join()
+                row = {"name": name, "outcome": f"crashed with exit code {process.exitcode}"}
+            process.kill()
+            process.join()
+            del running[name]
+            yield row
 
 
 def sample(all_names: list[str]) -> list[str]:
@@ -185,36 +212,26 @@ def sample(all_names: list[str]) -> list[str]:
 
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    parser.add_argument("--fitted", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--only", default="", help="architectures with this in their names")
     parser.add_argument("--fresh", action="store_true", help="begin anew")
     parser.add_argument("--sample", action="store_true", help="one architecture a family")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no more after so many")
     arguments = parser.parse_args()
-    if arguments.one:
-        one(arguments.one, arguments.fitted)
-        return
     found: dict[str, Row] = {}
     if FILE.exists() and not arguments.fresh:
         found = {row["name"]: row for row in json.loads(FILE.read_text())["rows"]}
     wanted = [n for n in names() if arguments.only in n]
     first = set(sample(names()))
     wanted = [n for n in wanted if n in first] if arguments.sample else wanted
-    waiting = [n for n in wanted if n not in found]
-    started = time.perf_counter()
-
-    def examined(name: str) -> None:
-        if time.perf_counter() - started > 60 * arguments.minutes:
-            return
-        row = found[name] = in_process(name, name in first)
+    waiting = [n for n in wanted if found.get(n, {}).get("outcome") not in DONE]
+    RESULTS.mkdir(exist_ok=True)
+    torch.set_num_threads(1)
+    for row in every(waiting, first, arguments.processes, arguments.minutes):
+        name = row["name"]
+        found[name] = row
         print(f"{len(found)} {name}: {row['outcome']} {row.get('rewritten', '')} of {row.get('dense', '')}", flush=True)
         FILE.write_text(json.dumps({"versions": versions(), "rows": list(found.values())}, indent=0) + "\n")
-
-    RESULTS.mkdir(exist_ok=True)
-    with ThreadPoolExecutor(arguments.processes) as pool:
-        list(pool.map(examined, waiting))
     print(Counter(row["outcome"].split(":")[0] for row in found.values()))
 
 

@@ -6,7 +6,8 @@ import copy
 
 from torch import fx, nn
 
-from ghostify.describe import is_sayable, put_attributes
+from ghostify.describe import is_sayable
+from ghostify.views import put_attributes
 
 STANDARD = frozenset(dir(nn.Module)) | {"forward", "meta"}
 

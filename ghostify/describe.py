@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from ghostify.errors import GhostifyError
 from ghostify.ghost import is_channels_last
+from ghostify.views import KEPT, RESULT, Traced, mark, marks_of, put_attributes
 
 PACKAGES = ("torch", "torchvision", "timm", "ghostify")
 BUILTINS = ("getattr", "len", "min", "max", "sum", "abs", "int", "float", "bool", "round", "tuple", "list", "slice")
@@ -25,9 +26,9 @@ FUNCTION_MODULES = (
     "ghostify.tracer", "ghostify.ghost",
 )  # fmt: skip
 TORCH_FUNCTIONS = ("_assert", "sym_int", "sym_float", "sym_max", "sym_min", "sym_not", "sym_ite")
-KEPT = "_user_preserved_attributes"  # in the meta of a traced module; torch.fx takes them over to copies
 FORBIDDEN = ("from_file", "save", "load")
 OWN = frozenset(nn.Module().__dict__) - {"training"}
+DERIVED = ("_flat_weights", "_flat_weight_refs")  # what recurrent layers make of their parameters
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -65,7 +66,7 @@ def rebuild(data: dict[str, Any], tensors: dict[str, Tensor], allow: Iterable[st
     graphs = [p for p, item in data["modules"].items() if "nodes" in item]
     for path in reversed(graphs):
         item = data["modules"][path]
-        made = fx.GraphModule(built[path], _graph(item["nodes"], names), class_name=item["class_name"])
+        made = Traced(built[path], _graph(item["nodes"], names), class_name=item["class_name"])
         put_attributes(made, {k: _decode(v, tensors, names) for k, v in item.get("attributes", {}).items()})
         built[path] = made
         if path:
@@ -75,13 +76,6 @@ def rebuild(data: dict[str, Any], tensors: dict[str, Tensor], allow: Iterable[st
     for path, inner in root.named_modules():
         inner.training = data["modules"][path]["training"]
     return root
-
-
-def put_attributes(made: fx.GraphModule, values: dict[str, Any]) -> None:
-    """Give a traced module attributes, where torch.fx carries them over to copies."""
-    made.meta[KEPT] = values
-    for name, value in values.items():
-        setattr(made, name, value)
 
 
 def is_sayable(value: Any) -> bool:
@@ -117,7 +111,7 @@ def _describe_one(path: str, inner: nn.Module, tensors: dict[str, Tensor]) -> di
     item["attributes"] = {
         key: _encode(value, f"{path}.{key}".lstrip("."), tensors)
         for key, value in inner.__dict__.items()
-        if key not in OWN and key not in ("training", "meta")
+        if key not in OWN and key not in ("training", "meta") and not (isinstance(inner, nn.RNNBase) and key in DERIVED)
     }
     return item
 
@@ -125,12 +119,14 @@ def _describe_one(path: str, inner: nn.Module, tensors: dict[str, Tensor]) -> di
 def _describe_node(node: fx.Node) -> dict[str, Any]:
     where = f"node {node.name}"
     target = _name(node.target, where) if node.op == "call_function" else node.target
+    marks = sorted(marks_of(node))
     return {
         "name": node.name,
         "op": node.op,
         "target": target,
         "args": [_encode(a, where) for a in node.args],
         "kwargs": {k: _encode(v, where) for k, v in node.kwargs.items()},
+        **({"marks": [list(m) for m in marks]} if marks else {}),
     }
 
 
@@ -169,6 +165,8 @@ def _shell(
     for name, facts in item["buffers"].items():
         buffer = None if facts is None else _laid_out(_take(tensors, path, name), facts)
         made.register_buffer(name, buffer, persistent=facts is None or facts["persistent"])
+    if isinstance(made, nn.RNNBase):
+        made._init_flat_weights()
     return made
 
 
@@ -197,8 +195,19 @@ def _graph(items: list[dict[str, Any]], names: _Names) -> fx.Graph:
         kwargs = {k: _decode(v, nodes, names) for k, v in item["kwargs"].items()}
         if target is getattr and (len(args) < 2 or not isinstance(args[1], str) or args[1].startswith("_")):
             raise GhostifyError(f"node {item['name']}: reads an attribute that a model has no use for")
-        nodes[item["name"]] = graph.create_node(item["op"], target, args, kwargs, name=item["name"])
+        made = nodes[item["name"]] = graph.create_node(item["op"], target, args, kwargs, name=item["name"])
+        if "marks" in item:
+            mark(made, *(_mark(m) for m in item["marks"]))
     return graph
+
+
+def _mark(pair: Any) -> tuple[str, str]:
+    """A mark that was saved; its names become those of a method and of its parameter."""
+    name, part = pair
+    fits = str(name).isidentifier() and not str(name).startswith("_") and not hasattr(nn.Module, str(name))
+    if not fits or not (part == RESULT or str(part).isidentifier()):
+        raise GhostifyError(f"marks a node as part of {name!r}, which can be no method of a model")
+    return name, part
 
 
 def _encode(value: Any, where: str, tensors: dict[str, Tensor] | None = None) -> Any:

@@ -14,6 +14,7 @@ from ghostify.calls import Inputs, run, tensors_of
 from ghostify.modes import evaluating
 from ghostify.program import lone
 from ghostify.tracer import UntraceableError, graph_of
+from ghostify.views import Traced
 
 Given = Mapping[int, inspect.BoundArguments]
 TOLERANCE = 1e-3
@@ -56,7 +57,7 @@ class _Entering:
             for name, _ in list(module.named_children()):
                 self.enter(f"{path}.{name}".lstrip("."))
             return
-        made = fx.GraphModule(module, graph, class_name=type(module).__name__).train(module.training)
+        made = Traced(module, graph, class_name=type(module).__name__).train(module.training)
         self.entered[id(module)] = made
         self._put(path, made)
         for target in dict.fromkeys(str(n.target) for n in made.graph.nodes if n.op == "call_module"):

@@ -66,6 +66,11 @@ def attribute(module: nn.Module, path: str) -> Any:
 
 
 def _bind(node: fx.Node) -> dict[str, Any]:
+    return conv2d_arguments(node.args, node.kwargs)
+
+
+def conv2d_arguments(args: Any, kwargs: Any) -> dict[str, Any]:
+    """The arguments of a call of conv2d by name, its defaults included."""
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     defaults: dict[str, Any] = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
-    return defaults | dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    return defaults | dict(zip(names, args, strict=False)) | dict(kwargs)

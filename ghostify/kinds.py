@@ -9,10 +9,10 @@ from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ghostify.functional import conv2d_arguments
 from ghostify.modes import evaluating
 
 PLAIN = (nn.Conv2d, Conv2dSame)
-ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
 
 def is_plain(conv: nn.Conv2d) -> bool:
@@ -63,7 +63,7 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
         if func is torch.conv2d:
-            self.calls.append(({**dict(zip(ARGUMENTS, args, strict=False)), **(kwargs or {})}, made))
+            self.calls.append((conv2d_arguments(args, kwargs or {}), made))
         return made
 
 

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from timm.layers import DropBlock2d, DropPath
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ghostify.ghost import GhostModule
 from ghostify.kinds import is_plain
 from ghostify.program import called
+from ghostify.views import marks_of
 from ghostify.wiring import NORMS, Wiring, hooked, only_user
 
 BLIND_MODULES = (
@@ -42,7 +43,7 @@ def absorption(wiring: Wiring, nodes: list[str]) -> Absorption | None:
         return None
     norms: list[str] = []
     node = wiring.nodes[nodes[0]]
-    while (user := only_user(node)) is not None and user.args and user.args[0] is node:
+    while (user := _only_reader(node)) is not None:
         if user.op == "call_module":
             inner: Any = called(wiring.module, user)
             if isinstance(inner, nn.Conv2d):
@@ -61,6 +62,12 @@ def absorption(wiring: Wiring, nodes: list[str]) -> Absorption | None:
             return None
         node = user
     return None
+
+
+def _only_reader(node: fx.Node) -> fx.Node | None:
+    """The one node that reads this one, as its first argument, where no method ends."""
+    user = None if marks_of(node) else only_user(node)
+    return user if user is not None and user.args and user.args[0] is node else None
 
 
 @torch.no_grad()

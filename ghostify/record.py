@@ -8,45 +8,84 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ghostify.calls import Inputs, bind_inputs, run, spread
 from ghostify.errors import GhostifyError
-from ghostify.functional import is_functional
+from ghostify.functional import conv2d_arguments, is_functional
 from ghostify.modes import evaluating
-from ghostify.program import LONE, Call, called
+from ghostify.program import LONE, Call, Convolution, called
+
+BESIDE = "it runs as a function in a forward that does not trace"
 
 Look = Callable[[str, fx.Node, Any, Any], Any]
 
 
 @dataclass(frozen=True)
 class Record:
-    """Convolution calls by part and node, and the MACs of the whole forward, attention and linear layers included."""
+    """Convolution calls by part and node, and the MACs of the whole forward, attention and linear layers included.
+
+    `beside` are the convolutions that ran as functions in forwards of which there is no graph.
+    """
 
     calls: Mapping[tuple[str, str], Call]
     macs: int | None
+    beside: tuple[Convolution, ...] = ()
 
 
 def record(module: nn.Module, parts: Mapping[str, fx.GraphModule], inputs: Inputs) -> Record:
     """Run `inputs` once in evaluation mode. Raises `GhostifyError` where the model does not run."""
     calls: dict[tuple[str, str], Call] = {}
+    beside = _Beside(module)
 
     def look(path: str, node: fx.Node, seen: Any, made: Any) -> Any:
         if isinstance(seen, Tensor) and isinstance(made, Tensor) and made.dim() >= 3:
             places = made[..., 0, :, :].numel()
             first = calls.get((path, node.name), Call(node.name, tuple(seen.shape), tuple(made.shape), 0))
             calls[path, node.name] = replace(first, places=(first.places or 0) + places)
+        beside.forget(made)
         return made
 
     try:
-        with evaluating(module), FlopCounterMode(display=False) as counter, looking(module, parts, look):
+        with evaluating(module), FlopCounterMode(display=False) as counter, looking(module, parts, look), beside:
             run(module, inputs)
     except GhostifyError:
         raise
     except Exception as error:
         raise GhostifyError(f"the model does not run on example_inputs: {type(error).__name__}: {error}") from error
-    return Record(calls, counter.get_total_flops() // 2)
+    return Record(calls, counter.get_total_flops() // 2, tuple(beside.found.values()))
+
+
+class _Beside(TorchFunctionMode):
+    """Notes every call of conv2d whose weight is not a `Conv2d`'s, but for those that somebody looks at."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.own = {id(p) for m in module.modules() if isinstance(m, nn.Conv2d) for p in m.parameters()}
+        self.names = {id(p): name for name, p in module.named_parameters()}
+        self.found: dict[str, Convolution] = {}
+        self.last: tuple[Any, str] = (None, "")
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func is torch.conv2d:
+            given = conv2d_arguments(args, kwargs or {})
+            weight = given["weight"]
+            if id(weight) not in self.own:
+                name = self.names.get(id(weight), f"conv2d[{len(self.found)}]")
+                groups, kernel = given["groups"], (weight.shape[2], weight.shape[3])
+                sizes = weight.shape[1] * groups, weight.shape[0], kernel, groups, given["bias"] is not None
+                self.found.setdefault(name, Convolution(name, "conv2d", *sizes, (), BESIDE))
+                self.last = made, name
+        return made
+
+    def forget(self, made: Any) -> None:
+        """The last call is known from a graph."""
+        if made is self.last[0]:
+            self.found.pop(self.last[1], None)
+            self.last = (None, "")
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -30,6 +31,8 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Program:
     forward does not trace, the modules it calls are traced in its place. Raises `GhostifyError` where the model cannot
     be copied or run, or no convolution be reached.
     """
+    if is_compiled(model):
+        model = model._orig_mod  # type: ignore[assignment]
     _refuse_circles(model, "", ())
     root = _copied(model)
     _refuse_uninitialised(root)
@@ -43,7 +46,13 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Program:
         )
     seen = record(module, parts, example_of(module, example_inputs)) if ran else Record({}, None)
     found = _reached(module, parts, seen.calls, ran=ran)
-    convolutions = (*found, *_unreached(found, named, module))
+    convolutions = (*found, *_unreached(found, named, module), *seen.beside)
+    if seen.beside:
+        warnings.warn(
+            f"{len(seen.beside)} convolutions run as functions in forwards that do not trace, and stay as they are: "
+            f"the first is {seen.beside[0].name}",
+            stacklevel=2,
+        )
     if isinstance(module, fx.GraphModule):
         keep_attributes(module, model)
     lost = lost_attributes(module, model)
@@ -54,9 +63,13 @@ def _copied(model: nn.Module) -> nn.Module:
     held = [v for m in model.modules() for v in tensors_of(list(vars(m).values()))]
     kept = {id(v): v.detach().clone() for v in held if not v.is_leaf}  # of a forward with gradients: deepcopy refuses
     try:
-        return copy.deepcopy(model, kept)
+        root = copy.deepcopy(model, kept)
     except Exception as error:
         raise GhostifyError(f"{type(model).__name__} cannot be copied: {error}") from error
+    for path, module in list(root.named_modules()):
+        if path and is_compiled(module):
+            root.set_submodule(path, module._orig_mod)
+    return root
 
 
 def _entered(model: nn.Module, root: nn.Module, example: Any) -> tuple[nn.Module, Parts, str]:
@@ -72,6 +85,11 @@ def _entered(model: nn.Module, root: nn.Module, example: Any) -> tuple[nn.Module
             return module, parts, reason
     again = _copied(model)
     return enter(again, how_called(again, inputs), whole=False)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `torch.compile` made it of another module."""
+    return type(module).__name__ == "OptimizedModule" and isinstance(getattr(module, "_orig_mod", None), nn.Module)
 
 
 def _refuse_circles(module: nn.Module, path: str, above: tuple[nn.Module, ...]) -> None:

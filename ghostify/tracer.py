@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import types
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
-from timm.layers import get_notrace_functions, get_notrace_modules
+from timm.layers import Linear, get_notrace_functions, get_notrace_modules
 from torch import fx, nn
 from torch.fx.immutable_collections import immutable_dict
 
 from ghostify.errors import GhostifyError
+from ghostify.views import watching
 
 DEEP = 64
+CACHES = (dict, list, set)
+OWN = frozenset(nn.Module().__dict__)
 PLAIN_DICTS = (dict, OrderedDict, immutable_dict)
 
 
@@ -66,8 +71,10 @@ def graph_of(root: nn.Module, given: Set[str]) -> fx.Graph:
     while True:
         tracer = _Tracer(leaves, settled, given)
         try:
-            with _live_training(root, tracer):
-                return tracer.trace(root)
+            with _left_alone(root), _live_training(root, tracer), watching(root) as mark_methods:
+                graph = tracer.trace(root)
+                mark_methods(graph)
+                return graph
         except Exception as error:
             inside = tracer.inside[-1] if tracer.inside else ""
             for module in root.modules():
@@ -109,7 +116,7 @@ class _Tracer(fx.Tracer):
         return (
             module_qualified_name in self.leaves
             or is_notrace(m)
-            or isinstance(m, nn.Conv2d)
+            or isinstance(m, nn.Conv2d | Linear)
             or super().is_leaf_module(m, module_qualified_name)
         )
 
@@ -149,6 +156,30 @@ class _Tracer(fx.Tracer):
         now = module.__dict__["training"]
         self.create_proxy("call_function", same_mode, (mode, now, path), {})
         return now
+
+
+@contextlib.contextmanager
+def _left_alone(root: nn.Module) -> Iterator[None]:
+    """What forwards keep on their modules, such as caches, is afterwards what it was: tracing would leave proxies."""
+    before = [(m, {k: (v, copy.copy(v) if isinstance(v, CACHES) else v) for k, v in _kept(m)}) for m in root.modules()]
+    try:
+        yield
+    finally:
+        for module, kept in before:
+            for key in {key for key, _ in _kept(module)} - kept.keys():
+                del module.__dict__[key]
+            for key, (value, content) in kept.items():
+                module.__dict__[key] = value
+                if isinstance(value, dict | set):
+                    value.clear()
+                    value.update(content)
+                elif isinstance(value, list):
+                    value[:] = content
+
+
+def _kept(module: nn.Module) -> list[tuple[str, Any]]:
+    """A module's own plain attributes."""
+    return [(k, v) for k, v in vars(module).items() if k not in OWN and not isinstance(v, types.FunctionType)]
 
 
 @contextlib.contextmanager

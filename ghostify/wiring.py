@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torchvision.ops import StochasticDepth, stochastic_depth
 
 from ghostify.program import called
+from ghostify.views import marks_of
 
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d)
 SILENT_MODULES = (nn.Identity, nn.Dropout, nn.Dropout2d, DropPath, DropBlock2d, StochasticDepth)
@@ -44,7 +45,7 @@ def norm_after(wiring: Wiring, nodes: list[str]) -> str | None:
     """The BatchNorm with running statistics that alone reads a convolution's output, so that it can absorb a shift."""
     if len(nodes) != 1:
         return None
-    node = only_user(wiring.nodes[nodes[0]])
+    node = None if marks_of(wiring.nodes[nodes[0]]) else only_user(wiring.nodes[nodes[0]])
     if node is None or node.op != "call_module":
         return None
     norm: Any = called(wiring.module, node)

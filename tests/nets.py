@@ -180,6 +180,40 @@ class Wild(nn.Module):
         return torch.cat((first.mean((2, 3)), self.head(maps[1]).mean((2, 3))), 1)
 
 
+class Beside(nn.Module):
+    """Does not trace, and convolves by a function in that very forward."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.stem = conv_norm(3, width)
+        self.weight = nn.Parameter(torch.randn(6, width, 3, 3) / 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if x.std() >= 0:
+            x = F.conv2d(x, self.weight, padding=1)
+        return x.mean((2, 3))
+
+
+class Methods(Straight):
+    """Its forward goes through methods, as timm's do."""
+
+    num_classes = 5
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.b(self.a(self.stem(x)))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = x.mean((2, 3))
+        return x if pre_logits else self.fc(x)
+
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
 ALL = (Straight, Residual, Branches, Shared, Functional, Stubborn, Optional)
 
 

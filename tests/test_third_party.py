@@ -4,6 +4,9 @@ import pytest
 import segmentation_models_pytorch as smp
 import torch
 import transformers as hf
+from easyocr.craft import CRAFT
+from easyocr.model.model import Model as Recogniser
+from easyocr.model.vgg_model import Model as VGGRecogniser
 from torch.utils._pytree import tree_leaves
 
 from ghostify import ghostify, load, report, save
@@ -51,3 +54,25 @@ def test_an_answer_of_a_class_of_its_own_stays_one():
     model = hf.ResNetForImageClassification(hf.ResNetConfig(embedding_size=16, **WIDTHS)).eval()
     converted = ghostify(model, cheap="pointwise")
     assert converted(pixel_values=torch.randn(1, 3, 64, 64)).logits.shape == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "x", "targets"),
+    [
+        (lambda: CRAFT(pretrained=False), (torch.randn(1, 3, 64, 64),), ["upconv[34]*", "basenet.slice1.*"]),
+        (lambda: Recogniser(1, 32, 16, 11), (torch.randn(2, 1, 64, 100), torch.zeros(2, 5)), "*"),
+        (lambda: VGGRecogniser(1, 32, 16, 11), (torch.randn(2, 1, 64, 100), torch.zeros(2, 5)), "*"),
+    ],
+    ids=["craft", "recogniser", "vgg-recogniser"],
+)
+def test_the_networks_of_easyocr(make, x, targets, tmp_path):
+    torch.manual_seed(0)
+    model = make().eval()
+    assert all(map(torch.equal, tree_leaves(ghostify(model, 1, example_inputs=x)(*x)), tree_leaves(model(*x))))
+    converted = ghostify(model, 2, cheap="pointwise", example_inputs=x, calibration=[x], targets=targets)
+    assert report(converted).rewritten > 4
+    assert not [
+        n.reason for n in report(converted).lines if n.reason and not n.reason.startswith(("no rule", "nothing"))
+    ]
+    again = load(save(converted, tmp_path / "out"), allow=["easyocr"])
+    assert all(map(torch.equal, tree_leaves(again(*x)), tree_leaves(converted(*x))))

@@ -261,3 +261,12 @@ def test_a_graph_that_changes_with_the_size_is_traced_as_far_as_it_goes():
     assert reasons["b"] is None
     big = nets.images(1, 20)
     assert program.module(big).shape == (1, 4, 18, 18)
+
+
+def test_convolutions_that_run_as_functions_where_nothing_traces_are_listed():
+    model, x = nets.settle(nets.Beside()), nets.images(2)
+    with pytest.warns(UserWarning, match="1 convolutions run as functions in forwards .* the first is weight"):
+        program = trace(model, x)
+    (found,) = [c for c in program.convolutions if c.name == "weight"]
+    assert (found.inputs, found.outputs, found.kernel, found.kind) == (8, 6, (3, 3), "conv2d")
+    assert "as a function" in found.obstacle

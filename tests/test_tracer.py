@@ -1,5 +1,6 @@
 import pytest
-from torch import nn
+import torch
+from torch import fx, nn
 
 from ghostify.tracer import UntraceableError, graph_of
 from tests import nets
@@ -24,3 +25,25 @@ def test_arguments_that_are_given_stay_inputs():
     guarded, free = ([n.name for n in graph_of(Scaled(), given).nodes] for given in (set(), {"scale"}))
     assert "fixed" in guarded
     assert "fixed" not in free
+
+
+def test_caches_that_a_forward_fills_hold_no_proxies_afterwards():
+    class Caching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.inner, self.bias = nn.Conv2d(3, 4, 1), nets.Stubborn.Gate(4), nn.Parameter(torch.ones(4, 1))
+            self.cache, self.seen, self.last = {}, [], None
+
+        def forward(self, x):
+            if "bias" not in self.cache:
+                self.cache["bias"] = self.bias[:, None]
+            self.seen.append(x)
+            self.last = self.new = x
+            return self.inner(self.conv(x) + self.cache["bias"])
+
+    model, x = Caching().eval(), torch.rand(1, 3, 4, 4)
+    graph = graph_of(model, set())
+    assert (model.cache, model.seen, model.last) == ({}, [], None)
+    assert not hasattr(model, "new")
+    graph.lint()
+    assert torch.equal(fx.GraphModule(model, graph)(x), model(x))
