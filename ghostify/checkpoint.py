@@ -38,14 +38,14 @@ def save(module: nn.Module, path: str | Path, *, source: dict[str, Any] | None =
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, fresh / TENSORS)
+        save_file({k: _on_its_own(v) for k, v in tensors.items()}, fresh / TENSORS)
         content = {
             "format": FORMAT,
             "source": source or notes_of(module).get("ghostify_source"),
             "model": data,
             "report": report(module).to_dict(),
             "versions": versions(),
-            "tensors": _digest((fresh / TENSORS).read_bytes()),
+            "tensors": _digest_of(fresh / TENSORS),
         }
         content["digest"] = _digest(_canonical(content))
         (fresh / DESCRIPTION).write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
@@ -66,10 +66,10 @@ def load(path: str | Path, *, allow: Iterable[str] = (), device: str | torch.dev
     content = read_description(folder)
     file = folder / TENSORS
     try:
-        raw = file.read_bytes()
+        digest = _digest_of(file)
     except OSError as error:
         raise GhostifyError(f"{file}: cannot be read: {error.strerror}") from error
-    if _digest(raw) != content["tensors"]:
+    if digest != content["tensors"]:
         raise GhostifyError(f"{file}: is damaged or belongs to another {DESCRIPTION}: save the model again")
     try:
         tensors = load_file(file, device=str(device))
@@ -166,6 +166,21 @@ def _swap(fresh: Path, folder: Path) -> None:
         raise
     finally:
         shutil.rmtree(old.parent, ignore_errors=True)
+
+
+def _on_its_own(tensor: Tensor) -> Tensor:
+    """The tensor in row-major order on the CPU, the only one in its storage."""
+    found = tensor.detach().cpu().contiguous()
+    return found if found.untyped_storage().nbytes() == found.nbytes else found.clone()
+
+
+def _digest_of(file: Path) -> str:
+    """Of a file that need not fit into memory."""
+    made = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(2**22):
+            made.update(block)
+    return made.hexdigest()
 
 
 def _digest(data: bytes) -> str:
