@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 from timm.layers import Linear, get_notrace_functions, get_notrace_modules
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx.immutable_collections import immutable_dict
 
 from ghostify.errors import GhostifyError
@@ -166,8 +166,9 @@ def _left_alone(root: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, kept in before:
-            for key in {key for key, _ in _kept(module)} - kept.keys():
-                del module.__dict__[key]
+            for key, value in _kept(module):
+                if key not in kept and not isinstance(value, Tensor):  # torch.fx keeps a graph's constants so
+                    del module.__dict__[key]
             for key, (value, content) in kept.items():
                 module.__dict__[key] = value
                 if isinstance(value, dict | set):
