@@ -1,0 +1,126 @@
+"""The inference form of a model: plain convolutions, norms folded, channel orders taken up, channels last."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ghostify.calls import Inputs, bind_inputs, example_of, run, tensors_of
+from ghostify.carry import Orders, record_shapes
+from ghostify.errors import GhostifyError
+from ghostify.fold import can_be_dense, fold, freeze
+from ghostify.ghost import GhostModule
+from ghostify.modes import evaluating
+from ghostify.trace import trace
+
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4}
+ROUGH = 0.1
+SMALL = 64
+WIDE = 512
+
+
+def deploy(model: nn.Module, example_inputs: Any) -> nn.Module:
+    """A copy of a converted model, or of any that traces, for inference only.
+
+    Norms are folded into convolutions, ghost modules become two convolutions and a concatenation, or one more dense
+    convolution where that saves a gather; the orders in which ghosts come are taken up by whoever reads them; weights
+    are laid out N x H x W x C. `example_inputs` is what one forward takes; the result runs at other sizes as well.
+    Answers are those of the model in evaluation mode, but for rounding: checked on `example_inputs` to 1e-4 of their
+    largest value. Raises `GhostifyError` where it does not run, or is not equal.
+    """
+    made = _graphs(model, example_inputs)
+    notes = copy.copy(model.__dict__.get("meta", {}))
+    with evaluating(made):
+        _run(made, example_inputs)
+        parts = [p for p, m in made.named_modules() if isinstance(m, fx.GraphModule)]
+        for path in reversed(parts):
+            inputs = _arriving(made, path, example_inputs)
+            if inputs is not None:
+                _deploy_part(made.get_submodule(path), inputs)  # type: ignore[arg-type]
+    made = made.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    made.__dict__["meta"] = notes
+    _check(model, made, example_inputs)
+    return made
+
+
+def _graphs(model: nn.Module, example: Any) -> nn.Module:
+    if any(isinstance(m, fx.GraphModule) for m in model.modules()):
+        return copy.deepcopy(model)
+    return copy.deepcopy(trace(model, example).module)
+
+
+def _deploy_part(part: fx.GraphModule, inputs: Inputs) -> None:
+    dense = _to_be_dense(part, inputs)
+    _plain(part, dense, inputs).apply()
+
+
+def _plain(part: fx.GraphModule, dense: set[str], inputs: Inputs) -> Orders:
+    freeze(part)
+    fold(part, dense)
+    part.recompile()
+    record_shapes(part, *inputs)
+    return Orders(part)
+
+
+def _to_be_dense(part: fx.GraphModule, inputs: Inputs) -> set[str]:
+    """Ghost modules of few intrinsic maps, and those whose order would have to be gathered: one more dense convolution
+    costs less than the copying does."""
+    able = {path: m.primary_conv.out_channels for path, m in part.named_modules() if _is_able(m)}
+    if not able:
+        return set()
+    small = {path for path, count in able.items() if count <= SMALL}
+    trial = _plain(copy.deepcopy(part), small, inputs)
+    gathered = {str(w.args[0][0].target) for w in trial.gathers()}  # type: ignore[index, union-attr]
+    return small | {p for p, count in able.items() if count <= WIDE and any(g.startswith(f"{p}.") for g in gathered)}
+
+
+def _is_able(module: nn.Module) -> bool:
+    return isinstance(module, GhostModule) and can_be_dense(module)
+
+
+def _arriving(made: nn.Module, path: str, example: Any) -> Inputs | None:
+    """What the part at `path` gets when the example inputs run: None if nothing."""
+    if not path and isinstance(made, fx.GraphModule):
+        return example_of(made, example)
+    part = made.get_submodule(path)
+    assert isinstance(part, fx.GraphModule)
+    seen: list[Inputs] = []
+
+    def note(_: nn.Module, args: Any, kwargs: Any) -> None:
+        seen.append(bind_inputs(part, args, kwargs))
+
+    handle = part.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        run(made, example_of(made, example))
+    finally:
+        handle.remove()
+    return seen[0] if seen else None
+
+
+def _run(made: nn.Module, example: Any) -> Any:
+    try:
+        return run(made, example_of(made, example))
+    except GhostifyError:
+        raise
+    except Exception as error:
+        raise GhostifyError(f"the model does not run on example_inputs: {type(error).__name__}: {error}") from error
+
+
+def _check(model: nn.Module, made: nn.Module, example: Any) -> None:
+    answers: list[list[Tensor]] = []
+    for module in (model, made):
+        with evaluating(module):
+            answers.append(tensors_of(run(module, example_of(module, example))))
+    for wanted, found in zip(*answers, strict=True):
+        if wanted.shape != found.shape or not wanted.is_floating_point() or not wanted.numel():
+            continue
+        difference = (wanted.double() - found.double()).abs().max().item()
+        largest = wanted.double().abs().max().item()
+        if difference > TOLERANCE.get(wanted.dtype, ROUGH) * max(largest, 1e-30):
+            raise GhostifyError(
+                f"the inference form is {difference:.2g} off answers that reach {largest:.2g}: keep the model "
+                f"as it is, and report this"
+            )
