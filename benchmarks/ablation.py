@@ -20,7 +20,6 @@ from unittest.mock import patch
 import torch
 from accuracy import calibration
 from networks import images, resnet20
-from starts import unfitted
 from tables import Row, options, publish
 from torch import Tensor, nn
 
@@ -33,6 +32,7 @@ from ghostify.lstsq import Solution, Statistics
 from ghostify.moments import Pair
 from ghostify.plan import Plan, Rewrite
 from ghostify.sensitivity import Calibration, calibrate
+from ghostify.starts import unfitted
 
 IMAGES = 512
 ADAM_STEPS = 200

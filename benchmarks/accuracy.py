@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from networks import accuracy, images, resnet20, vgg16
-from starts import unfitted
 from tables import Row, options, publish
 from torch import Tensor, nn
 
@@ -26,6 +25,7 @@ from ghostify.budget import plan_within
 from ghostify.cost import count_macs
 from ghostify.demo import Images
 from ghostify.sensitivity import calibrate
+from ghostify.starts import unfitted
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,6 @@ from typing import Any
 import timm
 import torch
 import torchvision
-from starts import unfitted
 from tables import RESULTS, Row, options
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
@@ -40,6 +39,7 @@ from ghostify import Policy, Rule, fit, load, plan, rewrite, save, trace
 from ghostify.checkpoint import versions
 from ghostify.cost import count_macs
 from ghostify.report import attach, summarise
+from ghostify.starts import unfitted
 
 FILE = RESULTS / "zoo.json"
 LIMIT = 600

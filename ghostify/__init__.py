@@ -2,7 +2,9 @@
 
 from ghostify.checkpoint import load, save
 from ghostify.convert import ghostify
+from ghostify.deploy import deploy
 from ghostify.errors import GhostifyError
+from ghostify.export import export
 from ghostify.fit import fit
 from ghostify.ghost import GhostModule
 from ghostify.plan import plan
@@ -16,6 +18,8 @@ __all__ = [
     "GhostifyError",
     "Policy",
     "Rule",
+    "deploy",
+    "export",
     "fit",
     "ghostify",
     "load",

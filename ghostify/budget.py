@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +23,7 @@ from ghostify.calls import run
 from ghostify.datafree import statistics_of
 from ghostify.errors import GhostifyError
 from ghostify.ghost import Layout, intrinsic_maps
+from ghostify.measure import layer_milliseconds, model_milliseconds, paired
 from ghostify.modes import evaluating
 from ghostify.moments import MapMoments, Moments
 from ghostify.pairs import MapStatistics, map_statistics
@@ -31,12 +32,18 @@ from ghostify.policy import Policy
 from ghostify.program import Convolution, Program
 from ghostify.propagate import input_channels
 from ghostify.record import looking
+from ghostify.rewrite import rewrite
 from ghostify.sensitivity import Calibration, calibrate, metric_of
+from ghostify.starts import unfitted
 from ghostify.systems import root_of
 from ghostify.wiring import Wiring, norm_after
 
 RATIOS = (1.25, 1.5, 2, 2.5, 3, 4, 6, 8)
 STEPS = 32
+LANES = 16
+FASTER = 0.97
+REVISIONS = 4
+TOLERATED = 1.01
 POSITIONS = 20_000
 MAP_POSITIONS = 8_000
 IDENTITY = nn.Conv2d(1, 1, 1, device="meta")
@@ -70,11 +77,14 @@ def plan_within(
 ) -> Plan:
     """The plan under `policy` that keeps within `budget` with the least expected error of the model's outputs.
 
-    `budget` limits "macs" or "params", or both: as a share of the original's if at most 1, else as a number. It takes
-    the place of the rules' ratios. `program` needs shapes. Raises `GhostifyError` for a budget out of reach, saying
-    what is within reach.
+    `budget` limits "macs", "params" and "latency", alone or together: as a share of the original's if at most 1, else
+    as a number, of milliseconds for one forward of the example inputs. It takes the place of the rules' ratios.
+    Latencies are those of the inference form, layer by layer, measured on this machine (see `measure`); with one, no
+    layer is rewritten that does not get faster. `program` needs shapes. Raises `GhostifyError` for a budget out of
+    reach, saying what is within reach.
     """
-    limits = _limits(program, budget)
+    totals = _totals(program, budget)
+    limits = _limits(totals, budget)
     if any(isinstance(rule.cheap, int) for rule in policy.rules):
         raise GhostifyError("a budget chooses how wide the ghosts see: use cheap 'auto', 'depthwise' or 'pointwise'")
     found = targets(program, policy)
@@ -83,15 +93,30 @@ def plan_within(
         profiles = _data_free(program, wished)
     else:
         profiles = _profiled(program, wished, calibrate(program, calibration, seed), seed)
-    choices = [_candidates(t, profiles[t.conv.name], tuple(budget)) for t in wished]
-    fixed = _fixed(program, wished, tuple(budget))
-    chosen = solve(choices, [limit - own for limit, own in zip(limits, fixed, strict=True)])
-    if chosen is None:
-        reach = [sum(min(c.costs[k] for c in options) for options in choices) for k in range(len(limits))]
-        _out_of_reach(program, budget, limits, [r + f for r, f in zip(reach, fixed, strict=True)])
-    assert chosen is not None
-    layouts = {t.conv.name: options[pick].layout for t, options, pick in zip(wished, choices, chosen, strict=True)}
-    return plan_layouts(program, [_decided(t, layouts) for t in found])
+    choices = [_candidates(program, t, profiles[t.conv.name], tuple(budget)) for t in wished]
+    fixed = [total - sum(options[0].costs[k] for options in choices) for k, total in enumerate(totals.values())]
+    asked = list(limits)
+    for _ in range(REVISIONS):
+        chosen = solve(choices, [limit - own for limit, own in zip(asked, fixed, strict=True)])
+        if chosen is None and asked != limits:
+            break
+        if chosen is None:
+            reach = [sum(min(c.costs[k] for c in options) for options in choices) for k in range(len(limits))]
+            _out_of_reach(totals, budget, limits, [r + f for r, f in zip(reach, fixed, strict=True)])
+        assert chosen is not None
+        layouts = {t.conv.name: options[pick].layout for t, options, pick in zip(wished, choices, chosen, strict=True)}
+        made = plan_layouts(program, [_decided(t, layouts) for t in found])
+        if "latency" not in budget:
+            return made
+        clock = tuple(budget).index("latency")
+        share, goal = _share_of_time(program, made), limits[clock] / totals["latency"]
+        if share <= goal * TOLERATED:
+            return made
+        asked[clock] *= goal / share
+    raise GhostifyError(
+        f"budget latency={budget['latency']:g} is out of reach: its layers promise it, but the whole model takes "
+        f"{share:.3f} of the original's time"
+    )
 
 
 def solve(choices: list[list[Candidate]], limits: list[float]) -> list[int] | None:
@@ -136,42 +161,52 @@ def _mute() -> Iterator[None]:
         os.close(nowhere)
 
 
-def _limits(program: Program, budget: Mapping[str, float]) -> list[float]:
-    if not budget:
-        raise GhostifyError("the budget is empty: use {'macs': 0.5} to halve the multiply-accumulates")
-    totals = _totals(program)
+def _share_of_time(program: Program, plan: Plan) -> float:
+    """How long the whole model takes under a plan, in parts of the original's time: layers may not add up."""
+    made = rewrite(program, plan, unfitted(program, plan, shuffled=True))
+    before, after = paired([program.module, made], program.example)
+    return after / before
+
+
+def _limits(totals: Mapping[str, float], budget: Mapping[str, float]) -> list[float]:
     limits = []
     for key, value in budget.items():
-        if key not in totals:
-            raise GhostifyError(f"budget {key!r} is unknown: known are {', '.join(totals)}")
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise GhostifyError(f"budget {key}={value!r} is not a positive number")
         limits.append(value * totals[key] if value <= 1 else float(value))
     return limits
 
 
-def _totals(program: Program) -> dict[str, int]:
-    """What the whole model costs, by the budgets' names."""
+def _totals(program: Program, budget: Mapping[str, float]) -> dict[str, float]:
+    """What the whole model costs, by the budget's names."""
+    if not budget:
+        raise GhostifyError("the budget is empty: use {'macs': 0.5} to halve the multiply-accumulates")
     if program.macs is None:
         raise GhostifyError("a budget needs to know the model's shapes: pass example_inputs")
-    return {"macs": program.macs, "params": cost.parameters(program.module)}
+    known: dict[str, Callable[[], float]] = {
+        "macs": lambda: float(program.macs or 0),
+        "params": lambda: float(cost.parameters(program.module)),
+        "latency": lambda: model_milliseconds(program),
+    }
+    for key in budget:
+        if key not in known:
+            raise GhostifyError(f"budget {key!r} is unknown: known are {', '.join(known)}")
+    return {key: known[key]() for key in budget}
 
 
-def _spent(conv: Convolution, weights: int, keys: tuple[str, ...]) -> tuple[float, ...]:
-    """Costs of a layer that has `weights` weights, each used once a position."""
-    known = {"macs": weights * (cost.positions(conv.calls) or 0), "params": weights + conv.outputs * conv.bias}
-    return tuple(float(known[key]) for key in keys)
+def _spent(program: Program, conv: Convolution, layouts: list[Layout | None], key: str) -> list[float]:
+    """What each layout of a layer costs; each weight is used once a position."""
+    if key == "latency":
+        return layer_milliseconds(program.conv(conv.name), conv, layouts)
+    weights = [cost.dense_macs(conv) if own is None else cost.ghost_macs(conv, own) for own in layouts]
+    if key == "macs":
+        return [float(w * (cost.positions(conv.calls) or 0)) for w in weights]
+    return [float(w + conv.outputs * conv.bias) for w in weights]
 
 
-def _fixed(program: Program, wished: list[Target], keys: tuple[str, ...]) -> list[float]:
-    """What the rest of the model costs."""
-    totals = _totals(program)
-    own = [_spent(t.conv, cost.dense_macs(t.conv), keys) for t in wished]
-    return [totals[key] - sum(o[k] for o in own) for k, key in enumerate(keys)]
-
-
-def _out_of_reach(program: Program, budget: Mapping[str, float], limits: list[float], reach: list[float]) -> None:
-    totals = _totals(program)
+def _out_of_reach(
+    totals: Mapping[str, float], budget: Mapping[str, float], limits: list[float], reach: list[float]
+) -> None:
     for (key, value), limit, least in zip(budget.items(), limits, reach, strict=True):
         if least > limit:
             share = math.ceil(1000 * least / totals[key]) / 1000
@@ -186,15 +221,20 @@ def _decided(target: Target | Skip, layouts: dict[str, Layout | None]) -> tuple[
     return Skip(target.conv, "the budget is kept without it") if layout is None else (target, layout)
 
 
-def _candidates(target: Target, profile: Profile, keys: tuple[str, ...]) -> list[Candidate]:
-    """As it is, and every layout of the rule's form that saves multiply-accumulates and is worth its cost."""
+def _candidates(program: Program, target: Target, profile: Profile, keys: tuple[str, ...]) -> list[Candidate]:
+    """As it is, first, and every layout of the rule's form that saves multiply-accumulates and is worth its cost."""
     conv, dense = target.conv, cost.dense_macs(target.conv)
-    options = [Candidate(None, _spent(conv, dense, keys), 0.0)]
-    for layout, loss in _losses(target, profile):
-        weights = cost.ghost_macs(conv, layout)
-        if weights < dense:
-            options.append(Candidate(layout, _spent(conv, weights, keys), loss))
-    return [c for c in options if not any(_dominates(o, c) for o in options)]
+    timed = "latency" in keys
+    found = [(own, loss) for own, loss in _losses(target, profile, timed) if cost.ghost_macs(conv, own) < dense]
+    layouts = [None, *(own for own, _ in found)]
+    costs = zip(*(_spent(program, conv, layouts, key) for key in keys), strict=True)
+    losses = [0.0, *(loss for _, loss in found)]
+    options = [Candidate(*each) for each in zip(layouts, costs, losses, strict=True)]
+    if timed:
+        clock = keys.index("latency")
+        quick = [o for o in options if o.layout is None or o.costs[clock] < FASTER * options[0].costs[clock]]
+        options = quick
+    return [c for c in options if c.layout is None or not any(_dominates(o, c) for o in options)]
 
 
 def _dominates(a: Candidate, b: Candidate) -> bool:
@@ -202,11 +242,15 @@ def _dominates(a: Candidate, b: Candidate) -> bool:
     return better and (a.loss, a.costs) != (b.loss, b.costs)
 
 
-def _losses(target: Target, profile: Profile) -> Iterator[tuple[Layout, float]]:
+def _losses(target: Target, profile: Profile, timed: bool = False) -> Iterator[tuple[Layout, float]]:
+    """Layouts and the loss of each; where they are to be timed, fewer ones, that fill vector registers."""
     n, cheap = target.conv.outputs, target.rule.cheap
     if cheap in ("auto", "pointwise"):
         tails = _tails(profile)
-        for m in sorted({max(1, round(n * k / STEPS)) for k in range(1, STEPS)} - {n}):
+        sizes = {max(1, round(n * k / STEPS)) for k in range(1, STEPS)}
+        if timed:
+            sizes = {max(LANES, LANES * round(m / LANES)) for m in sizes}
+        for m in sorted(m for m in sizes if m < n):
             yield Layout(n, m, m, 1), float(tails[n - m])
     if profile.maps is not None:
         costs = profile.maps.costs(profile.metric.diagonal())

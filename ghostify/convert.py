@@ -40,8 +40,8 @@ def ghostify(
 
     `ratio`, `dw_size`, `cheap`, `activated`, `targets` and `ignore` make up one `Rule` (see there); `policy` replaces
     them. Without targets, every dense convolution but the first is rewritten. A `budget` such as {"macs": 0.5} - a
-    share of the original's, or a number; also "params" - replaces the ratio by one for each layer, and needs
-    `example_inputs`.
+    share of the original's, or a number; also "params", and "latency", measured on this machine - replaces the ratio by
+    one for each layer, and needs `example_inputs`.
     `calibration` yields batches, in whatever form the model's forward takes; each layer is then fitted to the
     original's outputs on them, otherwise the fit is data-free. `reconstruct` then takes gradient steps, block by block,
     towards the original's outputs on the same batches. `example_inputs` adds shapes and MACs to the report. Raises

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx, nn
 
@@ -62,8 +63,8 @@ class Convolution:
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """A traced copy of the caller's model; read-only from here on. `macs` counts one forward of the example inputs;
-    `lost` names what the model has beside its forward, and the copy has not.
+    """A traced copy of the caller's model; read-only from here on. `macs` counts one forward of `example`, the
+    example inputs; `lost` names what the model has beside its forward, and the copy has not.
 
     `parts` has the graphs by the paths of the modules they are of, inner ones before outer ones. Where the whole model
     traces, the last is `module` itself, under the path ""; else the model's class stays, around the parts. A
@@ -75,6 +76,7 @@ class Program:
     convolutions: tuple[Convolution, ...]
     macs: int | None = None
     lost: tuple[str, ...] = ()
+    example: Any = None
 
     def conv(self, name: str) -> nn.Conv2d:
         """The convolution `name` as a plain module; it shares the program's parameters where it is one there."""

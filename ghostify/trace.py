@@ -56,7 +56,7 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Program:
     if isinstance(module, fx.GraphModule):
         keep_attributes(module, model)
     lost = lost_attributes(module, model)
-    return Program(module, _as_they_run(parts, list(seen.calls)), convolutions, seen.macs, lost)
+    return Program(module, _as_they_run(parts, list(seen.calls)), convolutions, seen.macs, lost, example_inputs)
 
 
 def _copied(model: nn.Module) -> nn.Module:

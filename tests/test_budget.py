@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ghostify import GhostifyError, Policy, Rule, budget, cost, ghostify, report, trace
+from ghostify import GhostifyError, Policy, Rule, budget, cost, ghostify, measure, report, trace
 from ghostify.budget import Candidate, plan_within, solve
 from ghostify.evaluate import outputs, relative_error
 from tests import nets
@@ -136,3 +136,60 @@ def test_few_images_are_not_taken_to_be_simple():
     torch.testing.assert_close(own[0], torch.cat((torch.zeros(1), torch.linalg.eigvalsh(halves[0]).cumsum(0))))
     assert (crossed[1:-1] > (own[0] + own[1])[1:-1] / 2).all()
     assert crossed[-1] == pytest.approx(float((own[0] + own[1])[-1] / 2))
+
+
+@pytest.fixture
+def clock(monkeypatch, tmp_path):
+    """A clock that counts multiply-accumulates, and adds `overhead` to the time of whatever is no plain convolution."""
+
+    class Clock:
+        overhead, whole = 0.0, 1.0
+
+    def by_turns(models, inputs):
+        convs = [sum(isinstance(m, torch.nn.Conv2d) for m in model.modules()) for model in models]
+        macs = [float(cost.count_macs(m, tuple(i))) for m, i in zip(models, inputs, strict=True)]
+        return [spent + Clock.overhead * (count > 1) for spent, count in zip(macs, convs, strict=True)]
+
+    def paired(models, example):
+        before, after = (float(cost.count_macs(m, example)) for m in models)
+        return [before, Clock.whole * after]
+
+    monkeypatch.setattr(measure, "_by_turns", by_turns)
+    monkeypatch.setattr(budget, "paired", paired)
+    monkeypatch.setenv("GHOSTIFY_CACHE", str(tmp_path))
+    return Clock
+
+
+def timed(share, **more):
+    program = trace(nets.settle(nets.Residual(32)), nets.images(2))
+    return program, plan_within(program, Policy((Rule(cheap="auto"),)), {"latency": share, **more})
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_latency_budget_is_kept_by_measured_time():
+    program, decided = timed(0.6)
+    assert 0.4 * program.macs < decided.macs_after <= 0.6 * program.macs
+    assert len(decided.rewrites) > 0
+
+
+def test_no_layer_is_rewritten_that_does_not_get_faster(clock):
+    clock.overhead = 1e12
+    with pytest.raises(GhostifyError, match=r"budget latency=0.6 is out of reach: these rules reach 1 at the least"):
+        timed(0.6)
+    _, decided = timed(1.0)
+    assert not decided.rewrites
+
+
+def test_the_plan_is_revised_where_the_layers_do_not_add_up(clock):
+    clock.whole = 1.2
+    program, decided = timed(0.6)
+    assert decided.macs_after <= 1.01 * 0.6 / 1.2 * program.macs
+    clock.whole = 5.0
+    with pytest.raises(GhostifyError, match=r"latency=0.6 is out of reach: .* the whole model takes"):
+        timed(0.6)
+
+
+@pytest.mark.usefixtures("clock")
+def test_latency_goes_together_with_other_budgets():
+    program, decided = timed(0.9, macs=0.5)
+    assert decided.macs_after <= 0.5 * program.macs

@@ -62,6 +62,11 @@ def test_convert_then_eval(files, tmp_path):
     assert facts["MACs an image"] < facts["original's MACs an image"]
     alone = run("eval", tmp_path / "out", "--data", files / "data.npz")
     assert "top-1 %" in alone.stdout
+    written = run("export", tmp_path / "out", "--format", "pt2")
+    assert written.returncode == 0, written.stderr
+    assert "any batch of 3x12x12" in " ".join(written.stdout.split())
+    assert torch.export.load(tmp_path / "out" / "model.pt2").module()(torch.zeros(4, 3, 12, 12)).shape == (4, 5)
+    assert load(tmp_path / "out")(torch.zeros(2, 3, 12, 12)).shape == (2, 5)
 
 
 def test_demo(tmp_path):
@@ -104,6 +109,6 @@ def test_policy_files(tmp_path):
     assert both.returncode == 2
 
 
-@pytest.mark.parametrize("verb", ["plan", "convert", "eval", "demo"])
+@pytest.mark.parametrize("verb", ["plan", "convert", "eval", "export", "demo"])
 def test_help_has_an_example(verb):
     assert f"Example: ghostify {verb}" in " ".join(run(verb, "--help").stdout.split())

@@ -1,4 +1,4 @@
-"""Where others start: ghost weights that nothing was fitted to."""
+"""Ghost weights that nothing was fitted to: where others start, and enough to measure time."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from ghostify.program import Program
 Kernels = Callable[[Rewrite, Tensor], Tensor]
 
 
-def unfitted(program: Program, plan: Plan, kernels: Kernels | None = None, seed: int = 0) -> dict[str, GhostWeights]:
+def unfitted(
+    program: Program, plan: Plan, kernels: Kernels | None = None, *, shuffled: bool = False, seed: int = 0
+) -> dict[str, GhostWeights]:
     """The first m filters kept, the others' channels from cheap kernels at random (Kaiming), or as `kernels` makes
-    them from a rewrite and the whole weight."""
+    them from a rewrite and the whole weight. With `shuffled`, channels stand in an order such as a fit would choose.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(entry: Rewrite, _: Tensor) -> Tensor:
@@ -32,5 +35,7 @@ def unfitted(program: Program, plan: Plan, kernels: Kernels | None = None, seed:
         if conv.bias is not None:
             primary, cheap = conv.bias.detach()[:m], conv.bias.detach()[m:]
         made = (kernels or drawn)(entry, whole)
-        weights[entry.conv.name] = GhostWeights(in_given_order(layout).channels, whole[:m], primary, made, cheap)
+        given = in_given_order(layout).channels
+        channels = torch.randperm(len(given), generator=generator) if shuffled else given
+        weights[entry.conv.name] = GhostWeights(channels, whole[:m], primary, made, cheap)
     return weights

@@ -1,0 +1,155 @@
+"""Milliseconds of single layers in their inference form, measured on this machine: original and ghosts by turns."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from ghostify.calls import Inputs, example_of, run
+from ghostify.deploy import deploy
+from ghostify.ghost import GhostModule, Layout, ghost_of
+from ghostify.modes import evaluating
+from ghostify.program import LONE, Convolution, Program, lone
+
+ROUNDS, WARM, LEAST = 9, 2, 1.0
+Forms = Sequence[Layout | None]
+
+
+def cache_file() -> Path:
+    """Where measurements are kept: GHOSTIFY_CACHE, or ~/.cache/ghostify."""
+    return Path(os.environ.get("GHOSTIFY_CACHE", Path.home() / ".cache/ghostify")) / "milliseconds.json"
+
+
+def layer_milliseconds(conv: nn.Conv2d, seen: Convolution, layouts: Forms) -> list[float]:
+    """Median milliseconds of all calls of a layer, norm and ReLU folded in, for each layout (None: as it is).
+
+    Measured on random images of the shapes of its calls, in eager PyTorch, channels last, with the present number of
+    threads; kept on disk by shapes, threads, processor and version of torch.
+    """
+    known = _read()
+    total = [0.0] * len(layouts)
+    for shape in [call.input_shape for call in seen.calls if call.input_shape is not None]:
+        keys = [_key(conv, shape, layout) for layout in layouts]
+        missing = [k for k, key in enumerate(keys) if key not in known]
+        if missing:
+            base = _key(conv, shape, None)
+            forms: list[Layout | None] = [layouts[k] for k in missing if layouts[k] is not None]
+            models, images = [_module(conv, shape, layout) for layout in [None, *forms]], _images(conv, shape)
+            taken = _by_turns(models, [[images]] * len(models))
+            known[base] = known.get(base, taken[0])
+            share = known[base] / taken[0]  # what was measured before was another mood of the machine
+            for layout, spent in zip(forms, taken[1:], strict=True):
+                known[_key(conv, shape, layout)] = spent * share
+            _write(known)
+        total = [spent + known[key] for spent, key in zip(total, keys, strict=True)]
+    return total
+
+
+def model_milliseconds(program: Program) -> float:
+    """Median milliseconds of one forward of the example inputs, in the original's own inference form."""
+    return paired([program.module], program.example)[0]
+
+
+def paired(models: Sequence[nn.Module], example: Any) -> list[float]:
+    """Median milliseconds of one forward of each model's inference form, by turns."""
+    small = [deploy(m, example) for m in models]
+    last = tree_map_only(Tensor, _channels_last, example)
+    return _by_turns(small, [example_of(m, last) for m in small])
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+
+
+def _module(conv: nn.Conv2d, shape: tuple[int, ...], layout: Layout | None) -> nn.Module:
+    """A convolution of such attributes, norm and activation behind it, as `deploy` makes it."""
+    plain = copy.deepcopy(conv).float().cpu()
+    graph = lone(plain)
+    graph.add_module("norm", nn.BatchNorm2d(conv.out_channels))
+    graph.add_module("act", nn.ReLU())
+    node = next(n for n in graph.graph.nodes if n.target == LONE)
+    with graph.graph.inserting_after(node):
+        norm = graph.graph.call_module("norm", (node,))
+    with graph.graph.inserting_after(norm):
+        act = graph.graph.call_module("act", (norm,))
+    next(n for n in graph.graph.nodes if n.op == "output").args = (act,)
+    if layout is not None:
+        graph.set_submodule(LONE, _filled(ghost_of(plain, layout)))
+    graph.recompile()
+    return deploy(graph.eval(), _images(conv, shape))
+
+
+def _filled(ghost: GhostModule) -> GhostModule:
+    for parameter in ghost.parameters():
+        nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.1)
+    return ghost
+
+
+def _images(conv: nn.Conv2d, shape: tuple[int, ...]) -> Tensor:
+    images = torch.randn(shape[0], conv.in_channels, *shape[2:], generator=torch.Generator().manual_seed(0))
+    return images.to(memory_format=torch.channels_last)
+
+
+def _by_turns(models: Sequence[nn.Module], inputs: Sequence[Inputs]) -> list[float]:
+    """Medians over rounds in which each has its turn, long enough for the clock."""
+    times: list[list[float]] = [[] for _ in models]
+    repeats = [1] * len(models)
+    with evaluating(*models):
+        for turn in range(WARM + ROUNDS):
+            for k, model in enumerate(models):
+                started = time.perf_counter()
+                for _ in range(repeats[k]):
+                    run(model, inputs[k])
+                spent = 1000 * (time.perf_counter() - started) / repeats[k]
+                if turn < WARM:
+                    repeats[k] = max(1, round(LEAST / max(spent, 1e-3)))
+                else:
+                    times[k].append(spent)
+    return [statistics.median(own) for own in times]
+
+
+def _key(conv: nn.Conv2d, shape: tuple[int, ...], layout: Layout | None) -> str:
+    facts = (
+        type(conv).__name__, conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,
+        conv.dilation, tuple(shape), layout, torch.get_num_threads(), torch.__version__, _processor(),
+    )  # fmt: skip
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
+def _read() -> dict[str, float]:
+    try:
+        found = json.loads(cache_file().read_text())
+    except (OSError, ValueError):
+        return {}
+    return {k: float(v) for k, v in found.items()} if isinstance(found, dict) else {}
+
+
+def _write(known: dict[str, float]) -> None:
+    file = cache_file()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        fresh = file.with_suffix(f".{os.getpid()}")
+        fresh.write_text(json.dumps(known))
+        fresh.replace(file)
+    except OSError:
+        return  # nowhere to keep it: measured again next time

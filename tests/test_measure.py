@@ -1,0 +1,92 @@
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from ghostify import measure, trace
+from ghostify.cost import count_macs
+from ghostify.ghost import Layout
+from ghostify.measure import layer_milliseconds, model_milliseconds, paired
+from tests import nets
+
+FORMS = [None, Layout(16, 8, 1, 3), Layout(16, 4, 4, 1)]
+
+
+@pytest.fixture
+def clock(monkeypatch, tmp_path):
+    """A clock that counts multiply-accumulates; the list of what was measured."""
+    measured = []
+
+    def by_turns(models, inputs):
+        measured.append(len(models))
+        return [float(count_macs(m, tuple(i))) for m, i in zip(models, inputs, strict=True)]
+
+    monkeypatch.setattr(measure, "_by_turns", by_turns)
+    monkeypatch.setenv("GHOSTIFY_CACHE", str(tmp_path / "cache"))
+    return measured
+
+
+def layer(size=12, name="a.0"):
+    program = trace(nets.settle(nets.Straight()), nets.images(2, size))
+    return program.conv(name), next(c for c in program.convolutions if c.name == name)
+
+
+def test_each_form_is_measured_as_it_is_deployed(clock):
+    conv, seen = layer()
+    positions = 2 * 12 * 12
+    assert layer_milliseconds(conv, seen, FORMS) == [
+        positions * 16 * 8 * 9,
+        positions * (8 * 8 * 9 + 8 * 9),
+        positions * (4 * 8 * 9 + 4 * 16),  # few intrinsic maps: one more dense convolution
+    ]
+    assert clock == [3]
+
+
+def test_what_was_measured_is_kept_by_shape_and_layout(clock, tmp_path):
+    conv, seen = layer()
+    first = layer_milliseconds(conv, seen, FORMS[:2])
+    assert layer_milliseconds(conv, seen, FORMS[:2]) == first
+    assert clock == [2]
+    layer_milliseconds(conv, seen, FORMS)
+    assert clock == [2, 2]  # the new one, beside the original
+    layer_milliseconds(*layer(size=16), FORMS[:2])
+    assert clock == [2, 2, 2]
+    (file,) = (tmp_path / "cache").iterdir()
+    assert len(json.loads(file.read_text())) == 5
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{"])
+def test_a_damaged_cache_is_begun_anew(clock, content):
+    measure.cache_file().parent.mkdir()
+    measure.cache_file().write_text(content)
+    assert layer_milliseconds(*layer(), [None])[0] > 0
+    assert clock == [1]
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("GHOSTIFY_CACHE", str(tmp_path / "file"))
+    assert layer_milliseconds(*layer(), [None])[0] > 0
+
+
+@pytest.mark.usefixtures("clock")
+def test_all_calls_count():
+    program = trace(nets.settle(nets.Shared()), nets.images(1))
+    seen = next(c for c in program.convolutions if len(c.calls) > 1)
+    conv = program.conv(seen.name)
+    one = count_macs(conv, nets.images(1).new_zeros(seen.calls[0].input_shape))
+    assert layer_milliseconds(conv, seen, [None])[0] >= len(seen.calls) * one > 0
+
+
+@pytest.mark.usefixtures("clock")
+def test_models_are_measured_in_their_inference_form():
+    model, x = nets.settle(nets.Residual()), nets.images(2)
+    assert model_milliseconds(trace(model, x)) == count_macs(model, x)
+    assert paired([model, model], x) == [count_macs(model, x)] * 2
+    assert any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+
+
+def test_the_clock_itself_ticks():
+    assert all(spent > 0 for spent in measure._by_turns([nn.Identity()], [[(torch.zeros(1),), {}]]))
