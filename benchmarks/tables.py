@@ -32,13 +32,13 @@ def publish(name: str, title: str, columns: dict[str, Callable[[Row], str]], row
     table.add_column("how")
     for heading in columns:
         table.add_column(heading, justify="right")
+    RESULTS.mkdir(exist_ok=True)
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    content = {"command": command, **facts, "versions": versions(), "rows": found}
     for row in rows:
         found.append(row)
+        (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
         cells = [cell(row) for cell in columns.values()]
         table.add_row(row["how"], *cells)
         print(row["how"], *cells, flush=True)
     Console().print(table)
-    RESULTS.mkdir(exist_ok=True)
-    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    content = {"command": command, **facts, "versions": versions(), "rows": found}
-    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")

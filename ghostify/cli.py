@@ -44,7 +44,8 @@ PolicyFile = Annotated[
 Arguments = Annotated[list[str] | None, typer.Option("--arg", help="constructor argument, key=value")]
 Size = Annotated[str | None, typer.Option("--input-size", help="C,H,W, where the model does not say")]
 Budget = Annotated[
-    list[str] | None, typer.Option(help="macs=0.5, params=0.5 or latency=0.7, in place of the ratio; best with --cheap auto")
+    list[str] | None,
+    typer.Option(help="macs=0.5, params=0.5 or latency=0.7, in place of the ratio; best with --cheap auto"),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON, for machines")]
 
