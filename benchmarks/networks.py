@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,8 +12,9 @@ from torchvision.models import vgg16_bn
 
 from ghostify.demo import Images, ResidualNet, fashion_mnist, train
 from ghostify.evaluate import outputs, top1
+from ghostify.measure import cache_folder
 
-CACHE = Path(os.environ.get("GHOSTIFY_CACHE", Path.home() / ".cache/ghostify"))
+CACHE = cache_folder()
 
 
 def images() -> Images:

@@ -33,9 +33,9 @@ import torch
 import torchvision
 from tables import RESULTS, Row, options
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
 from ghostify import Policy, Rule, fit, load, plan, rewrite, save, trace
+from ghostify.calls import tensors_of
 from ghostify.checkpoint import versions
 from ghostify.cost import count_macs
 from ghostify.report import attach, summarise
@@ -144,7 +144,7 @@ def kind_of(reason: str) -> str:
 
 def leaves(model: nn.Module, x: Tensor) -> list[Tensor]:
     with torch.no_grad():
-        return [v for v in tree_leaves(model.eval()(x)) if isinstance(v, Tensor)]
+        return tensors_of(model.eval()(x))
 
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:
@@ -153,7 +153,7 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 
 def ungraded(model: nn.Module, x: Tensor) -> list[str]:
     """Parameters of ghost modules that get no gradient."""
-    outputs = [v for v in tree_leaves(model.eval()(x)) if isinstance(v, Tensor) and v.requires_grad]
+    outputs = [v for v in tensors_of(model.eval()(x)) if v.requires_grad]
     sum(v.double().sum() for v in outputs).backward()
     named = [(n, p) for n, p in model.named_parameters() if "primary_conv" in n or "cheap_op" in n]
     missing = [n for n, p in named if p.requires_grad and p.grad is None]

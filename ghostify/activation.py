@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 
 from ghostify.plan import Rewrite
 from ghostify.wiring import activation_of
+
+Copied = TypeVar("Copied", bound=nn.Module)
 
 
 def activation_line(module: fx.GraphModule, entry: Rewrite) -> nn.Sequential:
@@ -20,7 +22,12 @@ def activation_line(module: fx.GraphModule, entry: Rewrite) -> nn.Sequential:
         activation = activation_of(module, node)
         assert activation is not None
         line.append(activation)
-    copied = copy.deepcopy(nn.Sequential(*line))
+    return out_of_place(nn.Sequential(*line))
+
+
+def out_of_place(module: Copied) -> Copied:
+    """A copy that leaves what it reads as it is."""
+    copied = copy.deepcopy(module)
     for inner in copied.modules():
         if hasattr(inner, "inplace"):
             setattr(inner, "inplace", False)  # noqa: B010

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from ghostify.batches import IN_MEMORY, Batch, Batches, images_of
@@ -29,8 +29,8 @@ def arriving(program: Program, converted: nn.Module, path: str, batches: Batches
     found: list[Batch] = []
     seen = 0
     for batch in batches.own:
-        originals = _calls(program, program.module, path, batch.inputs)
-        others = _calls(program, converted, path, batch.inputs)
+        originals = calls_of(program.parts[path], program.module, path, batch.inputs)
+        others = calls_of(program.parts[path], converted, path, batch.inputs)
         for k, inputs in enumerate(originals):
             if not any(v.dim() and len(v) for v in tensors_of(inputs)):
                 continue
@@ -44,12 +44,12 @@ def arriving(program: Program, converted: nn.Module, path: str, batches: Batches
     return Batches(tuple(found), images) if images else None
 
 
-def _calls(program: Program, module: nn.Module, path: str, inputs: Inputs) -> list[Inputs]:
-    """What each call of the part is fed in one forward."""
+def calls_of(part: fx.GraphModule, module: nn.Module, path: str, inputs: Inputs) -> list[Inputs]:
+    """What each call of the part at `path` of a module is fed in one forward, by the placeholders of `part`."""
     found: list[Inputs] = []
 
     def note(_module: nn.Module, args: Any, kwargs: Any) -> None:
-        found.append(tree_map(_kept, bind_inputs(program.parts[path], args, kwargs)))
+        found.append(tree_map(_kept, bind_inputs(part, args, kwargs)))
 
     handle = module.get_submodule(path).register_forward_pre_hook(note, with_kwargs=True)
     try:

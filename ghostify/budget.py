@@ -232,8 +232,7 @@ def _candidates(program: Program, target: Target, profile: Profile, keys: tuple[
     options = [Candidate(*each) for each in zip(layouts, costs, losses, strict=True)]
     if timed:
         clock = keys.index("latency")
-        quick = [o for o in options if o.layout is None or o.costs[clock] < FASTER * options[0].costs[clock]]
-        options = quick
+        options = [o for o in options if o.layout is None or o.costs[clock] < FASTER * options[0].costs[clock]]
     return [c for c in options if c.layout is None or not any(_dominates(o, c) for o in options)]
 
 

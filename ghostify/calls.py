@@ -73,6 +73,16 @@ def run(module: nn.Module, inputs: Inputs) -> Any:
     return module(*args, **kwargs)
 
 
+def run_example(module: nn.Module, inputs: Inputs) -> Any:
+    """One forward of the example inputs; raises `GhostifyError` where the model does not run on them."""
+    try:
+        return run(module, inputs)
+    except GhostifyError:
+        raise
+    except Exception as error:
+        raise GhostifyError(f"the model does not run on example_inputs: {type(error).__name__}: {error}") from error
+
+
 def spread(module: fx.GraphModule, inputs: Inputs) -> tuple[list[Any], dict[str, Any]]:
     """The arguments and keywords of a call that gives a traced module's placeholders these values."""
     args: list[Any] = []

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from ghostify.fold import ORDER
 from ghostify.kinds import is_plain
-from ghostify.order import BLIND_FUNCTIONS, BLIND_METHODS, BLIND_MODULES
+from ghostify.order import BLIND_MODULES, blind_inside, is_blind_call, permute_inputs, permute_outputs
 from ghostify.program import called
 from ghostify.wiring import NORMS, Wiring, hooked
 
@@ -31,8 +31,9 @@ MAPS, ROWS = 4, 2
 class _Family:
     """Tensors whose channels stand in one common order.
 
-    `wishes` are the nodes of ghosts that come in an order of their own; `free` says whether every maker could do any
-    order; `parts` the families that the channels are concatenated from. `pinned`: somebody needs the original order.
+    `wishes` are the nodes of ghosts that come in an order of their own; `makers` call what can make any order,
+    `readers` what can read any, each channel so many columns wide; `parts` are what its channels are concatenated
+    from. `pinned`: somebody needs the original order.
     """
 
     wishes: list[fx.Node] = field(default_factory=list)
@@ -72,9 +73,9 @@ class Orders:
         for root, family in self._all():
             order = chosen[root]
             for maker in family.makers:
-                _permute_outputs(called(self.module, maker), order)
+                permute_outputs(called(self.module, maker), order)
             for reader, spread in family.readers:
-                _permute_inputs(called(self.module, reader), order, spread)
+                permute_inputs(called(self.module, reader), order, spread)
             for wish in family.wishes:
                 if not torch.equal(wish.meta[ORDER], order):
                     self._gather(wish, torch.argsort(wish.meta[ORDER])[order])
@@ -150,18 +151,18 @@ class Orders:
             one.pinned |= two.pinned or bool(one.parts or two.parts)
             one.parts += two.parts
 
-    def _pin(self, node: fx.Node) -> None:
-        family = self.family(node)
-        if family is not None:
-            family.pinned = True
+    def _pin(self, nodes: list[fx.Node]) -> None:
+        for node in nodes:
+            family = self.family(node)
+            if family is not None:
+                family.pinned = True
 
     def _see(self, node: fx.Node) -> None:
         """Sort one node into the families of what it reads, as far as it treats channels alike."""
         known = [n for n in node.all_input_nodes if n in self.parents]
         shape, joined = node.meta.get(SHAPE), _concatenated(node)
         if ORDER in node.meta:
-            for part in known:
-                self._pin(part)
+            self._pin(known)
             self._begin(node).wishes.append(node)
         elif node.op == "call_module":
             self._see_module(node, called(self.module, node), known)
@@ -172,15 +173,13 @@ class Orders:
         elif shape is not None and self._is_blind(node, known):
             self._join(node, *known)
         else:
-            for source in known:
-                self._pin(source)
+            self._pin(known)
 
     def _see_module(self, node: fx.Node, inner: nn.Module, known: list[fx.Node]) -> None:
         source: Any = node.args[0] if node.args else None
         alone = self.used[id(inner)] == 1 and all(self.held[id(p)] == 1 for p in inner.parameters(recurse=False))
         if hooked(inner):
-            for one in known:
-                self._pin(one)
+            self._pin(known)
         elif isinstance(inner, BLIND_MODULES) or _flattens_module(node, inner):
             if known:
                 self._join(node, *known)
@@ -195,17 +194,12 @@ class Orders:
             channels = self._root(source).meta[SHAPE][1]
             self.families[self._root(source)].readers.append((node, inner.in_features // channels))
         else:
-            for one in known:
-                self._pin(one)
+            self._pin(known)
 
     def _is_blind(self, node: fx.Node, known: list[fx.Node]) -> bool:
         """Whether each channel of the node is made of the same channel of all that it reads."""
         shape, inputs = node.meta[SHAPE], [n for n in node.all_input_nodes if n.meta.get(SHAPE) is not None]
-        if node.op == "call_function" and node.target in BLIND_FUNCTIONS:
-            return len(inputs) == 1
-        if node.op == "call_method" and node.target in BLIND_METHODS:
-            return len(inputs) == 1
-        if _flattens(node):
+        if is_blind_call(node) or _flattens(node):
             return len(inputs) == 1
         if node.target in (PAIRWISE if node.op == "call_function" else PAIRWISE_METHODS):
             alike = {n.meta[SHAPE][1] for n in known} == {shape[1]} and {len(n.meta[SHAPE]) for n in known} == {MAPS}
@@ -267,18 +261,4 @@ def _is_rows(node: Any) -> bool:
 def _is_by_channel(inner: nn.Module) -> bool:
     """Whether it treats every channel by weights of that channel."""
     depthwise = isinstance(inner, nn.Conv2d) and inner.groups == inner.in_channels == inner.out_channels
-    return depthwise or (isinstance(inner, NORMS) and all(isinstance(c, BLIND_MODULES) for c in inner.children()))
-
-
-def _permute_outputs(inner: nn.Module, order: Tensor) -> None:
-    """Make a convolution or a norm put out its channels in this order."""
-    for tensor in [*inner.parameters(recurse=False), *inner.buffers(recurse=False)]:
-        if tensor.dim():
-            tensor.copy_(tensor[order.to(tensor.device)])
-
-
-def _permute_inputs(inner: nn.Module, order: Tensor, spread: int) -> None:
-    """Make a convolution or linear layer read channels in this order, each `spread` columns wide."""
-    weight: Any = inner.weight
-    columns = (order[:, None] * spread + torch.arange(spread)).flatten().to(weight.device)
-    weight.copy_(weight[:, columns])
+    return depthwise or (isinstance(inner, NORMS) and blind_inside(inner))

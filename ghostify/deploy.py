@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ghostify.calls import Inputs, bind_inputs, example_of, run, tensors_of
+from ghostify.arriving import calls_of
+from ghostify.calls import Inputs, example_of, run, run_example, tensors_of
 from ghostify.carry import Orders, record_shapes
 from ghostify.errors import GhostifyError
 from ghostify.fold import can_be_dense, fold, freeze
-from ghostify.ghost import GhostModule
 from ghostify.modes import evaluating
 from ghostify.trace import trace
 
@@ -31,10 +31,11 @@ def deploy(model: nn.Module, example_inputs: Any) -> nn.Module:
     Answers are those of the model in evaluation mode, but for rounding: checked on `example_inputs` to 1e-4 of their
     largest value. Raises `GhostifyError` where it does not run, or is not equal.
     """
+    with evaluating(model):
+        wanted = tensors_of(run_example(model, example_of(model, example_inputs)))
     made = _graphs(model, example_inputs)
     notes = copy.copy(model.__dict__.get("meta", {}))
     with evaluating(made):
-        _run(made, example_inputs)
         parts = [p for p, m in made.named_modules() if isinstance(m, fx.GraphModule)]
         for path in reversed(parts):
             inputs = _arriving(made, path, example_inputs)
@@ -42,14 +43,14 @@ def deploy(model: nn.Module, example_inputs: Any) -> nn.Module:
                 _deploy_part(made.get_submodule(path), inputs)  # type: ignore[arg-type]
     made = made.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     made.__dict__["meta"] = notes
-    _check(model, made, example_inputs)
+    _check(wanted, made, example_inputs)
     return made
 
 
 def _graphs(model: nn.Module, example: Any) -> nn.Module:
     if any(isinstance(m, fx.GraphModule) for m in model.modules()):
         return copy.deepcopy(model)
-    return copy.deepcopy(trace(model, example).module)
+    return trace(model, example).module
 
 
 def _deploy_part(part: fx.GraphModule, inputs: Inputs) -> None:
@@ -68,7 +69,7 @@ def _plain(part: fx.GraphModule, dense: set[str], inputs: Inputs) -> Orders:
 def _to_be_dense(part: fx.GraphModule, inputs: Inputs) -> set[str]:
     """Ghost modules of few intrinsic maps, and those whose order would have to be gathered: one more dense convolution
     costs less than the copying does."""
-    able = {path: m.primary_conv.out_channels for path, m in part.named_modules() if _is_able(m)}
+    able: dict[str, Any] = {path: m.primary_conv.out_channels for path, m in part.named_modules() if can_be_dense(m)}
     if not able:
         return set()
     small = {path for path, count in able.items() if count <= SMALL}
@@ -77,44 +78,18 @@ def _to_be_dense(part: fx.GraphModule, inputs: Inputs) -> set[str]:
     return small | {p for p, count in able.items() if count <= WIDE and any(g.startswith(f"{p}.") for g in gathered)}
 
 
-def _is_able(module: nn.Module) -> bool:
-    return isinstance(module, GhostModule) and can_be_dense(module)
-
-
 def _arriving(made: nn.Module, path: str, example: Any) -> Inputs | None:
     """What the part at `path` gets when the example inputs run: None if nothing."""
     if not path and isinstance(made, fx.GraphModule):
         return example_of(made, example)
-    part = made.get_submodule(path)
-    assert isinstance(part, fx.GraphModule)
-    seen: list[Inputs] = []
-
-    def note(_: nn.Module, args: Any, kwargs: Any) -> None:
-        seen.append(bind_inputs(part, args, kwargs))
-
-    handle = part.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        run(made, example_of(made, example))
-    finally:
-        handle.remove()
+    seen = calls_of(made.get_submodule(path), made, path, example_of(made, example))  # type: ignore[arg-type]
     return seen[0] if seen else None
 
 
-def _run(made: nn.Module, example: Any) -> Any:
-    try:
-        return run(made, example_of(made, example))
-    except GhostifyError:
-        raise
-    except Exception as error:
-        raise GhostifyError(f"the model does not run on example_inputs: {type(error).__name__}: {error}") from error
-
-
-def _check(model: nn.Module, made: nn.Module, example: Any) -> None:
-    answers: list[list[Tensor]] = []
-    for module in (model, made):
-        with evaluating(module):
-            answers.append(tensors_of(run(module, example_of(module, example))))
-    for wanted, found in zip(*answers, strict=True):
+def _check(answers: list[Tensor], made: nn.Module, example: Any) -> None:
+    with evaluating(made):
+        again = tensors_of(run(made, example_of(made, example)))
+    for wanted, found in zip(answers, again, strict=True):
         if wanted.shape != found.shape or not wanted.is_floating_point() or not wanted.numel():
             continue
         difference = (wanted.double() - found.double()).abs().max().item()

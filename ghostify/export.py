@@ -160,12 +160,11 @@ def _torch_export(file: Path, threads: int | None) -> Runner:  # noqa: ARG001
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without what exporters tell their own developers."""
-    level = logging.getLogger().level
+    before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(None):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(logging.NOTSET)
-        logging.getLogger().setLevel(level)
+        logging.disable(before)

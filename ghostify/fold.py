@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from ghostify.activation import out_of_place
 from ghostify.ghost import CheapOperation, GhostModule
 from ghostify.kinds import is_plain, plain
 from ghostify.program import called
@@ -50,21 +51,24 @@ def fold(module: fx.GraphModule, dense: set[str]) -> None:
     What a ghost module made in an order of its own is noted under `ORDER` with the node that makes it. Ghost modules
     named in `dense`, of one pixel and of all intrinsic maps, become one more dense convolution instead.
     """
+    wiring = Wiring(module)
     for node in list(module.graph.nodes):
         if node.op != "call_module":
             continue
         inner = called(module, node)
         if isinstance(inner, nn.Conv2d) and not hooked(inner):
-            _fold_conv(module, node, inner)
+            _fold_conv(wiring, node, inner)
         elif isinstance(inner, GhostModule):
-            _take_apart(module, node, inner, dense=str(node.target) in dense)
+            _take_apart(wiring, node, inner, dense=str(node.target) in dense)
     module.delete_all_unused_submodules()
 
 
-def can_be_dense(ghost: GhostModule) -> bool:
-    """Whether the ghosts are one-pixel combinations of all intrinsic maps."""
-    cheap = ghost.cheap_operation
-    return isinstance(cheap, nn.Conv2d) and cheap.kernel_size == (1, 1) and cheap.groups == 1 and not ghost.activation
+def can_be_dense(module: nn.Module) -> bool:
+    """Whether it is a ghost module whose ghosts are one-pixel combinations of all intrinsic maps."""
+    if not isinstance(module, GhostModule) or module.activation is not None:
+        return False
+    cheap = module.cheap_operation
+    return isinstance(cheap, nn.Conv2d) and cheap.kernel_size == (1, 1) and cheap.groups == 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,8 +79,8 @@ class _Affine:
     shift: Tensor
 
 
-def _fold_conv(module: fx.GraphModule, node: fx.Node, conv: nn.Conv2d) -> None:
-    wiring = Wiring(module)
+def _fold_conv(wiring: Wiring, node: fx.Node, conv: nn.Conv2d) -> None:
+    module = wiring.module
     norm_path = norm_after(wiring, [node.name])
     if norm_path is None or not wiring.used_once(node):
         return
@@ -92,8 +96,8 @@ def _fold_conv(module: fx.GraphModule, node: fx.Node, conv: nn.Conv2d) -> None:
     _without_norm(module, node, norm_path)
 
 
-def _without_norm(module: fx.GraphModule, node: fx.Node, norm_path: str) -> fx.Node:
-    """Take a norm that was folded out of the graph; the activation that it may hold stays. Returns what is last."""
+def _without_norm(module: fx.GraphModule, node: fx.Node, norm_path: str) -> None:
+    """Take a norm that was folded out of the graph; the activation that it may hold stays."""
     reader = only_user(node)
     assert reader is not None
     norm = module.get_submodule(norm_path)
@@ -104,13 +108,13 @@ def _without_norm(module: fx.GraphModule, node: fx.Node, norm_path: str) -> fx.N
                 last = module.graph.call_module(f"{norm_path}.{name}", (last,))
     reader.replace_all_uses_with(last, delete_user_cb=lambda user: user is not last)
     module.graph.erase_node(reader)
-    return last
 
 
 @torch.no_grad()
-def _take_apart(module: fx.GraphModule, node: fx.Node, ghost: GhostModule, dense: bool) -> None:
+def _take_apart(wiring: Wiring, node: fx.Node, ghost: GhostModule, dense: bool) -> None:
     """Convolutions and concatenation in the place of a ghost module, activated each where all of it was."""
-    wiring, path, graph = Wiring(module), str(node.target), module.graph
+    module, path = wiring.module, str(node.target)
+    graph = module.graph
     if not wiring.used_once(node):
         return
     norm_path = norm_after(wiring, [node.name])
@@ -167,8 +171,7 @@ def _activate(module: fx.GraphModule, path: str, act: nn.Module, read: fx.Node) 
     """A call of a copy of the activation that leaves what it reads as it is."""
     name = f"{path}.after"
     if "after" not in module.get_submodule(path)._modules:
-        fresh = type(act)(**{k: v for k, v in vars(act).items() if k in ("negative_slope", "alpha", "approximate")})
-        module.get_submodule(path).add_module("after", fresh)
+        module.get_submodule(path).add_module("after", out_of_place(act))
     return module.graph.call_module(name, (read,))
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
+Called = tuple[dict[str, Any], Tensor]
 CONV2D_FUNCTIONS = (F.conv2d, torch.conv2d)
 
 
@@ -67,6 +70,19 @@ def attribute(module: nn.Module, path: str) -> Any:
 
 def _bind(node: fx.Node) -> dict[str, Any]:
     return conv2d_arguments(node.args, node.kwargs)
+
+
+class Watch(TorchFunctionMode):
+    """While it lasts, every call of conv2d goes to `note`: its arguments by name, and what it made."""
+
+    def __init__(self, note: Callable[[Called], None]) -> None:
+        self.note = note
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func is torch.conv2d:
+            self.note((conv2d_arguments(args, kwargs or {}), made))
+        return made
 
 
 def conv2d_arguments(args: Any, kwargs: Any) -> dict[str, Any]:

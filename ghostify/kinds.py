@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from ghostify.functional import conv2d_arguments
+from ghostify.functional import Called, Watch
 from ghostify.modes import evaluating
 
 PLAIN = (nn.Conv2d, Conv2dSame)
@@ -35,15 +34,16 @@ def plain(conv: nn.Conv2d) -> nn.Conv2d | str:
             (k - 1) * d + 1 + 3 * s + more for k, s, d in zip(conv.kernel_size, conv.stride, conv.dilation, strict=True)
         ]
         draw = torch.Generator().manual_seed(more)
+        seen: list[Called] = []
         probe = torch.randn(1, conv.in_channels, *extent, generator=draw).to(conv.weight)
         try:
-            with evaluating(conv), _Watch() as watch:
+            with evaluating(conv), Watch(seen.append):
                 made = conv(probe)
         except Exception as error:
             return f"it does not run by itself ({type(error).__name__}: {error})".splitlines()[0]
-        if len(watch.calls) != 1 or watch.calls[0][1] is not made:
+        if len(seen) != 1 or seen[0][1] is not made:
             return "its forward is not one convolution"
-        calls.append(watch.calls[0][0])
+        calls.append(seen[0][0])
         if not _is(calls[-1]["input"], probe):
             same = _is(calls[-1]["input"], padded_same(conv, probe)) and _no_padding(calls[-1])
             if not same:
@@ -52,19 +52,6 @@ def plain(conv: nn.Conv2d) -> nn.Conv2d | str:
     if not _is(first["weight"], second["weight"]) or first["weight"].shape != conv.weight.shape:
         return "its weight depends on its input"
     return _conv(conv, first, same)
-
-
-class _Watch(TorchFunctionMode):
-    """Notes every call of conv2d: its arguments by name, and what it made."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[dict[str, Any], Tensor]] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        if func is torch.conv2d:
-            self.calls.append((conv2d_arguments(args, kwargs or {}), made))
-        return made
 
 
 def _conv(conv: nn.Conv2d, call: dict[str, Any], same: bool) -> nn.Conv2d:

@@ -10,6 +10,7 @@ import platform
 import statistics
 import time
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,21 @@ from ghostify.calls import Inputs, example_of, run
 from ghostify.deploy import deploy
 from ghostify.ghost import GhostModule, Layout, ghost_of
 from ghostify.modes import evaluating
-from ghostify.program import LONE, Convolution, Program, lone
+from ghostify.program import Convolution, Program
+from ghostify.trace import trace
 
 ROUNDS, WARM, LEAST = 9, 2, 1.0
 Forms = Sequence[Layout | None]
 
 
+def cache_folder() -> Path:
+    """GHOSTIFY_CACHE, or ~/.cache/ghostify."""
+    return Path(os.environ.get("GHOSTIFY_CACHE", Path.home() / ".cache/ghostify"))
+
+
 def cache_file() -> Path:
-    """Where measurements are kept: GHOSTIFY_CACHE, or ~/.cache/ghostify."""
-    return Path(os.environ.get("GHOSTIFY_CACHE", Path.home() / ".cache/ghostify")) / "milliseconds.json"
+    """Where measurements are kept."""
+    return cache_folder() / "milliseconds.json"
 
 
 def layer_milliseconds(conv: nn.Conv2d, seen: Convolution, layouts: Forms) -> list[float]:
@@ -76,19 +83,10 @@ def _channels_last(tensor: Tensor) -> Tensor:
 def _module(conv: nn.Conv2d, shape: tuple[int, ...], layout: Layout | None) -> nn.Module:
     """A convolution of such attributes, norm and activation behind it, as `deploy` makes it."""
     plain = copy.deepcopy(conv).float().cpu()
-    graph = lone(plain)
-    graph.add_module("norm", nn.BatchNorm2d(conv.out_channels))
-    graph.add_module("act", nn.ReLU())
-    node = next(n for n in graph.graph.nodes if n.target == LONE)
-    with graph.graph.inserting_after(node):
-        norm = graph.graph.call_module("norm", (node,))
-    with graph.graph.inserting_after(norm):
-        act = graph.graph.call_module("act", (norm,))
-    next(n for n in graph.graph.nodes if n.op == "output").args = (act,)
+    module = trace(nn.Sequential(plain, nn.BatchNorm2d(conv.out_channels), nn.ReLU()).eval()).module
     if layout is not None:
-        graph.set_submodule(LONE, _filled(ghost_of(plain, layout)))
-    graph.recompile()
-    return deploy(graph.eval(), _images(conv, shape))
+        module.set_submodule("0", _filled(ghost_of(plain, layout)))
+    return deploy(module, _images(conv, shape))
 
 
 def _filled(ghost: GhostModule) -> GhostModule:
@@ -128,6 +126,7 @@ def _key(conv: nn.Conv2d, shape: tuple[int, ...], layout: Layout | None) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
 
 
+@cache
 def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

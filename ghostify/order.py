@@ -50,15 +50,12 @@ def absorption(wiring: Wiring, nodes: list[str]) -> Absorption | None:
                 dense = is_plain(inner) and inner.groups == 1 and wiring.used_once(user) and not hooked(inner)
                 return Absorption(tuple(norms), str(user.target)) if dense else None
             if isinstance(inner, NORMS) and wiring.used_once(user) and not hooked(inner):
-                if not _blind_inside(inner):
+                if not blind_inside(inner):
                     return None
                 norms.append(str(user.target))
             elif not isinstance(inner, BLIND_MODULES):
                 return None
-        elif not (
-            (user.op == "call_function" and user.target in BLIND_FUNCTIONS)
-            or (user.op == "call_method" and user.target in BLIND_METHODS)
-        ):
+        elif not is_blind_call(user):
             return None
         node = user
     return None
@@ -76,16 +73,34 @@ def absorb(module: nn.Module, ghost: GhostModule, target: Absorption) -> None:
     assert ghost.order is not None
     concatenated = torch.argsort(ghost.order)
     for name in target.norms:
-        norm = module.get_submodule(name)
-        for tensor in (*norm.parameters(recurse=False), *norm.buffers(recurse=False)):
-            if tensor.dim() == 1:
-                tensor.copy_(tensor[concatenated])
+        permute_outputs(module.get_submodule(name), concatenated)
     consumer = module.get_submodule(target.consumer)
-    conv: Any = consumer.primary_conv if isinstance(consumer, GhostModule) else consumer
-    weight: Tensor = conv.weight
-    weight.copy_(weight[:, concatenated])
+    permute_inputs(consumer.primary_conv if isinstance(consumer, GhostModule) else consumer, concatenated)
     ghost.order = None
 
 
-def _blind_inside(norm: nn.Module) -> bool:
+@torch.no_grad()
+def permute_outputs(inner: nn.Module, order: Tensor) -> None:
+    """Make a convolution or a norm put out its channels in this order."""
+    for tensor in (*inner.parameters(recurse=False), *inner.buffers(recurse=False)):
+        if tensor.dim():
+            tensor.copy_(tensor[order.to(tensor.device)])
+
+
+@torch.no_grad()
+def permute_inputs(inner: nn.Module, order: Tensor, spread: int = 1) -> None:
+    """Make a convolution or linear layer read channels in this order, each `spread` columns wide."""
+    weight: Any = inner.weight
+    order = order.to(weight.device)
+    weight.copy_(weight[:, (order[:, None] * spread + torch.arange(spread, device=order.device)).flatten()])
+
+
+def is_blind_call(node: fx.Node) -> bool:
+    """Whether a function or method is called that treats every channel alike."""
+    known = {"call_function": BLIND_FUNCTIONS, "call_method": BLIND_METHODS}
+    return node.target in known.get(node.op, ())
+
+
+def blind_inside(norm: nn.Module) -> bool:
+    """Whether what a norm holds, such as its activation, treats every channel alike."""
     return all(isinstance(child, BLIND_MODULES) for child in norm.children())

@@ -8,14 +8,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ghostify.calls import Inputs, bind_inputs, run, spread
-from ghostify.errors import GhostifyError
-from ghostify.functional import conv2d_arguments, is_functional
+from ghostify.calls import Inputs, bind_inputs, run_example, spread
+from ghostify.functional import Called, Watch, is_functional
 from ghostify.modes import evaluating
 from ghostify.program import LONE, Call, Convolution, called
 
@@ -49,18 +46,18 @@ def record(module: nn.Module, parts: Mapping[str, fx.GraphModule], inputs: Input
         beside.forget(made)
         return made
 
-    try:
-        with evaluating(module), FlopCounterMode(display=False) as counter, looking(module, parts, look), beside:
-            run(module, inputs)
-    except GhostifyError:
-        raise
-    except Exception as error:
-        raise GhostifyError(f"the model does not run on example_inputs: {type(error).__name__}: {error}") from error
+    with (
+        evaluating(module),
+        FlopCounterMode(display=False) as counter,
+        looking(module, parts, look),
+        Watch(beside.note),
+    ):
+        run_example(module, inputs)
     return Record(calls, counter.get_total_flops() // 2, tuple(beside.found.values()))
 
 
-class _Beside(TorchFunctionMode):
-    """Notes every call of conv2d whose weight is not a `Conv2d`'s, but for those that somebody looks at."""
+class _Beside:
+    """Keeps every call of conv2d whose weight is not a `Conv2d`'s, but for those that somebody looks at."""
 
     def __init__(self, module: nn.Module) -> None:
         self.own = {id(p) for m in module.modules() if isinstance(m, nn.Conv2d) for p in m.parameters()}
@@ -68,18 +65,16 @@ class _Beside(TorchFunctionMode):
         self.found: dict[str, Convolution] = {}
         self.last: tuple[Any, str] = (None, "")
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        if func is torch.conv2d:
-            given = conv2d_arguments(args, kwargs or {})
-            weight = given["weight"]
-            if id(weight) not in self.own:
-                name = self.names.get(id(weight), f"conv2d[{len(self.found)}]")
-                groups, kernel = given["groups"], (weight.shape[2], weight.shape[3])
-                sizes = weight.shape[1] * groups, weight.shape[0], kernel, groups, given["bias"] is not None
-                self.found.setdefault(name, Convolution(name, "conv2d", *sizes, (), BESIDE))
-                self.last = made, name
-        return made
+    def note(self, call: Called) -> None:
+        given, made = call
+        weight = given["weight"]
+        if id(weight) in self.own:
+            return
+        name = self.names.get(id(weight), f"conv2d[{len(self.found)}]")
+        groups, kernel = given["groups"], (weight.shape[2], weight.shape[3])
+        sizes = weight.shape[1] * groups, weight.shape[0], kernel, groups, given["bias"] is not None
+        self.found.setdefault(name, Convolution(name, "conv2d", *sizes, (), BESIDE))
+        self.last = made, name
 
     def forget(self, made: Any) -> None:
         """The last call is known from a graph."""

@@ -31,7 +31,7 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Program:
     forward does not trace, the modules it calls are traced in its place. Raises `GhostifyError` where the model cannot
     be copied or run, or no convolution be reached.
     """
-    if is_compiled(model):
+    if _is_compiled(model):
         model = model._orig_mod  # type: ignore[assignment]
     _refuse_circles(model, "", ())
     root = _copied(model)
@@ -67,7 +67,7 @@ def _copied(model: nn.Module) -> nn.Module:
     except Exception as error:
         raise GhostifyError(f"{type(model).__name__} cannot be copied: {error}") from error
     for path, module in list(root.named_modules()):
-        if path and is_compiled(module):
+        if path and _is_compiled(module):
             root.set_submodule(path, module._orig_mod)
     return root
 
@@ -87,7 +87,7 @@ def _entered(model: nn.Module, root: nn.Module, example: Any) -> tuple[nn.Module
     return enter(again, how_called(again, inputs), whole=False)
 
 
-def is_compiled(module: nn.Module) -> bool:
+def _is_compiled(module: nn.Module) -> bool:
     """Whether `torch.compile` made it of another module."""
     return type(module).__name__ == "OptimizedModule" and isinstance(getattr(module, "_orig_mod", None), nn.Module)
 
