@@ -17,10 +17,10 @@ from ghostify import checkpoint, cost, evaluate, sources
 from ghostify.budget import plan_within
 from ghostify.convert import ghostify
 from ghostify.demo import run as run_demo
-from ghostify.deploy import deploy
 from ghostify.errors import GhostifyError
 from ghostify.export import export
 from ghostify.fit import Progress as FitProgress
+from ghostify.measure import paired
 from ghostify.plan import plan as make_plan
 from ghostify.policy import Policy, Rule
 from ghostify.report import Report, notes_of, report, summarise, table
@@ -206,7 +206,7 @@ def _compare(module: Any, original: Any, read: Data) -> dict[str, Any]:
         facts["original's top-1 %"] = round(evaluate.top1(reference, read.labels), 2)
     facts["same answers as the original %"] = round(evaluate.top1(answers, reference.argmax(1)), 2)
     facts["relative output error"] = round(evaluate.relative_error(answers, reference), 5)
-    before, after = evaluate.paired_milliseconds([deploy(m, first) for m in (original, module)], first)
+    before, after = paired([original, module], first)
     facts["times as fast, both deployed, eager, batch 1"] = round(before / after, 2)
     return facts
 

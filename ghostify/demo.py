@@ -21,9 +21,9 @@ from torch.nn import functional as F
 from ghostify.checkpoint import load, load_weights, save
 from ghostify.convert import ghostify
 from ghostify.cost import count_macs, parameters
-from ghostify.deploy import deploy
 from ghostify.errors import GhostifyError
-from ghostify.evaluate import outputs, paired_milliseconds, top1
+from ghostify.evaluate import outputs, top1
+from ghostify.measure import paired
 
 FASHION_MNIST = (
     Path("/usr/share/datasets/fashion-mnist"),
@@ -229,8 +229,7 @@ def _convert(trained: nn.Module, images: Images, small: bool, seed: int) -> dict
 
 
 def _measure(models: dict[str, nn.Module], images: Images) -> list[Result]:
-    few = images.test[:16].to(memory_format=torch.channels_last)
-    times = paired_milliseconds([deploy(m, few) for m in models.values()], few)
+    times = paired(list(models.values()), images.test[:16])
     results = []
     for (name, model), milliseconds in zip(models.items(), times, strict=True):
         right = top1(outputs(model, images.test.split(500)), images.test_labels)

@@ -7,8 +7,6 @@ import hashlib
 import json
 import os
 import platform
-import statistics
-import time
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -18,14 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ghostify.calls import Inputs, example_of, run
+from ghostify import evaluate
 from ghostify.deploy import deploy
 from ghostify.ghost import GhostModule, Layout, ghost_of
-from ghostify.modes import evaluating
 from ghostify.program import Convolution, Program
 from ghostify.trace import trace
 
-ROUNDS, WARM, LEAST = 9, 2, 1.0
+ROUNDS = 9
 Forms = Sequence[Layout | None]
 
 
@@ -54,7 +51,7 @@ def layer_milliseconds(conv: nn.Conv2d, seen: Convolution, layouts: Forms) -> li
             base = _key(conv, shape, None)
             forms: list[Layout | None] = [layouts[k] for k in missing if layouts[k] is not None]
             models, images = [_module(conv, shape, layout) for layout in [None, *forms]], _images(conv, shape)
-            taken = _by_turns(models, [[images]] * len(models))
+            taken = evaluate.by_turns(models, [[images]] * len(models), ROUNDS)
             known[base] = known.get(base, taken[0])
             share = known[base] / taken[0]  # what was measured before was another mood of the machine
             for layout, spent in zip(forms, taken[1:], strict=True):
@@ -73,7 +70,7 @@ def paired(models: Sequence[nn.Module], example: Any) -> list[float]:
     """Median milliseconds of one forward of each model's inference form, by turns."""
     small = [deploy(m, example) for m in models]
     last = tree_map_only(Tensor, _channels_last, example)
-    return _by_turns(small, [example_of(m, last) for m in small])
+    return evaluate.paired_milliseconds(small, last)
 
 
 def _channels_last(tensor: Tensor) -> Tensor:
@@ -98,24 +95,6 @@ def _filled(ghost: GhostModule) -> GhostModule:
 def _images(conv: nn.Conv2d, shape: tuple[int, ...]) -> Tensor:
     images = torch.randn(shape[0], conv.in_channels, *shape[2:], generator=torch.Generator().manual_seed(0))
     return images.to(memory_format=torch.channels_last)
-
-
-def _by_turns(models: Sequence[nn.Module], inputs: Sequence[Inputs]) -> list[float]:
-    """Medians over rounds in which each has its turn, long enough for the clock."""
-    times: list[list[float]] = [[] for _ in models]
-    repeats = [1] * len(models)
-    with evaluating(*models):
-        for turn in range(WARM + ROUNDS):
-            for k, model in enumerate(models):
-                started = time.perf_counter()
-                for _ in range(repeats[k]):
-                    run(model, inputs[k])
-                spent = 1000 * (time.perf_counter() - started) / repeats[k]
-                if turn < WARM:
-                    repeats[k] = max(1, round(LEAST / max(spent, 1e-3)))
-                else:
-                    times[k].append(spent)
-    return [statistics.median(own) for own in times]
 
 
 def _key(conv: nn.Conv2d, shape: tuple[int, ...], layout: Layout | None) -> str:

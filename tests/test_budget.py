@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ghostify import GhostifyError, Policy, Rule, budget, cost, ghostify, measure, report, trace
+from ghostify import GhostifyError, Policy, Rule, budget, cost, evaluate, ghostify, report, trace
 from ghostify.budget import Candidate, plan_within, solve
 from ghostify.evaluate import outputs, relative_error
 from tests import nets
@@ -145,7 +145,7 @@ def clock(monkeypatch, tmp_path):
     class Clock:
         overhead, whole = 0.0, 1.0
 
-    def by_turns(models, inputs):
+    def by_turns(models, inputs, _rounds):
         convs = [sum(isinstance(m, torch.nn.Conv2d) for m in model.modules()) for model in models]
         macs = [float(cost.count_macs(m, tuple(i))) for m, i in zip(models, inputs, strict=True)]
         return [spent + Clock.overhead * (count > 1) for spent, count in zip(macs, convs, strict=True)]
@@ -154,7 +154,7 @@ def clock(monkeypatch, tmp_path):
         before, after = (float(cost.count_macs(m, example)) for m in models)
         return [before, Clock.whole * after]
 
-    monkeypatch.setattr(measure, "_by_turns", by_turns)
+    monkeypatch.setattr(evaluate, "by_turns", by_turns)
     monkeypatch.setattr(budget, "paired", paired)
     monkeypatch.setenv("GHOSTIFY_CACHE", str(tmp_path))
     return Clock

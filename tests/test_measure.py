@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ghostify import measure, trace
+from ghostify import evaluate, measure, trace
 from ghostify.cost import count_macs
 from ghostify.ghost import Layout
 from ghostify.measure import layer_milliseconds, model_milliseconds, paired
@@ -18,11 +18,11 @@ def clock(monkeypatch, tmp_path):
     """A clock that counts multiply-accumulates; the list of what was measured."""
     measured = []
 
-    def by_turns(models, inputs):
+    def by_turns(models, inputs, _rounds):
         measured.append(len(models))
         return [float(count_macs(m, tuple(i))) for m, i in zip(models, inputs, strict=True)]
 
-    monkeypatch.setattr(measure, "_by_turns", by_turns)
+    monkeypatch.setattr(evaluate, "by_turns", by_turns)
     monkeypatch.setenv("GHOSTIFY_CACHE", str(tmp_path / "cache"))
     return measured
 
@@ -89,4 +89,4 @@ def test_models_are_measured_in_their_inference_form():
 
 
 def test_the_clock_itself_ticks():
-    assert all(spent > 0 for spent in measure._by_turns([nn.Identity()], [[(torch.zeros(1),), {}]]))
+    assert all(spent > 0 for spent in evaluate.by_turns([nn.Identity()], [[(torch.zeros(1),), {}]], 3))
