@@ -225,6 +225,7 @@ def main() -> None:
     first = set(sample(names()))
     wanted = [n for n in wanted if n in first] if arguments.sample else wanted
     waiting = [n for n in wanted if found.get(n, {}).get("outcome") not in DONE]
+    waiting.sort(key=found.__contains__)  # what has failed before comes last
     RESULTS.mkdir(exist_ok=True)
     torch.set_num_threads(1)
     for row in every(waiting, first, arguments.processes, arguments.minutes):

@@ -20,10 +20,12 @@ from ghostify.demo import run as run_demo
 from ghostify.errors import GhostifyError
 from ghostify.export import export
 from ghostify.fit import Progress as FitProgress
+from ghostify.frontier import POINTS, Evaluate, Point
+from ghostify.frontier import frontier as curve_of
 from ghostify.measure import paired
 from ghostify.plan import plan as make_plan
 from ghostify.policy import Policy, Rule
-from ghostify.report import Report, notes_of, report, summarise, table
+from ghostify.report import Report, curve_table, notes_of, report, summarise, table
 from ghostify.sources import Data, Source
 from ghostify.trace import trace
 
@@ -45,8 +47,20 @@ Arguments = Annotated[list[str] | None, typer.Option("--arg", help="constructor 
 Size = Annotated[str | None, typer.Option("--input-size", help="C,H,W, where the model does not say")]
 Budget = Annotated[
     list[str] | None,
-    typer.Option(help="macs=0.5, params=0.5 or latency=0.7, in place of the ratio; best with --cheap auto"),
+    typer.Option(
+        help="macs=0.5, params=0.5, latency=0.7 or max_drop=0.5, in place of the ratio; best with --cheap auto"
+    ),
 ]
+Runtime = Annotated[str, typer.Option(help="where latency is measured: eager, compile, onnx or openvino")]
+Calibration = Annotated[
+    Path | None, typer.Option(help="folder of images, or .npy, .npz, .safetensors; absent: data-free")
+]
+Validation = Annotated[
+    Path | None,
+    typer.Option(help="labelled images, apart from those of the test: what max_drop is judged on, in top-1 %"),
+]
+Images = Annotated[int, typer.Option(min=1, help="calibration images to use, spread over what is there")]
+Batch = Annotated[int, typer.Option(min=1, help="calibration images at a time")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON, for machines")]
 
 
@@ -61,21 +75,45 @@ def plan(
     ignore: Ignore = None,
     policy: PolicyFile = None,
     budget: Budget = None,
+    runtime: Runtime = "eager",
+    frontier: Annotated[
+        Path | None,
+        typer.Option(help="JSON file to write the whole curve to, along the budget's first cost, or MACs"),
+    ] = None,
+    points: Annotated[int, typer.Option(min=2, help="of the frontier")] = POINTS,
+    checkpoint_file: Annotated[
+        Path | None, typer.Option("--checkpoint", help="trained weights, which budgets and frontiers look at")
+    ] = None,
+    calibration: Calibration = None,
+    validation: Validation = None,
+    images: Images = 512,
+    batch: Batch = 32,
     arg: Arguments = None,
     input_size: Size = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what would be done to each convolution. Needs no weights, changes nothing.
+    """Show what would be done to each convolution; with --frontier, what accuracy costs. Changes no model.
 
     Example: ghostify plan timm:resnet18 --ratio 2
+
+    Example: ghostify plan timm:resnet18 --checkpoint w.safetensors --calibration photos/ --cheap auto --frontier f.json
     """
-    source = Source(model, sources.parse_arguments(arg or []))
-    built = source.build()
-    size = sources.preprocessing(built, _size(input_size)).size
-    program = trace(built, sources.example(size))
+    built = Source(model, sources.parse_arguments(arg or [])).build()
+    if checkpoint_file is not None:
+        checkpoint.load_weights(built, checkpoint_file)
+    prepared = sources.preprocessing(built, _size(input_size))
+    program = trace(built, sources.example(prepared.size))
     wished, limits = _policy(policy, ratio, dw_size, cheap, activated, target, ignore), _budget(budget)
-    decided = make_plan(program, wished) if limits is None else plan_within(program, wished, limits)
-    _print(summarise(decided), f"{model} at {'x'.join(map(str, size))}", as_json)
+    data = None if calibration is None else sources.read_data(calibration, prepared, limit=images, batch=batch).batches
+    title = f"{model} at {'x'.join(map(str, prepared.size))}"
+    if frontier is not None:
+        judged = None if validation is None else _judge(validation, prepared, batch)
+        key = next(iter(limits or {"macs": 1.0}))
+        curve = curve_of(program, wished, key, data, evaluate=judged, runtime=runtime, points=points)
+        _keep_curve(curve, frontier, title, as_json)
+        return
+    decided = make_plan(program, wished) if limits is None else plan_within(program, wished, limits, data, 0, runtime)
+    _print(summarise(decided), title, as_json)
 
 
 @app.command()
@@ -93,11 +131,11 @@ def convert(
     ignore: Ignore = None,
     policy: PolicyFile = None,
     budget: Budget = None,
-    calibration: Annotated[
-        Path | None, typer.Option(help="folder of images, or .npy, .npz, .safetensors; absent: data-free")
-    ] = None,
-    images: Annotated[int, typer.Option(min=1, help="calibration images to use, spread over what is there")] = 512,
-    batch: Annotated[int, typer.Option(min=1, help="calibration images at a time")] = 32,
+    runtime: Runtime = "eager",
+    calibration: Calibration = None,
+    validation: Validation = None,
+    images: Images = 512,
+    batch: Batch = 32,
     reconstruct: Annotated[
         bool, typer.Option("--reconstruct", help="then gradient steps block by block, on the calibration images")
     ] = False,
@@ -122,6 +160,8 @@ def convert(
             budget=_budget(budget),
             example_inputs=sources.example(prepared.size),
             calibration=None if data is None else data.batches,
+            evaluate=None if validation is None else _judge(validation, prepared, batch),
+            runtime=runtime,
             reconstruct=reconstruct,
             seed=seed,
             progress=progress,
@@ -272,6 +312,27 @@ def _progress(what: str, quiet: bool) -> Iterator[FitProgress | None]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("")
         yield lambda done, total, name: bar.update(task, completed=done, total=total, description=name)
+
+
+def _judge(path: Path, prepared: sources.Preprocessing, batch: int) -> Evaluate:
+    """Top-1 on labelled images, in percent."""
+    read = sources.read_data(path, prepared, batch=batch)
+    labels = read.labels
+    if labels is None:
+        raise GhostifyError(f"{path}: has no labels to judge by: use class folders, or 'labels' in the file")
+    return lambda model: evaluate.top1(evaluate.outputs(model, read.batches), labels)
+
+
+def _keep_curve(curve: list[Point], file: Path, title: str, as_json: bool) -> None:
+    text = json.dumps([point.to_dict() for point in curve], indent=1)
+    try:
+        file.write_text(text + "\n")
+    except OSError as error:
+        raise GhostifyError(f"{file}: cannot be written: {error.strerror}") from error
+    if as_json:
+        print(text)
+    else:
+        Console().print(curve_table(curve, title))
 
 
 def _print(found: Report, title: str, as_json: bool) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from ghostify.budget import plan_within
 from ghostify.errors import GhostifyError
 from ghostify.fit import Progress, fit
+from ghostify.frontier import Evaluate, plan_for_drop
 from ghostify.plan import plan
 from ghostify.policy import Pattern, Policy, Rule, as_patterns
 from ghostify.reconstruct import reconstruct_blocks
@@ -32,6 +33,8 @@ def ghostify(
     budget: Mapping[str, float] | None = None,
     example_inputs: Any = None,
     calibration: Iterable[Any] | None = None,
+    evaluate: Evaluate | None = None,
+    runtime: str = "eager",
     reconstruct: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
@@ -40,8 +43,10 @@ def ghostify(
 
     `ratio`, `dw_size`, `cheap`, `activated`, `targets` and `ignore` make up one `Rule` (see there); `policy` replaces
     them. Without targets, every dense convolution but the first is rewritten. A `budget` such as {"macs": 0.5} - a
-    share of the original's, or a number; also "params", and "latency", measured on this machine - replaces the ratio by
-    one for each layer, and needs `example_inputs`.
+    share of the original's, or a number; also "params", and "latency", measured on this machine in `runtime` ("eager",
+    "compile", "onnx", "openvino") - replaces the ratio by one for each layer, and needs `example_inputs`. With
+    {"max_drop": 0.5} it is as cheap as `evaluate`, which says how good a model is, allows: at most so far below the
+    original (see `plan_for_drop`).
     `calibration` yields batches, in whatever form the model's forward takes; each layer is then fitted to the
     original's outputs on them, otherwise the fit is data-free. `reconstruct` then takes gradient steps, block by block,
     towards the original's outputs on the same batches. `example_inputs` adds shapes and MACs to the report. Raises
@@ -57,8 +62,15 @@ def ghostify(
         raise GhostifyError("targets and ignore belong into the rules of the policy: pass either, not both")
     program = trace(model, example_inputs)
     seen = None if calibration is None else calibrate(program, calibration, seed)
-    decided = plan(program, policy) if budget is None else plan_within(program, policy, budget, seen, seed)
-    fits = fit(program, decided, seen, seed=seed, progress=progress)
+    if budget is not None and "max_drop" in budget:
+        if evaluate is None:
+            raise GhostifyError("budget max_drop needs to know how good a model is: pass evaluate, or --validation")
+        decided, fits = plan_for_drop(
+            program, policy, budget, evaluate, seen, seed=seed, runtime=runtime, progress=progress
+        )
+    else:
+        decided = plan(program, policy) if budget is None else plan_within(program, policy, budget, seen, seed, runtime)
+        fits = fit(program, decided, seen, seed=seed, progress=progress)
     done = None
     if reconstruct and seen is not None:
         fits, done = reconstruct_blocks(program, decided, fits, seen.batches, seed=seed, progress=progress)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ghostify.calls import Inputs, example_of, run
+from ghostify.calls import example_of, run
 from ghostify.modes import evaluating
 
 WARM, LEAST = 2, 1.0
@@ -35,22 +36,23 @@ def relative_error(answers: Tensor, reference: Tensor) -> float:
 
 def paired_milliseconds(models: Sequence[nn.Module], example: Any, *, rounds: int = 15) -> list[float]:
     """Median milliseconds of one forward of each model, run in turn so that they share the machine's moods."""
-    return by_turns(models, [example_of(m, example) for m in models], rounds)
-
-
-def by_turns(models: Sequence[nn.Module], inputs: Sequence[Inputs], rounds: int) -> list[float]:
-    """The same, each with inputs of its own; a turn has as many forwards as the clock needs."""
-    times: list[list[float]] = [[] for _ in models]
-    repeats = [1] * len(models)
+    forwards = [partial(run, m, example_of(m, example)) for m in models]
     with evaluating(*models):
-        for turn in range(WARM + rounds):
-            for k, model in enumerate(models):
-                started = time.perf_counter()
-                for _ in range(repeats[k]):
-                    run(model, inputs[k])
-                spent = 1000 * (time.perf_counter() - started) / repeats[k]
-                if turn < WARM:
-                    repeats[k] = max(1, round(LEAST / max(spent, 1e-3)))
-                else:
-                    times[k].append(spent)
-    return [statistics.median(own) for own in times]
+        return [statistics.median(own) for own in by_turns(forwards, rounds)]
+
+
+def by_turns(forwards: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:
+    """Milliseconds of each, turn by turn; a turn has as many forwards as the clock needs."""
+    times: list[list[float]] = [[] for _ in forwards]
+    repeats = [1] * len(forwards)
+    for turn in range(WARM + rounds):
+        for k, forward in enumerate(forwards):
+            started = time.perf_counter()
+            for _ in range(repeats[k]):
+                forward()
+            spent = 1000 * (time.perf_counter() - started) / repeats[k]
+            if turn < WARM:
+                repeats[k] = max(1, round(LEAST / max(spent, 1e-3)))
+            else:
+                times[k].append(spent)
+    return times

@@ -8,7 +8,7 @@ import logging
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,9 @@ from torch.utils._pytree import tree_map_only
 from ghostify.calls import as_arguments, tensors_of
 from ghostify.deploy import deploy
 from ghostify.errors import GhostifyError
+from ghostify.runtimes import FORMATS, runner
 
-FORMATS = {"onnx": "model.onnx", "openvino": "model.xml", "pt2": "model.pt2"}
 TOLERANCE = 1e-3
-PRECISE = "f32"
-
-Runner = Callable[..., list[Tensor]]
 
 
 def export(model: nn.Module, path: str | Path, *, format: str, example_inputs: Any) -> Path:
@@ -47,18 +44,7 @@ def export(model: nn.Module, path: str | Path, *, format: str, example_inputs: A
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=".export-", dir=folder.parent))
     try:
-        file = fresh / FORMATS[format]
-        try:
-            with _quiet():
-                _write(small, args, file, format)
-        except ImportError as error:
-            raise GhostifyError(f"{format} needs {error.name}: pip install 'ghostify[export]'") from error
-        except GhostifyError:
-            raise
-        except Exception as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise GhostifyError(f"the model cannot be exported as {format}: {reason}") from error
-        _check(small, args, file, format)
+        _check(small, args, write(small, args, fresh, format), format)
         folder.mkdir(exist_ok=True)
         for written in fresh.iterdir():
             written.replace(folder / written.name)
@@ -67,15 +53,18 @@ def export(model: nn.Module, path: str | Path, *, format: str, example_inputs: A
     return folder / FORMATS[format]
 
 
-def runner(file: str | Path, threads: int | None = None) -> Runner:
-    """A function that runs an exported file in its own runtime: tensors in, tensors out."""
-    file = Path(file)
-    opened = {".onnx": _onnx_runtime, ".xml": _openvino, ".pt2": _torch_export}
-    if file.suffix not in opened:
-        raise GhostifyError(f"{file}: is no exported model: .onnx, .xml and .pt2 are")
-    if not file.is_file():
-        raise GhostifyError(f"{file}: there is no such file")
-    return opened[file.suffix](file, threads)
+def write(small: nn.Module, args: tuple[Any, ...], folder: Path, format: str) -> Path:
+    """Write an inference form into a folder, unchecked; returns the file."""
+    file = folder / FORMATS[format]
+    try:
+        with _quiet():
+            _write(small, args, file, format)
+    except ImportError as error:
+        raise GhostifyError(f"{format} needs {error.name}: pip install 'ghostify[export]'") from error
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise GhostifyError(f"the model cannot be exported as {format}: {reason}") from error
+    return file
 
 
 def _write(small: nn.Module, args: tuple[Any, ...], file: Path, format: str) -> None:
@@ -115,46 +104,6 @@ def _check(small: nn.Module, args: tuple[Any, ...], file: Path, format: str) -> 
                     f"the {format} file is {difference:.2g} off PyTorch's answers, which reach {largest:.2g}: "
                     f"use another format, and report this"
                 )
-
-
-def _onnx_runtime(file: Path, threads: int | None) -> Runner:
-    runtime = importlib.import_module("onnxruntime")
-    options = runtime.SessionOptions()
-    options.log_severity_level = 3
-    if threads:
-        options.intra_op_num_threads = threads
-    session = runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    names = [i.name for i in session.get_inputs()]
-
-    def run(*inputs: Tensor) -> list[Tensor]:
-        given = [x.contiguous().numpy() for x in inputs]
-        return [torch.from_numpy(y) for y in session.run(None, dict(zip(names, given, strict=True)))]
-
-    return run
-
-
-def _openvino(file: Path, threads: int | None) -> Runner:
-    core = importlib.import_module("openvino").Core()
-    options: dict[str, Any] = {"INFERENCE_PRECISION_HINT": PRECISE}
-    if threads:
-        options["INFERENCE_NUM_THREADS"] = threads
-    compiled = core.compile_model(str(file), "CPU", options)
-
-    def run(*inputs: Tensor) -> list[Tensor]:
-        made = compiled([x.contiguous().numpy() for x in inputs])
-        return [torch.from_numpy(made[k].copy()) for k in range(len(compiled.outputs))]
-
-    return run
-
-
-def _torch_export(file: Path, threads: int | None) -> Runner:  # noqa: ARG001
-    module = torch.export.load(file).module()
-
-    def run(*inputs: Tensor) -> list[Tensor]:
-        with torch.no_grad():
-            return tensors_of(module(*inputs))
-
-    return run
 
 
 @contextlib.contextmanager

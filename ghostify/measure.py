@@ -1,4 +1,4 @@
-"""Milliseconds of single layers in their inference form, measured on this machine: original and ghosts by turns."""
+"""Milliseconds of single layers and whole models in their inference form: original and ghosts by turns, and kept."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
-from ghostify import evaluate
 from ghostify.deploy import deploy
 from ghostify.ghost import GhostModule, Layout, ghost_of
 from ghostify.program import Convolution, Program
+from ghostify.stopwatch import Stopwatch
 from ghostify.trace import trace
 
 ROUNDS = 9
@@ -36,45 +35,40 @@ def cache_file() -> Path:
     return cache_folder() / "milliseconds.json"
 
 
-def layer_milliseconds(conv: nn.Conv2d, seen: Convolution, layouts: Forms) -> list[float]:
+def layer_milliseconds(conv: nn.Conv2d, seen: Convolution, layouts: Forms, clock: Stopwatch) -> list[float]:
     """Median milliseconds of all calls of a layer, norm and ReLU folded in, for each layout (None: as it is).
 
-    Measured on random images of the shapes of its calls, in eager PyTorch, channels last, with the present number of
-    threads; kept on disk by shapes, threads, processor and version of torch.
+    Measured on random images of the shapes of its calls; kept on disk by shapes, runtime and its version, threads,
+    and processor.
     """
     known = _read()
     total = [0.0] * len(layouts)
     for shape in [call.input_shape for call in seen.calls if call.input_shape is not None]:
-        keys = [_key(conv, shape, layout) for layout in layouts]
+        keys = [_key(conv, shape, layout, clock) for layout in layouts]
         missing = [k for k, key in enumerate(keys) if key not in known]
         if missing:
-            base = _key(conv, shape, None)
+            base = _key(conv, shape, None, clock)
             forms: list[Layout | None] = [layouts[k] for k in missing if layouts[k] is not None]
-            models, images = [_module(conv, shape, layout) for layout in [None, *forms]], _images(conv, shape)
-            taken = evaluate.by_turns(models, [[images]] * len(models), ROUNDS)
+            models = [_module(conv, shape, layout) for layout in [None, *forms]]
+            taken = clock.milliseconds(models, _images(conv, shape), ROUNDS)
             known[base] = known.get(base, taken[0])
             share = known[base] / taken[0]  # what was measured before was another mood of the machine
             for layout, spent in zip(forms, taken[1:], strict=True):
-                known[_key(conv, shape, layout)] = spent * share
+                known[_key(conv, shape, layout, clock)] = spent * share
             _write(known)
         total = [spent + known[key] for spent, key in zip(total, keys, strict=True)]
     return total
 
 
-def model_milliseconds(program: Program) -> float:
+def model_milliseconds(program: Program, clock: Stopwatch) -> float:
     """Median milliseconds of one forward of the example inputs, in the original's own inference form."""
-    return paired([program.module], program.example)[0]
+    return paired([program.module], program.example, clock)[0]
 
 
-def paired(models: Sequence[nn.Module], example: Any) -> list[float]:
-    """Median milliseconds of one forward of each model's inference form, by turns."""
+def paired(models: Sequence[nn.Module], example: Any, clock: Stopwatch | None = None) -> list[float]:
+    """Median milliseconds of one forward of each model's inference form, by turns; in eager PyTorch by default."""
     small = [deploy(m, example) for m in models]
-    last = tree_map_only(Tensor, _channels_last, example)
-    return evaluate.paired_milliseconds(small, last)
-
-
-def _channels_last(tensor: Tensor) -> Tensor:
-    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+    return (clock or Stopwatch()).milliseconds(small, example)
 
 
 def _module(conv: nn.Conv2d, shape: tuple[int, ...], layout: Layout | None) -> nn.Module:
@@ -93,14 +87,13 @@ def _filled(ghost: GhostModule) -> GhostModule:
 
 
 def _images(conv: nn.Conv2d, shape: tuple[int, ...]) -> Tensor:
-    images = torch.randn(shape[0], conv.in_channels, *shape[2:], generator=torch.Generator().manual_seed(0))
-    return images.to(memory_format=torch.channels_last)
+    return torch.randn(shape[0], conv.in_channels, *shape[2:], generator=torch.Generator().manual_seed(0))
 
 
-def _key(conv: nn.Conv2d, shape: tuple[int, ...], layout: Layout | None) -> str:
+def _key(conv: nn.Conv2d, shape: tuple[int, ...], layout: Layout | None, clock: Stopwatch) -> str:
     facts = (
         type(conv).__name__, conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,
-        conv.dilation, tuple(shape), layout, torch.get_num_threads(), torch.__version__, _processor(),
+        conv.dilation, tuple(shape), layout, torch.get_num_threads(), clock.version, _processor(),
     )  # fmt: skip
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
 

@@ -42,6 +42,31 @@ def test_plan_needs_no_weights():
     assert json.loads(machine.stdout)["macs_after"] < json.loads(machine.stdout)["macs_before"]
 
 
+def test_plan_writes_the_frontier(files, tmp_path):
+    data = files / "data.npz"
+    options = ("--checkpoint", files / "w.safetensors", "--calibration", data, "--validation", data, "--points", 3)
+    done = run("plan", NET, *SIZE, *options, "--cheap", "auto", "--frontier", tmp_path / "f.json")
+    assert done.returncode == 0, done.stderr
+    assert "expected error" in done.stdout
+    curve = json.loads((tmp_path / "f.json").read_text())
+    assert [p["shares"]["macs"] for p in curve] == sorted((p["shares"]["macs"] for p in curve), reverse=True)
+    assert curve[0]["drop"] == 0
+    assert set(curve[2]["layers"]) == {"a.0", "b.0"}
+
+
+def test_convert_keeps_within_a_drop(files, tmp_path):
+    data = files / "data.npz"
+    options = ("--checkpoint", files / "w.safetensors", "--calibration", data, "--output", tmp_path / "out")
+    wish = ("--cheap", "auto", "--budget", "max_drop=10")
+    done = run("convert", NET, *SIZE, *options, *wish, "--validation", data, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["macs_after"] < found["macs_before"]
+    refused = run("convert", NET, *SIZE, *options, *wish)
+    assert refused.returncode == 2
+    assert "pass evaluate" in refused.stderr
+
+
 def test_convert_then_eval(files, tmp_path):
     done = run(
         "convert", NET, *SIZE, "--checkpoint", files / "w.safetensors", "--calibration", files / "data.npz",

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from ghostify import GhostifyError, ghostify
-from ghostify.export import FORMATS, export, runner
+from ghostify.export import export
+from ghostify.runtimes import FORMATS, runner
 from tests import nets
 
 FORMAT = pytest.mark.parametrize("format", FORMATS)

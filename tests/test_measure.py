@@ -1,13 +1,13 @@
 import json
 
 import pytest
-import torch
 from torch import nn
 
-from ghostify import evaluate, measure, trace
+from ghostify import measure, trace
 from ghostify.cost import count_macs
 from ghostify.ghost import Layout
-from ghostify.measure import layer_milliseconds, model_milliseconds, paired
+from ghostify.measure import model_milliseconds, paired
+from ghostify.stopwatch import Stopwatch
 from tests import nets
 
 FORMS = [None, Layout(16, 8, 1, 3), Layout(16, 4, 4, 1)]
@@ -18,13 +18,17 @@ def clock(monkeypatch, tmp_path):
     """A clock that counts multiply-accumulates; the list of what was measured."""
     measured = []
 
-    def by_turns(models, inputs, _rounds):
+    def milliseconds(_, models, example, _rounds=0):
         measured.append(len(models))
-        return [float(count_macs(m, tuple(i))) for m, i in zip(models, inputs, strict=True)]
+        return [float(count_macs(m, example)) for m in models]
 
-    monkeypatch.setattr(evaluate, "by_turns", by_turns)
+    monkeypatch.setattr(Stopwatch, "milliseconds", milliseconds)
     monkeypatch.setenv("GHOSTIFY_CACHE", str(tmp_path / "cache"))
     return measured
+
+
+def layer_milliseconds(conv, seen, layouts, clock=None):
+    return measure.layer_milliseconds(conv, seen, layouts, clock or Stopwatch())
 
 
 def layer(size=12, name="a.0"):
@@ -56,6 +60,23 @@ def test_what_was_measured_is_kept_by_shape_and_layout(clock, tmp_path):
     assert len(json.loads(file.read_text())) == 5
 
 
+@pytest.mark.usefixtures("clock")
+def test_each_runtime_is_measured_for_itself():
+    measured = []
+
+    class Other(Stopwatch):
+        def milliseconds(self, models, _example, _rounds=0):
+            measured.append(len(models))
+            return [1.0] * len(models)
+
+    pytest.importorskip("onnxruntime")
+    conv, seen = layer()
+    eager = layer_milliseconds(conv, seen, FORMS)
+    assert layer_milliseconds(conv, seen, FORMS, Other("onnx")) == [1.0] * 3 != eager
+    assert layer_milliseconds(conv, seen, FORMS, Other("eager")) == eager
+    assert measured == [3]
+
+
 @pytest.mark.parametrize("content", ["", "[1]", "{"])
 def test_a_damaged_cache_is_begun_anew(clock, content):
     measure.cache_file().parent.mkdir()
@@ -83,10 +104,6 @@ def test_all_calls_count():
 @pytest.mark.usefixtures("clock")
 def test_models_are_measured_in_their_inference_form():
     model, x = nets.settle(nets.Residual()), nets.images(2)
-    assert model_milliseconds(trace(model, x)) == count_macs(model, x)
+    assert model_milliseconds(trace(model, x), Stopwatch()) == count_macs(model, x)
     assert paired([model, model], x) == [count_macs(model, x)] * 2
     assert any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
-
-
-def test_the_clock_itself_ticks():
-    assert all(spent > 0 for spent in evaluate.by_turns([nn.Identity()], [[(torch.zeros(1),), {}]], 3))

@@ -1,0 +1,137 @@
+"""The curve of plans from the model as it is to the least that its layers reach; and the point of a permitted drop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from ghostify.budget import Choice, Choices, check, choices_of, choose
+from ghostify.errors import GhostifyError
+from ghostify.fit import Fits, Progress, fit
+from ghostify.plan import Plan
+from ghostify.policy import Policy
+from ghostify.program import Program
+from ghostify.rewrite import rewrite
+from ghostify.sensitivity import Calibration, calibrate
+from ghostify.stopwatch import Stopwatch
+
+POINTS = 12
+STEPS = 6
+ROOM = 1e-6
+
+Evaluate = Callable[[nn.Module], float]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One plan of the curve: its shares of the original's MACs, parameters and, where timed, milliseconds.
+
+    `error` is the squared error of the outputs that it is expected to add, relative to their variance (without
+    calibration images: the sum of the layers' relative errors). `drop` is what an evaluation lost by it.
+    """
+
+    shares: Mapping[str, float]
+    error: float
+    plan: Plan
+    drop: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings; layouts by layer."""
+        layers = {e.conv.name: asdict(e.layout) for e in self.plan.rewrites}
+        return {"shares": dict(self.shares), "error": self.error, "drop": self.drop, "layers": layers}
+
+
+def frontier(
+    program: Program,
+    policy: Policy,
+    key: str = "macs",
+    calibration: Iterable[Any] | Calibration | None = None,
+    *,
+    evaluate: Evaluate | None = None,
+    seed: int = 0,
+    runtime: str = "eager",
+    points: int = POINTS,
+) -> list[Point]:
+    """Plans of least error at `points` costs, evenly from the original's down to the least within reach.
+
+    `key` is the cost to go along: "macs", "params" or "latency", in `runtime`. `evaluate` tells how good a model is,
+    higher being better; every plan is fitted then, and its drop against the original measured. Raises `GhostifyError`.
+    """
+    check({key: 1.0})
+    seen = None if calibration is None else calibrate(program, calibration, seed)
+    keys = tuple(dict.fromkeys(("macs", "params", key)))
+    best = None if evaluate is None else evaluate(program.module)
+    curve = []
+    with Stopwatch(runtime) as clock:
+        choices = choices_of(program, policy, keys, seen, seed, clock)
+        least = choices.reach[key]
+        for k in range(points):
+            share = 1 - (1 - least) * k / max(1, points - 1)
+            made = _at(choices, {key: min(1.0, share + ROOM)})
+            if made is None:
+                continue
+            drop = None
+            if evaluate is not None and best is not None:
+                fits = fit(program, made.plan, seen, seed=seed)
+                drop = best - evaluate(rewrite(program, made.plan, fits.weights))
+            curve.append(Point(made.shares, made.loss, made.plan, drop))
+    return curve
+
+
+def plan_for_drop(
+    program: Program,
+    policy: Policy,
+    budget: Mapping[str, float],
+    evaluate: Evaluate,
+    calibration: Iterable[Any] | Calibration | None = None,
+    *,
+    seed: int = 0,
+    runtime: str = "eager",
+    progress: Progress | None = None,
+) -> tuple[Plan, Fits]:
+    """The cheapest plan found, and its fits, whose `evaluate` is at most budget["max_drop"] below the original's.
+
+    What it is to be cheap in is the budget's first other key, whose limit holds as well, or MACs: halved in between
+    `STEPS` times. Raises `GhostifyError` where the drop is larger at the other limits already.
+    """
+    allowed, others = budget["max_drop"], {k: v for k, v in budget.items() if k != "max_drop"} or {"macs": 1.0}
+    check(others)
+    if isinstance(allowed, bool) or not isinstance(allowed, int | float) or not allowed >= 0:
+        raise GhostifyError(f"budget max_drop={allowed!r} is not a number of at least 0")
+    key = next(iter(others))
+    seen = None if calibration is None else calibrate(program, calibration, seed)
+    best = evaluate(program.module)
+
+    def fitted(plan: Plan) -> tuple[float, tuple[Plan, Fits]]:
+        fits = fit(program, plan, seen, seed=seed, progress=progress)
+        return best - evaluate(rewrite(program, plan, fits.weights)), (plan, fits)
+
+    with Stopwatch(runtime) as clock:
+        choices = choices_of(program, policy, tuple(others), seen, seed, clock)
+        drop, found = fitted(choose(choices, others).plan)
+        if drop > allowed:
+            limits = ", ".join(f"{k}={v:g}" for k, v in others.items())
+            raise GhostifyError(f"budget max_drop={allowed:g} is out of reach: at {limits} the drop is {drop:.3g}")
+        high = others[key] if others[key] <= 1 else others[key] / choices.totals[key]
+        low = min(choices.reach[key], high)
+        for _ in range(STEPS):
+            share = (low + high) / 2
+            made = _at(choices, {**others, key: share})
+            drop, tried = (math.inf, found) if made is None else fitted(made.plan)
+            if drop <= allowed:
+                found, high = tried, share
+            else:
+                low = share
+    return found
+
+
+def _at(choices: Choices, budget: Mapping[str, float]) -> Choice | None:
+    """The choice within these shares, or None where the layers promise them but the whole does not keep them."""
+    try:
+        return choose(choices, budget)
+    except GhostifyError:
+        return None

@@ -1,0 +1,114 @@
+"""What planning knows of each convolution: covariances of its outputs, pairs of its maps, and the metric for errors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ghostify import sight
+from ghostify.calls import run
+from ghostify.datafree import statistics_of
+from ghostify.modes import evaluating
+from ghostify.moments import MapMoments, Moments
+from ghostify.pairs import MapStatistics, map_statistics
+from ghostify.plan import Target
+from ghostify.program import Program
+from ghostify.propagate import input_channels
+from ghostify.record import looking
+from ghostify.sensitivity import Calibration, calibrate, metric_of
+from ghostify.wiring import Wiring, norm_after
+
+POSITIONS = 20_000
+MAP_POSITIONS = 8_000
+IDENTITY = nn.Conv2d(1, 1, 1, device="meta")
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """A convolution's outputs in the original: their covariance (n x n), or those on either half of the images; pair
+    statistics if wanted, and the metric by which errors count."""
+
+    covariances: tuple[Tensor, ...]
+    maps: MapStatistics | None
+    metric: Tensor
+
+
+def profiles_of(
+    program: Program, wished: list[Target], calibration: Iterable[Any] | Calibration | None, seed: int
+) -> dict[str, Profile]:
+    """The profile of each target, from calibration images where there are any."""
+    if calibration is None:
+        return _data_free(program, wished)
+    return _profiled(program, wished, calibrate(program, calibration, seed), seed)
+
+
+def _wants_maps(target: Target) -> bool:
+    return target.rule.cheap != "pointwise"
+
+
+def _data_free(program: Program, wished: list[Target]) -> dict[str, Profile]:
+    """Profiles under white inputs; every layer's whole output counts alike."""
+    profiles, wiring = {}, {path: Wiring(part) for path, part in program.parts.items()}
+    known = {path: input_channels(part) for path, part in program.parts.items()}
+    for target in wished:
+        conv, part = program.conv(target.conv.name), program.parts[target.conv.part]
+        behind = norm_after(wiring[target.conv.part], [call.node for call in target.conv.calls])
+        norm: Any = None if behind is None else part.get_submodule(behind)
+        inputs = known[target.conv.part].get(target.conv.calls[0].node)
+        one = statistics_of(conv, norm, 1, inputs=inputs)
+        assert not isinstance(one, MapStatistics)
+        maps: Any = (
+            statistics_of(conv, norm, target.rule.dw_size, inputs=inputs, map_by_map=True)
+            if _wants_maps(target)
+            else None
+        )
+        weights = 1 / one.var.clamp_min(1e-12 * one.var.max() + 1e-30) / len(one.var)
+        profiles[target.conv.name] = Profile((one.gram[0, :, 0],), maps, torch.diag(weights))
+    return profiles
+
+
+def _profiled(program: Program, wished: list[Target], calibration: Calibration, seed: int) -> dict[str, Profile]:
+    """Profiles from one forward of the original over the calibration images, and what its outputs feel."""
+    felt, images = calibration.felt, calibration.batches.images
+    by_node = {(t.conv.part, call.node): t for t in wished for call in t.conv.calls}
+    halves = {t.conv.name: [Moments.zero(t.conv.outputs, 0) for _ in range(2)] for t in wished}
+    maps = {t.conv.name: MapMoments.zero(t.conv.outputs, t.rule.dw_size**2) for t in wished if _wants_maps(t)}
+
+    def look(first: int, part: str, node: fx.Node, _: Any, output: Tensor) -> Tensor:
+        target = by_node.get((part, node.name))
+        if target is None:
+            return output
+        name, seen = target.conv.name, output.float().cpu()
+        places = sight.choose_places(seen.shape, sight.share_of(POSITIONS, images), seed + first)
+        rows, odd = sight.values(seen, places), (places[0] + first) % 2
+        for half, moments in enumerate(halves[name]):
+            mine = rows[odd == half]
+            moments.add(mine, mine[:, :0])
+        if name in maps:
+            d, side = target.rule.dw_size, math.ceil(sight.share_of(MAP_POSITIONS, images) ** 0.5)
+            view = sight.view(IDENTITY, seen, seen, side, d, seed + first)
+            maps[name].add(sight.neighbourhoods(view.seen, d), sight.rows(view.target))
+        return output
+
+    with evaluating(program.module):
+        for batch in calibration.batches.own:
+            with looking(program.module, program.parts, partial(look, batch.first)):
+                run(program.module, batch.inputs)
+    found = {name: [moments.of_all_processes() for moments in both] for name, both in halves.items()}
+    profiles = _data_free(program, [t for t in wished if not any(m.count for m in found[t.conv.name])])
+    for name, parts in found.items():
+        if name in profiles:
+            continue
+        whole = (parts[0] + parts[1]).centred()[0]
+        covariances = tuple(p.centred()[0] for p in parts) if all(p.count for p in parts) else (whole,)
+        alike = 1 / whole.diagonal().clamp_min(1e-30).sum()
+        metric = metric_of(felt[name]) if name in felt else alike * torch.eye(len(whole), dtype=torch.float64)
+        pairs = map_statistics(maps[name].of_all_processes()) if name in maps else None
+        profiles[name] = Profile(covariances, pairs, metric)
+    return profiles
