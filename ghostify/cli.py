@@ -20,12 +20,12 @@ from ghostify.demo import run as run_demo
 from ghostify.errors import GhostifyError
 from ghostify.export import export
 from ghostify.fit import Progress as FitProgress
-from ghostify.frontier import POINTS, Evaluate, Point
+from ghostify.frontier import POINTS, Evaluate, Point, curve_table
 from ghostify.frontier import frontier as curve_of
 from ghostify.measure import paired
 from ghostify.plan import plan as make_plan
 from ghostify.policy import Policy, Rule
-from ghostify.report import Report, curve_table, notes_of, report, summarise, table
+from ghostify.report import Report, notes_of, report, summarise, table
 from ghostify.sources import Data, Source
 from ghostify.trace import trace
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich import box
+from rich.table import Table
 from torch import nn
 
-from ghostify.budget import Choice, Choices, check, choices_of, choose
+from ghostify.budget import COSTS, Choice, Choices, check, choices_of, choose
 from ghostify.errors import GhostifyError
 from ghostify.fit import Fits, Progress, fit
 from ghostify.plan import Plan
@@ -80,6 +82,24 @@ def frontier(
                 drop = best - evaluate(rewrite(program, made.plan, fits.weights))
             curve.append(Point(made.shares, made.loss, made.plan, drop))
     return curve
+
+
+def curve_table(curve: Sequence[Point], title: str = "") -> Table:
+    """A table of a frontier for a terminal."""
+    result = Table(title=title or None, box=box.SIMPLE_HEAD, pad_edge=False)
+    keys = [key for key in COSTS if curve and key in curve[0].shares]
+    for key in keys:
+        result.add_column(f"{key} %", justify="right")
+    result.add_column("expected error", justify="right")
+    judged = any(point.drop is not None for point in curve)
+    if judged:
+        result.add_column("drop", justify="right")
+    result.add_column("rewritten", justify="right")
+    for point in curve:
+        drop = [] if not judged else ["" if point.drop is None else f"{point.drop:.2f}"]
+        shares = [f"{100 * point.shares[key]:.1f}" for key in keys]
+        result.add_row(*shares, f"{point.error:.4f}", *drop, str(len(point.plan.rewrites)))
+    return result
 
 
 def plan_for_drop(

@@ -97,10 +97,13 @@ class GhostModule(nn.Module):
 
     N x C x H x W -> N x (m + ghosts) x H' x W'. `order`, where given, holds for every output channel its place in the
     concatenation; `activation` what the intrinsic maps go through on their way to the cheap operation, and only there:
-    norm and activation behind the module come to all maps. Formula: Han et al., 2020, equations 2 and 3.
+    norm and activation behind the module come to all maps. With `recompute`, training keeps the module's output for
+    the backward and not the intrinsic maps beside it: less memory where a norm behind keeps the output anyway, an error
+    where somebody overwrites it. Formula: Han et al., 2020, equations 2 and 3.
     """
 
     order: Tensor | None
+    recompute = False
 
     def __init__(
         self,
@@ -129,6 +132,12 @@ class GhostModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         intrinsic = self.primary_conv(x)
+        if self.recompute and isinstance(intrinsic, Tensor) and intrinsic.requires_grad and torch.is_grad_enabled():
+            convs = self.cheap_convs
+            if self.activation is None and not torch.compiler.is_compiling() and all(map(_is_plain, convs)):
+                weights = [p for conv in convs for p in (conv.weight, conv.bias)]
+                made: Tensor = _Joined.apply(intrinsic, self.cheap_operation, self.order, *weights)
+                return made
         read = intrinsic if self.activation is None else self.activation(intrinsic)
         return join(intrinsic, self.cheap_operation(read), self.order)
 
@@ -143,6 +152,52 @@ def join(intrinsic: Tensor, ghosts: Tensor, order: Tensor | None) -> Tensor:
         last = maps.permute(0, 2, 3, 1)
         maps = last.gather(3, order.expand_as(last)).permute(0, 3, 1, 2)  # index_select is six times slower here
     return maps.contiguous(memory_format=torch.channels_last)
+
+
+class _Joined(torch.autograd.Function):
+    """Intrinsic maps and their ghosts, joined; the backward finds the former in what it made of them."""
+
+    @staticmethod
+    def forward(ctx: Any, intrinsic: Tensor, cheap: nn.Module, order: Tensor | None, *weights: Tensor | None) -> Tensor:
+        made = join(intrinsic, cheap(intrinsic), order)
+        ctx.cheap, ctx.count = cheap, intrinsic.shape[1]
+        ctx.save_for_backward(made, order, *weights)
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        made, order, *weights = ctx.saved_tensors
+        if order is not None:
+            places = torch.argsort(order)
+            made, gradient = made.index_select(1, places[: ctx.count]), gradient.index_select(1, places)
+        wanted = [k for k, needed in enumerate(ctx.needs_input_grad[3:]) if needed]
+
+        def ghosts(read: Tensor, *changed: Tensor) -> Tensor:
+            by_place = dict(zip(wanted, changed, strict=True))
+            return _ghosts(ctx.cheap, read, [by_place.get(k, w) for k, w in enumerate(weights)])
+
+        back = torch.func.vjp(ghosts, made.narrow(1, 0, ctx.count), *(weights[k] for k in wanted))[1]
+        through, *found = back(gradient[:, ctx.count :])
+        by_weight = dict(zip(wanted, found, strict=True))
+        return (gradient[:, : ctx.count] + through, None, None, *(by_weight.get(k) for k in range(len(weights))))
+
+
+def _ghosts(cheap: Any, read: Tensor, weights: list[Tensor | None]) -> Tensor:
+    """What the cheap operation makes with these weights and biases, in the type of what it reads."""
+    convs = getattr(cheap, "convs", (cheap,))
+    ranges = getattr(cheap, "ranges", ((0, read.shape[1]),))
+    cast = [None if w is None else w.to(read.dtype) for w in weights]
+    maps = [
+        conv._conv_forward(read[:, a:b], cast[2 * k], cast[2 * k + 1])
+        for k, (conv, (a, b)) in enumerate(zip(convs, ranges, strict=True))
+    ]
+    return maps[0] if len(maps) == 1 else torch.cat(maps, 1)
+
+
+def _is_plain(conv: nn.Module) -> bool:
+    """Whether its own weight and bias are all that it computes by."""
+    hooks = (conv._forward_hooks, conv._forward_pre_hooks, conv._backward_hooks, conv._backward_pre_hooks)
+    return type(conv) is nn.Conv2d and "weight" in conv._parameters and not any(hooks)
 
 
 def ghost_of(conv: nn.Conv2d, layout: Layout) -> GhostModule:

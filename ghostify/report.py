@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +11,8 @@ from rich.table import Table
 from torch import nn
 
 from ghostify import cost
-from ghostify.budget import COSTS
 from ghostify.errors import GhostifyError
 from ghostify.fit import Fits
-from ghostify.frontier import Point
 from ghostify.plan import Plan, Rewrite, Skip
 from ghostify.program import Convolution
 from ghostify.reconstruct import Rebuilt, Reconstruction
@@ -183,24 +180,6 @@ def table(made: Report, title: str = "") -> Table:
     result.add_column("m + ghosts, or why not", overflow="fold")
     for line in made.lines:
         result.add_row(*_cells(line, fitted))
-    return result
-
-
-def curve_table(curve: Sequence[Point], title: str = "") -> Table:
-    """A table of a frontier for a terminal."""
-    result = Table(title=title or None, box=box.SIMPLE_HEAD, pad_edge=False)
-    keys = [key for key in COSTS if curve and key in curve[0].shares]
-    for key in keys:
-        result.add_column(f"{key} %", justify="right")
-    result.add_column("expected error", justify="right")
-    judged = any(point.drop is not None for point in curve)
-    if judged:
-        result.add_column("drop", justify="right")
-    result.add_column("rewritten", justify="right")
-    for point in curve:
-        drop = [] if not judged else ["" if point.drop is None else f"{point.drop:.2f}"]
-        shares = [f"{100 * point.shares[key]:.1f}" for key in keys]
-        result.add_row(*shares, f"{point.error:.4f}", *drop, str(len(point.plan.rewrites)))
     return result
 
 

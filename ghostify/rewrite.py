@@ -61,6 +61,7 @@ def put_ghost(module: fx.GraphModule, entry: Rewrite, weights: GhostWeights) -> 
         return
     ghost = ghost_of(as_module(module, entry.conv.local), entry.layout)
     _fill(ghost, weights)
+    ghost.recompute = entry.norm is not None
     if entry.conv.kind == "conv2d":
         _call_instead(module, entry)
     setattr(owner, leaf, ghost)

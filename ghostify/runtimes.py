@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ghostify.calls import tensors_of
+from ghostify.checkpoint import load
 from ghostify.errors import GhostifyError
 
 FORMATS = {"onnx": "model.onnx", "openvino": "model.xml", "pt2": "model.pt2"}
@@ -37,12 +38,15 @@ def known_runtime(runtime: str) -> str:
 
 
 def runner(file: str | Path, threads: int | None = None, *, runtime: str | None = None, alone: bool = True) -> Runner:
-    """A function that runs an exported file in a runtime, its own by default: tensors in, tensors out.
+    """A function that runs an exported file in a runtime, its own by default, or a saved model's folder in PyTorch:
+    tensors in, tensors out.
 
     Where it is not `alone`, but other models take turns with it in one process, its threads do not wait for the next
     call at the others' cost.
     """
     file = Path(file)
+    if file.is_dir():
+        return _pytorch(load(file).eval(), threads, runtime == "compile")
     if file.suffix not in OWN:
         raise GhostifyError(f"{file}: is no exported model: .onnx, .xml and .pt2 are")
     if not file.is_file():
@@ -50,7 +54,11 @@ def runner(file: str | Path, threads: int | None = None, *, runtime: str | None 
     runtime = runtime or OWN[file.suffix]
     if runtime == "onnx":
         return _onnx_runtime(file, threads, alone)
-    return _openvino(file, threads) if runtime == "openvino" else _torch_export(file, threads, runtime == "compile")
+    return (
+        _openvino(file, threads)
+        if runtime == "openvino"
+        else _pytorch(torch.export.load(file).module(), threads, runtime == "compile")
+    )
 
 
 def channels_last(values: Any) -> Any:
@@ -91,8 +99,7 @@ def _openvino(file: Path, threads: int | None) -> Runner:
     return run
 
 
-def _torch_export(file: Path, threads: int | None, compiled: bool) -> Runner:
-    module: Callable[..., Any] = torch.export.load(file).module()
+def _pytorch(module: Callable[..., Any], threads: int | None, compiled: bool) -> Runner:
     if threads and threads != torch.get_num_threads():
         torch.set_num_threads(threads)
     if compiled:

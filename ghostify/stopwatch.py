@@ -129,7 +129,7 @@ def _open(file: Path, runtime: str, threads: int, alone: bool) -> partial[Any]:
     forward = runner(file, threads, runtime=runtime, alone=alone)
     with np.load(file.with_name(INPUTS)) as found:
         inputs = [torch.from_numpy(found[name]) for name in found.files]
-    return partial(forward, *(channels_last(inputs) if FORMAT_OF[runtime] == "pt2" else inputs))
+    return partial(forward, *(inputs if runtime in ("onnx", "openvino") else channels_last(inputs)))
 
 
 if __name__ == "__main__":
