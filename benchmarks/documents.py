@@ -75,6 +75,11 @@ def test_pages(count: int, size: int, seed: int) -> Tensor:
     return _tensor(_pages(_test_supply(), count, size, (1, seed)))
 
 
+def test_images(count: int, size: int, seed: int) -> list[np.ndarray]:
+    """The same pages as images (size x size x 3, 0 to 255)."""
+    return [np.array(page) for page in _pages(_test_supply(), count, size, (1, seed))]
+
+
 @cache
 def _calibration_supply() -> Supply:
     return Supply(_fonts(CALIBRATION_FONTS), tuple(photographs(CALIBRATION)))

@@ -1,0 +1,153 @@
+"""EasyOCR end to end with CRAFT as it comes, and at half the multiply-accumulates.
+
+    python benchmarks/ocr.py
+
+Pages of 640 x 640 (documents.py) go through Reader.detect - resizing, network, boxes - and through Reader.readtext,
+which then recognises the text of every box; the recogniser is the original throughout. Detectors of one runtime take
+turns page by page; both sides in their inference form (`deploy`): eager PyTorch, ONNX Runtime, OpenVINO; the first line
+is EasyOCR as it comes. Boxes (IoU 0.5) and texts are compared with the original detector's. The fit is that of
+craft.py: 128 unlabelled pages of typefaces and photographs that no test page holds. Results go to
+benchmarks/results/ocr.json.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import easyocr
+import numpy as np
+import torch
+from craft import HALF, WEIGHTS, craft, matches, narrow
+from documents import calibration_pages, test_images
+from tables import Row, options, publish
+from torch import Tensor, nn
+
+from ghostify import ghostify, report
+from ghostify.deploy import deploy
+from ghostify.export import write
+from ghostify.runtimes import FORMAT_OF, RUNTIMES, channels_last, runner
+
+PAGES, SIZE, SEED, TURNS = 12, 640, 0, 5
+FITTED = {"images": 128, "size": 256}
+
+
+class Detector(nn.Module):
+    """What EasyOCR calls for score maps; keeps no features."""
+
+    def __init__(self, forward: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.maps = forward
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return self.maps(x), None
+
+
+def opened(small: nn.Module, runtime: str, x: Tensor, folder: Path) -> Detector:
+    if runtime == "eager":
+        return Detector(lambda image: small(channels_last(image))[0])
+    folder.mkdir()
+    run = runner(write(small, (x,), folder, FORMAT_OF[runtime]), torch.get_num_threads(), alone=False)
+    return Detector(lambda image: run(image)[0])
+
+
+def corners(found: Any) -> list[np.ndarray]:
+    """EasyOCR's boxes of a page, upright (left, right, top, bottom) and free ones, as polygons."""
+    upright, free = found[0][0], found[1][0]
+    flat = [[[a, c], [b, c], [b, d], [a, d]] for a, b, c, d in upright]
+    return [np.array(box, dtype=np.float32) for box in [*flat, *free]]
+
+
+def judged(reader: Any, detectors: dict[str, nn.Module], pages: list[np.ndarray]) -> dict[str, Row]:
+    """Milliseconds, boxes and texts with each detector, by turns page by page."""
+    found: dict[str, Row] = {name: {"detect": [], "read": [], "boxes": [], "texts": []} for name in detectors}
+    for turn in range(TURNS + 1):
+        for page in pages:
+            for name, detector in detectors.items():
+                reader.detector, own = detector, found[name]
+                started = time.perf_counter()
+                boxes = reader.detect(page, canvas_size=SIZE)
+                middle = time.perf_counter()
+                texts = reader.recognize(page, boxes[0][0], boxes[1][0]) if turn <= 1 else None
+                ended = time.perf_counter()
+                if not turn:
+                    own["boxes"].append(corners(boxes))
+                    own["texts"].append({text for _, text, _ in texts or []})
+                    continue
+                own["detect"].append(1000 * (middle - started))
+                if texts is not None:
+                    own["read"].append(1000 * (ended - started))
+    return found
+
+
+def f1(found: list[Any], wanted: list[Any], common: Callable[[Any, Any], int]) -> float:
+    hits = sum(common(a, b) for a, b in zip(found, wanted, strict=True))
+    return 200 * hits / max(1, sum(map(len, found)) + sum(map(len, wanted)))
+
+
+def rows() -> Iterator[Row]:
+    pages = test_images(PAGES, SIZE, SEED)
+    batches = calibration_pages(FITTED["images"], FITTED["size"], SEED).split(8)
+    model, x = craft(), torch.rand(1, 3, SIZE, SIZE)
+    half = ghostify(
+        model, cheap="auto", budget=HALF, ignore=narrow, example_inputs=batches[0][:1], calibration=batches, seed=SEED
+    )
+    found = report(half)
+    shares = {"original": 1.0, "half the MACs": found.macs_after / found.macs_before}
+    small = {"original": deploy(model, x), "half the MACs": deploy(half, x)}
+    folder = str(WEIGHTS.parent)
+    reader = easyocr.Reader(["en"], gpu=False, model_storage_directory=folder, download_enabled=False, verbose=False)
+    reference = judged(reader, {"as it comes": reader.detector}, pages)["as it comes"]
+    yield _row("eager, as it comes", 1.0, reference, reference, reference)
+    for runtime in (r for r in RUNTIMES if r != "compile"):
+        with tempfile.TemporaryDirectory() as place:
+            detectors = {name: opened(m, runtime, x, Path(place) / str(k)) for k, (name, m) in enumerate(small.items())}
+            every = judged(reader, detectors, pages)
+        for name, own in every.items():
+            yield _row(f"{runtime}, {name}", shares[name], own, every["original"], reference)
+
+
+def _row(how: str, share: float, own: Row, original: Row, reference: Row) -> Row:
+    spent = {key: statistics.median(own[key]) for key in ("detect", "read")}
+    times = {f"{key}_times": statistics.median(original[key]) / spent[key] for key in spent}
+    return {
+        "how": how,
+        "share": share,
+        **{f"{key}_ms": ms for key, ms in spent.items()},
+        **times,
+        "box_f1": f1(own["boxes"], reference["boxes"], matches),
+        "text_f1": f1(own["texts"], reference["texts"], lambda a, b: len(a & b)),
+    }
+
+
+def main() -> None:
+    options(__doc__).parse_args()
+    warnings.simplefilter("ignore")
+    publish(
+        "ocr",
+        f"EasyOCR on {PAGES} pages of {SIZE} x {SIZE}, {torch.get_num_threads()} threads",
+        {
+            "MACs %": lambda r: f"{100 * r['share']:.0f}",
+            "detect ms": lambda r: f"{r['detect_ms']:.0f}",
+            "times as fast": lambda r: f"{r['detect_times']:.2f}",
+            "read ms": lambda r: f"{r['read_ms']:.0f}",
+            "times as fast ": lambda r: f"{r['read_times']:.2f}",
+            "box F1 %": lambda r: f"{r['box_f1']:.1f}",
+            "same texts, F1 %": lambda r: f"{r['text_f1']:.1f}",
+        },
+        rows(),
+        threads=torch.get_num_threads(),
+        pages=PAGES,
+        size=SIZE,
+        seed=SEED,
+        calibration=FITTED,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""What this machine allows: multiply-accumulates and bytes of every layer against its measured peaks.
+
+    python benchmarks/roofline.py
+
+A layer takes at least max(MACs / peak MACs a second, bytes / peak bytes a second); bytes are its weights, what it reads
+and what it makes, each once. The peaks are those of a large product of matrices and of reading a vector much larger
+than the caches, by PyTorch with the present threads. Summed over the inference forms (`deploy`) of original and ghosts:
+the ratio of the sums is what no kernel could exceed if all ran at the roofline; what is bound by memory, linear layers
+above all, does not become faster with fewer MACs. Results go to benchmarks/results/roofline.json.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from latency import FORMS, NETWORKS, build
+from tables import Row, options, publish
+from torch import Tensor, fx, nn
+
+from ghostify.deploy import deploy
+
+ROUNDS = 7
+SIDE, LONG = 2048, 2**27
+KINDS = {nn.Conv2d: "convolutions", nn.Linear: "linear layers"}
+
+
+def best_seconds(work: Callable[[], Any]) -> float:
+    spent = []
+    for _ in range(ROUNDS):
+        started = time.perf_counter()
+        work()
+        spent.append(time.perf_counter() - started)
+    return min(spent)
+
+
+def peaks() -> dict[str, float]:
+    """MACs and bytes a second."""
+    a, long = torch.rand(SIDE, SIDE), torch.ones(LONG)
+    return {
+        "macs": SIDE**3 / best_seconds(lambda: a @ a),
+        "bytes": 4 * LONG / best_seconds(lambda: long.sum()),
+    }
+
+
+class Layers(fx.Interpreter):
+    """MACs and bytes of every convolution, linear layer and concatenation of one forward."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.found: list[tuple[str, float, float]] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        made = super().run_node(n)
+        if n.op == "call_module":
+            inner = self.fetch_attr(str(n.target))
+            read = self.env[n.args[0]] if n.args and n.args[0] in self.env else None
+            if type(inner) in KINDS and isinstance(read, Tensor):
+                each = inner.weight[0].numel()
+                size = 4 * (inner.weight.numel() + read.numel() + made.numel())
+                self.found.append((KINDS[type(inner)], made.numel() * each, size))
+        elif n.target is torch.cat:
+            self.found.append(("concatenations", 0, 8 * made.numel()))
+        return made
+
+
+def rows(peak: dict[str, float]) -> Iterator[Row]:
+    x = torch.rand(1, 3, 224, 224)
+    for network in NETWORKS:
+        first = None
+        for form in ("original", "ratio 2, depthwise", "ratio 2, pointwise", "auto, half the MACs"):
+            small: Any = deploy(FORMS[form](build(network), x), x)
+            layers = Layers(small)
+            layers.garbage_collect_values = False
+            with torch.no_grad():
+                layers.run(x)
+            bound: dict[str, float] = {}
+            for kind, macs, size in layers.found:
+                least = 1000 * max(macs / peak["macs"], size / peak["bytes"])
+                bound[kind] = bound.get(kind, 0) + least
+            total = sum(bound.values())
+            first = first or total
+            yield {"how": f"{network}, {form}", "bound": bound, "total": total, "times": first / total}
+
+
+def main() -> None:
+    options(__doc__).parse_args()
+    peak = peaks()
+    print(f"{peak['macs'] / 1e9:.0f} G MACs/s, {peak['bytes'] / 1e9:.1f} GB/s")
+    publish(
+        "roofline",
+        f"least milliseconds, {torch.get_num_threads()} threads, batch 1",
+        {
+            **{k: lambda r, k=k: f"{r['bound'].get(k, 0):.2f}" for k in (*KINDS.values(), "concatenations")},
+            "together": lambda r: f"{r['total']:.2f}",
+            "times as fast at best": lambda r: f"{r['times']:.2f}",
+        },
+        rows(peak),
+        threads=torch.get_num_threads(),
+        peaks=peak,
+    )
+
+
+if __name__ == "__main__":
+    main()
