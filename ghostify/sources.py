@@ -89,17 +89,18 @@ def parse_arguments(pairs: list[str]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How images become inputs: size (C, H, W), and timm's evaluation transform for this model."""
+    """How images become inputs: size (C, H, W), timm's evaluation transform for this model, and what makes it up."""
 
     size: tuple[int, int, int]
     transform: Callable[[Image.Image], Tensor]
+    config: Mapping[str, Any]
 
 
 def preprocessing(model: nn.Module, size: tuple[int, int, int] | None) -> Preprocessing:
     """timm's own evaluation transform of the model; ImageNet's mean and deviation where the model says nothing."""
     config = resolve_data_config({} if size is None else {"input_size": size}, model=model)
     transform: Any = create_transform(**config, is_training=False)
-    return Preprocessing(tuple(config["input_size"]), transform)
+    return Preprocessing(tuple(config["input_size"]), transform, config)
 
 
 def example(size: tuple[int, int, int]) -> Tensor:
