@@ -22,11 +22,10 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -42,8 +41,8 @@ from ghostify.report import attach, summarise
 from ghostify.starts import unfitted
 
 FILE = RESULTS / "zoo.json"
-LIMIT = 600
 SIZES = (64, 96, 128, 160, 224, 256, 288, 320, 384, 448, 512)
+LARGE = 400  # from here on, one image
 DENSE = 2
 FEW = "too few dense convolutions"
 DONE = ("good", FEW)
@@ -69,24 +68,30 @@ def dense(model: nn.Module) -> list[str]:
     return [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and m.groups == 1]
 
 
-def smallest_input(model: nn.Module, name: str) -> Any:
+def smallest_input(model: nn.Module, name: str) -> tuple[Tensor, ...]:
     """What one forward takes, at the least size that works."""
     cfg = getattr(model, "default_cfg", None) or {}
     given = cfg.get("input_size", (3, 224, 224))
+    asked = sum(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in _parameters(model)) or 1
     video = name.startswith("torchvision:") and any(isinstance(m, nn.Conv3d) for m in model.modules())
     for size in sorted({*SIZES, given[-1]}):
         if cfg.get("fixed_input_size") and size != given[-1]:
             continue
-        x = torch.randn(2, given[0], *((8,) if video else ()), size, size)
+        x = torch.randn(2 if size < LARGE else 1, given[0], *((8,) if video else ()), size, size)
+        x = (x,) * asked
         try:
             with torch.no_grad():
-                model(x)
+                model(*x)
         except Exception:
             if size == max(*SIZES, given[-1]):
                 raise
         else:
             return x
     raise AssertionError(name)
+
+
+def _parameters(model: nn.Module) -> Iterable[inspect.Parameter]:
+    return inspect.signature(model.forward).parameters.values()
 
 
 def examine(name: str, fitted: bool) -> Row:
@@ -101,7 +106,7 @@ def examine(name: str, fitted: bool) -> Row:
     if len(wanted) < DENSE:
         return {**line, "outcome": FEW}
     x = smallest_input(model, name)
-    line["input"] = list(x.shape)
+    line["input"] = list(x[0].shape)
     program = trace(model, x)
     seen = Counter(c.name for c in program.convolutions)
     line["unlisted"] = [n for n in wanted if seen[n] != 1]
@@ -142,18 +147,18 @@ def kind_of(reason: str) -> str:
     return reason.split(":")[0].split("'")[0].strip()
 
 
-def leaves(model: nn.Module, x: Tensor) -> list[Tensor]:
+def leaves(model: nn.Module, x: tuple[Tensor, ...]) -> list[Tensor]:
     with torch.no_grad():
-        return tensors_of(model.eval()(x))
+        return tensors_of(model.eval()(*x))
 
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:
     return len(a) == len(b) and all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
 
 
-def ungraded(model: nn.Module, x: Tensor) -> list[str]:
+def ungraded(model: nn.Module, x: tuple[Tensor, ...]) -> list[str]:
     """Parameters of ghost modules that get no gradient."""
-    outputs = [v for v in tensors_of(model.eval()(x)) if v.requires_grad]
+    outputs = [v for v in tensors_of(model.eval()(*x)) if v.requires_grad]
     sum(v.double().sum() for v in outputs).backward()
     named = [(n, p) for n, p in model.named_parameters() if "primary_conv" in n or "cheap_op" in n]
     missing = [n for n, p in named if p.requires_grad and p.grad is None]
@@ -172,7 +177,7 @@ def one(name: str, fitted: bool, out: Connection) -> None:
         out.send({"name": name, "outcome": f"{type(error).__name__} at {where}: {str(error)[:300]}"})
 
 
-def every(wanted: list[str], first: set[str], processes: int, minutes: float) -> Iterator[Row]:
+def every(wanted: list[str], first: set[str], processes: int, minutes: float, limit: float) -> Iterator[Row]:
     """The rows as they come, from forks of this process that end with their architecture."""
     context, started = get_context("fork"), time.perf_counter()
     waiting, running = list(reversed(wanted)), {}
@@ -186,11 +191,11 @@ def every(wanted: list[str], first: set[str], processes: int, minutes: float) ->
             send.close()
             running[name] = process, receive, time.perf_counter()
         for name, (process, receive, since) in list(running.items()):
-            late = time.perf_counter() - since > LIMIT
+            late = time.perf_counter() - since > limit
             if not (receive.poll(0.2) or late):
                 continue
             try:
-                row = {"name": name, "outcome": f"took more than {LIMIT} s"} if late else receive.recv()
+                row = {"name": name, "outcome": f"took more than {limit:g} s"} if late else receive.recv()
             except EOFError:
                 process.join()
                 row = {"name": name, "outcome": f"crashed with exit code {process.exitcode}"}
@@ -216,6 +221,7 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="begin anew")
     parser.add_argument("--sample", action="store_true", help="one architecture a family")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--limit", type=float, default=600, help="seconds for one architecture")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no more after so many")
     arguments = parser.parse_args()
     found: dict[str, Row] = {}
@@ -228,7 +234,7 @@ def main() -> None:
     waiting.sort(key=found.__contains__)  # what has failed before comes last
     RESULTS.mkdir(exist_ok=True)
     torch.set_num_threads(1)
-    for row in every(waiting, first, arguments.processes, arguments.minutes):
+    for row in every(waiting, first, arguments.processes, arguments.minutes, arguments.limit):
         name = row["name"]
         found[name] = row
         print(f"{len(found)} {name}: {row['outcome']} {row.get('rewritten', '')} of {row.get('dense', '')}", flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,49 +20,44 @@ from ghostify.convert import ghostify
 from ghostify.demo import run as run_demo
 from ghostify.errors import GhostifyError
 from ghostify.export import export
+from ghostify.finetune import finetune as tune
 from ghostify.fit import Progress as FitProgress
 from ghostify.frontier import POINTS, Evaluate, Point, curve_table
 from ghostify.frontier import frontier as curve_of
+from ghostify.lessons import lessons
 from ghostify.measure import paired
+from ghostify.options import (
+    Activated,
+    Arguments,
+    AsJson,
+    Batch,
+    Budget,
+    Calibration,
+    Cheap,
+    DwSize,
+    Ignore,
+    Images,
+    Model,
+    Original,
+    PolicyFile,
+    Ratio,
+    Runtime,
+    Settings,
+    Size,
+    Targets,
+    Validation,
+    budget_of,
+    policy_of,
+    recipe_of,
+    size_of,
+)
 from ghostify.plan import plan as make_plan
-from ghostify.policy import Policy, Rule
+from ghostify.records import metrics_of
 from ghostify.report import Report, notes_of, report, summarise, table
 from ghostify.sources import Data, Source
 from ghostify.trace import trace
 
 app = typer.Typer(add_completion=True, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
-
-Model = Annotated[str, typer.Argument(help="timm:NAME, torchvision:NAME or module.path:callable")]
-Ratio = Annotated[float, typer.Option(help="outputs per intrinsic map; 2 halves the dense convolutions")]
-DwSize = Annotated[int, typer.Option(help="kernel size of the cheap operation")]
-Cheap = Annotated[str, typer.Option(help="depthwise, pointwise, or how many intrinsic maps each ghost sees")]
-Activated = Annotated[
-    bool, typer.Option("--activated", help="let depthwise ghosts read activated maps where that loses less")
-]
-Targets = Annotated[list[str] | None, typer.Option("--target", help="convolutions to rewrite: name, glob, re:, class")]
-Ignore = Annotated[list[str] | None, typer.Option(help="convolutions to leave alone: name, glob, re:, class")]
-PolicyFile = Annotated[
-    Path | None, typer.Option("--policy", help="a TOML file of rules, in place of the options above")
-]
-Arguments = Annotated[list[str] | None, typer.Option("--arg", help="constructor argument, key=value")]
-Size = Annotated[str | None, typer.Option("--input-size", help="C,H,W, where the model does not say")]
-Budget = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="macs=0.5, params=0.5, latency=0.7 or max_drop=0.5, in place of the ratio; best with --cheap auto"
-    ),
-]
-Runtime = Annotated[str, typer.Option(help="where latency is measured: eager, compile, onnx or openvino")]
-Calibration = Annotated[
-    Path | None, typer.Option(help="folder of images, or .npy, .npz, .safetensors; absent: data-free")
-]
-Validation = Annotated[
-    Path | None,
-    typer.Option(help="labelled images, apart from those of the test: what max_drop is judged on, in top-1 %"),
-]
-Images = Annotated[int, typer.Option(min=1, help="calibration images to use, spread over what is there")]
-Batch = Annotated[int, typer.Option(min=1, help="calibration images at a time")]
-AsJson = Annotated[bool, typer.Option("--json", help="print JSON, for machines")]
 
 
 @app.command()
@@ -101,9 +97,9 @@ def plan(
     built = Source(model, sources.parse_arguments(arg or [])).build()
     if checkpoint_file is not None:
         checkpoint.load_weights(built, checkpoint_file)
-    prepared = sources.preprocessing(built, _size(input_size))
+    prepared = sources.preprocessing(built, size_of(input_size))
     program = trace(built, sources.example(prepared.size))
-    wished, limits = _policy(policy, ratio, dw_size, cheap, activated, target, ignore), _budget(budget)
+    wished, limits = policy_of(policy, ratio, dw_size, cheap, activated, target, ignore), budget_of(budget)
     data = None if calibration is None else sources.read_data(calibration, prepared, limit=images, batch=batch).batches
     title = f"{model} at {'x'.join(map(str, prepared.size))}"
     if frontier is not None:
@@ -149,15 +145,15 @@ def convert(
     Example: ghostify convert timm:resnet18 --checkpoint w.safetensors --calibration photos/ --output out/
     """
     source = Source(model, sources.parse_arguments(arg or []))
-    wished = _policy(policy, ratio, dw_size, cheap, activated, target, ignore)
+    wished = policy_of(policy, ratio, dw_size, cheap, activated, target, ignore)
     built = checkpoint.load_weights(source.build(), checkpoint_file)
-    prepared = sources.preprocessing(built, _size(input_size))
+    prepared = sources.preprocessing(built, size_of(input_size))
     data = None if calibration is None else sources.read_data(calibration, prepared, limit=images, batch=batch)
     with _progress("fitting", as_json) as progress:
         made = ghostify(
             built,
             policy=wished,
-            budget=_budget(budget),
+            budget=budget_of(budget),
             example_inputs=sources.example(prepared.size),
             calibration=None if data is None else data.batches,
             evaluate=None if validation is None else _judge(validation, prepared, batch),
@@ -187,15 +183,8 @@ def evaluate_command(
 
     Example: ghostify eval out/ --data test.npz --original w.safetensors
     """
-    module = checkpoint.load(folder)
-    source = notes_of(module)["ghostify_source"]
-    if not source:
-        raise GhostifyError(f"{folder}: does not say which model it was: convert it by the command to use eval")
-    built = Source(source["name"], source["arguments"]).build()
-    prepared = sources.preprocessing(built, tuple(source["input_size"]))
+    module, built, prepared, _ = _both(folder, original)
     read = sources.read_data(data, prepared, limit=images, batch=batch)
-    if original is not None:
-        checkpoint.load_weights(built, original)
     facts = _compare(module, built if original is not None else None, read)
     if as_json:
         print(json.dumps(facts, indent=1))
@@ -203,6 +192,47 @@ def evaluate_command(
     console = Console()
     for key, value in facts.items():
         console.print(f"{key:48} {value}", highlight=False)
+
+
+@app.command()
+def finetune(
+    folder: Annotated[Path, typer.Argument(help="a folder that `ghostify convert` wrote")],
+    data: Annotated[
+        str,
+        typer.Option(help="fashion-mnist, cifar10, class folders, train/ and val/ with such, or an array file"),
+    ],
+    original: Original,
+    output: Annotated[Path, typer.Option(help="folder to write; the state of training is kept beside it")],
+    epochs: Annotated[float, typer.Option(help="rounds through the training images")] = 1.0,
+    batch: Annotated[int, typer.Option(min=1, help="images a step, of all processes together")] = 128,
+    learning_rate: Annotated[float, typer.Option("--lr", help="the highest")] = 0.02,
+    seed: Annotated[int, typer.Option(help="for order and augmentation")] = 0,
+    settings: Settings = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a converted model towards the original's answers; called again after an interruption, it goes on.
+
+    Example: ghostify finetune out/ --data photos/ --original w.safetensors --epochs 1 --output tuned/
+
+    Example: accelerate launch -m ghostify finetune out/ --data imagenet/ --original w.pth --output tuned/
+    """
+    recipe = recipe_of(epochs, batch, learning_rate, seed, settings)
+    module, built, prepared, source = _both(folder, original)
+    taught = lessons(data, prepared, seed)
+    training = output.with_name(f"{output.name}.training")
+    with _progress("training", as_json) as progress:
+        tuned = tune(module, built, taught, training, recipe, tell=progress)
+    if int(os.environ.get("RANK", 0)):
+        return
+    checkpoint.save(tuned, output, source=source)
+    judged = [line for line in metrics_of(training) if "validation" in line]
+    if as_json:
+        print(json.dumps({"output": str(output), "evaluations": judged}, indent=1))
+        return
+    for line in judged:
+        said = "top-1" if taught.labelled else "same answers as the original"
+        Console().print(f"step {line['step']}: {said} {line['validation']:.2f} % of validation images", highlight=False)
+    Console().print(f"{output}: the best of these; metrics in {training}", highlight=False)
 
 
 @app.command(name="export")
@@ -218,13 +248,25 @@ def export_command(
     """
     module = checkpoint.load(folder)
     source = notes_of(module)["ghostify_source"] or {}
-    size = _size(input_size) or tuple(source.get("input_size", ()))
+    size = size_of(input_size) or tuple(source.get("input_size", ()))
     if not size:
         raise GhostifyError(f"{folder}: does not say how large its images are: pass --input-size C,H,W")
     file = export(module, output or folder, format=format, example_inputs=sources.example(size))
     Console().print(
         f"{file}: {file.stat().st_size / 1e6:.1f} MB, any batch of {'x'.join(map(str, size))}", highlight=False
     )
+
+
+def _both(folder: Path, original: Path | None) -> tuple[Any, Any, sources.Preprocessing, dict[str, Any]]:
+    """A converted model, its original with that checkpoint's weights, how images become inputs, and whence it came."""
+    module = checkpoint.load(folder)
+    source = notes_of(module)["ghostify_source"]
+    if not source:
+        raise GhostifyError(f"{folder}: does not say which model it was: convert it by the command")
+    built = Source(source["name"], source["arguments"]).build()
+    if original is not None:
+        checkpoint.load_weights(built, original)
+    return module, built, sources.preprocessing(built, tuple(source["input_size"])), source
 
 
 def _compare(module: Any, original: Any, read: Data) -> dict[str, Any]:
@@ -270,37 +312,6 @@ def main() -> None:
     except GhostifyError as error:
         print(f"ghostify: {error}", file=sys.stderr)
         sys.exit(2)
-
-
-def _policy(
-    file: Path | None,
-    ratio: float,
-    dw_size: int,
-    cheap: str,
-    activated: bool,
-    target: list[str] | None,
-    ignore: list[str] | None,
-) -> Policy:
-    if file is not None:
-        if target or ignore:
-            raise GhostifyError("--target and --ignore belong into the rules of --policy: give either, not both")
-        return Policy.from_toml(file)
-    width: str | int = int(cheap) if cheap.isdigit() else cheap
-    rule = Rule(tuple(target or ("*",)), tuple(ignore or ()), ratio, dw_size, width, activated)
-    return Policy((rule,), keep_first=not target)
-
-
-def _budget(pairs: list[str] | None) -> dict[str, float] | None:
-    return sources.parse_arguments(pairs) if pairs else None
-
-
-def _size(text: str | None) -> tuple[int, int, int] | None:
-    if text is None:
-        return None
-    parts = text.split(",")
-    if len(parts) != 3 or not all(p.strip().isdigit() and int(p) > 0 for p in parts):
-        raise GhostifyError(f"--input-size {text!r} is not C,H,W, such as 3,224,224")
-    return (int(parts[0]), int(parts[1]), int(parts[2]))
 
 
 @contextlib.contextmanager

@@ -101,6 +101,11 @@ class Records:
         return load_file(self.folder / BEST)
 
 
+def metrics_of(folder: Path) -> list[dict[str, float]]:
+    """The lines of metrics of a training."""
+    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+
+
 def _step(line: str) -> float:
     """The step of a line of metrics; one that a kill cut short is of none."""
     try:

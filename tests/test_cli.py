@@ -42,6 +42,25 @@ def test_plan_needs_no_weights():
     assert json.loads(machine.stdout)["macs_after"] < json.loads(machine.stdout)["macs_before"]
 
 
+def test_convert_then_finetune(files, tmp_path):
+    out, tuned, data = tmp_path / "out", tmp_path / "tuned", files / "data.npz"
+    weights = files / "w.safetensors"
+    done = run("convert", NET, *SIZE, "--checkpoint", weights, "--output", out)
+    assert done.returncode == 0, done.stderr
+    command = ("finetune", out, "--data", data, "--original", weights, "--output", tuned, "--batch", 8)
+    done = run(*command, "--epochs", 4, "--set", "labels=0.5", "--set", "save_every=3")
+    assert done.returncode == 0, done.stderr
+    assert "step 8: top-1" in done.stdout
+    assert run("eval", tuned, "--data", data, "--original", weights).returncode == 0
+    changed = run(*command, "--epochs", 2)
+    assert changed.returncode == 2
+    assert "holds a training of other epochs" in changed.stderr
+    for wrong, said in (("depth=3", "a recipe has no such entry"), ("precision=int8", "precision 'int8' is unknown")):
+        refused = run(*command, "--set", wrong)
+        assert refused.returncode == 2
+        assert said in refused.stderr
+
+
 def test_plan_writes_the_frontier(files, tmp_path):
     data = files / "data.npz"
     options = ("--checkpoint", files / "w.safetensors", "--calibration", data, "--validation", data, "--points", 3)
