@@ -3,6 +3,7 @@
     python benchmarks/zoo.py                     go on where the last run ended, and try again what was not good
     python benchmarks/zoo.py --only resnet --fresh
     python benchmarks/zoo.py --sample            one architecture a family
+    python benchmarks/zoo.py --table             write docs/zoo.md from the result file, run nothing
 
 Of each, with random weights at the smallest input that it takes: how it traces; its dense convolutions, and which are
 rewritten at ratio 2 or skipped and why; whether every one of them stands in the plan once; whether an empty plan is
@@ -17,15 +18,18 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import re
+import statistics
 import tempfile
 import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -156,9 +160,22 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
     return len(a) == len(b) and all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
 
 
+def target(side: int) -> dict[str, Tensor]:
+    """One thing to be found in an image."""
+    box, place = torch.tensor([[side / 8, side / 8, side / 2, side / 2]]), torch.tensor([side / 4, side / 4, 1.0])
+    shape = torch.zeros(1, side, side, dtype=torch.uint8)
+    shape[:, side // 8 : side // 2, side // 8 : side // 2] = 1
+    return {"boxes": box, "labels": torch.tensor([1]), "masks": shape, "keypoints": place.expand(1, 17, 3)}
+
+
 def ungraded(model: nn.Module, x: tuple[Tensor, ...]) -> list[str]:
-    """Parameters of ghost modules that get no gradient."""
-    outputs = [v for v in tensors_of(model.eval()(*x)) if v.requires_grad]
+    """Parameters of ghost modules that get no gradient; from a detector's training losses, since it detaches boxes."""
+    if "targets" in inspect.signature(model.forward).parameters:
+        side = min(x[0].shape[-2:])
+        answers: Any = model.train()(list(x[0]), [target(side) for _ in x[0]])
+    else:
+        answers = model.eval()(*x)
+    outputs = [v for v in tensors_of(answers) if v.requires_grad]
     sum(v.double().sum() for v in outputs).backward()
     named = [(n, p) for n, p in model.named_parameters() if "primary_conv" in n or "cheap_op" in n]
     missing = [n for n, p in named if p.requires_grad and p.grad is None]
@@ -215,11 +232,68 @@ def sample(all_names: list[str]) -> list[str]:
     return list(families.values())
 
 
+COLUMNS: dict[str, Callable[[list[Row]], Any]] = {
+    "architectures": len,
+    "good": lambda rows: sum(r["outcome"] == "good" for r in rows),
+    "whole in one graph": lambda rows: sum(r["parts"] == 1 and r["class"] == "GraphModule" for r in rows),
+    "one graph around others": lambda rows: sum(r["parts"] > 1 and r["class"] == "GraphModule" for r in rows),
+    "own class around graphs": lambda rows: sum(r["class"] != "GraphModule" for r in rows),
+    "dense convolutions": lambda rows: sum(r["dense"] for r in rows),
+    "not in the plan": lambda rows: sum(len(r["unlisted"]) for r in rows),
+    "rewritten": lambda rows: sum(r["rewritten"] for r in rows),
+    "empty plan bit-equal": lambda rows: sum(r["empty_equal"] for r in rows),
+    "reload bit-equal": lambda rows: sum(r["reload_equal"] for r in rows),
+    "shapes equal": lambda rows: sum(r["shapes_equal"] for r in rows),
+    "MACs as planned": lambda rows: sum(r["macs_as_planned"] for r in rows),
+    "ghost parameters without gradient": lambda rows: sum(len(r["no_gradient"]) for r in rows),
+    "seconds, median": lambda rows: statistics.median(r["seconds"] for r in rows),
+}
+
+
+def write_table(rows: list[Row]) -> None:
+    """docs/zoo.md: the totals of both libraries, and of every architecture how it went."""
+    asked = [r for r in rows if r["outcome"] != FEW]
+    whole = [r for r in asked if "reload_equal" in r]
+    by_library = {kind: [r for r in whole if r["name"].startswith(f"{kind}:")] for kind in ("timm", "torchvision")}
+    lines = [
+        "# Every architecture of timm and torchvision",
+        "",
+        EXPLAINED,
+        "",
+        "| | timm | torchvision |",
+        "|---|---|---|",
+    ]
+    lines += [f"| {name} | {' | '.join(f'{of(r):,}' for r in by_library.values())} |" for name, of in COLUMNS.items()]
+    lines += ["", "Dense convolutions that stay as they are at ratio 2, and other convolutions, by reason:", ""]
+    reasons: Counter[str] = Counter()
+    for row in whole:
+        reasons.update({re.sub(r" \(\d+\)| of \d+ maps", "", k): v for k, v in row["skipped"].items()})
+    lines += ["| reason | convolutions |", "|---|---|", *(f"| {k} | {v:,} |" for k, v in reasons.most_common())]
+    lines += ["", "Not good:", ""] if len(whole) < len(asked) else []
+    lines += [f"- `{r['name']}`: {r['outcome']}" for r in asked if r["outcome"] != "good"]
+    lines += ["", "| architecture | input | dense | rewritten | class | seconds |", "|---|---|---|---|---|---|"]
+    for r in whole:
+        shape = " x ".join(map(str, r["input"]))
+        cells = (f"`{r['name']}`", shape, r["dense"], r["rewritten"], r["class"], r["seconds"])
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    (RESULTS.parent.parent / "docs" / "zoo.md").write_text("\n".join(lines) + "\n")
+
+
+EXPLAINED = """\
+Written by `python benchmarks/zoo.py --table` from [benchmarks/results/zoo.json](../benchmarks/results/zoo.json), which
+`python benchmarks/zoo.py` writes: every architecture with at least two dense convolutions, random weights, the smallest
+input that it takes. An architecture is good if every dense convolution stands in the plan exactly once, an empty plan
+and a saved and loaded model are bit-equal, and shapes stay. Where MACs are not as planned, a detector looks at other
+boxes than before."""
+
+
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--only", default="", help="architectures with this in their names")
     parser.add_argument("--fresh", action="store_true", help="begin anew")
+    parser.add_argument("--again", action="store_true", help="those that were good, too")
     parser.add_argument("--sample", action="store_true", help="one architecture a family")
+    parser.add_argument("--table", action="store_true", help="write docs/zoo.md, and run nothing")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--limit", type=float, default=600, help="seconds for one architecture")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no more after so many")
@@ -227,10 +301,13 @@ def main() -> None:
     found: dict[str, Row] = {}
     if FILE.exists() and not arguments.fresh:
         found = {row["name"]: row for row in json.loads(FILE.read_text())["rows"]}
+    if arguments.table:
+        write_table(list(found.values()))
+        return
     wanted = [n for n in names() if arguments.only in n]
     first = set(sample(names()))
     wanted = [n for n in wanted if n in first] if arguments.sample else wanted
-    waiting = [n for n in wanted if found.get(n, {}).get("outcome") not in DONE]
+    waiting = [n for n in wanted if arguments.again or found.get(n, {}).get("outcome") not in DONE]
     waiting.sort(key=found.__contains__)  # what has failed before comes last
     RESULTS.mkdir(exist_ok=True)
     torch.set_num_threads(1)
