@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,9 +134,9 @@ class GhostModule(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         intrinsic = self.primary_conv(x)
         if self.recompute and isinstance(intrinsic, Tensor) and intrinsic.requires_grad and torch.is_grad_enabled():
-            convs = self.cheap_convs
-            if self.activation is None and not torch.compiler.is_compiling() and all(map(_is_plain, convs)):
-                weights = [p for conv in convs for p in (conv.weight, conv.bias)]
+            inner = self.cheap_operation.modules()
+            if self.activation is None and not torch.compiler.is_compiling() and all(map(_is_plain, inner)):
+                weights = [p for conv in self.cheap_convs for p in (conv.weight, conv.bias)]
                 made: Tensor = _Joined.apply(intrinsic, self.cheap_operation, self.order, *weights)
                 return made
         read = intrinsic if self.activation is None else self.activation(intrinsic)
@@ -159,7 +160,7 @@ class _Joined(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, intrinsic: Tensor, cheap: nn.Module, order: Tensor | None, *weights: Tensor | None) -> Tensor:
-        made = join(intrinsic, cheap(intrinsic), order)
+        made = join(intrinsic, _ghosts(cheap, intrinsic, weights), order)
         ctx.cheap, ctx.count = cheap, intrinsic.shape[1]
         ctx.save_for_backward(made, order, *weights)
         return made
@@ -182,7 +183,7 @@ class _Joined(torch.autograd.Function):
         return (gradient[:, : ctx.count] + through, None, None, *(by_weight.get(k) for k in range(len(weights))))
 
 
-def _ghosts(cheap: Any, read: Tensor, weights: list[Tensor | None]) -> Tensor:
+def _ghosts(cheap: Any, read: Tensor, weights: Sequence[Tensor | None]) -> Tensor:
     """What the cheap operation makes with these weights and biases, in the type of what it reads."""
     convs = getattr(cheap, "convs", (cheap,))
     ranges = getattr(cheap, "ranges", ((0, read.shape[1]),))
@@ -194,10 +195,11 @@ def _ghosts(cheap: Any, read: Tensor, weights: list[Tensor | None]) -> Tensor:
     return maps[0] if len(maps) == 1 else torch.cat(maps, 1)
 
 
-def _is_plain(conv: nn.Module) -> bool:
-    """Whether its own weight and bias are all that it computes by."""
-    hooks = (conv._forward_hooks, conv._forward_pre_hooks, conv._backward_hooks, conv._backward_pre_hooks)
-    return type(conv) is nn.Conv2d and "weight" in conv._parameters and not any(hooks)
+def _is_plain(part: nn.Module) -> bool:
+    """Whether it is a convolution's own weight and bias that compute, or a container of such, and nobody looks on."""
+    hooks = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
+    convolves = type(part) is nn.Conv2d and "weight" in part._parameters
+    return not any(hooks) and (convolves or type(part) in (CheapOperation, nn.ModuleList))
 
 
 def ghost_of(conv: nn.Conv2d, layout: Layout) -> GhostModule:
