@@ -70,8 +70,8 @@ def rows(peak: dict[str, float]) -> Iterator[Row]:
     x = torch.rand(1, 3, 224, 224)
     for network in NETWORKS:
         first = None
-        for form in ("original", "ratio 2, depthwise", "ratio 2, pointwise", "auto, half the MACs"):
-            small: Any = deploy(FORMS[form](build(network), x), x)
+        for form in ("original", "ratio 2, depthwise", "ratio 2, pointwise", "half the MACs"):
+            small: Any = deploy(FORMS[form](build(network), x, ""), x)
             layers = Layers(small)
             layers.garbage_collect_values = False
             with torch.no_grad():

@@ -55,6 +55,8 @@ from ghostify.plan import plan as make_plan
 from ghostify.records import metrics_of
 from ghostify.report import Report, notes_of, report, summarise, table
 from ghostify.sources import Data, Source
+from ghostify.study import pictures, study
+from ghostify.study import table as study_table
 from ghostify.trace import trace
 
 app = typer.Typer(add_completion=True, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -291,6 +293,42 @@ def _compare(module: Any, original: Any, read: Data) -> dict[str, Any]:
     before, after = paired([original, module], first)
     facts["times as fast, both deployed, eager, batch 1"] = round(before / after, 2)
     return facts
+
+
+@app.command(name="study")
+def study_command(
+    model: Model,
+    layer: Annotated[str, typer.Option(help="name of the convolution to look at")],
+    data: Annotated[Path, typer.Option(help="folder of images, or .npy, .npz, .safetensors")],
+    output: Annotated[Path, typer.Option(help="folder for study.json and the pictures")],
+    checkpoint_file: Annotated[
+        Path | None, typer.Option("--checkpoint", help="trained weights; absent: random")
+    ] = None,
+    images: Annotated[int, typer.Option(min=1, help="images to look at, spread over what is there")] = 16,
+    arg: Arguments = None,
+    input_size: Size = None,
+    as_json: AsJson = False,
+) -> None:
+    """How redundant are a layer's maps? Each made of each other by small kernels, and half of them of the other half.
+
+    Example: ghostify study timm:resnet50 --layer layer1.0.conv1 --checkpoint w.safetensors --data photos/ --output s/
+    """
+    built = Source(model, sources.parse_arguments(arg or [])).build()
+    if checkpoint_file is not None:
+        checkpoint.load_weights(built, checkpoint_file)
+    prepared = sources.preprocessing(built, size_of(input_size))
+    read = sources.read_data(data, prepared, limit=images, batch=images)
+    found = study(trace(built, read.batches[0][:1]), layer, read.batches)
+    pictures(found, output)
+    text = json.dumps(found.to_dict(), indent=1)
+    (output / "study.json").write_text(text + "\n")
+    if as_json:
+        print(text)
+        return
+    Console().print(study_table(found))
+    median = found.to_dict()["ghosts relative, median"]
+    Console().print(f"as a ghost module at ratio 2: ghosts' relative error {median:.3f} (median)", highlight=False)
+    Console().print(f"{output}: study.json, pairs.png, ghosts.png", highlight=False)
 
 
 @app.command()

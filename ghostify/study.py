@@ -1,0 +1,200 @@
+"""How redundant a layer's maps are: each made of each other by one small kernel, and half of them of the other half."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich import box
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.utils import make_grid
+
+from ghostify import sight
+from ghostify.calls import inputs_of, run
+from ghostify.errors import GhostifyError
+from ghostify.fit import fit
+from ghostify.modes import evaluating
+from ghostify.moments import MapMoments
+from ghostify.pairs import map_statistics
+from ghostify.plan import plan
+from ghostify.policy import Policy, Rule
+from ghostify.program import Program
+from ghostify.rewrite import rewrite
+
+SIZES = (1, 3, 5, 7)
+SHOWN = 3
+PICTURES = 8
+SIDE = 112
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Errors (n x n) of map j made of map i by the best d x d kernel and a constant; a map of itself counts infinite.
+
+    `squared` is the mean squared error, as in GhostNet's table 1 (Han et al., 2020, section 4.1.1), `relative` the same
+    by the map's own variance: a map that is nearly constant has a small error whatever it is made of.
+    """
+
+    dw_size: int
+    squared: Tensor
+    relative: Tensor
+
+    def best(self, count: int) -> list[tuple[int, int]]:
+        """The `count` pairs (source, made of it) of the least relative error that share no map."""
+        left, found = self.relative.clone(), list[tuple[int, int]]()
+        while len(found) < min(count, len(left) // 2):
+            i, j = divmod(int(left.argmin()), len(left))
+            found.append((i, j))
+            left[[i, j]] = left[:, [i, j]] = float("inf")
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """A layer's maps on one image (n x H x W), by kernel size how they make each other, and for the layer at ratio 2:
+    the intrinsic channels, and the maps as its ghost module makes them with each map's relative error."""
+
+    layer: str
+    maps: Tensor
+    pairs: tuple[Pairs, ...]
+    intrinsic: tuple[int, ...]
+    ghosted: Tensor
+    errors: Tensor
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures, without the maps: the best pairs by the size shown, every map's best error, and the ghosts'."""
+        shown = self.pairs[min(1, len(self.pairs) - 1)].best(SHOWN)
+        named = [
+            {
+                "pair": list(pair),
+                **{f"mse d={p.dw_size}": float(p.squared[pair]) for p in self.pairs},
+                **{f"relative d={p.dw_size}": float(p.relative[pair]) for p in self.pairs},
+            }
+            for pair in shown
+        ]
+        best = {p.dw_size: p.relative.min(0).values for p in self.pairs}
+        ghosts = [k for k in range(len(self.errors)) if k not in self.intrinsic]
+        return {
+            "layer": self.layer,
+            "maps": len(self.maps),
+            "pairs": named,
+            "best relative, median": {d: float(own.median()) for d, own in best.items()},
+            "best relative below 0.1": {d: int((own < 0.1).sum()) for d, own in best.items()},
+            "ghosts": ghosts,
+            "ghosts relative, median": float(self.errors[ghosts].median()),
+        }
+
+
+def study(program: Program, layer: str, images: Iterable[Any], *, sizes: Sequence[int] = SIZES, seed: int = 0) -> Study:
+    """Look at the outputs of one convolution on `images`: how its maps make each other, and a ghost module of them.
+
+    Raises `GhostifyError` for a layer that the program has not, or that cannot be rewritten.
+    """
+    batches = list(images)
+    if not batches:
+        raise GhostifyError("a study needs images: pass a few, such as a batch")
+    if layer not in dict(program.module.named_modules()):
+        names = ", ".join(c.name for c in program.convolutions[:5])
+        raise GhostifyError(f"{layer}: is no convolution of the model: it has {names}, ...")
+    decided = plan(program, Policy((Rule(targets=(layer,)),), keep_first=False))
+    if not decided.rewrites:
+        reason = next(s.reason for s in decided.skips if s.conv.name == layer)
+        raise GhostifyError(f"{layer}: {reason}")
+    fits = fit(program, decided, batches, seed=seed)
+    maps = _made(program.module, layer, batches)
+    ghosted = _made(rewrite(program, decided, fits.weights), layer, batches)
+    apart = ghosted - maps
+    apart = apart - apart.mean((0, 2, 3), keepdim=True)
+    spread = maps.var((0, 2, 3), correction=0).clamp_min(1e-12)
+    intrinsic = fits.weights[layer].channels[: decided.rewrites[0].layout.intrinsic]
+    return Study(
+        layer,
+        maps[0],
+        tuple(pairs_of(maps, d) for d in sizes),
+        tuple(sorted(intrinsic.tolist())),
+        ghosted[0],
+        apart.square().mean((0, 2, 3)) / spread,
+    )
+
+
+def pairs_of(maps: Tensor, dw_size: int) -> Pairs:
+    """All pairs of `maps` (N x n x H x W) by kernels of one size, zeros beyond the border."""
+    n = maps.shape[1]
+    moments = MapMoments.zero(n, dw_size**2)
+    for own in maps.split(1):
+        padded = F.pad(own, (dw_size // 2,) * 4)
+        moments.add(sight.neighbourhoods(padded, dw_size), sight.rows(own))
+    found = replace(map_statistics(moments), rows=float("inf"))  # to describe what is there, not to foretell
+    squared = found.costs(torch.ones(n, dtype=torch.float64))
+    squared.fill_diagonal_(float("inf"))
+    return Pairs(dw_size, squared, squared / found.var.clamp_min(1e-12 * found.var.max() + 1e-30))
+
+
+def table(found: Study) -> Table:
+    """The pairs of GhostNet's table 1, for a terminal."""
+    facts = found.to_dict()
+    sizes = [p.dw_size for p in found.pairs]
+    result = Table(title=f"{found.layer}: {facts['maps']} maps", box=box.SIMPLE_HEAD, pad_edge=False)
+    result.add_column("map made of map, MSE (relative error)")
+    for d in sizes:
+        result.add_column(f"d={d}", justify="right")
+    for row in facts["pairs"]:
+        cells = [f"{row[f'mse d={d}']:.2g} ({row[f'relative d={d}']:.3f})" for d in sizes]
+        result.add_row(f"{row['pair'][1]} of {row['pair'][0]}", *cells)
+    result.add_row("every map of its best, median", *(f"{facts['best relative, median'][d]:.3f}" for d in sizes))
+    result.add_row("maps with an error below 0.1", *(str(facts["best relative below 0.1"][d]) for d in sizes))
+    return result
+
+
+def pictures(found: Study, folder: Path) -> list[Path]:
+    """Write pairs.png (a row each: source, what a kernel makes of it, map) and ghosts.png (originals above ghosts)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = found.pairs[min(1, len(found.pairs) - 1)]
+    rows = [tile for i, j in chosen.best(SHOWN) for tile in _pair_tiles(found.maps, i, j, chosen.dw_size)]
+    ghosts = [k for k in range(len(found.maps)) if k not in found.intrinsic][:PICTURES]
+    own = [_tile(maps[k], found.maps[k]) for maps in (found.maps, found.ghosted) for k in ghosts]
+    return [_written(rows, 3, folder / "pairs.png"), _written(own, len(ghosts), folder / "ghosts.png")]
+
+
+def _made(module: nn.Module, layer: str, batches: Sequence[Any]) -> Tensor:
+    """What the module called `layer` makes of all images."""
+    kept: list[Tensor] = []
+    hook = module.get_submodule(layer).register_forward_hook(lambda _, __, made: kept.append(made.detach().float()))
+    try:
+        with evaluating(module):
+            for batch in batches:
+                run(module, inputs_of(module, batch))
+    finally:
+        hook.remove()
+    if not kept:
+        raise GhostifyError(f"{layer}: does not run on these images")
+    return torch.cat(kept)
+
+
+def _pair_tiles(maps: Tensor, source: int, target: int, dw_size: int) -> list[Tensor]:
+    """A map, what the best kernel makes of another one, and that one."""
+    padded = F.pad(maps[None, source : source + 1], (dw_size // 2,) * 4)
+    rows = sight.neighbourhoods(padded, dw_size).flatten(1).double()
+    wanted = maps[target].flatten()[:, None].double()
+    given = torch.cat((rows, torch.ones_like(wanted)), 1)
+    made = (given @ torch.linalg.lstsq(given, wanted).solution).reshape(maps[target].shape).float()
+    return [_tile(maps[source], maps[source]), _tile(made, maps[target]), _tile(maps[target], maps[target])]
+
+
+def _tile(shown: Tensor, scale: Tensor) -> Tensor:
+    """A grey picture of a map (1 x SIDE x SIDE), black and white being the 1st and 99th percentile of `scale`."""
+    low, high = torch.quantile(scale.flatten(), torch.tensor([0.01, 0.99]))
+    grey = ((shown - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
+    return F.interpolate(grey[None, None], (SIDE, SIDE), mode="nearest")[0]
+
+
+def _written(tiles: list[Tensor], columns: int, file: Path) -> Path:
+    grid = make_grid(tiles, nrow=columns, pad_value=1.0)
+    Image.fromarray((grid * 255).byte().permute(1, 2, 0).numpy()).save(file)
+    return file
