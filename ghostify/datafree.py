@@ -47,10 +47,10 @@ def white_statistics(
     The outputs themselves are the basis. Outputs d apart share the taps in which their windows overlap. The outputs'
     own `mean` and `variance` (n), where known, replace the mean 0 and the variance that white inputs give.
     """
-    filters = _on_canvas(weight.double(), dilation)
+    filters = weight.double()
     if input_variance is not None:
         filters = filters * input_variance.double().sqrt()[:, None, None]
-    lags, n, reach = _lags(filters, dw_size, stride), len(filters), dw_size - 1
+    lags, n, reach = _lags(filters, dw_size, stride, dilation), len(filters), dw_size - 1
     if variance is not None:
         own = lags[:, :, reach, reach].diagonal()
         scale = (variance.double() / own.clamp_min(1e-30)).sqrt()
@@ -76,24 +76,17 @@ def white_statistics(
     return Statistics(gram=gram, basis=basis, start=torch.eye(n, dtype=torch.float64), **common)
 
 
-def _on_canvas(weight: Tensor, dilation: tuple[int, int]) -> Tensor:
-    """The filters with their dilation spelled out in zeros."""
-    n, c, kh, kw = weight.shape
-    canvas = weight.new_zeros(n, c, (kh - 1) * dilation[0] + 1, (kw - 1) * dilation[1] + 1)
-    canvas[:, :, :: dilation[0], :: dilation[1]] = weight
-    return canvas
-
-
-def _lags(filters: Tensor, dw_size: int, stride: tuple[int, int]) -> Tensor:
+def _lags(filters: Tensor, dw_size: int, stride: tuple[int, int], dilation: tuple[int, int]) -> Tensor:
     """E[z_i(p + d) z_j(p)] for white inputs: n x n x (2 dw_size - 1)^2, d counted in output positions.
 
     One matrix product over the taps that two windows share, for each of half the distances: -d is the transpose of d.
+    Windows share taps where their distance in input positions is a multiple of the dilation.
     """
     reach, (n, _, height, width) = dw_size - 1, filters.shape
     lags = filters.new_zeros(n, n, 2 * reach + 1, 2 * reach + 1)
     for down, right in [(a, b) for a in range(reach + 1) for b in range(-reach, reach + 1) if (a, b) >= (0, 0)]:
-        y, x = down * stride[0], right * stride[1]
-        if y >= height or abs(x) >= width:
+        (y, between), (x, beside) = divmod(down * stride[0], dilation[0]), divmod(right * stride[1], dilation[1])
+        if between or beside or y >= height or abs(x) >= width:
             continue
         later = filters[:, :, : height - y, max(0, -x) : width - max(0, x)].flatten(1)
         earlier = filters[:, :, y:, max(0, x) : width + min(0, x)].flatten(1)
