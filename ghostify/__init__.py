@@ -5,8 +5,11 @@ from ghostify.convert import ghostify
 from ghostify.deploy import deploy
 from ghostify.errors import GhostifyError
 from ghostify.export import export
+from ghostify.finetune import Recipe, finetune
 from ghostify.fit import fit
+from ghostify.frontier import frontier
 from ghostify.ghost import GhostModule
+from ghostify.lessons import lessons
 from ghostify.plan import plan
 from ghostify.policy import Policy, Rule
 from ghostify.report import report
@@ -17,11 +20,15 @@ __all__ = [
     "GhostModule",
     "GhostifyError",
     "Policy",
+    "Recipe",
     "Rule",
     "deploy",
     "export",
+    "finetune",
     "fit",
+    "frontier",
     "ghostify",
+    "lessons",
     "load",
     "plan",
     "report",

@@ -35,7 +35,7 @@ RATIOS = (1.25, 1.5, 2, 2.5, 3, 4, 6, 8)
 STEPS = 32
 LANES = 16
 FASTER = 0.97
-REVISIONS = 4
+REVISIONS = 6
 TOLERATED = 1.01
 COSTS = ("macs", "params", "latency")
 

@@ -6,7 +6,8 @@ from ghostify.datafree import white_statistics
 
 
 @pytest.mark.parametrize(
-    ("stride", "dilation"), [((1, 1), (1, 1)), ((2, 1), (1, 1)), ((1, 1), (2, 2)), ((2, 2), (2, 1)), ((2, 3), (3, 2)), ((1, 1), (3, 1))]
+    ("stride", "dilation"),
+    [((1, 1), (1, 1)), ((2, 1), (1, 1)), ((1, 1), (2, 2)), ((2, 2), (2, 1)), ((2, 3), (3, 2)), ((1, 1), (3, 1))],
 )
 def test_moments_under_white_inputs_are_those_of_much_noise(stride, dilation):
     torch.manual_seed(0)
