@@ -170,6 +170,11 @@ def target(side: int) -> dict[str, Tensor]:
 
 def ungraded(model: nn.Module, x: tuple[Tensor, ...]) -> list[str]:
     """Parameters of ghost modules that get no gradient; from a detector's training losses, since it detaches boxes."""
+    named = [(n, p) for n, p in model.named_parameters() if "primary_conv" in n or "cheap_op" in n]
+    asked = [(n, p) for n, p in named if p.requires_grad]
+    model.requires_grad_(False)
+    for _, parameter in asked:
+        parameter.requires_grad_()
     if "targets" in inspect.signature(model.forward).parameters:
         side = min(x[0].shape[-2:])
         answers: Any = model.train()(list(x[0]), [target(side) for _ in x[0]])
@@ -177,8 +182,7 @@ def ungraded(model: nn.Module, x: tuple[Tensor, ...]) -> list[str]:
         answers = model.eval()(*x)
     outputs = [v for v in tensors_of(answers) if v.requires_grad]
     sum(v.double().sum() for v in outputs).backward()
-    named = [(n, p) for n, p in model.named_parameters() if "primary_conv" in n or "cheap_op" in n]
-    missing = [n for n, p in named if p.requires_grad and p.grad is None]
+    missing = [n for n, p in asked if p.grad is None]
     model.zero_grad()
     return missing
 
