@@ -149,20 +149,19 @@ def choose(choices: Choices, budget: Mapping[str, float]) -> Choice:
         made = _within(choices, asked)
         if made is None and asked == limits:
             _out_of_reach(choices, budget, limits)
-        if made is None or "latency" not in budget:
+        if made is None:
             break
+        if "latency" not in budget:
+            return made
         k = tuple(choices.totals).index("latency")
         share, goal = _share_of_time(choices, made.plan), limits[k] / choices.totals["latency"]
         if share <= goal * TOLERATED:
             return replace(made, shares={**made.shares, "latency": share})
         asked[k] *= goal / share
-        made = None
-    if made is None:
-        raise GhostifyError(
-            f"budget latency={budget['latency']:g} is out of reach: its layers promise it, but the whole model takes "
-            f"{share:.3f} of the original's time"
-        )
-    return made
+    raise GhostifyError(
+        f"budget latency={budget['latency']:g} is out of reach: its layers promise it, but the whole model takes "
+        f"{share:.3f} of the original's time"
+    )
 
 
 def _within(choices: Choices, limits: list[float]) -> Choice | None:

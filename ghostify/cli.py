@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ghostify import checkpoint, cost, evaluate, sources
 from ghostify.budget import plan_within
+from ghostify.collective import mine
 from ghostify.convert import ghostify
 from ghostify.demo import run as run_demo
 from ghostify.errors import GhostifyError
@@ -96,10 +96,7 @@ def plan(
 
     Example: ghostify plan timm:resnet18 --checkpoint w.safetensors --calibration photos/ --cheap auto --frontier f.json
     """
-    built = Source(model, sources.parse_arguments(arg or [])).build()
-    if checkpoint_file is not None:
-        checkpoint.load_weights(built, checkpoint_file)
-    prepared = sources.preprocessing(built, size_of(input_size))
+    built, prepared = _prepared(_source(model, arg), checkpoint_file, size_of(input_size))
     program = trace(built, sources.example(prepared.size))
     wished, limits = policy_of(policy, ratio, dw_size, cheap, activated, target, ignore), budget_of(budget)
     data = None if calibration is None else sources.read_data(calibration, prepared, limit=images, batch=batch).batches
@@ -146,10 +143,9 @@ def convert(
 
     Example: ghostify convert timm:resnet18 --checkpoint w.safetensors --calibration photos/ --output out/
     """
-    source = Source(model, sources.parse_arguments(arg or []))
+    source = _source(model, arg)
     wished = policy_of(policy, ratio, dw_size, cheap, activated, target, ignore)
-    built = checkpoint.load_weights(source.build(), checkpoint_file)
-    prepared = sources.preprocessing(built, size_of(input_size))
+    built, prepared = _prepared(source, checkpoint_file, size_of(input_size))
     data = None if calibration is None else sources.read_data(calibration, prepared, limit=images, batch=batch)
     with _progress("fitting", as_json) as progress:
         made = ghostify(
@@ -224,7 +220,7 @@ def finetune(
     training = output.with_name(f"{output.name}.training")
     with _progress("training", as_json) as progress:
         tuned = tune(module, built, taught, training, recipe, tell=progress)
-    if int(os.environ.get("RANK", 0)):
+    if mine()[0]:
         return
     checkpoint.save(tuned, output, source=source)
     judged = [line for line in metrics_of(training) if "validation" in line]
@@ -259,16 +255,26 @@ def export_command(
     )
 
 
+def _source(model: str, arg: list[str] | None) -> Source:
+    return Source(model, sources.parse_arguments(arg or []))
+
+
+def _prepared(source: Source, weights: Path | None, size: Any) -> tuple[Any, sources.Preprocessing]:
+    """A model, with a checkpoint's weights if one is given, and how images become its inputs."""
+    built = source.build()
+    if weights is not None:
+        checkpoint.load_weights(built, weights)
+    return built, sources.preprocessing(built, size)
+
+
 def _both(folder: Path, original: Path | None) -> tuple[Any, Any, sources.Preprocessing, dict[str, Any]]:
     """A converted model, its original with that checkpoint's weights, how images become inputs, and whence it came."""
     module = checkpoint.load(folder)
     source = notes_of(module)["ghostify_source"]
     if not source:
         raise GhostifyError(f"{folder}: does not say which model it was: convert it by the command")
-    built = Source(source["name"], source["arguments"]).build()
-    if original is not None:
-        checkpoint.load_weights(built, original)
-    return module, built, sources.preprocessing(built, tuple(source["input_size"])), source
+    named, size = Source(source["name"], source["arguments"]), tuple(source["input_size"])
+    return module, *_prepared(named, original, size), source
 
 
 def _compare(module: Any, original: Any, read: Data) -> dict[str, Any]:
@@ -313,20 +319,18 @@ def study_command(
 
     Example: ghostify study timm:resnet50 --layer layer1.0.conv1 --checkpoint w.safetensors --data photos/ --output s/
     """
-    built = Source(model, sources.parse_arguments(arg or [])).build()
-    if checkpoint_file is not None:
-        checkpoint.load_weights(built, checkpoint_file)
-    prepared = sources.preprocessing(built, size_of(input_size))
+    built, prepared = _prepared(_source(model, arg), checkpoint_file, size_of(input_size))
     read = sources.read_data(data, prepared, limit=images, batch=images)
     found = study(trace(built, read.batches[0][:1]), layer, read.batches)
     pictures(found, output)
-    text = json.dumps(found.to_dict(), indent=1)
+    facts = found.to_dict()
+    text = json.dumps(facts, indent=1)
     (output / "study.json").write_text(text + "\n")
     if as_json:
         print(text)
         return
     Console().print(study_table(found))
-    median = found.to_dict()["ghosts relative, median"]
+    median = facts["ghosts relative, median"]
     Console().print(f"as a ghost module at ratio 2: ghosts' relative error {median:.3f} (median)", highlight=False)
     Console().print(f"{output}: study.json, pairs.png, ghosts.png", highlight=False)
 

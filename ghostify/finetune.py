@@ -27,6 +27,7 @@ from ghostify.errors import GhostifyError
 from ghostify.lessons import Lessons, Order, Seeded
 from ghostify.records import Records
 from ghostify.report import report
+from ghostify.runtimes import channels_last
 
 LOG = 10
 Tell = Callable[[int, int, str], None]
@@ -211,8 +212,7 @@ class _Training:
         torch.manual_seed(int(drawn[0]))
         np.random.seed(drawn)
         self.schedule.step_update(step)
-        images, labels = (v.to(self.accelerator.device) for v in batch)
-        images = images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
+        images, labels = channels_last([v.to(self.accelerator.device) for v in batch])
         losses = self._losses(images, labels)
         self.optimizer.zero_grad()
         self.accelerator.backward(losses["loss"])

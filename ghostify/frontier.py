@@ -78,8 +78,7 @@ def frontier(
                 continue
             drop = None
             if evaluate is not None and best is not None:
-                fits = fit(program, made.plan, seen, seed=seed)
-                drop = best - evaluate(rewrite(program, made.plan, fits.weights))
+                drop = best - _judged(program, made.plan, seen, evaluate, seed)[0]
             curve.append(Point(made.shares, made.loss, made.plan, drop))
     return curve
 
@@ -127,8 +126,8 @@ def plan_for_drop(
     best = evaluate(program.module)
 
     def fitted(plan: Plan) -> tuple[float, tuple[Plan, Fits]]:
-        fits = fit(program, plan, seen, seed=seed, progress=progress)
-        return best - evaluate(rewrite(program, plan, fits.weights)), (plan, fits)
+        score, fits = _judged(program, plan, seen, evaluate, seed, progress)
+        return best - score, (plan, fits)
 
     with Stopwatch(runtime) as clock:
         choices = choices_of(program, policy, tuple(others), seen, seed, clock)
@@ -147,6 +146,19 @@ def plan_for_drop(
             else:
                 low = share
     return found
+
+
+def _judged(
+    program: Program,
+    plan: Plan,
+    seen: Calibration | None,
+    evaluate: Evaluate,
+    seed: int,
+    progress: Progress | None = None,
+) -> tuple[float, Fits]:
+    """How good the model is that a plan makes once it is fitted, and its fits."""
+    fits = fit(program, plan, seen, seed=seed, progress=progress)
+    return evaluate(rewrite(program, plan, fits.weights)), fits
 
 
 def _at(choices: Choices, budget: Mapping[str, float]) -> Choice | None:

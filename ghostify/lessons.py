@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,10 +137,6 @@ def _tensors(images: Tensor, labels: Tensor | None) -> TensorDataset:
 
 
 def _parted(items: Any, seed: int, labelled: bool, judged: Any = None) -> Lessons:
-    order = np.random.default_rng(seed).permutation(len(items))
-    held, rest = _sorted(order[: len(items) // HELD_OUT or 1]), _sorted(order[len(items) // HELD_OUT or 1 :])
-    return Lessons(Subset(items, rest), Subset(items if judged is None else judged, held), labelled)
-
-
-def _sorted(indices: Any) -> Sequence[int]:
-    return sorted(int(k) for k in indices)
+    order, held = np.random.default_rng(seed).permutation(len(items)).tolist(), len(items) // HELD_OUT or 1
+    judging = Subset(items if judged is None else judged, sorted(order[:held]))
+    return Lessons(Subset(items, sorted(order[held:])), judging, labelled)

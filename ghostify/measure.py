@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ghostify.atomic import write_whole
 from ghostify.deploy import deploy
 from ghostify.ghost import GhostModule, Layout, ghost_of
 from ghostify.program import Convolution, Program
@@ -119,8 +120,6 @@ def _write(known: dict[str, float]) -> None:
     file = cache_file()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        fresh = file.with_suffix(f".{os.getpid()}")
-        fresh.write_text(json.dumps(known))
-        fresh.replace(file)
+        write_whole(file, json.dumps(known))
     except OSError:
         return  # nowhere to keep it: measured again next time

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ghostify.atomic import write_whole
 from ghostify.errors import GhostifyError
 
 FACTS, METRICS, BEST, STATE, PROGRESS = "training.json", "metrics.jsonl", "best.safetensors", "state-", "progress.json"
@@ -45,7 +45,7 @@ class Records:
         elif folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
             raise GhostifyError(f"{folder}: holds something else than a training: use another folder")
         folder.mkdir(parents=True, exist_ok=True)
-        _write(file, json.dumps(dict(facts), indent=1) + "\n")
+        write_whole(file, json.dumps(dict(facts), indent=1) + "\n")
 
     def resume(self, accelerator: Any) -> Progress:
         """Load the newest whole state, and forget what was noted after it."""
@@ -58,7 +58,7 @@ class Records:
         if self.main:
             metrics = self.folder / METRICS
             lines = metrics.read_text().splitlines() if metrics.exists() else []
-            _write(metrics, "".join(f"{line}\n" for line in lines if _step(line) <= progress.step))
+            write_whole(metrics, "".join(f"{line}\n" for line in lines if _step(line) <= progress.step))
             self.board = _board(self.folder, progress.step)
         return progress
 
@@ -120,9 +120,3 @@ def _board(folder: Path, step: int) -> Any:
     except ImportError:
         return None
     return writer(str(folder / "tensorboard"), purge_step=step)
-
-
-def _write(file: Path, text: str) -> None:
-    fresh = file.with_name(f".{file.name}-{os.getpid()}")
-    fresh.write_text(text)
-    fresh.replace(file)

@@ -67,27 +67,35 @@ class Study:
     ghosted: Tensor
     errors: Tensor
 
+    @property
+    def shown(self) -> Pairs:
+        """The pairs that tables and pictures pick the best of: those of the second kernel size, if there is one."""
+        return self.pairs[min(1, len(self.pairs) - 1)]
+
+    @property
+    def ghosts(self) -> list[int]:
+        """The channels that are not intrinsic."""
+        return [k for k in range(len(self.maps)) if k not in self.intrinsic]
+
     def to_dict(self) -> dict[str, Any]:
         """The figures, without the maps: the best pairs by the size shown, every map's best error, and the ghosts'."""
-        shown = self.pairs[min(1, len(self.pairs) - 1)].best(SHOWN)
         named = [
             {
                 "pair": list(pair),
                 **{f"mse d={p.dw_size}": float(p.squared[pair]) for p in self.pairs},
                 **{f"relative d={p.dw_size}": float(p.relative[pair]) for p in self.pairs},
             }
-            for pair in shown
+            for pair in self.shown.best(SHOWN)
         ]
         best = {p.dw_size: p.relative.min(0).values for p in self.pairs}
-        ghosts = [k for k in range(len(self.errors)) if k not in self.intrinsic]
         return {
             "layer": self.layer,
             "maps": len(self.maps),
             "pairs": named,
             "best relative, median": {d: float(own.median()) for d, own in best.items()},
             "best relative below 0.1": {d: int((own < 0.1).sum()) for d, own in best.items()},
-            "ghosts": ghosts,
-            "ghosts relative, median": float(self.errors[ghosts].median()),
+            "ghosts": self.ghosts,
+            "ghosts relative, median": float(self.errors[self.ghosts].median()),
         }
 
 
@@ -155,9 +163,9 @@ def table(found: Study) -> Table:
 def pictures(found: Study, folder: Path) -> list[Path]:
     """Write pairs.png (a row each: source, what a kernel makes of it, map) and ghosts.png (originals above ghosts)."""
     folder.mkdir(parents=True, exist_ok=True)
-    chosen = found.pairs[min(1, len(found.pairs) - 1)]
-    rows = [tile for i, j in chosen.best(SHOWN) for tile in _pair_tiles(found.maps, i, j, chosen.dw_size)]
-    ghosts = [k for k in range(len(found.maps)) if k not in found.intrinsic][:PICTURES]
+    size = found.shown.dw_size
+    rows = [tile for i, j in found.shown.best(SHOWN) for tile in _pair_tiles(found.maps, i, j, size)]
+    ghosts = found.ghosts[:PICTURES]
     own = [_tile(maps[k], found.maps[k]) for maps in (found.maps, found.ghosted) for k in ghosts]
     return [_written(rows, 3, folder / "pairs.png"), _written(own, len(ghosts), folder / "ghosts.png")]
 
