@@ -187,6 +187,7 @@ class _Training:
         self.ema = None if recipe.ema is None else ModelEmaV3(accelerator.unwrap_model(self.student), recipe.ema)
         if self.ema is not None:
             accelerator.register_for_checkpointing(self.ema)
+        self.mixup: Any = None
         self.facts = {"images": count, "model": _fingerprint(model), "original": _fingerprint(original)}
 
     def batches(self, start: int) -> Iterator[tuple[int, Any]]:
@@ -230,9 +231,7 @@ class _Training:
         with self.accelerator.autocast():
             with torch.no_grad():
                 if recipe.mixup or recipe.cutmix:
-                    classes = tensors_of(self.teacher(images[:1]))[0].shape[1]
-                    mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=classes)
-                    images, targets = mix(images, labels.clamp_min(0))
+                    images, targets = self._mixed(images, labels)
                 wanted = tensors_of(self.teacher(images))
             answers = tensors_of(self.student(images))
         found: dict[str, Tensor] = {}
@@ -247,6 +246,14 @@ class _Training:
         self.teaching.clear()
         total = torch.stack([getattr(recipe, key) * value for key, value in found.items()]).sum()
         return {"loss": total, **found}
+
+    def _mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Images and targets blended in pairs; the classes are counted once, by the original's answers."""
+        if self.mixup is None:
+            recipe, classes = self.recipe, tensors_of(self.teacher(images[:1]))[0].shape[1]
+            self.mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=classes)
+            self.teaching.clear()
+        return self.mixup(images, labels.clamp_min(0))
 
     def _smoothing(self, targets: Tensor) -> float:
         """Mixed targets are smoothed already."""

@@ -52,6 +52,7 @@ def metrics(folder):
         {"features": 0.1},
         {"labels": 1.0, "distill": 0.0, "smoothing": 0.1},
         {"mixup": 0.2, "cutmix": 0.5, "labels": 0.5},
+        {"mixup": 0.2, "features": 0.1},
         {"ema": 0.9, "clip": 1.0, "optimizer": "adamw", "learning_rate": 0.005},
         {"precision": "bf16", "frozen_norms": True},
     ],
