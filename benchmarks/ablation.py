@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 import torch
 from accuracy import calibration
-from networks import images, resnet20
+from networks import images, reestimated, resnet20
 from tables import Row, options, publish
 from torch import Tensor, nn
 
@@ -82,19 +82,6 @@ def alone(decided: Plan) -> Plan:
     return replace(
         decided, entries=tuple(replace(e, partner=None) if isinstance(e, Rewrite) else e for e in decided.entries)
     )
-
-
-@torch.no_grad()
-def reestimated(module: nn.Module, batches: list[Tensor]) -> nn.Module:
-    """BatchNorm's statistics taken anew on the calibration images, as others do after conversion."""
-    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-        norm.train()
-    for batch in batches:
-        module(batch)
-    return module.eval()
 
 
 WAYS: list[tuple[str, Patches]] = [

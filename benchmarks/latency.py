@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
-from rivals import low_rank, pruned
+from rivals import factored, pruned
 from tables import Row, options, publish
 from torch import Tensor, nn
 
@@ -43,7 +43,7 @@ FORMS: dict[str, Callable[[nn.Module, Tensor, str], nn.Module]] = {
         model, cheap="auto", budget={"macs": HALF, "latency": QUICK}, runtime=runtime, example_inputs=x
     ),
     "Torch-Pruning, half the MACs": lambda model, x, _: ghostify(pruned(model, x, HALF), 1),
-    "low rank, half the MACs": lambda model, x, _: ghostify(low_rank(model, x, HALF), 1),
+    "low rank, half the MACs": lambda model, x, _: ghostify(factored(model, x, HALF), 1),
 }
 TIMED = "half the MACs, 0.55 of the time"
 TURNS, EACH, PAUSE = 8, 5, 0.05

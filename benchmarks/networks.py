@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
-from torchvision.models import vgg16_bn
+from torch import Tensor, nn
+from torchvision.models import MobileNetV2, vgg16_bn
 
 from ghostify.demo import Images, ResidualNet, fashion_mnist, train
 from ghostify.evaluate import outputs, top1
@@ -66,6 +67,42 @@ def vgg16(data: Images, seed: int = 0) -> nn.Module:
     return trained("vgg16-bn", build, data, epochs=3, seed=seed)
 
 
+def resnet56(data: Images, seed: int = 0) -> nn.Module:
+    """The paper's, of width 16."""
+    return trained("resnet56-w16", lambda: ResidualNet(56, 16), data, epochs=6, seed=seed)
+
+
+def mobilenet(data: Images, seed: int = 0) -> nn.Module:
+    """torchvision's MobileNetV2 of half its width, with the strides that small images bear."""
+    setting = [[1, 16, 1, 1], [6, 24, 2, 1], [6, 32, 3, 2], [6, 64, 4, 2], [6, 96, 3, 1], [6, 160, 2, 1]]
+
+    def build() -> nn.Module:
+        model = MobileNetV2(data.classes, width_mult=0.5, inverted_residual_setting=setting, dropout=0.0)
+        first = model.features[0][0]
+        model.features[0][0] = nn.Conv2d(data.train.shape[1], first.out_channels, 3, padding=1, bias=False)
+        return model
+
+    return trained("mobilenetv2-0.5", build, data, epochs=6, seed=seed)
+
+
+@torch.no_grad()
+def reestimated(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
+    """A copy whose BatchNorm statistics are the averages over the batches, as others take them after conversion."""
+    fresh = copy.deepcopy(model).eval()
+    norms = [m for m in fresh.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    for batch in batches:
+        fresh(batch)
+    for norm in norms:
+        norm.momentum = 0.1
+    return fresh.eval()
+
+
+NETWORKS = {"resnet20": resnet20, "resnet56": resnet56, "vgg16": vgg16, "mobilenet": mobilenet}
+
 if __name__ == "__main__":
-    resnet20(images())
-    vgg16(images())
+    for build in NETWORKS.values():
+        build(images())

@@ -1,0 +1,248 @@
+"""ghostify beside its rivals, at equal multiply-accumulates and at equal measured milliseconds.
+
+    python benchmarks/compare.py --network resnet20      resnet56, vgg16, mobilenet; craft
+
+Fashion-MNIST: the networks are trained here on the 60,000 training images (networks.py). Every method may look at the
+same 512 unlabelled training images, drawn by seed; Taylor pruning, and it alone, reads their labels too. Nothing is
+trained at first; then each result learns from the original's answers for one epoch of 10,000 other unlabelled training
+images (78 steps of 128, SGD, cosine from 0.02). Top-1 is on all 10,000 test images, which nothing else sees.
+BatchNorm's statistics are taken anew on the calibration images wherever no fit says what they should be. CRAFT has no
+labels: F1 of its boxes against the original's on test pages, without training (craft.py).
+
+Every method gives the most that keeps within the limit: a share of the multiply-accumulates, or of the milliseconds of
+32 images (8 pages) in eager PyTorch, both sides in inference form, median of 15 turns. A method that cannot reach a
+limit has no row there. Goes on where the last run ended; results go to benchmarks/results/compare-NETWORK.json.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import networks
+import rivals
+import torch
+from tables import RESULTS, Row, options, publish
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from ghostify import GhostifyError, GhostModule, Policy, Recipe, Rule, finetune, fit, rewrite, trace
+from ghostify.budget import plan_within
+from ghostify.cost import count_macs
+from ghostify.lessons import Lessons
+from ghostify.measure import paired
+from ghostify.sensitivity import calibrate
+from ghostify.starts import unfitted
+
+IMAGES, TAUGHT, JUDGING, TIMED = 512, 10_000, 500, 32
+SEEDS = (0, 1, 2)
+LIMITS = (("macs", 0.5), ("macs", 0.25), ("latency", 0.6))
+RECIPE = Recipe(epochs=1, batch=128, learning_rate=0.02, precision="bf16", evaluate_every=1, save_every=10_000)
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A trained network, what methods may look at, and how good what they make of it is, in percent."""
+
+    model: nn.Module
+    seen: Callable[[int], rivals.Seen]
+    example: Tensor
+    judge: Callable[[nn.Module], float]
+    lessons: Callable[[int], Lessons] | None = None
+    ignore: tuple[Any, ...] = ()
+
+
+Limit = tuple[str, float]
+Method = Callable[[Subject, rivals.Seen, Limit, int], nn.Module | None]
+
+
+def ghosts(cheap: str, subject: Subject, seen: rivals.Seen, limit: Limit, seed: int) -> nn.Module | None:
+    """As `ghostify(model, cheap=..., budget=..., calibration=...)`."""
+    program = trace(subject.model, subject.example)
+    looked = calibrate(program, seen.batches, seed)
+    try:
+        decided = plan_within(program, _policy(subject, cheap), dict([limit]), looked, seed)
+    except GhostifyError:
+        return None
+    return rewrite(program, decided, fit(program, decided, looked, seed=seed).weights)
+
+
+def starts(kept: bool, subject: Subject, seen: rivals.Seen, limit: Limit, seed: int) -> nn.Module | None:
+    """The paper's module, depthwise 3 x 3, fitted to nothing: first filters kept, or all drawn anew."""
+    program = trace(subject.model, subject.example)
+    try:
+        decided = plan_within(program, _policy(subject, "depthwise"), dict([limit]), seed=seed)
+    except GhostifyError:
+        return None
+    module = rewrite(program, decided, unfitted(program, decided, seed=seed))
+    torch.manual_seed(seed)
+    for ghost in module.modules():
+        if isinstance(ghost, GhostModule) and not kept:
+            nn.init.kaiming_normal_(ghost.primary_conv.weight, nonlinearity="relu")
+    return networks.reestimated(module, seen.batches)
+
+
+def cut(
+    search: Callable[[nn.Module, rivals.Seen], rivals.Cut],
+    make: Callable[[nn.Module, rivals.Seen], rivals.Cut] | None,
+    subject: Subject,
+    seen: rivals.Seen,
+    limit: Limit,
+    _: int,
+) -> nn.Module | None:
+    """A rival's; `make` finishes what `search` found the ratio of, else statistics are taken anew."""
+    key, share = limit
+    costs = {"macs": partial(_macs, subject), "latency": partial(_time, subject)}
+    ratio = rivals.least(search(subject.model, seen), costs[key], share)
+    if ratio is None:
+        return None
+    if make is not None:
+        return make(subject.model, seen)(ratio)
+    return networks.reestimated(search(subject.model, seen)(ratio), seen.batches)
+
+
+METHODS: dict[str, Method] = {
+    "ghostify, auto": partial(ghosts, "auto"),
+    "ghostify, depthwise": partial(ghosts, "depthwise"),
+    "ghost, first filters kept": partial(starts, True),
+    "ghost, random": partial(starts, False),
+    "Torch-Pruning, magnitude": partial(cut, rivals.by_magnitude, None),
+    "Torch-Pruning, Taylor": partial(cut, rivals.by_taylor, None),
+    "channels, least squares": partial(cut, rivals.by_magnitude, rivals.by_least_squares),
+    "low rank": partial(cut, rivals.low_rank, None),
+    "Tucker": partial(cut, rivals.tucker, None),
+    "network decoupling": partial(cut, rivals.decoupled, None),
+}
+
+
+def _policy(subject: Subject, cheap: str) -> Policy:
+    return Policy((Rule(cheap=cheap, ignore=subject.ignore),))
+
+
+def _macs(subject: Subject, small: nn.Module) -> float:
+    return count_macs(small, subject.example) / count_macs(subject.model, subject.example)
+
+
+def _time(subject: Subject, small: nn.Module) -> float:
+    before, after = paired([subject.model, small], subject.example)
+    return after / before
+
+
+def fashion(name: str) -> Subject:
+    """A network trained on Fashion-MNIST."""
+    data = networks.images()
+    model = networks.NETWORKS[name](data)
+
+    def drawn(seed: int) -> Tensor:
+        return torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))
+
+    def seen(seed: int) -> rivals.Seen:
+        index = drawn(seed)[:IMAGES]
+        return rivals.Seen(data.train[index].split(64), data.train_labels[index].split(64))
+
+    def lessons(seed: int) -> Lessons:
+        taught, judging = drawn(seed)[IMAGES:][: TAUGHT + JUDGING].split([TAUGHT, JUDGING])
+        parts = (TensorDataset(data.train[k], torch.full((len(k),), -1)) for k in (taught, judging))
+        return Lessons(*parts, labelled=False)
+
+    return Subject(model, seen, data.train[:TIMED], lambda m: networks.accuracy(m, data), lessons)
+
+
+def craft() -> Subject:
+    """EasyOCR's detector, judged by the original's boxes."""
+    from craft import agreement, narrow, score_maps
+    from craft import craft as detector
+    from documents import calibration_pages, test_pages
+
+    model, pages = detector(), test_pages(24, 320, 0)
+    reference = score_maps(model, pages)
+
+    def seen(seed: int) -> rivals.Seen:
+        return rivals.Seen(calibration_pages(128, 256, seed).split(8))
+
+    def judge(small: nn.Module) -> float:
+        return agreement(score_maps(small, pages), reference)["f1"]
+
+    return Subject(model, seen, seen(0).batches[0], judge, ignore=(narrow,))
+
+
+def rows(subject: Subject, known: list[Row]) -> Iterator[Row]:
+    yield from known
+    done = {row["how"] for row in known}
+    if "original" not in done:
+        yield {"how": "original", "score": subject.judge(subject.model), "macs": 1.0, "latency": 1.0}
+    for seed in SEEDS:
+        seen = subject.seen(seed)
+        for limit in LIMITS:
+            for name, method in METHODS.items():
+                how = f"{name}, {limit[0]} {limit[1]:g}, seed {seed}"
+                if how in done or (not seen.labels and "Taylor" in name):
+                    continue
+                small = method(subject, seen, limit, seed)
+                if small is None:
+                    continue
+                facts = {"method": name, "limit": list(limit), "seed": seed, "score": subject.judge(small)}
+                costs = {"macs": _macs(subject, small), "latency": _time(subject, small)}
+                taught = None if subject.lessons is None else _taught(subject, small, seed)
+                yield {"how": how, **facts, **costs, "taught": taught}
+
+
+def _taught(subject: Subject, small: nn.Module, seed: int) -> float:
+    """How good it is once it has learnt from the original."""
+    assert subject.lessons is not None
+    with tempfile.TemporaryDirectory() as folder:
+        found = finetune(small, subject.model, subject.lessons(seed), folder, Recipe(**{**vars(RECIPE), "seed": seed}))
+    return subject.judge(found)
+
+
+def summary(found: list[Row]) -> str:
+    """Means and spreads over the seeds, as a table in Markdown: without training, then after it."""
+    lines = ["| method | limit | MACs % | ms % | not trained | one epoch |", "|---|---|---|---|---|---|"]
+    keys = dict.fromkeys((r["method"], tuple(r["limit"])) for r in found if "method" in r)
+    for method, limit in sorted(keys, key=lambda key: LIMITS.index(key[1])):
+        own = [r for r in found if r.get("method") == method and tuple(r["limit"]) == limit]
+        costs = [f"{100 * statistics.mean(r[key] for r in own):.0f}" for key in ("macs", "latency")]
+        scores = [_spread([r[key] for r in own]) for key in ("score", "taught")]
+        lines.append("| " + " | ".join([method, f"{limit[0]} {limit[1]:g}", *costs, *scores]) + " |")
+    return "\n".join(lines)
+
+
+def _spread(values: list[float | None]) -> str:
+    there = [v for v in values if v is not None]
+    return f"{statistics.mean(there):.2f} ± {statistics.pstdev(there):.2f}" if there else ""
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("--network", choices=[*networks.NETWORKS, "craft"], default="resnet20")
+    parser.add_argument("--summary", action="store_true", help="only show the means of the result file")
+    arguments = parser.parse_args()
+    file = RESULTS / f"compare-{arguments.network}.json"
+    known = json.loads(file.read_text())["rows"] if file.exists() else []
+    if arguments.summary:
+        print(summary(known))
+        return
+    subject = craft() if arguments.network == "craft" else fashion(arguments.network)
+    publish(
+        file.stem,
+        f"{arguments.network}: as good as the original, in percent",
+        {
+            "MACs %": lambda r: f"{100 * r['macs']:.1f}",
+            "ms %": lambda r: f"{100 * r['latency']:.0f}",
+            "not trained": lambda r: f"{r['score']:.2f}",
+            "one epoch": lambda r: "" if r.get("taught") is None else f"{r['taught']:.2f}",
+        },
+        rows(subject, known),
+        images=IMAGES,
+        taught=TAUGHT,
+        threads=torch.get_num_threads(),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""The comparison on a tiny network: every method has its rows, within its limit, and goes on where it ended."""
+
+import compare
+import pytest
+import rivals
+import torch
+from torch.utils.data import TensorDataset
+
+from ghostify.demo import ResidualNet
+from ghostify.evaluate import outputs
+from ghostify.lessons import Lessons
+from tests.nets import settle
+
+
+def subject():
+    model = settle(ResidualNet(8, 16))
+    x = torch.randn(288, 1, 12, 12, generator=torch.Generator().manual_seed(1))
+    wanted = outputs(model, [x[:32]])
+
+    def lessons(_):
+        parts = (TensorDataset(part, torch.full((len(part),), -1)) for part in (x[32:], x[:32]))
+        return Lessons(*parts, labelled=False)
+
+    def near(small):
+        return -float((outputs(small, [x[:32]]) - wanted).square().mean())
+
+    labels = torch.arange(32) % 10
+    return compare.Subject(model, lambda _: rivals.Seen(x[32:64].split(8), labels.split(8)), x[:2], near, lessons)
+
+
+def test_every_method_keeps_within_its_limit(monkeypatch):
+    monkeypatch.setattr(compare, "SEEDS", (0,))
+    monkeypatch.setattr(compare, "LIMITS", (("macs", 0.5),))
+    monkeypatch.setattr(compare, "_time", lambda *_: 0.5)
+    mine = subject()
+    found = list(compare.rows(mine, []))
+    assert [r.get("method", "original") for r in found] == ["original", *compare.METHODS]
+    assert all(r["macs"] <= 0.5 for r in found[1:])
+    assert found[0]["score"] == 0
+    best = {r["method"]: r["score"] for r in found[1:]}
+    assert max(best, key=best.get) in ("ghostify, auto", "low rank")
+    assert best["ghostify, depthwise"] > best["ghost, first filters kept"]
+    assert list(compare.rows(mine, found)) == found
+    assert f"| ghostify, auto | macs 0.5 | {100 * found[1]['macs']:.0f} | 50 |" in compare.summary(found)
+
+
+@pytest.mark.parametrize("method", [m for m in compare.METHODS if m.startswith("ghost")])
+def test_a_limit_out_of_reach_gives_no_row(method):
+    mine = subject()
+    assert compare.METHODS[method](mine, mine.seen(0), ("macs", 0.01), 0) is None
