@@ -1,0 +1,32 @@
+"""Run timm's own train.py on a converted model, which it then knows by the name "ghostified".
+
+    python timm_train.py converted/ pytorch-image-models/train.py --model ghostified --data-dir imagenet/ \
+        --opt sgd --lr 0.01 --epochs 5 --amp
+
+Everything behind the path of train.py is timm's, distillation too (--kd-model-name resnet18). What it trained, its
+checkpoint holds; as a folder of ghostify again:
+
+    from ghostify import load, save
+    from ghostify.checkpoint import load_weights
+    save(load_weights(load("converted/"), "output/train/.../model_best.pth.tar"), "tuned/")
+"""
+
+import runpy
+import sys
+
+from timm.models import register_model
+
+from ghostify import load
+
+converted, train = sys.argv[1:3]
+
+
+@register_model
+def ghostified(pretrained=False, **kwargs):
+    """The converted model; what else timm asks of a new model, its weights have decided."""
+    del pretrained, kwargs
+    return load(converted)
+
+
+sys.argv = [train, *sys.argv[3:]]
+runpy.run_path(train, run_name="__main__")

@@ -1,0 +1,79 @@
+"""The scripts that users copy run as they stand, in processes of their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from ghostify import ghostify, load, save
+from ghostify.checkpoint import load_weights
+from ghostify.distill import answers_apart
+from ghostify.evaluate import outputs
+from tests.nets import settle
+
+EXAMPLES = Path(__file__).parent.parent / "docs/examples"
+NAME, SIZE, COUNT = "test_resnet", 160, 32
+
+
+def run(*command):
+    surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent.parent)}
+    return subprocess.run(
+        [sys.executable, *map(str, command)], env=surroundings, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture
+def setting(tmp_path):
+    """A converted model, its original's weights and some photographs, all as files."""
+    torch.manual_seed(0)
+    model = settle(timm.create_model(NAME))
+    save_file(model.state_dict(), tmp_path / "original.safetensors")
+    (tmp_path / "photos").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (COUNT, 6, 6, 3), dtype=np.uint8)
+    for k, own in enumerate(pixels):
+        Image.fromarray(own).resize((SIZE, SIZE), Image.Resampling.BICUBIC).save(tmp_path / f"photos/{k}.png")
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).div(128).sub(1)
+    images = torch.nn.functional.interpolate(images, (SIZE, SIZE), mode="bicubic")
+    save(ghostify(model, 2, example_inputs=images[:1]), tmp_path / "converted")
+    return tmp_path, model, images
+
+
+@pytest.mark.parametrize("launcher", [(), ("-m", "torch.distributed.run", "--nproc-per-node", "2")], ids=["one", "two"])
+@pytest.mark.parametrize("script", ["plain_loop.py", "accelerate_loop.py"])
+def test_a_loop_brings_the_answers_nearer(script, launcher, setting):
+    if launcher and script == "plain_loop.py":
+        pytest.skip("a plain loop is one process")
+    folder, model, images = setting
+    files = [folder / n for n in ("original.safetensors", "photos", "tuned")]
+    done = run(*launcher, EXAMPLES / script, folder / "converted", NAME, *files)
+    assert done.returncode == 0, done.stderr
+    wanted = outputs(model, [images])
+    apart = [answers_apart(outputs(load(folder / n), [images]), wanted, 2.0) for n in ("converted", "tuned")]
+    assert apart[1] < 0.9 * apart[0]
+
+
+def test_timm_trains_a_converted_model_by_its_name(setting):
+    folder, model, images = setting
+    script = folder / "train.py"
+    script.write_text(
+        "import sys, timm, torch\n"
+        "assert sys.argv[1:] == ['--model', 'ghostified', '--lr', '0.1'], sys.argv\n"
+        "model = timm.create_model('ghostified', pretrained=False, in_chans=3, num_classes=None, drop_rate=0.0)\n"
+        "assert any(type(m).__name__ == 'GhostModule' for m in model.modules())\n"
+        "torch.nn.init.zeros_(list(model.parameters())[-1])\n"
+        f"torch.save({{'epoch': 1, 'state_dict': model.state_dict()}}, {str(folder / 'best.pth.tar')!r})\n"
+    )
+    done = run(EXAMPLES / "timm_train.py", folder / "converted", script, "--model", "ghostified", "--lr", "0.1")
+    assert done.returncode == 0, done.stderr
+    tuned = load_weights(load(folder / "converted"), folder / "best.pth.tar")
+    assert not torch.equal(outputs(tuned, [images]), outputs(load(folder / "converted"), [images]))
+    save(tuned, folder / "tuned")
+    assert torch.equal(outputs(load(folder / "tuned"), [images]), outputs(tuned, [images]))
+    assert outputs(model, [images]).shape == outputs(tuned, [images]).shape
