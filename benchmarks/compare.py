@@ -31,13 +31,12 @@ from tables import RESULTS, Row, options, publish
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from ghostify import GhostifyError, GhostModule, Policy, Recipe, Rule, finetune, fit, rewrite, trace
+from ghostify import GhostifyError, Policy, Recipe, Rule, finetune, fit, rewrite, trace
 from ghostify.budget import plan_within
 from ghostify.cost import count_macs
 from ghostify.lessons import Lessons
 from ghostify.measure import paired
 from ghostify.sensitivity import calibrate
-from ghostify.starts import unfitted
 
 IMAGES, TAUGHT, JUDGING, TIMED = 512, 10_000, 500, 32
 SEEDS = (0, 1, 2)
@@ -79,11 +78,7 @@ def starts(kept: bool, subject: Subject, seen: rivals.Seen, limit: Limit, seed: 
         decided = plan_within(program, _policy(subject, "depthwise"), dict([limit]), seed=seed)
     except GhostifyError:
         return None
-    module = rewrite(program, decided, unfitted(program, decided, seed=seed))
-    torch.manual_seed(seed)
-    for ghost in module.modules():
-        if isinstance(ghost, GhostModule) and not kept:
-            nn.init.kaiming_normal_(ghost.primary_conv.weight, nonlinearity="relu")
+    module = networks.unfitted_ghosts(program, decided, seed, kept=kept)
     return networks.reestimated(module, seen.batches)
 
 

@@ -11,9 +11,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.models import MobileNetV2, vgg16_bn
 
+from ghostify import GhostModule, rewrite
 from ghostify.demo import Images, ResidualNet, fashion_mnist, train
 from ghostify.evaluate import outputs, top1
 from ghostify.measure import cache_folder
+from ghostify.plan import Plan
+from ghostify.program import Program
+from ghostify.starts import unfitted
 
 CACHE = cache_folder()
 
@@ -83,6 +87,16 @@ def mobilenet(data: Images, seed: int = 0) -> nn.Module:
         return model
 
     return trained("mobilenetv2-0.5", build, data, epochs=6, seed=seed)
+
+
+def unfitted_ghosts(program: Program, decided: Plan, seed: int, *, kept: bool) -> nn.Module:
+    """Where others start: cheap kernels at random, and the primary filters the first of the original's, or random."""
+    module = rewrite(program, decided, unfitted(program, decided, seed=seed))
+    torch.manual_seed(seed)
+    for ghost in module.modules():
+        if isinstance(ghost, GhostModule) and not kept:
+            nn.init.kaiming_normal_(ghost.primary_conv.weight, nonlinearity="relu")
+    return module
 
 
 @torch.no_grad()

@@ -1,0 +1,153 @@
+"""What a start is worth: ghost networks trained on from different initialisations, beside training from scratch.
+
+    python benchmarks/initialisation.py
+    python benchmarks/initialisation.py --summary
+
+ResNet-20 of width 16 on Fashion-MNIST, trained 6 epochs (networks.py); ratio 2, depthwise d = 3, every dense
+convolution but the first; "auto" is a plan of as many multiply-accumulates, depthwise or pointwise. Random starts draw
+every ghost module's weights anew; "first filters kept" draws the cheap kernels alone; fits see no images, or 512
+unlabelled ones. All are then trained on the 60,000 labelled training images for 0, a quarter, 1 and 4 epochs (one-cycle
+SGD, batch 128), each start at whichever peak rate of 0.02, 0.1 and 0.2 does best on 5,000 held-out training images
+within a quarter of an epoch. From scratch: the ghost network with everything random, for the original's whole 6 epochs
+at its rate, 0.2. Seeds draw calibration images, kernels and the order of training. Top-1 is on all 10,000 test images.
+Goes on where the last run ended; results go to benchmarks/results/initialisation.json.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import networks
+import torch
+from accuracy import calibration
+from tables import RESULTS, Row, options, publish
+from torch import nn
+
+from ghostify import Policy, Rule, fit, plan, rewrite, trace
+from ghostify.budget import plan_within
+from ghostify.demo import Images, train
+from ghostify.evaluate import outputs, top1
+from ghostify.program import Program
+from ghostify.sensitivity import calibrate
+
+EPOCHS, SEEDS, RATES = (0, 0.25, 1, 4), (0, 1, 2), (0.02, 0.1, 0.2)
+SCHEDULE, RATE, HELD_OUT, IMAGES = 6, 0.2, 5_000, 512
+Start = Callable[[Program, Images, int], nn.Module]
+
+
+def drawn(program: Program, _: Images, seed: int, *, kept: bool) -> nn.Module:
+    return networks.unfitted_ghosts(program, plan(program, Policy((Rule(),))), seed, kept=kept)
+
+
+def without_images(program: Program, _: Images, __: int) -> nn.Module:
+    decided = plan(program, Policy((Rule(),)))
+    return rewrite(program, decided, fit(program, decided).weights)
+
+
+def calibrated(program: Program, data: Images, seed: int, *, cheap: str) -> nn.Module:
+    seen = calibrate(program, calibration(data, IMAGES, seed).split(64), seed)
+    decided = plan(program, Policy((Rule(),)))
+    if cheap == "auto":
+        share = decided.macs_after / decided.macs_before
+        decided = plan_within(program, Policy((Rule(cheap=cheap),)), {"macs": share}, seen, seed)
+    return rewrite(program, decided, fit(program, decided, seen, seed=seed).weights)
+
+
+def scratch(program: Program, data: Images, seed: int) -> nn.Module:
+    module = drawn(program, data, seed, kept=False)
+    torch.manual_seed(seed)
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
+            part.reset_parameters()
+    return module
+
+
+STARTS: dict[str, Start] = {
+    "random ghosts": partial(drawn, kept=False),
+    "first filters kept": partial(drawn, kept=True),
+    "fitted without images": without_images,
+    "fitted to 512 images, depthwise": partial(calibrated, cheap="depthwise"),
+    "fitted to 512 images, auto": partial(calibrated, cheap="auto"),
+}
+FROM_SCRATCH = "from scratch"
+
+
+def trained(module: nn.Module, data: Images, epochs: float, rate: float, seed: int) -> nn.Module:
+    """A copy after so many epochs of labelled training."""
+    own = copy.deepcopy(module)
+    if epochs:
+        train(own, data.train, data.train_labels, epochs=epochs, learning_rate=rate, seed=seed)
+    return own
+
+
+def best_rate(module: nn.Module, data: Images) -> float:
+    """The rate that does best in a quarter of an epoch, judged on training images held out."""
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(99))
+    judging, rest = order[:HELD_OUT], order[HELD_OUT:]
+    less = Images(data.name, data.train[rest], data.train_labels[rest], data.test, data.test_labels, data.classes)
+
+    def right(rate: float) -> float:
+        made = trained(module, less, 0.25, rate, 0)
+        return top1(outputs(made, data.train[judging].split(500)), data.train_labels[judging])
+
+    return max(RATES, key=right)
+
+
+def rows(known: list[Row]) -> Iterator[Row]:
+    yield from known
+    done = {row["how"] for row in known}
+    rates = {row["start"]: row["rate"] for row in known if "start" in row}
+    data = networks.images()
+    model = networks.resnet20(data, width=16)
+    program = trace(model, data.train[:1])
+    if "original" not in done:
+        yield {"how": "original", "top1": networks.accuracy(model, data)}
+    for seed in SEEDS:
+        for start, make in {**STARTS, FROM_SCRATCH: scratch}.items():
+            lengths = (SCHEDULE,) if start == FROM_SCRATCH else EPOCHS
+            missing = [e for e in lengths if f"{start}, {e} epochs, seed {seed}" not in done]
+            module = make(program, data, seed) if missing else None
+            for epochs in missing:
+                assert module is not None
+                if start not in rates:
+                    rates[start] = RATE if start == FROM_SCRATCH else best_rate(module, data)
+                made = trained(module, data, epochs, rates[start], seed)
+                facts = {"start": start, "epochs": epochs, "seed": seed, "rate": rates[start]}
+                yield {"how": f"{start}, {epochs} epochs, seed {seed}", **facts, "top1": networks.accuracy(made, data)}
+
+
+def summary(found: list[Row]) -> str:
+    """Means and spreads over the seeds, as a table in Markdown."""
+    lengths = (*EPOCHS, SCHEDULE)
+    lines = [
+        "| start | " + " | ".join(f"{e:g} epochs" for e in lengths) + " | rate |",
+        "|---" * (len(lengths) + 2) + "|",
+    ]
+    for start in (*STARTS, FROM_SCRATCH):
+        cells = []
+        for epochs in lengths:
+            own = [r["top1"] for r in found if r.get("start") == start and r["epochs"] == epochs]
+            cells.append(f"{statistics.mean(own):.2f} ± {statistics.pstdev(own):.2f}" if own else "")
+        rate = next((f"{r['rate']:g}" for r in found if r.get("start") == start), "")
+        lines.append(f"| {start} | " + " | ".join([*cells, rate]) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("--summary", action="store_true", help="only show the means of the result file")
+    arguments = parser.parse_args()
+    file = RESULTS / "initialisation.json"
+    known = json.loads(file.read_text())["rows"] if file.exists() else []
+    if arguments.summary:
+        print(summary(known))
+        return
+    publish("initialisation", "top-1 in percent", {"top-1 %": lambda r: f"{r['top1']:.2f}"}, rows(known))
+
+
+if __name__ == "__main__":
+    main()
