@@ -55,7 +55,7 @@ from ghostify.plan import plan as make_plan
 from ghostify.records import metrics_of
 from ghostify.report import Report, notes_of, report, summarise, table
 from ghostify.sources import Data, Source
-from ghostify.study import pictures, study
+from ghostify.study import draw, study
 from ghostify.study import table as study_table
 from ghostify.trace import trace
 
@@ -322,7 +322,7 @@ def study_command(
     built, prepared = _prepared(_source(model, arg), checkpoint_file, size_of(input_size))
     read = sources.read_data(data, prepared, limit=images, batch=images)
     found = study(trace(built, read.batches[0][:1]), layer, read.batches)
-    pictures(found, output)
+    draw(found, output)
     facts = found.to_dict()
     text = json.dumps(facts, indent=1)
     (output / "study.json").write_text(text + "\n")

@@ -8,20 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from rich import box
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torchvision.utils import make_grid
 
-from ghostify import sight
-from ghostify.calls import inputs_of, run
+from ghostify import pictures, sight
 from ghostify.errors import GhostifyError
 from ghostify.fit import fit
-from ghostify.modes import evaluating
+from ghostify.maps import errors_of, ghosted_maps, maps_of
 from ghostify.moments import MapMoments
 from ghostify.pairs import map_statistics
+from ghostify.pictures import tile
 from ghostify.plan import plan
 from ghostify.policy import Policy, Rule
 from ghostify.program import Program
@@ -30,7 +28,6 @@ from ghostify.rewrite import rewrite
 SIZES = (1, 3, 5, 7)
 SHOWN = 3
 PICTURES = 8
-SIDE = 112
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,19 +112,17 @@ def study(program: Program, layer: str, images: Iterable[Any], *, sizes: Sequenc
         reason = next(s.reason for s in decided.skips if s.conv.name == layer)
         raise GhostifyError(f"{layer}: {reason}")
     fits = fit(program, decided, batches, seed=seed)
-    maps = _made(program.module, layer, batches)
-    ghosted = _made(rewrite(program, decided, fits.weights), layer, batches)
-    apart = ghosted - maps
-    apart = apart - apart.mean((0, 2, 3), keepdim=True)
-    spread = maps.var((0, 2, 3), correction=0).clamp_min(1e-12)
-    intrinsic = fits.weights[layer].channels[: decided.rewrites[0].layout.intrinsic]
+    channels = fits.weights[layer].channels.tolist()
+    maps = maps_of(program.module, layer, batches)
+    ghosted = ghosted_maps(rewrite(program, decided, fits.weights), layer, batches, channels)
+    intrinsic = channels[: decided.rewrites[0].layout.intrinsic]
     return Study(
         layer,
         maps[0],
         tuple(pairs_of(maps, d) for d in sizes),
-        tuple(sorted(intrinsic.tolist())),
+        tuple(sorted(intrinsic)),
         ghosted[0],
-        apart.square().mean((0, 2, 3)) / spread,
+        errors_of(ghosted, maps),
     )
 
 
@@ -160,29 +155,14 @@ def table(found: Study) -> Table:
     return result
 
 
-def pictures(found: Study, folder: Path) -> list[Path]:
+def draw(found: Study, folder: Path) -> list[Path]:
     """Write pairs.png (a row each: source, what a kernel makes of it, map) and ghosts.png (originals above ghosts)."""
     folder.mkdir(parents=True, exist_ok=True)
     size = found.shown.dw_size
     rows = [tile for i, j in found.shown.best(SHOWN) for tile in _pair_tiles(found.maps, i, j, size)]
     ghosts = found.ghosts[:PICTURES]
-    own = [_tile(maps[k], found.maps[k]) for maps in (found.maps, found.ghosted) for k in ghosts]
-    return [_written(rows, 3, folder / "pairs.png"), _written(own, len(ghosts), folder / "ghosts.png")]
-
-
-def _made(module: nn.Module, layer: str, batches: Sequence[Any]) -> Tensor:
-    """What the module called `layer` makes of all images."""
-    kept: list[Tensor] = []
-    hook = module.get_submodule(layer).register_forward_hook(lambda _, __, made: kept.append(made.detach().float()))
-    try:
-        with evaluating(module):
-            for batch in batches:
-                run(module, inputs_of(module, batch))
-    finally:
-        hook.remove()
-    if not kept:
-        raise GhostifyError(f"{layer}: does not run on these images")
-    return torch.cat(kept)
+    own = [tile(maps[k], found.maps[k]) for maps in (found.maps, found.ghosted) for k in ghosts]
+    return [pictures.write(rows, 3, folder / "pairs.png"), pictures.write(own, len(ghosts), folder / "ghosts.png")]
 
 
 def _pair_tiles(maps: Tensor, source: int, target: int, dw_size: int) -> list[Tensor]:
@@ -192,17 +172,4 @@ def _pair_tiles(maps: Tensor, source: int, target: int, dw_size: int) -> list[Te
     wanted = maps[target].flatten()[:, None].double()
     given = torch.cat((rows, torch.ones_like(wanted)), 1)
     made = (given @ torch.linalg.lstsq(given, wanted).solution).reshape(maps[target].shape).float()
-    return [_tile(maps[source], maps[source]), _tile(made, maps[target]), _tile(maps[target], maps[target])]
-
-
-def _tile(shown: Tensor, scale: Tensor) -> Tensor:
-    """A grey picture of a map (1 x SIDE x SIDE), black and white being the 1st and 99th percentile of `scale`."""
-    low, high = torch.quantile(scale.flatten(), torch.tensor([0.01, 0.99]))
-    grey = ((shown - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
-    return F.interpolate(grey[None, None], (SIDE, SIDE), mode="nearest")[0]
-
-
-def _written(tiles: list[Tensor], columns: int, file: Path) -> Path:
-    grid = make_grid(tiles, nrow=columns, pad_value=1.0)
-    Image.fromarray((grid * 255).byte().permute(1, 2, 0).numpy()).save(file)
-    return file
+    return [tile(maps[source], maps[source]), tile(made, maps[target]), tile(maps[target], maps[target])]

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ghostify import GhostifyError, trace
-from ghostify.study import pairs_of, pictures, study, table
+from ghostify.study import draw, pairs_of, study, table
 from tests import nets
 
 
@@ -45,9 +45,18 @@ def test_a_study_of_a_layer(tmp_path):
     errors = [facts["best relative, median"][str(d)] for d in (1, 3, 5, 7)]
     assert errors == sorted(errors, reverse=True)
     assert table(found).row_count == 5
-    for file in pictures(found, tmp_path):
+    for file in draw(found, tmp_path):
         with Image.open(file) as image:
             assert image.size[0] > 300
+
+
+@pytest.mark.parametrize("layer", ["a.0", "b.0"])
+def test_ghosts_stand_beside_their_own_originals(layer):
+    """Whether or not the order of channels is taken up by the layer behind."""
+    model, x = nets.settle(nets.Straight(16)), nets.images(8)
+    found = study(trace(model, x[:1]), layer, x.split(4))
+    assert found.errors.median() < 1
+    assert found.errors[list(found.intrinsic)].median() < 0.2
 
 
 def test_layers_that_cannot_be_studied():
