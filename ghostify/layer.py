@@ -50,8 +50,9 @@ class Layer:
         self.conv = as_module(walk.original, entry.conv.local)
         norm: Any = None if entry.norm is None else walk.original.get_submodule(entry.norm)
         self.shared = len(entry.conv.calls) > 1
-        if felt is not None and felt.isfinite().all() and felt.any():
-            self.metric = metric_of(felt)
+        self.felt = felt if felt is not None and felt.isfinite().all() and felt.any() else None
+        if self.felt is not None:
+            self.metric = metric_of(self.felt)
         else:
             self.metric = torch.diag(channel_weights(norm, self.conv.out_channels))
         self.weights = self.metric.diagonal()
@@ -169,31 +170,33 @@ class Layer:
 
     def _judged(self, forms: list[GhostWeights], otherwise: Callable[[], GhostWeights]) -> GhostWeights:
         """The form with the least error on held-out images; or the data-free fit where they are in doubt."""
-        fitted = min((replace(form, held_out=self._error(form)) for form in forms), key=self._lost)
+        fitted = min((self._tried(form) for form in forms), key=self._lost)
         assert fitted.error is not None
         if self._lost(fitted) > DOUBTFUL * float((self.weights * fitted.error).sum()):
-            other = otherwise()
-            other = replace(other, error=None, held_out=self._error(other))
-            return min(fitted, other, key=self._lost)
+            return min(fitted, self._tried(replace(otherwise(), error=None)), key=self._lost)
         return fitted
 
     def _lost(self, weights: GhostWeights) -> float:
         assert weights.held_out is not None
         return float((self.weights * weights.held_out).sum())
 
-    def _error(self, weights: GhostWeights) -> Tensor:
-        """Relative reconstruction error of each output channel on the held-out images, by running the layer there."""
-        lost = torch.zeros(3, self.conv.out_channels, dtype=torch.float64)
+    def _tried(self, weights: GhostWeights) -> GhostWeights:
+        """With the relative error of each output channel on the held-out images, by running the layer there, and how
+        far that moves the model's outputs: trace(G E), see `output_sensitivity`."""
+        n = self.conv.out_channels
+        lost = torch.zeros(n + 2, n, dtype=torch.float64)
         count = torch.zeros((), dtype=torch.float64)
         for view, held in self.views:
             part = view[held]
             y = sight.rows(part.target).double()
-            made = sight.rows(self._run(part, weights)).double()
-            lost += torch.stack(((made - y).square().sum(0), y.sum(0), y.square().sum(0)))
+            apart = sight.rows(self._run(part, weights)).double() - y
+            lost += torch.cat((apart.T @ apart, torch.stack((y.sum(0), y.square().sum(0)))))
             count += len(y)
         lost, count = summed(lost, count)
-        squares, mean, power = lost / count
-        return squares / (power - mean.square() if self.free_mean else power).clamp_min(1e-30)
+        products, (mean, power) = lost[:n] / count, lost[n:] / count
+        spread = (power - mean.square() if self.free_mean else power).clamp_min(1e-30)
+        felt = None if self.felt is None else float((self.felt * products).sum())
+        return replace(weights, held_out=products.diagonal() / spread, felt=felt)
 
     def _run(self, view: View, weights: GhostWeights) -> Tensor:
         """What the ghost module and the shift behind it make of the view's inputs, in the original's order."""

@@ -87,8 +87,9 @@ class GhostWeights:
 
     `channels` names for each computed map (m intrinsic, then ghosts) the original output channel. `shift` holds, by
     original channel, the constants that the following BatchNorm takes up. `error` is the relative reconstruction error
-    per original channel, on the calibration images; `held_out` the same on images the fit did not see. `activated`
-    ghosts read the intrinsic maps behind norm and activation.
+    per original channel, on the calibration images; `held_out` the same on images the fit did not see, and `felt` the
+    relative squared error of the model's outputs that follows from it. `activated` ghosts read the intrinsic maps
+    behind norm and activation.
     """
 
     channels: Tensor
@@ -99,6 +100,7 @@ class GhostWeights:
     shift: Tensor | None = None
     error: Tensor | None = None
     held_out: Tensor | None = None
+    felt: float | None = None
     activated: bool = False
 
 

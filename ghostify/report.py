@@ -24,8 +24,10 @@ META = "ghostify"
 class Line:
     """One convolution. MACs are for the example inputs where `output` (H, W) is known, else for one position.
 
-    `error` and `held_out` are relative reconstruction errors, averaged over channels; `gather` says that the layer's
-    output is put in order by an index, `activated` that its ghosts read activated maps.
+    `error` and `held_out` are relative reconstruction errors, averaged over channels, on the calibration images and on
+    those of them held out; `felt` is the relative squared error of the model's outputs to expect from the latter.
+    `channels` names the original's channels in the order that the ghost module makes them, intrinsic ones first.
+    `gather` says that the layer's output is put in order by an index, `activated` that its ghosts read activated maps.
     """
 
     name: str
@@ -44,6 +46,8 @@ class Line:
     error: float | None = None
     held_out: float | None = None
     activated: bool = False
+    felt: float | None = None
+    channels: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,11 @@ class Report:
         return f"{total:.0f} s ({shares})" if total else "0 s"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists, dicts, numbers and strings."""
-        return dataclasses.asdict(self)
+        """Plain lists, dicts, numbers and strings; channels as one string a line."""
+        data = dataclasses.asdict(self)
+        for line in data["lines"]:
+            line["channels"] = " ".join(map(str, line["channels"]))
+        return data
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Report:
@@ -83,7 +90,8 @@ class Report:
         lines = []
         for item in data["lines"]:
             shape = {k: None if item[k] is None else tuple(item[k]) for k in ("filters", "output")}
-            lines.append(Line(**{**item, **shape}))
+            channels = tuple(map(int, item.get("channels", "").split()))
+            lines.append(Line(**{**item, **shape, "channels": channels}))
         counts = {k: data[k] for k in ("macs_before", "macs_after", "images", "seconds")}
         done = data.get("reconstruction")
         if done is not None:
@@ -155,6 +163,8 @@ def _line(entry: Rewrite | Skip, fits: Fits | None) -> Line:
         error=_mean(None if weights is None else weights.error),
         held_out=_mean(None if weights is None else weights.held_out),
         activated=weights is not None and weights.activated,
+        felt=None if weights is None else weights.felt,
+        channels=() if weights is None else tuple(weights.channels.tolist()),
     )
 
 

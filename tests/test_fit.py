@@ -230,3 +230,16 @@ def test_layers_with_many_maps_are_fitted_pair_by_pair(monkeypatch, bias):
     assert error(model, together, test) <= error(model, apart, test) * 1.02 < error(model, free, test)
     line = report(apart).lines[0]
     assert line.held_out == pytest.approx(line.error, rel=0.2)
+
+
+@pytest.mark.parametrize("name", ["a.0", "b.0"])
+@pytest.mark.parametrize("cheap", ["depthwise", "pointwise"])
+def test_what_the_outputs_feel_of_a_layer_is_foretold(name, cheap):
+    """Within a factor: errors are taken as independent of gradients and of each other's positions."""
+    model, x = nets.settle(nets.Straight(16)), nets.images(64, 16)
+    made = ghostify(model, 2, cheap=cheap, targets=name, example_inputs=x[:1], calibration=x.split(16))
+    line = next(line for line in report(made).lines if line.name == name)
+    really = relative_error(outputs(made, [x]), outputs(model, [x]))
+    assert really / 5 < line.felt < 5 * really
+    assert sorted(line.channels) == list(range(line.filters[0]))
+    assert all(line.felt is None for line in report(ghostify(model, 2)).lines)
