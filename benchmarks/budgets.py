@@ -35,10 +35,14 @@ SIZES = {"inception_v3": 299}
 
 
 def names() -> list[str]:
-    """Classifiers whose work is in convolutions."""
+    """Classifiers whose work is in convolutions, small ones first."""
     others = ("vit", "swin", "maxvit")
     found = torchvision.models.list_models(module=torchvision.models)
-    return [n for n in found if not n.startswith(others)]
+
+    def size(name: str) -> int:
+        return torchvision.models.get_model_weights(name).DEFAULT.meta["num_params"]
+
+    return sorted((n for n in found if not n.startswith(others)), key=size)
 
 
 def decided(model: nn.Module, x: torch.Tensor, clock: Stopwatch) -> tuple[Row, Plan, Program]:

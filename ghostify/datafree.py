@@ -50,47 +50,54 @@ def white_statistics(
     filters = weight.double()
     if input_variance is not None:
         filters = filters * input_variance.double().sqrt()[:, None, None]
-    lags, n, reach = _lags(filters, dw_size, stride, dilation), len(filters), dw_size - 1
+    lags, n = _lags(filters, dw_size, stride, dilation), len(filters)
     if variance is not None:
-        own = lags[:, :, reach, reach].diagonal()
-        scale = (variance.double() / own.clamp_min(1e-30)).sqrt()
-        lags = lags * torch.outer(scale, scale)[:, :, None, None]
+        scale = (variance.double() / lags[0, 0].diagonal().clamp_min(1e-30)).sqrt()
+        lags = {lag: products * scale[:, None] * scale for lag, products in lags.items()}
     places = [(i, j) for i in range(dw_size) for j in range(dw_size)]
+    centre = len(places) // 2
+    between = [[(a - c, b - d) for c, d in places] for a, b in places]
     means = torch.zeros(n, dtype=torch.float64) if mean is None else mean.double()
+    cross = torch.zeros(len(places), n, n, dtype=torch.float64)
+    for p, lag in enumerate(row[centre] for row in between):
+        if lag in lags:
+            cross[p] = lags[lag]
     common: dict[str, Any] = {
-        "cross": torch.stack([lags[:, :, a + reach - reach // 2, b + reach - reach // 2] for a, b in places]),
-        "var": lags[:, :, reach, reach].diagonal().clone(),
+        "cross": cross,
+        "var": lags[0, 0].diagonal().clone(),
         "mean_v": means.expand(len(places), n),
         "mean_y": means,
     }
     if map_by_map:
-        own = lags.diagonal(dim1=0, dim2=1)
-        rows = [[own[a - c + reach, b - d + reach] for c, d in places] for a, b in places]
-        auto = torch.stack([torch.stack(row) for row in rows]).permute(2, 0, 1)
+        nothing = torch.zeros(n, dtype=torch.float64)
+        own = {lag: products.diagonal() for lag, products in lags.items()}
+        auto = torch.stack([torch.stack([own.get(lag, nothing) for lag in row], 1) for row in between], 1)
         return MapStatistics(auto=auto, **common)
-    gram = torch.empty(len(places), n, len(places), n, dtype=torch.float64)
-    for p, (a, b) in enumerate(places):
-        for q, (c, d) in enumerate(places):
-            gram[p, :, q] = lags[:, :, a - c + reach, b - d + reach]
+    gram = torch.zeros(len(places), n, len(places), n, dtype=torch.float64)
+    for p, row in enumerate(between):
+        for q, lag in enumerate(row):
+            if lag in lags:
+                gram[p, :, q] = lags[lag]
     basis = weight.double().permute(0, 2, 3, 1).flatten(1)
     return Statistics(gram=gram, basis=basis, start=torch.eye(n, dtype=torch.float64), **common)
 
 
-def _lags(filters: Tensor, dw_size: int, stride: tuple[int, int], dilation: tuple[int, int]) -> Tensor:
-    """E[z_i(p + d) z_j(p)] for white inputs: n x n x (2 dw_size - 1)^2, d counted in output positions.
+def _lags(
+    filters: Tensor, dw_size: int, stride: tuple[int, int], dilation: tuple[int, int]
+) -> dict[tuple[int, int], Tensor]:
+    """E[z_i(p + d) z_j(p)] for white inputs (n x n) by the distance d in output positions, where it is not 0.
 
     One matrix product over the taps that two windows share, for each of half the distances: -d is the transpose of d.
     Windows share taps where their distance in input positions is a multiple of the dilation.
     """
-    reach, (n, _, height, width) = dw_size - 1, filters.shape
-    lags = filters.new_zeros(n, n, 2 * reach + 1, 2 * reach + 1)
+    reach, (_, _, height, width) = dw_size - 1, filters.shape
+    lags = {}
     for down, right in [(a, b) for a in range(reach + 1) for b in range(-reach, reach + 1) if (a, b) >= (0, 0)]:
         (y, between), (x, beside) = divmod(down * stride[0], dilation[0]), divmod(right * stride[1], dilation[1])
         if between or beside or y >= height or abs(x) >= width:
             continue
         later = filters[:, :, : height - y, max(0, -x) : width - max(0, x)].flatten(1)
         earlier = filters[:, :, y:, max(0, x) : width + min(0, x)].flatten(1)
-        product = later @ earlier.T
-        lags[:, :, reach + down, reach + right] = product
-        lags[:, :, reach - down, reach - right] = product.T
+        lags[down, right] = later @ earlier.T
+        lags[-down, -right] = lags[down, right].T
     return lags
