@@ -270,13 +270,14 @@ def has_many_maps(layout: Layout) -> bool:
 
 
 def channel_weights(norm: Any, outputs: int) -> Tensor:
-    """How much a squared error of each output (n) counts: gamma^2 / sigma^2 where BatchNorm follows, else alike."""
+    """How much a squared error of each output (n) counts: gamma^2 / sigma^2 where BatchNorm follows, else alike, as
+    where it silences all."""
     if norm is None:
         return torch.ones(outputs, dtype=torch.float64)
     weight = 1 / (norm.running_var.double().cpu() + norm.eps)
     if norm.weight is not None:
         weight = weight * norm.weight.detach().double().cpu().square()
-    return weight.clamp_min(1e-6 * weight.mean())
+    return weight.clamp_min(1e-6 * weight.mean()) if weight.any() else torch.ones_like(weight)
 
 
 def emit(conv: nn.Conv2d, entry: Rewrite, stats: Statistics | Links, solution: Solution) -> GhostWeights:

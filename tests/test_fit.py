@@ -243,3 +243,14 @@ def test_what_the_outputs_feel_of_a_layer_is_foretold(name, cheap):
     assert really / 5 < line.felt < 5 * really
     assert sorted(line.channels) == list(range(line.filters[0]))
     assert all(line.felt is None for line in report(ghostify(model, 2)).lines)
+
+
+@pytest.mark.parametrize("images", [0, 16])
+def test_a_layer_that_its_norm_silences_is_fitted_all_the_same(images):
+    """A residual branch whose last norm starts at zero, as timm's do; wide, so that principal maps stand for all."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 512, 3, padding=1), nn.BatchNorm2d(512)).eval()
+    nn.init.zeros_(model[2].weight)
+    x = nets.images(max(images, 1))
+    made = ghostify(model, 2, example_inputs=x[:1], calibration=x.split(8) if images else None)
+    assert all(p.isfinite().all() for p in made.state_dict().values())
+    torch.testing.assert_close(made(x), model(x))
