@@ -12,6 +12,7 @@ from ghostify.ghost import GhostModule
 from ghostify.lessons import lessons
 from ghostify.plan import plan
 from ghostify.policy import Policy, Rule
+from ghostify.present import write_report
 from ghostify.report import report
 from ghostify.rewrite import rewrite
 from ghostify.trace import trace
@@ -35,4 +36,5 @@ __all__ = [
     "rewrite",
     "save",
     "trace",
+    "write_report",
 ]

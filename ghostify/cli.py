@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ghostify import checkpoint, cost, evaluate, sources
+from ghostify import checkpoint, cost, sources
 from ghostify.budget import plan_within
 from ghostify.collective import mine
 from ghostify.convert import ghostify
 from ghostify.demo import run as run_demo
+from ghostify.doctor import findings as doctor_findings
 from ghostify.errors import GhostifyError
+from ghostify.evaluate import outputs, top1
 from ghostify.export import export
 from ghostify.finetune import finetune as tune
-from ghostify.fit import Progress as FitProgress
-from ghostify.frontier import POINTS, Evaluate, Point, curve_table
+from ghostify.frontier import POINTS, Evaluate, curve_table, read_curve, write_curve
 from ghostify.frontier import frontier as curve_of
 from ghostify.lessons import lessons
 from ghostify.measure import paired
@@ -52,12 +50,15 @@ from ghostify.options import (
     size_of,
 )
 from ghostify.plan import plan as make_plan
+from ghostify.present import write_report
 from ghostify.records import metrics_of
-from ghostify.report import Report, notes_of, report, summarise, table
+from ghostify.report import notes_of, report, summarise
 from ghostify.sources import Data, Source
 from ghostify.study import draw, study
 from ghostify.study import table as study_table
+from ghostify.terminal import progress, say, show_facts, show_report
 from ghostify.trace import trace
+from ghostify.verdict import judge
 
 app = typer.Typer(add_completion=True, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -105,10 +106,14 @@ def plan(
         judged = None if validation is None else _judge(validation, prepared, batch)
         key = next(iter(limits or {"macs": 1.0}))
         curve = curve_of(program, wished, key, data, evaluate=judged, runtime=runtime, points=points)
-        _keep_curve(curve, frontier, title, as_json)
+        write_curve(curve, frontier)
+        if as_json:
+            print(frontier.read_text(), end="")
+        else:
+            Console().print(curve_table(curve, title))
         return
     decided = make_plan(program, wished) if limits is None else plan_within(program, wished, limits, data, 0, runtime)
-    _print(summarise(decided), title, as_json)
+    show_report(summarise(decided), title, as_json)
 
 
 @app.command()
@@ -147,7 +152,7 @@ def convert(
     wished = policy_of(policy, ratio, dw_size, cheap, activated, target, ignore)
     built, prepared = _prepared(source, checkpoint_file, size_of(input_size))
     data = None if calibration is None else sources.read_data(calibration, prepared, limit=images, batch=batch)
-    with _progress("fitting", as_json) as progress:
+    with progress("fitting", as_json) as told:
         made = ghostify(
             built,
             policy=wished,
@@ -158,12 +163,12 @@ def convert(
             runtime=runtime,
             reconstruct=reconstruct,
             seed=seed,
-            progress=progress,
+            progress=told,
         )
     checkpoint.save(made, output, source={**source.to_dict(), "input_size": list(prepared.size)})
     found = report(made)
     fitted = "data-free" if data is None else f"fitted to {found.images} images in {found.effort}"
-    _print(found, f"{model} -> {output}, {fitted}", as_json)
+    show_report(found, f"{model} -> {output}, {fitted}", as_json)
 
 
 @app.command(name="eval")
@@ -183,13 +188,7 @@ def evaluate_command(
     """
     module, built, prepared, _ = _both(folder, original)
     read = sources.read_data(data, prepared, limit=images, batch=batch)
-    facts = _compare(module, built if original is not None else None, read)
-    if as_json:
-        print(json.dumps(facts, indent=1))
-        return
-    console = Console()
-    for key, value in facts.items():
-        console.print(f"{key:48} {value}", highlight=False)
+    show_facts(_facts(module, None if original is None else built, read), as_json)
 
 
 @app.command()
@@ -218,8 +217,8 @@ def finetune(
     module, built, prepared, source = _both(folder, original)
     taught = lessons(data, prepared, seed)
     training = output.with_name(f"{output.name}.training")
-    with _progress("training", as_json) as progress:
-        tuned = tune(module, built, taught, training, recipe, tell=progress)
+    with progress("training", as_json) as told:
+        tuned = tune(module, built, taught, training, recipe, tell=told)
     if mine()[0]:
         return
     checkpoint.save(tuned, output, source=source)
@@ -229,8 +228,8 @@ def finetune(
         return
     for line in judged:
         said = "top-1" if taught.labelled else "same answers as the original"
-        Console().print(f"step {line['step']}: {said} {line['validation']:.2f} % of validation images", highlight=False)
-    Console().print(f"{output}: the best of these; metrics in {training}", highlight=False)
+        say(f"step {line['step']}: {said} {line['validation']:.2f} % of validation images")
+    say(f"{output}: the best of these; metrics in {training}")
 
 
 @app.command(name="export")
@@ -277,27 +276,23 @@ def _both(folder: Path, original: Path | None) -> tuple[Any, Any, sources.Prepro
     return module, *_prepared(named, original, size), source
 
 
-def _compare(module: Any, original: Any, read: Data) -> dict[str, Any]:
-    answers = evaluate.outputs(module, read.batches)
-    first = read.batches[0][:1]
-    facts: dict[str, Any] = {
-        "images": read.images,
-        "MACs an image": cost.count_macs(module, first),
-        "parameters": cost.parameters(module),
-    }
-    if read.labels is not None:
-        facts["top-1 %"] = round(evaluate.top1(answers, read.labels), 2)
-    if original is None:
-        return facts
-    reference = evaluate.outputs(original, read.batches)
-    facts["original's MACs an image"] = cost.count_macs(original, first)
-    facts["original's parameters"] = cost.parameters(original)
-    if read.labels is not None:
-        facts["original's top-1 %"] = round(evaluate.top1(reference, read.labels), 2)
-    facts["same answers as the original %"] = round(evaluate.top1(answers, reference.argmax(1)), 2)
-    facts["relative output error"] = round(evaluate.relative_error(answers, reference), 5)
-    before, after = paired([original, module], first)
-    facts["times as fast, both deployed, eager, batch 1"] = round(before / after, 2)
+def _facts(module: Any, original: Any, read: Data) -> dict[str, Any]:
+    """What `eval` says: costs, and how good the answers are, beside the original's where it is known."""
+    first, found = read.batches[0][:1], judge(module, original, read.batches, read.labels)
+    models = {"": module} if original is None else {"": module, "original's ": original}
+    facts: dict[str, Any] = {"images": found.images}
+    for whose, model in models.items():
+        facts[f"{whose}MACs an image"] = cost.count_macs(model, first)
+        facts[f"{whose}parameters"] = cost.parameters(model)
+        right = found.original_top1 if whose else found.top1
+        if right is not None:
+            facts[f"{whose}top-1 %"] = round(right, 2)
+    if found.same is not None:
+        facts["same answers as the original %"] = round(found.same, 2)
+    if original is not None and found.error is not None:
+        facts["relative output error"] = round(found.error, 5)
+        before, after = paired([original, module], first)
+        facts["times as fast, both deployed, eager, batch 1"] = round(before / after, 2)
     return facts
 
 
@@ -331,8 +326,60 @@ def study_command(
         return
     Console().print(study_table(found))
     median = facts["ghosts relative, median"]
-    Console().print(f"as a ghost module at ratio 2: ghosts' relative error {median:.3f} (median)", highlight=False)
-    Console().print(f"{output}: study.json, pairs.png, ghosts.png", highlight=False)
+    say(f"as a ghost module at ratio 2: ghosts' relative error {median:.3f} (median)")
+    say(f"{output}: study.json, pairs.png, ghosts.png")
+
+
+@app.command(name="report")
+def report_command(
+    folder: Annotated[Path, typer.Argument(help="a folder that `ghostify convert` wrote")],
+    html: Annotated[Path | None, typer.Option(help="page to write; absent: a table on the terminal")] = None,
+    original: Annotated[
+        Path | None, typer.Option(help="the original's checkpoint, to compare answers and maps with")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="images to compare on, with labels or without")] = None,
+    images: Annotated[int, typer.Option(min=1, help="use at most so many, spread over what is there")] = 256,
+    layer: Annotated[
+        list[str] | None, typer.Option(help="whose maps to show; absent: those that cost the most")
+    ] = None,
+    frontier: Annotated[Path | None, typer.Option(help="a curve that `ghostify plan --frontier` wrote")] = None,
+    runtime: Annotated[str, typer.Option(help="where to time: eager, compile, onnx, openvino, or none")] = "eager",
+    as_json: AsJson = False,
+) -> None:
+    """Show what was done to a converted model: on the terminal, or as a page with charts and pictures.
+
+    Example: ghostify report out/ --html report.html --original w.safetensors --data photos/
+    """
+    if html is None:
+        found = checkpoint.load(folder)
+        show_report(report(found), str(folder), as_json)
+        return
+    if data is not None and original is None:
+        raise GhostifyError("--data compares with the original: pass its checkpoint as --original, too")
+    module, built, prepared, source = _both(folder, original)
+    read = None if data is None else sources.read_data(data, prepared, limit=images, batch=32)
+    write_report(
+        module,
+        html,
+        original=built,
+        example_inputs=sources.example(prepared.size),
+        images=() if read is None else read.batches,
+        labels=None if read is None else read.labels,
+        layers=layer,
+        runtime=None if runtime == "none" else runtime,
+        curve=() if frontier is None else read_curve(frontier),
+        title=f"{source['name']} at {'x'.join(map(str, prepared.size))}",
+    )
+    say(f"{html}: {html.stat().st_size / 1e6:.1f} MB, needs no network")
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Show what is on this machine: versions, threads, runtimes, extras, data.
+
+    Example: ghostify doctor
+    """
+    show_facts(doctor_findings(), as_json)
 
 
 @app.command()
@@ -356,49 +403,10 @@ def main() -> None:
         sys.exit(2)
 
 
-@contextlib.contextmanager
-def _progress(what: str, quiet: bool) -> Iterator[FitProgress | None]:
-    if quiet:
-        yield None
-        return
-    columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}")
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("")
-        yield lambda done, total, name: bar.update(task, completed=done, total=total, description=name)
-
-
 def _judge(path: Path, prepared: sources.Preprocessing, batch: int) -> Evaluate:
     """Top-1 on labelled images, in percent."""
     read = sources.read_data(path, prepared, batch=batch)
     labels = read.labels
     if labels is None:
         raise GhostifyError(f"{path}: has no labels to judge by: use class folders, or 'labels' in the file")
-    return lambda model: evaluate.top1(evaluate.outputs(model, read.batches), labels)
-
-
-def _keep_curve(curve: list[Point], file: Path, title: str, as_json: bool) -> None:
-    text = json.dumps([point.to_dict() for point in curve], indent=1)
-    try:
-        file.write_text(text + "\n")
-    except OSError as error:
-        raise GhostifyError(f"{file}: cannot be written: {error.strerror}") from error
-    if as_json:
-        print(text)
-    else:
-        Console().print(curve_table(curve, title))
-
-
-def _print(found: Report, title: str, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(found.to_dict(), indent=1))
-        return
-    console = Console()
-    console.print(table(found, title))
-    skipped = len(found.lines) - found.rewritten
-    console.print(f"{found.rewritten} convolutions rewritten, {skipped} left as they are", highlight=False)
-    if found.lost:
-        console.print(f"without the original's {', '.join(found.lost)}", highlight=False)
-    if (done := found.reconstruction) is not None:
-        kept = sum(b.steps > 0 for b in done.blocks)
-        errors = f"outputs' error on held-out images {done.before:.4f} -> {done.after:.4f}"
-        console.print(f"{kept} of {len(done.blocks)} blocks reconstructed, {errors}", highlight=False)
+    return lambda model: top1(outputs(model, read.batches), labels)

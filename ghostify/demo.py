@@ -46,13 +46,18 @@ class Images:
 
 def fashion_mnist() -> Images | None:
     """60,000 + 10,000 images of 1 x 28 x 28 from a copy on this machine, or None where there is none."""
-    for folder in FASHION_MNIST:
-        if any(folder.glob("train-images*")):
-            parts = [_idx(folder, stem) for stem in ("train-images", "train-labels", "t10k-images", "t10k-labels")]
-            train, train_labels, test, test_labels = parts
-            train, test = (x[:, None].float().div(255).sub(0.2860).div(0.3530) for x in (train, test))
-            return Images("Fashion-MNIST", train, train_labels.long(), test, test_labels.long(), 10)
-    return None
+    folder = fashion_mnist_folder()
+    if folder is None:
+        return None
+    parts = [_idx(folder, stem) for stem in ("train-images", "train-labels", "t10k-images", "t10k-labels")]
+    train, train_labels, test, test_labels = parts
+    train, test = (x[:, None].float().div(255).sub(0.2860).div(0.3530) for x in (train, test))
+    return Images("Fashion-MNIST", train, train_labels.long(), test, test_labels.long(), 10)
+
+
+def fashion_mnist_folder() -> Path | None:
+    """Where a copy lies on this machine."""
+    return next((folder for folder in FASHION_MNIST if any(folder.glob("train-images*"))), None)
 
 
 def digits() -> Images:

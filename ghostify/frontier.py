@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.table import Table
 from torch import nn
 
+from ghostify.atomic import write_whole
 from ghostify.budget import COSTS, Choice, Choices, check, choices_of, choose
 from ghostify.errors import GhostifyError
 from ghostify.fit import Fits, Progress, fit
@@ -146,6 +149,25 @@ def plan_for_drop(
             else:
                 low = share
     return found
+
+
+def write_curve(curve: Sequence[Point], file: Path) -> None:
+    """Keep a curve as JSON; raises `GhostifyError` where that cannot be written."""
+    try:
+        write_whole(file, json.dumps([point.to_dict() for point in curve], indent=1) + "\n")
+    except OSError as error:
+        raise GhostifyError(f"{file}: cannot be written: {error.strerror}") from error
+
+
+def read_curve(file: Path) -> list[dict[str, Any]]:
+    """A curve that `write_curve` kept, as plain data; raises `GhostifyError` for anything else."""
+    try:
+        curve: list[dict[str, Any]] = json.loads(file.read_text())
+        if not curve or any(not point["shares"] or "error" not in point for point in curve):
+            raise ValueError("it has no points")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise GhostifyError(f"{file}: is no curve of `ghostify plan --frontier`: {error}") from error
+    return curve
 
 
 def _judged(

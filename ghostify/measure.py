@@ -94,13 +94,14 @@ def _images(conv: nn.Conv2d, shape: tuple[int, ...]) -> Tensor:
 def _key(conv: nn.Conv2d, shape: tuple[int, ...], layout: Layout | None, clock: Stopwatch) -> str:
     facts = (
         type(conv).__name__, conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,
-        conv.dilation, tuple(shape), layout, torch.get_num_threads(), clock.version, _processor(),
+        conv.dilation, tuple(shape), layout, torch.get_num_threads(), clock.version, processor(),
     )  # fmt: skip
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
 
 
 @cache
-def _processor() -> str:
+def processor() -> str:
+    """Its name, where the system tells."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

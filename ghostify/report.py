@@ -183,7 +183,7 @@ def table(made: Report, title: str = "") -> Table:
     for heading in ("filters", "output"):
         result.add_column(heading, no_wrap=True)
     for heading, total in (("MACs", made.macs_before), ("after", made.macs_after)):
-        result.add_column(heading, _short(total), justify="right", no_wrap=True)
+        result.add_column(heading, short(total), justify="right", no_wrap=True)
     fitted = any(line.error is not None for line in made.lines)
     if fitted:
         result.add_column("error", justify="right")
@@ -197,7 +197,7 @@ def _cells(line: Line, fitted: bool) -> list[str]:
     filters = "x".join(map(str, line.filters))
     output = "" if line.output is None else "x".join(map(str, line.output))
     if line.reason is not None:
-        return [line.name, filters, output, _short(line.macs_before), "", *[""] * fitted, line.reason]
+        return [line.name, filters, output, short(line.macs_before), "", *[""] * fitted, line.reason]
     ghosts = line.filters[0] - line.intrinsic
     error = line.held_out if line.held_out is not None else line.error
     shape = f"{line.intrinsic} + {ghosts}, d={line.dw_size}" + (f", w={line.width}" if line.width > 1 else "")
@@ -206,14 +206,15 @@ def _cells(line: Line, fitted: bool) -> list[str]:
         line.name,
         filters,
         output,
-        _short(line.macs_before),
-        _short(line.macs_after),
+        short(line.macs_before),
+        short(line.macs_after),
         *(["" if error is None else f"{error:.3f}"] if fitted else []),
         note,
     ]
 
 
-def _short(count: int | None) -> str:
+def short(count: int | None) -> str:
+    """A count with three digits and a unit: 1.23 M."""
     if count is None:
         return ""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):

@@ -156,3 +156,33 @@ def test_policy_files(tmp_path):
 @pytest.mark.parametrize("verb", ["plan", "convert", "eval", "export", "demo"])
 def test_help_has_an_example(verb):
     assert f"Example: ghostify {verb}" in " ".join(run(verb, "--help").stdout.split())
+
+
+def test_report_on_the_terminal_and_as_a_page(files, tmp_path):
+    out, page, data = tmp_path / "out", tmp_path / "r.html", files / "data.npz"
+    weights = files / "w.safetensors"
+    done = run("convert", NET, *SIZE, "--checkpoint", weights, "--calibration", data, "--output", out)
+    assert done.returncode == 0, done.stderr
+    shown = run("report", out)
+    assert shown.returncode == 0, shown.stderr
+    assert "of the error to expect in the outputs, most from" in shown.stdout
+    assert all(len(line) <= 80 for line in shown.stdout.splitlines())
+    done = run("report", out, "--html", page, "--original", weights, "--data", data, "--runtime", "none")
+    assert done.returncode == 0, done.stderr
+    assert "tests.nets:Straight at 3x12x12" in page.read_text()
+    assert "top-1 on 24 images" in page.read_text()
+    refused = run("report", out, "--html", tmp_path / "s.html", "--data", data)
+    assert refused.returncode == 2
+    assert "pass its checkpoint as --original" in refused.stderr
+    bad = run("report", out, "--html", tmp_path / "s.html", "--frontier", weights)
+    assert bad.returncode == 2
+    assert "is no curve of `ghostify plan --frontier`" in bad.stderr
+    assert not (tmp_path / "s.html").exists()
+
+
+def test_doctor_names_versions_and_runtimes():
+    done = run("doctor")
+    assert done.returncode == 0, done.stderr
+    assert torch.__version__ in done.stdout
+    assert all(f"runtime {name}" in done.stdout for name in ("eager", "compile", "onnx", "openvino"))
+    assert json.loads(run("doctor", "--json").stdout)["torch"] == torch.__version__
