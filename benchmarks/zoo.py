@@ -284,7 +284,7 @@ def write_table(rows: list[Row]) -> None:
 
 
 EXPLAINED = """\
-Written by `python benchmarks/zoo.py --table` from [benchmarks/results/zoo.json](../benchmarks/results/zoo.json), which
+Written by `python benchmarks/zoo.py --table` from `benchmarks/results/zoo.json`, which
 `python benchmarks/zoo.py` writes: every architecture with at least two dense convolutions, random weights, the smallest
 input that it takes. An architecture is good if every dense convolution stands in the plan exactly once, an empty plan
 and a saved and loaded model are bit-equal, and shapes stay. Where MACs are not as planned, a detector looks at other

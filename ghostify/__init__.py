@@ -1,6 +1,6 @@
 """ghostify: a compiler pass that rewrites a trained CNN's convolutions into ghost modules."""
 
-from ghostify.checkpoint import load, save
+from ghostify.checkpoint import load, load_weights, save
 from ghostify.convert import ghostify
 from ghostify.deploy import deploy
 from ghostify.errors import GhostifyError
@@ -15,6 +15,7 @@ from ghostify.policy import Policy, Rule
 from ghostify.present import write_report
 from ghostify.report import report
 from ghostify.rewrite import rewrite
+from ghostify.sources import preprocessing, read_data
 from ghostify.trace import trace
 
 __all__ = [
@@ -31,7 +32,10 @@ __all__ = [
     "ghostify",
     "lessons",
     "load",
+    "load_weights",
     "plan",
+    "preprocessing",
+    "read_data",
     "report",
     "rewrite",
     "save",

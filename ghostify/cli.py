@@ -95,7 +95,8 @@ def plan(
 
     Example: ghostify plan timm:resnet18 --ratio 2
 
-    Example: ghostify plan timm:resnet18 --checkpoint w.safetensors --calibration photos/ --cheap auto --frontier f.json
+    Example: ghostify plan timm:resnet18 --checkpoint resnet18.safetensors --calibration photos/ --cheap auto
+    --frontier curve.json
     """
     built, prepared = _prepared(_source(model, arg), checkpoint_file, size_of(input_size))
     program = trace(built, sources.example(prepared.size))
@@ -146,7 +147,8 @@ def convert(
 ) -> None:
     """Convert a saved checkpoint and save the result as a folder.
 
-    Example: ghostify convert timm:resnet18 --checkpoint w.safetensors --calibration photos/ --output out/
+    Example: ghostify convert timm:resnet18 --checkpoint resnet18.safetensors --calibration photos/ --cheap auto
+    --budget macs=0.5 --output out/
     """
     source = _source(model, arg)
     wished = policy_of(policy, ratio, dw_size, cheap, activated, target, ignore)
@@ -184,7 +186,7 @@ def evaluate_command(
 ) -> None:
     """Accuracy of a converted model, MACs, parameters, and how it compares with the original.
 
-    Example: ghostify eval out/ --data test.npz --original w.safetensors
+    Example: ghostify eval out/ --data test/ --original resnet18.safetensors
     """
     module, built, prepared, _ = _both(folder, original)
     read = sources.read_data(data, prepared, limit=images, batch=batch)
@@ -209,9 +211,9 @@ def finetune(
 ) -> None:
     """Train a converted model towards the original's answers; called again after an interruption, it goes on.
 
-    Example: ghostify finetune out/ --data photos/ --original w.safetensors --epochs 1 --output tuned/
+    Example: ghostify finetune out/ --data photos/ --original resnet18.safetensors --batch 8 --output tuned/
 
-    Example: accelerate launch -m ghostify finetune out/ --data imagenet/ --original w.pth --output tuned/
+    In several processes: accelerate launch -m ghostify finetune ...
     """
     recipe = recipe_of(epochs, batch, learning_rate, seed, settings)
     module, built, prepared, source = _both(folder, original)
@@ -312,7 +314,8 @@ def study_command(
 ) -> None:
     """How redundant are a layer's maps? Each made of each other by small kernels, and half of them of the other half.
 
-    Example: ghostify study timm:resnet50 --layer layer1.0.conv1 --checkpoint w.safetensors --data photos/ --output s/
+    Example: ghostify study timm:resnet18 --layer layer1.0.conv1 --checkpoint resnet18.safetensors --data photos/
+    --output study/
     """
     built, prepared = _prepared(_source(model, arg), checkpoint_file, size_of(input_size))
     read = sources.read_data(data, prepared, limit=images, batch=images)
@@ -348,7 +351,7 @@ def report_command(
 ) -> None:
     """Show what was done to a converted model: on the terminal, or as a page with charts and pictures.
 
-    Example: ghostify report out/ --html report.html --original w.safetensors --data photos/
+    Example: ghostify report out/ --html report.html --original resnet18.safetensors --data test/
     """
     if html is None:
         found = checkpoint.load(folder)

@@ -1,8 +1,8 @@
 """Moments -> weights: dense prediction, kernels, joint refit; tensor maths only, no modules, no graphs.
 
-Notation of docs/fitting.md: a layer's outputs y (n channels) are predicted from a basis v (b maps) seen at the
-D = d x d places of the cheap kernel. Intrinsic map i is a_i' v at the centre; ghost j is the sum over its w intrinsic
-maps of their values at the D places times K_j, plus a constant.
+Notation of docs/explanation/fitting.md: a layer's outputs y (n channels) are predicted from a basis v (b maps) seen at
+the D = d x d places of the cheap kernel. Intrinsic map i is a_i' v at the centre; ghost j is the sum over its w
+intrinsic maps of their values at the D places times K_j, plus a constant.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ class Preprocessing:
     config: Mapping[str, Any]
 
 
-def preprocessing(model: nn.Module, size: tuple[int, int, int] | None) -> Preprocessing:
+def preprocessing(model: nn.Module, size: tuple[int, int, int] | None = None) -> Preprocessing:
     """timm's own evaluation transform of the model; ImageNet's mean and deviation where the model says nothing."""
     config = resolve_data_config({} if size is None else {"input_size": size}, model=model)
     transform: Any = create_transform(**config, is_training=False)
@@ -120,12 +120,13 @@ class Data:
         return sum(len(batch) for batch in self.batches)
 
 
-def read_data(path: Path, prepared: Preprocessing, *, limit: int | None = None, batch: int = 32) -> Data:
+def read_data(path: str | Path, prepared: Preprocessing, *, limit: int | None = None, batch: int = 32) -> Data:
     """Inputs from a folder of images (classes as subfolders, if any), or from an array file.
 
     `.npy` holds N x C x H x W inputs; `.npz` and `.safetensors` hold them as `images`, and perhaps `labels`.
     Arrays are taken as they are; images go through the model's transform. Raises `GhostifyError` naming the file.
     """
+    path = Path(path)
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
         if not files:

@@ -12,8 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from ghostify import ghostify, load, save
-from ghostify.checkpoint import load_weights
+from ghostify import ghostify, load, load_weights, save
 from ghostify.distill import answers_apart
 from ghostify.evaluate import outputs
 from tests.nets import settle

@@ -6,8 +6,7 @@
 Everything behind the path of train.py is timm's, distillation too (--kd-model-name resnet18). What it trained, its
 checkpoint holds; as a folder of ghostify again:
 
-    from ghostify import load, save
-    from ghostify.checkpoint import load_weights
+    from ghostify import load, load_weights, save
     save(load_weights(load("converted/"), "output/train/.../model_best.pth.tar"), "tuned/")
 """
 

@@ -1,0 +1,105 @@
+"""Every block of Python and of commands in README and docs runs as it stands, a tiny network in ResNet-18's place.
+
+Blocks of a page share their names and one folder, in which there are weights and photographs. What cannot run here, as
+it needs several machines or your own files, is marked as a console session.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from markdown_it import MarkdownIt
+from PIL import Image
+from safetensors.torch import save_file
+from typer.main import get_command
+
+from ghostify.cli import app
+from tests.nets import settle
+
+ROOT = Path(__file__).parent.parent
+GENERATED = ("results.md", "zoo.md")
+PAGES = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").rglob("*.md") if p.name not in GENERATED)]
+STAND_INS = {"resnet18": "test_resnet", "pretrained=True": "pretrained=False", "224, 224": "160, 160"}
+
+
+def blocks(page):
+    for token in MarkdownIt().parse(page.read_text()):
+        if token.type == "fence" and "--8<--" not in token.content:
+            yield token.info.split()[0] if token.info else "", token.content, token.map[0] + 1
+
+
+def stood_in(text):
+    for name, other in STAND_INS.items():
+        text = text.replace(name, other)
+    return text
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    save_file(settle(timm.create_model("test_resnet")).state_dict(), tmp_path / "test_resnet.safetensors")
+    draw = np.random.default_rng(0)
+    for place in ("photos", "test"):
+        for kind in ("cat", "dog"):
+            (tmp_path / place / kind).mkdir(parents=True)
+            for k in range(8):
+                pixels = draw.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+                Image.fromarray(pixels).resize((160, 160), Image.Resampling.BICUBIC).save(
+                    tmp_path / place / kind / f"{k}.png"
+                )
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.filterwarnings("ignore:calibration is thin")
+def test_blocks_run(page, folder):
+    names = {"__name__": "block"}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    surroundings = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    for kind, text, line in blocks(page):
+        assert kind in ("python", "bash", "console", "toml", "text", "")
+        if kind == "python":
+            exec(compile("\n" * line + stood_in(text), page.name, "exec"), names)
+        elif kind == "bash":
+            command = ["bash", "-euo", "pipefail", "-c", stood_in(text)]
+            done = subprocess.run(command, env=surroundings, cwd=folder, capture_output=True, text=True, timeout=500)
+            assert done.returncode == 0, f"{page.name}, line {line}: {done.stderr}"
+
+
+def test_the_page_of_results_is_that_of_the_result_files():
+    pages = pytest.importorskip("pages")
+    assert (ROOT / "docs/results.md").read_text() == pages.page()
+
+
+def test_the_example_of_every_verb_is_among_the_blocks_that_run():
+    shown = " ".join(" ".join(text.split()) for page in PAGES for kind, text, _ in blocks(page) if kind == "bash")
+    for verb, command in get_command(app).commands.items():
+        examples = [part.split("\n\n")[0] for part in (command.help or "").split("Example: ")[1:]]
+        assert examples, verb
+        missing = [e for e in examples if verb != "demo" and " ".join(e.split()) not in shown]
+        assert missing == []
+
+
+def test_public_names_are_all_in_the_reference():
+    import ghostify
+
+    text = (ROOT / "docs/reference.md").read_text()
+    assert [name for name in ghostify.__all__ if f"::: ghostify.{name}\n" not in text] == []
+    assert all(getattr(ghostify, name).__doc__ for name in ghostify.__all__)
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "-q", "-d", str(tmp_path / "site")]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    shown = (tmp_path / "site/command/index.html").read_text()
+    assert "ghostify finetune" in shown
+    assert "Example: ghostify convert" in shown
