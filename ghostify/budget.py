@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, NoReturn
 
@@ -269,18 +270,22 @@ def _decided(target: Target | Skip, layouts: dict[str, Layout | None]) -> tuple[
 def _candidates(
     program: Program, target: Target, profile: Profile, keys: tuple[str, ...], clock: Stopwatch
 ) -> list[Candidate]:
-    """As it is, first, and every layout of the rule's form that saves multiply-accumulates and is worth its cost."""
-    conv, dense = target.conv, cost.dense_macs(target.conv)
-    timed = "latency" in keys
-    found = [(own, loss) for own, loss in _losses(target, profile, timed) if cost.ghost_macs(conv, own) < dense]
-    layouts = [None, *(own for own, _ in found)]
-    costs = zip(*(_spent(program, conv, layouts, key, clock) for key in keys), strict=True)
-    losses = [0.0, *(loss for _, loss in found)]
-    options = [Candidate(*each) for each in zip(layouts, costs, losses, strict=True)]
-    if timed:
-        k = keys.index("latency")
-        options = [o for o in options if o.layout is None or o.costs[k] < FASTER * options[0].costs[k]]
-    return [c for c in options if c.layout is None or not any(_dominates(o, c) for o in options)]
+    """As it is, first, and every layout of the rule's form that saves multiply-accumulates and is worth its cost.
+
+    What a layout costs is known before the error that it would add, which takes long to find for many maps: whatever
+    is beaten at the least error that it could have is not looked at.
+    """
+    conv, timed, losses = target.conv, "latency" in keys, _Losses(profile, target.rule.dw_size)
+    layouts = [own for own in _layouts(target, profile, timed) if cost.ghost_macs(conv, own) < cost.dense_macs(conv)]
+    whole, *costs = zip(*(_spent(program, conv, [None, *layouts], key, clock) for key in keys), strict=True)
+    found = [Candidate(None, whole, 0.0)]
+    for layout, spent in zip(layouts, costs, strict=True):
+        if timed and spent[keys.index("latency")] >= FASTER * whole[keys.index("latency")]:
+            continue
+        hoped = Candidate(layout, spent, losses.least(layout))
+        if not any(_dominates(other, hoped) for other in found):
+            found.append(Candidate(layout, spent, losses.of(layout)))
+    return [found[0], *(c for c in found[1:] if not any(_dominates(other, c) for other in found))]
 
 
 def _dominates(a: Candidate, b: Candidate) -> bool:
@@ -288,21 +293,53 @@ def _dominates(a: Candidate, b: Candidate) -> bool:
     return better and (a.loss, a.costs) != (b.loss, b.costs)
 
 
-def _losses(target: Target, profile: Profile, timed: bool = False) -> Iterator[tuple[Layout, float]]:
-    """Layouts and the loss of each; where they are to be timed, fewer ones, that fill vector registers."""
+def _layouts(target: Target, profile: Profile, timed: bool) -> Iterator[Layout]:
+    """Pointwise ones, then depthwise ones; where they are to be timed, fewer, that fill vector registers."""
     n, cheap = target.conv.outputs, target.rule.cheap
     if cheap in ("auto", "pointwise"):
-        tails = _tails(profile)
         sizes = {max(1, round(n * k / STEPS)) for k in range(1, STEPS)}
         if timed:
             sizes = {max(LANES, LANES * round(m / LANES)) for m in sizes}
-        for m in sorted(m for m in sizes if m < n):
-            yield Layout(n, m, m, 1), float(tails[n - m])
+        yield from (Layout(n, m, m, 1) for m in sorted(sizes) if m < n)
     if profile.maps is not None:
-        costs = profile.maps.costs(profile.metric.diagonal())
         for m in sorted({intrinsic_maps(n, ratio) for ratio in RATIOS} - {n}):
-            layout = Layout(n, m, 1, target.rule.dw_size)
-            yield layout, choose_groups(costs, layout).total(costs)
+            yield Layout(n, m, 1, target.rule.dw_size)
+
+
+class _Losses:
+    """The error of the model's outputs that layouts of one convolution would add."""
+
+    def __init__(self, profile: Profile, dw_size: int) -> None:
+        self.profile, self.dw_size = profile, dw_size
+
+    def of(self, layout: Layout) -> float:
+        """That of the best directions for a pointwise layout, of the chosen pairs for a depthwise one."""
+        if self._is_depthwise(layout):
+            return choose_groups(self._pairs, layout).total(self._pairs)
+        return float(self._tails[layout.ghosts])
+
+    def least(self, layout: Layout) -> float:
+        """No more than that: as if every ghost could choose its map, and the ghosts were those who lose least so."""
+        if not self._is_depthwise(layout):
+            return self.of(layout)
+        return float(self._cheapest[: layout.ghosts].sum())
+
+    def _is_depthwise(self, layout: Layout) -> bool:
+        return layout.width == 1 and layout.dw_size == self.dw_size and self.profile.maps is not None
+
+    @cached_property
+    def _tails(self) -> Tensor:
+        return _tails(self.profile)
+
+    @cached_property
+    def _pairs(self) -> Tensor:
+        assert self.profile.maps is not None
+        return self.profile.maps.costs(self.profile.metric.diagonal())
+
+    @cached_property
+    def _cheapest(self) -> Tensor:
+        others = self._pairs.clone().fill_diagonal_(float("inf"))
+        return others.amin(0).sort().values
 
 
 def _tails(profile: Profile) -> Tensor:

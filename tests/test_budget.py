@@ -3,12 +3,14 @@ import os
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ghostify import GhostifyError, Policy, Rule, budget, cost, ghostify, profile, report, trace
-from ghostify.budget import Candidate, plan_within, solve
+from ghostify.budget import Candidate, _Losses, plan_within, solve
 from ghostify.evaluate import outputs, relative_error
+from ghostify.ghost import Layout, intrinsic_maps
+from ghostify.profile import Profile
 from ghostify.stopwatch import Stopwatch
 from tests import nets
 
@@ -192,3 +194,18 @@ def test_the_plan_is_revised_where_the_layers_do_not_add_up(clock):
 def test_latency_goes_together_with_other_budgets():
     program, decided = timed(0.9, macs=0.5)
     assert decided.macs_after <= 0.5 * program.macs
+
+
+@given(st.integers(2, 12), st.sampled_from([1.25, 1.5, 2, 3, 4]), st.integers(0, 99))
+def test_a_depthwise_layout_loses_no_less_than_hoped(n, ratio, seed):
+    """So that what is beaten at the hoped loss need not be solved."""
+
+    class Maps:
+        def costs(self, weights):
+            return torch.rand(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * weights
+
+    m = intrinsic_maps(n, ratio)
+    assume(m < n)
+    losses = _Losses(Profile((torch.eye(n, dtype=torch.float64),), Maps(), torch.eye(n, dtype=torch.float64)), 3)
+    layout = Layout(n, m, 1, 3)
+    assert losses.least(layout) <= losses.of(layout) + 1e-12
