@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow check bench clean
+.PHONY: demo test test-slow test-oldest check docs bench clean
 
 demo: $(VENV)/installed          ## train, convert, measure: the main job on a small network
 	$(BIN)/ghostify demo
@@ -12,6 +12,14 @@ test: check                      ## lint, types and the tests, warnings as error
 
 test-slow: $(VENV)/installed     ## the sweeps that take minutes
 	$(BIN)/python -m pytest -q -m slow
+
+test-oldest:                     ## the tests on the oldest versions supported
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet -e '.[test]' -c tests/oldest.txt
+	$(VENV)-oldest/bin/python -m pytest -q
+
+docs: $(VENV)/installed          ## the site, in build/site
+	$(BIN)/python -m mkdocs build -q
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
