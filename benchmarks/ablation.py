@@ -23,16 +23,17 @@ from networks import images, reestimated, resnet20
 from tables import Row, options, publish
 from torch import Tensor, nn
 
-from ghostify import Policy, Rule, fit, lstsq, plan, rewrite, trace
-from ghostify.assign import Groups, in_given_order
-from ghostify.demo import Images
+from ghostify import Policy, Rule, fit, plan, rewrite, trace
+from ghostify.data.datasets import Images
 from ghostify.evaluate import outputs, relative_error, top1
+from ghostify.fitting import lstsq
+from ghostify.fitting.assign import Groups, in_given_order
+from ghostify.fitting.lstsq import Solution, Statistics
+from ghostify.fitting.moments import Pair
+from ghostify.fitting.sensitivity import Calibration, calibrate
+from ghostify.fitting.starts import unfitted
 from ghostify.ghost import Layout
-from ghostify.lstsq import Solution, Statistics
-from ghostify.moments import Pair
-from ghostify.plan import Plan, Rewrite
-from ghostify.sensitivity import Calibration, calibrate
-from ghostify.starts import unfitted
+from ghostify.planning.plan import Plan, Rewrite
 
 IMAGES = 512
 ADAM_STEPS = 200

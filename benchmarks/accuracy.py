@@ -21,11 +21,11 @@ from tables import Row, options, publish
 from torch import Tensor, nn
 
 from ghostify import Policy, Rule, fit, plan, rewrite, trace
-from ghostify.budget import plan_within
-from ghostify.cost import count_macs
-from ghostify.demo import Images
-from ghostify.sensitivity import calibrate
-from ghostify.starts import unfitted
+from ghostify.budgeting.budget import plan_within
+from ghostify.data.datasets import Images
+from ghostify.fitting.sensitivity import calibrate
+from ghostify.fitting.starts import unfitted
+from ghostify.planning.cost import count_macs
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,12 @@ from tables import RESULTS, Row, options, publish
 from torch import nn
 
 from ghostify import GhostifyError, Policy, Rule, plan, rewrite, trace
-from ghostify.budget import choices_of, choose
-from ghostify.deploy import deploy
-from ghostify.plan import Plan
-from ghostify.program import Program
-from ghostify.starts import unfitted
-from ghostify.stopwatch import Stopwatch
+from ghostify.budgeting.budget import choices_of, choose
+from ghostify.budgeting.stopwatch import Stopwatch
+from ghostify.deploying.deploy import deploy
+from ghostify.fitting.starts import unfitted
+from ghostify.planning.plan import Plan
+from ghostify.tracing.program import Program
 
 BUDGETS = (0.7, 0.8, 0.9, 0.95)
 POLICY = Policy((Rule(cheap="auto"),))

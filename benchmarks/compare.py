@@ -32,11 +32,11 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from ghostify import GhostifyError, Policy, Recipe, Rule, finetune, fit, rewrite, trace
-from ghostify.budget import plan_within
-from ghostify.cost import count_macs
-from ghostify.lessons import Lessons
-from ghostify.measure import paired
-from ghostify.sensitivity import calibrate
+from ghostify.budgeting.budget import plan_within
+from ghostify.budgeting.measure import paired
+from ghostify.data.lessons import Lessons
+from ghostify.fitting.sensitivity import calibrate
+from ghostify.planning.cost import count_macs
 
 IMAGES, TAUGHT, JUDGING, TIMED = 512, 10_000, 500, 32
 SEEDS = (0, 1, 2)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ghostify.lstsq import dense_prediction
-from ghostify.moments import Moments, Pair
-from ghostify.sight import as_kernels, choose_places, filters_of, patches, share_of, values
+from ghostify.fitting.lstsq import dense_prediction
+from ghostify.fitting.moments import Moments, Pair
+from ghostify.fitting.sight import as_kernels, choose_places, filters_of, patches, share_of, values
 
 POSITIONS = 40_000
 HELD_OUT = 4

@@ -29,8 +29,8 @@ from tables import Row, options, publish
 from torch import Tensor, nn
 
 from ghostify import ghostify
-from ghostify.cost import count_macs
-from ghostify.modes import evaluating
+from ghostify.planning.cost import count_macs
+from ghostify.tracing.modes import evaluating
 
 WEIGHTS = Path(easyocr_en_models.__file__).parent / "models" / "craft_mlt_25k.pth"
 TEXT_THRESHOLD, LINK_THRESHOLD, LOW_TEXT = 0.7, 0.4, 0.4

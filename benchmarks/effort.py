@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torchvision.models import resnet50
 
 from ghostify import Policy, Rule, fit, plan, trace
-from ghostify.sensitivity import calibrate
+from ghostify.fitting.sensitivity import calibrate
 
 BATCH = 32
 SETTINGS = ((128, "depthwise"), (1280, "depthwise"), (128, "pointwise"))

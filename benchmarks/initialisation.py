@@ -28,11 +28,12 @@ from tables import RESULTS, Row, options, publish
 from torch import nn
 
 from ghostify import Policy, Rule, fit, plan, rewrite, trace
-from ghostify.budget import plan_within
-from ghostify.demo import Images, train
+from ghostify.budgeting.budget import plan_within
+from ghostify.command.demo import train
+from ghostify.data.datasets import Images
 from ghostify.evaluate import outputs, top1
-from ghostify.program import Program
-from ghostify.sensitivity import calibrate
+from ghostify.fitting.sensitivity import calibrate
+from ghostify.tracing.program import Program
 
 EPOCHS, SEEDS, RATES = (0, 0.25, 1, 4), (0, 1, 2), (0.02, 0.1, 0.2)
 SCHEDULE, RATE, HELD_OUT, IMAGES = 6, 0.2, 5_000, 512

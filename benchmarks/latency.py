@@ -26,10 +26,10 @@ from tables import Row, options, publish
 from torch import Tensor, nn
 
 from ghostify import GhostifyError, ghostify, save
-from ghostify.cost import count_macs
-from ghostify.deploy import deploy
-from ghostify.runtimes import RUNTIMES
-from ghostify.stopwatch import INPUTS, ask, start, stop, store
+from ghostify.budgeting.stopwatch import INPUTS, ask, start, stop, store
+from ghostify.deploying.deploy import deploy
+from ghostify.deploying.runtimes import RUNTIMES
+from ghostify.planning.cost import count_macs
 
 NETWORKS = ("vgg16_bn", "resnet18", "resnet34", "resnet50", "densenet121", "mobilenet_v2")
 PYTORCH = ("eager", "compile")

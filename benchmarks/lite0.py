@@ -24,8 +24,8 @@ from tables import Row, options, publish
 from torch import Tensor, nn
 
 from ghostify import ghostify
-from ghostify.cost import count_macs
 from ghostify.evaluate import outputs, relative_error, top1
+from ghostify.planning.cost import count_macs
 
 SIZE = 224
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

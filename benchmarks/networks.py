@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torchvision.models import MobileNetV2, vgg16_bn
 
 from ghostify import GhostModule, rewrite
-from ghostify.demo import Images, ResidualNet, fashion_mnist, train
+from ghostify.budgeting.measure import cache_folder
+from ghostify.command.demo import ResidualNet, train
+from ghostify.data.datasets import Images, fashion_mnist
 from ghostify.evaluate import outputs, top1
-from ghostify.measure import cache_folder
-from ghostify.plan import Plan
-from ghostify.program import Program
-from ghostify.starts import unfitted
+from ghostify.fitting.starts import unfitted
+from ghostify.planning.plan import Plan
+from ghostify.tracing.program import Program
 
 CACHE = cache_folder()
 

@@ -29,9 +29,9 @@ from tables import Row, options, publish
 from torch import Tensor, nn
 
 from ghostify import ghostify, report
-from ghostify.deploy import deploy
-from ghostify.export import write
-from ghostify.runtimes import FORMAT_OF, RUNTIMES, channels_last, runner
+from ghostify.deploying.deploy import deploy
+from ghostify.deploying.export import write
+from ghostify.deploying.runtimes import FORMAT_OF, RUNTIMES, channels_last, runner
 
 PAGES, SIZE, SEED, TURNS = 12, 640, 0, 5
 FITTED = {"images": 128, "size": 256}

@@ -21,9 +21,9 @@ from torch import nn
 from torchvision.models import vgg16_bn
 
 from ghostify import Policy, Rule, plan, trace
-from ghostify.cost import parameters
-from ghostify.demo import ResidualNet
-from ghostify.plan import Plan
+from ghostify.command.demo import ResidualNet
+from ghostify.planning.cost import parameters
+from ghostify.planning.plan import Plan
 
 VGG = {(2, 3): (7.7, 158), (3, 3): (5.2, 107), (4, 3): (4.0, 80), (5, 3): (3.3, 65)}
 VGG_KERNELS = {(2, 1): (None, 157), (2, 5): (None, 160), (2, 7): (None, 163)}

@@ -16,8 +16,8 @@ from networks import images, resnet20
 from tables import Row, options, publish
 
 from ghostify import Policy, Rule, ghostify, report
-from ghostify.cost import count_macs
 from ghostify.evaluate import outputs, relative_error, top1
+from ghostify.planning.cost import count_macs
 
 FORMS: list[tuple[str, Rule, dict[str, float] | None]] = [
     ("ratio 2, depthwise d=3", Rule(ratio=2), None),

@@ -19,7 +19,7 @@ from tensorly.decomposition import partial_tucker
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ghostify.cost import count_macs
+from ghostify.planning.cost import count_macs
 
 STEPS = 12
 LANES = 8

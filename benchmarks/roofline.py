@@ -20,7 +20,7 @@ from latency import FORMS, NETWORKS, build
 from tables import Row, options, publish
 from torch import Tensor, fx, nn
 
-from ghostify.deploy import deploy
+from ghostify.deploying.deploy import deploy
 
 ROUNDS = 7
 SIDE, LONG = 2048, 2**27

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ghostify.checkpoint import versions
+from ghostify.storing.checkpoint import versions
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]

@@ -38,11 +38,11 @@ from tables import RESULTS, Row, options
 from torch import Tensor, fx, nn
 
 from ghostify import Policy, Rule, fit, load, plan, rewrite, save, trace
-from ghostify.calls import tensors_of
-from ghostify.checkpoint import versions
-from ghostify.cost import count_macs
+from ghostify.fitting.starts import unfitted
+from ghostify.planning.cost import count_macs
 from ghostify.report import attach, summarise
-from ghostify.starts import unfitted
+from ghostify.storing.checkpoint import versions
+from ghostify.tracing.calls import tensors_of
 
 FILE = RESULTS / "zoo.json"
 SIZES = (64, 96, 128, 160, 224, 256, 288, 320, 384, 448, 512)

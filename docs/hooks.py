@@ -3,7 +3,7 @@
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from ghostify.cli import app
+from ghostify.command.cli import app
 
 MARK = "<!-- help -->"
 

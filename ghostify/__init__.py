@@ -1,22 +1,22 @@
 """ghostify: a compiler pass that rewrites a trained CNN's convolutions into ghost modules."""
 
-from ghostify.checkpoint import load, load_weights, save
+from ghostify.budgeting.frontier import frontier
 from ghostify.convert import ghostify
-from ghostify.deploy import deploy
+from ghostify.data.lessons import lessons
+from ghostify.data.sources import preprocessing, read_data
+from ghostify.deploying.deploy import deploy
+from ghostify.deploying.export import export
 from ghostify.errors import GhostifyError
-from ghostify.export import export
-from ghostify.finetune import Recipe, finetune
-from ghostify.fit import fit
-from ghostify.frontier import frontier
+from ghostify.fitting.fit import fit
 from ghostify.ghost import GhostModule
-from ghostify.lessons import lessons
-from ghostify.plan import plan
-from ghostify.policy import Policy, Rule
-from ghostify.present import write_report
+from ghostify.planning.plan import plan
+from ghostify.planning.policy import Policy, Rule
 from ghostify.report import report
+from ghostify.reporting.present import write_report
 from ghostify.rewrite import rewrite
-from ghostify.sources import preprocessing, read_data
-from ghostify.trace import trace
+from ghostify.storing.checkpoint import load, load_weights, save
+from ghostify.tracing.trace import trace
+from ghostify.training.finetune import Recipe, finetune
 
 __all__ = [
     "GhostModule",

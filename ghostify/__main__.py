@@ -1,5 +1,5 @@
 """`python -m ghostify`, which launchers of several processes need."""
 
-from ghostify.cli import main
+from ghostify.command.cli import main
 
 main()

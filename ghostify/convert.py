@@ -7,17 +7,17 @@ from typing import Any
 
 from torch import nn
 
-from ghostify.budget import plan_within
+from ghostify.budgeting.budget import plan_within
+from ghostify.budgeting.frontier import Evaluate, plan_for_drop
 from ghostify.errors import GhostifyError
-from ghostify.fit import Progress, fit
-from ghostify.frontier import Evaluate, plan_for_drop
-from ghostify.plan import plan
-from ghostify.policy import Pattern, Policy, Rule, as_patterns
-from ghostify.reconstruct import reconstruct_blocks
+from ghostify.fitting.fit import Progress, fit
+from ghostify.fitting.sensitivity import calibrate
+from ghostify.planning.plan import plan
+from ghostify.planning.policy import Pattern, Policy, Rule, as_patterns
+from ghostify.reconstructing.reconstruct import reconstruct_blocks
 from ghostify.report import attach, summarise
 from ghostify.rewrite import rewrite
-from ghostify.sensitivity import calibrate
-from ghostify.trace import trace
+from ghostify.tracing.trace import trace
 
 
 def ghostify(

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ghostify.calls import example_of, run
-from ghostify.modes import evaluating
+from ghostify.tracing.calls import example_of, run
+from ghostify.tracing.modes import evaluating
 
 WARM, LEAST = 2, 1.0
 

@@ -93,6 +93,29 @@ class CheapOperation(nn.Module):
 ASKED = ("weight", "in_channels", "kernel_size", "stride", "padding", "padding_mode", "dilation")
 
 
+@dataclass(frozen=True, eq=False)
+class GhostWeights:
+    """Everything that turns one convolution into its ghost module, in the order the module computes its maps.
+
+    `channels` names for each computed map (m intrinsic, then ghosts) the original output channel. `shift` holds, by
+    original channel, the constants that the following BatchNorm takes up. `error` is the relative reconstruction error
+    per original channel, on the calibration images; `held_out` the same on images the fit did not see, and `felt` the
+    relative squared error of the model's outputs that follows from it. `activated` ghosts read the intrinsic maps
+    behind norm and activation.
+    """
+
+    channels: Tensor
+    primary_weight: Tensor
+    primary_bias: Tensor | None
+    cheap_weight: Tensor
+    cheap_bias: Tensor | None
+    shift: Tensor | None = None
+    error: Tensor | None = None
+    held_out: Tensor | None = None
+    felt: float | None = None
+    activated: bool = False
+
+
 class GhostModule(nn.Module):
     """Intrinsic maps by `primary_conv`, ghosts from them by `cheap_operation`, concatenated.
 

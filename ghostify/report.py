@@ -10,12 +10,12 @@ from rich import box
 from rich.table import Table
 from torch import nn
 
-from ghostify import cost
 from ghostify.errors import GhostifyError
-from ghostify.fit import Fits
-from ghostify.plan import Plan, Rewrite, Skip
-from ghostify.program import Convolution
-from ghostify.reconstruct import Rebuilt, Reconstruction
+from ghostify.fitting.fit import Fits
+from ghostify.planning import cost
+from ghostify.planning.plan import Plan, Rewrite, Skip
+from ghostify.reconstructing.reconstruct import Rebuilt, Reconstruction
+from ghostify.tracing.program import Convolution
 
 META = "ghostify"
 

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ghostify.activation import activation_line, narrowed
-from ghostify.ghost import GhostModule, ghost_of
-from ghostify.lstsq import GhostWeights
-from ghostify.order import absorb
-from ghostify.plan import Plan, Rewrite
-from ghostify.program import Program, as_module, part_of, put_part
+from ghostify.ghost import GhostModule, GhostWeights, ghost_of
+from ghostify.planning.activation import activation_line, narrowed
+from ghostify.planning.order import absorb
+from ghostify.planning.plan import Plan, Rewrite
+from ghostify.tracing.program import Program, as_module, part_of, put_part
 
 
 def rewrite(program: Program, plan: Plan, weights: Mapping[str, GhostWeights]) -> nn.Module:

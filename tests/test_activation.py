@@ -5,8 +5,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ghostify import GhostifyError, GhostModule, Policy, Rule, ghostify, load, plan, report, save, trace
-from ghostify.activation import activation_line, narrowed
 from ghostify.evaluate import outputs, relative_error
+from ghostify.planning.activation import activation_line, narrowed
 from tests import nets
 
 

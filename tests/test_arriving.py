@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from ghostify import ghostify, trace
-from ghostify.arriving import arriving
-from ghostify.batches import batches_of
 from ghostify.evaluate import outputs, relative_error
+from ghostify.fitting.arriving import arriving
+from ghostify.fitting.batches import batches_of
 from tests import nets
 
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ghostify.assign import choose_groups, in_given_order
+from ghostify.fitting.assign import choose_groups, in_given_order
 from ghostify.ghost import Layout, feasible_width
 
 

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from ghostify import GhostifyError, trace
-from ghostify.batches import VALUES, batches_of, split
+from ghostify.fitting.batches import VALUES, batches_of, split
 from tests import nets
 
 

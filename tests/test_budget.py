@@ -6,12 +6,14 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ghostify import GhostifyError, Policy, Rule, budget, cost, ghostify, profile, report, trace
-from ghostify.budget import Candidate, _Losses, plan_within, solve
+from ghostify import GhostifyError, Policy, Rule, ghostify, report, trace
+from ghostify.budgeting import budget, profile
+from ghostify.budgeting.budget import Candidate, _Losses, plan_within, solve
+from ghostify.budgeting.profile import Profile
+from ghostify.budgeting.stopwatch import Stopwatch
 from ghostify.evaluate import outputs, relative_error
 from ghostify.ghost import Layout, intrinsic_maps
-from ghostify.profile import Profile
-from ghostify.stopwatch import Stopwatch
+from ghostify.planning import cost
 from tests import nets
 
 

@@ -3,8 +3,8 @@ import torch
 from torch import fx
 
 from ghostify import GhostifyError, trace
-from ghostify.calls import as_arguments, bind_inputs, example_of, inputs_of, run
-from ghostify.tracer import graph_of
+from ghostify.tracing.calls import as_arguments, bind_inputs, example_of, inputs_of, run
+from ghostify.tracing.tracer import graph_of
 from tests import nets
 
 

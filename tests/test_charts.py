@@ -1,7 +1,7 @@
 import pytest
 
 from ghostify import Policy, Rule, frontier, ghostify, report, trace
-from ghostify.charts import COLOURS, costs_chart, frontier_chart, kind_of, layers_chart
+from ghostify.reporting.charts import COLOURS, costs_chart, frontier_chart, kind_of, layers_chart
 from tests import nets
 
 

@@ -19,7 +19,7 @@ SIZE = ("--input-size", "3,12,12")
 
 
 def run(*arguments, cwd=ROOT):
-    command = [sys.executable, "-c", "from ghostify.cli import main; main()", *map(str, arguments)]
+    command = [sys.executable, "-c", "from ghostify.command.cli import main; main()", *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, timeout=300)
 
 
@@ -114,7 +114,7 @@ def test_convert_then_eval(files, tmp_path):
 
 
 def test_demo(tmp_path):
-    code = "import ghostify.demo as d; d.FASHION_MNIST = (); from ghostify.cli import main; main()"
+    code = "import ghostify.data.datasets as d; d.FASHION_MNIST = (); from ghostify.command.cli import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, "demo"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300
     )

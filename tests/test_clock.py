@@ -1,6 +1,6 @@
 import time
 
-from ghostify.clock import Clock
+from ghostify.fitting.clock import Clock
 
 
 def test_blocks_of_a_name_add_up():

@@ -4,7 +4,7 @@ import torch
 from torch import distributed, multiprocessing
 
 from ghostify import ghostify, report
-from ghostify.collective import mine, summed
+from ghostify.fitting.collective import mine, summed
 from tests import nets
 
 

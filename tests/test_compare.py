@@ -6,9 +6,9 @@ import rivals
 import torch
 from torch.utils.data import TensorDataset
 
-from ghostify.demo import ResidualNet
+from ghostify.command.demo import ResidualNet
+from ghostify.data.lessons import Lessons
 from ghostify.evaluate import outputs
-from ghostify.lessons import Lessons
 from tests.nets import settle
 
 

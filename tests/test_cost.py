@@ -3,7 +3,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ghostify import Policy, Rule, cost, ghostify, plan, report, trace
+from ghostify import Policy, Rule, ghostify, plan, report, trace
+from ghostify.planning import cost
 from tests import nets
 
 

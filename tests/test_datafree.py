@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ghostify.datafree import white_statistics
+from ghostify.fitting.datafree import white_statistics
 
 
 @pytest.mark.parametrize(

@@ -3,19 +3,20 @@ import json
 import torch
 from rich.console import Console
 
-from ghostify import demo
+from ghostify.command import demo
+from ghostify.data import datasets
 from ghostify.evaluate import outputs, top1
 
 
 def test_digits_split_and_scale():
-    data = demo.digits()
+    data = datasets.digits()
     assert len(data.train) + len(data.test) == 1797
     assert data.train.shape[1:] == (1, 8, 8)
     assert abs(float(torch.cat((data.train, data.test)).mean())) < 1e-3
 
 
 def test_training_is_deterministic_and_learns():
-    data = demo.digits()
+    data = datasets.digits()
     models = []
     for _ in range(2):
         torch.manual_seed(0)
@@ -27,7 +28,7 @@ def test_training_is_deterministic_and_learns():
 
 
 def test_the_demo_tells_its_story(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "FASHION_MNIST", ())
+    monkeypatch.setattr(datasets, "FASHION_MNIST", ())
     console = Console(width=100, stderr=True)
     results = demo.run(tmp_path / "kept", console, as_json=True)
     original, free, calibrated, tuned = results

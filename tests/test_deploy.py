@@ -6,7 +6,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from ghostify import GhostifyError, ghostify, load, report, save
-from ghostify.deploy import deploy
+from ghostify.deploying.deploy import deploy
 from ghostify.ghost import GhostModule
 from tests import nets
 

@@ -7,7 +7,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from ghostify import GhostifyError, trace
-from ghostify.describe import describe, rebuild
+from ghostify.tracing.describe import describe, rebuild
 from tests import nets
 
 

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from ghostify.distill import answers_apart, features_apart, maps_apart
+from ghostify.training.distill import answers_apart, features_apart, maps_apart
 
 
 @given(st.integers(0, 99), st.floats(0.5, 8))

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.main import get_command
 
-from ghostify.cli import app
+from ghostify.command.cli import app
 from tests.nets import settle
 
 ROOT = Path(__file__).parent.parent

@@ -5,8 +5,8 @@ import torch
 from timm.layers import register_notrace_module
 from torch import fx, nn
 
-from ghostify.entering import answers_alike, enter, holds_convolutions, how_called, inputs_among
-from ghostify.tracer import UntraceableError
+from ghostify.tracing.entering import answers_alike, enter, holds_convolutions, how_called, inputs_among
+from ghostify.tracing.tracer import UntraceableError
 from tests import nets
 
 

@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ghostify import ghostify, load, load_weights, save
-from ghostify.distill import answers_apart
 from ghostify.evaluate import outputs
+from ghostify.training.distill import answers_apart
 from tests.nets import settle
 
 EXAMPLES = Path(__file__).parent.parent / "docs/examples"

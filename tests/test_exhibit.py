@@ -3,8 +3,8 @@ import torch
 from torch.nn import functional as F
 
 from ghostify import GhostifyError, ghostify, report
-from ghostify.exhibit import can_show, exhibit, kernels_of
 from ghostify.ghost import GhostModule
+from ghostify.reporting.exhibit import can_show, exhibit, kernels_of
 from tests import nets
 
 

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from ghostify import GhostifyError, ghostify
-from ghostify.export import export
-from ghostify.runtimes import FORMATS, runner
+from ghostify.deploying.export import export
+from ghostify.deploying.runtimes import FORMATS, runner
 from tests import nets
 
 FORMAT = pytest.mark.parametrize("format", FORMATS)
@@ -65,7 +65,7 @@ def test_nothing_is_written_where_it_fails(tmp_path, monkeypatch):
 
 def test_a_file_that_answers_otherwise_is_refused(tmp_path, monkeypatch):
     wrong = lambda _: lambda *x: [torch.zeros(len(x[0]), 5)]  # noqa: E731
-    monkeypatch.setattr(sys.modules["ghostify.export"], "runner", wrong)
+    monkeypatch.setattr(sys.modules["ghostify.deploying.export"], "runner", wrong)
     with pytest.raises(GhostifyError, match=r"pt2 file is .* off PyTorch's answers"):
         export(converted(), tmp_path / "out", format="pt2", example_inputs=nets.images(1))
     assert not list(tmp_path.iterdir())

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from ghostify import ghostify, report
-from ghostify.findings import advice, costly, left_alone
+from ghostify.reporting.findings import advice, costly, left_alone
 from tests import nets
 
 

@@ -15,10 +15,10 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from ghostify import GhostifyError, ghostify
-from ghostify.distill import answers_apart
+from ghostify.data.lessons import Lessons
 from ghostify.evaluate import outputs
-from ghostify.finetune import Recipe, finetune
-from ghostify.lessons import Lessons
+from ghostify.training.distill import answers_apart
+from ghostify.training.finetune import Recipe, finetune
 from tests import nets
 
 AcceleratorState = pytest.importorskip("accelerate.state").AcceleratorState
@@ -168,7 +168,7 @@ def test_features_need_the_original_s_modules(tmp_path):
 SCRIPT = """
 import sys, torch
 from tests.test_finetune import QUICK, nets, setting
-from ghostify.finetune import Recipe, finetune
+from ghostify import Recipe, finetune
 model, converted, data, test = setting(make=getattr(nets, sys.argv[3]))
 recipe = Recipe(**{**vars(QUICK), "frozen_norms": True, "epochs": float(sys.argv[2])})
 tuned = finetune(converted, model, data, sys.argv[1], recipe)

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ghostify import GhostifyError, Policy, Rule, fit, ghostify, layer, plan, report, rewrite, trace
+from ghostify import GhostifyError, Policy, Rule, fit, ghostify, plan, report, rewrite, trace
 from ghostify.evaluate import outputs, relative_error
+from ghostify.fitting import layer
 from ghostify.ghost import Layout, ghost_of
 from tests import nets
 

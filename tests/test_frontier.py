@@ -1,10 +1,11 @@
 import pytest
 import torch
 
-from ghostify import GhostifyError, Policy, Rule, cost, ghostify, report, trace
-from ghostify.budget import plan_within
+from ghostify import GhostifyError, Policy, Rule, ghostify, report, trace
+from ghostify.budgeting.budget import plan_within
+from ghostify.budgeting.frontier import frontier, plan_for_drop
 from ghostify.evaluate import outputs, relative_error
-from ghostify.frontier import frontier, plan_for_drop
+from ghostify.planning import cost
 from tests import nets
 
 AUTO = Policy((Rule(cheap="auto"),))

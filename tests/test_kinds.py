@@ -8,7 +8,7 @@ from torch.nn.utils import parametrizations
 
 from ghostify import Policy, Rule, fit, ghostify, load, plan, report, rewrite, save, trace
 from ghostify.evaluate import outputs, relative_error
-from ghostify.kinds import is_plain, plain
+from ghostify.tracing.kinds import is_plain, plain
 from tests import nets
 
 

@@ -4,8 +4,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
-from ghostify import GhostifyError, sources
-from ghostify.lessons import Order, Seeded, lessons
+from ghostify import GhostifyError
+from ghostify.data import sources
+from ghostify.data.lessons import Order, Seeded, lessons
 from tests import nets
 
 

@@ -4,12 +4,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from ghostify import lstsq
-from ghostify.assign import Groups
+from ghostify.fitting import lstsq
+from ghostify.fitting.assign import Groups
+from ghostify.fitting.lstsq import Statistics
+from ghostify.fitting.moments import Moments, Pair
+from ghostify.fitting.systems import solve_ridge
 from ghostify.ghost import Layout
-from ghostify.lstsq import Statistics
-from ghostify.moments import Moments, Pair
-from ghostify.systems import solve_ridge
 
 
 def moments_of(u, y):

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ghostify import GhostifyError, ghostify, report
-from ghostify.maps import errors_of, ghosted_maps, maps_of
+from ghostify.reporting.maps import errors_of, ghosted_maps, maps_of
 from tests import nets
 
 

@@ -3,11 +3,12 @@ import json
 import pytest
 from torch import nn
 
-from ghostify import measure, trace
-from ghostify.cost import count_macs
+from ghostify import trace
+from ghostify.budgeting import measure
+from ghostify.budgeting.measure import model_milliseconds, paired
+from ghostify.budgeting.stopwatch import Stopwatch
 from ghostify.ghost import Layout
-from ghostify.measure import model_milliseconds, paired
-from ghostify.stopwatch import Stopwatch
+from ghostify.planning.cost import count_macs
 from tests import nets
 
 FORMS = [None, Layout(16, 8, 1, 3), Layout(16, 4, 4, 1)]

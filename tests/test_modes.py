@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from ghostify.evaluate import outputs
-from ghostify.modes import evaluating
+from ghostify.tracing.modes import evaluating
 
 
 def test_modes_come_back_even_after_an_error():

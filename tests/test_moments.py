@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ghostify.moments import MapMoments, Moments
+from ghostify.fitting.moments import MapMoments, Moments
 
 
 @given(st.integers(1, 40), st.integers(0, 40), st.integers(0, 99))

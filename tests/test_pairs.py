@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from ghostify.assign import choose_groups, in_given_order
+from ghostify.fitting.assign import choose_groups, in_given_order
+from ghostify.fitting.moments import LinkMoments, MapMoments
+from ghostify.fitting.pairs import link_statistics, map_statistics, sources_of
+from ghostify.fitting.sight import neighbourhoods, rows
 from ghostify.ghost import Layout
-from ghostify.moments import LinkMoments, MapMoments
-from ghostify.pairs import link_statistics, map_statistics, sources_of
-from ghostify.sight import neighbourhoods, rows
 
 LAYOUTS = [Layout(6, 3, 1, 3), Layout(7, 3, 1, 3), Layout(8, 2, 1, 3), Layout(6, 5, 1, 3)]
 

@@ -4,7 +4,7 @@ import io
 import torch
 from PIL import Image
 
-from ghostify.pictures import embedded, grid, tile, write
+from ghostify.reporting.pictures import embedded, grid, tile, write
 
 
 def test_a_tile_is_black_where_the_scale_is_least_and_white_where_it_is_most():

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from ghostify import GhostifyError, Policy, Rule, plan, trace
-from ghostify.plan import Rewrite, Skip
+from ghostify.planning.plan import Rewrite, Skip
 from tests import nets
 
 

@@ -4,7 +4,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ghostify import trace
-from ghostify.propagate import Channels, activated, input_channels
+from ghostify.tracing.propagate import Channels, activated, input_channels
 from tests import nets
 
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ghostify import GhostifyError, Policy, Rule, fit, ghostify, load, plan, report, rewrite, save, trace
 from ghostify.evaluate import outputs, relative_error
-from ghostify.reconstruct import reconstruct_blocks
+from ghostify.reconstructing.reconstruct import reconstruct_blocks
 from ghostify.report import Report
 from tests import nets
 
@@ -170,7 +170,7 @@ def test_batches_that_cannot_be_taken_apart_stay_whole():
 
 
 def test_a_step_too_wide_is_taken_back(monkeypatch):
-    monkeypatch.setattr("ghostify.reconstruct.RATE", 1e4)
+    monkeypatch.setattr("ghostify.reconstructing.reconstruct.RATE", 1e4)
     model, x = nets.settle(nets.Straight()), nets.images(16)
     plain, rebuilt = (ghostify(model, calibration=x, reconstruct=k) for k in (False, True))
     assert [b.steps for b in report(rebuilt).reconstruction.blocks] == [0]

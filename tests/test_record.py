@@ -1,7 +1,7 @@
 import torch
 
 from ghostify import trace
-from ghostify.record import looking, record
+from ghostify.tracing.record import looking, record
 from tests import nets
 
 

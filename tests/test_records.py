@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ghostify import GhostifyError
-from ghostify.records import METRICS, Progress, Records, metrics_of
+from ghostify.training.records import METRICS, Progress, Records, metrics_of
 
 
 class Accelerator:

@@ -4,7 +4,7 @@ import torch
 from rich.console import Console
 
 from ghostify import Rule, ghostify, plan, report, trace
-from ghostify.policy import Policy
+from ghostify.planning.policy import Policy
 from ghostify.report import Report, summarise, table
 from tests import nets
 

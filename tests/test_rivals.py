@@ -7,9 +7,9 @@ import rivals
 import torch
 from torch import nn
 
-from ghostify.cost import count_macs
-from ghostify.demo import ResidualNet
+from ghostify.command.demo import ResidualNet
 from ghostify.evaluate import outputs, relative_error
+from ghostify.planning.cost import count_macs
 from tests.nets import settle
 
 

@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-import ghostify.sensitivity as module
+import ghostify.fitting.sensitivity as module
 from ghostify import trace
-from ghostify.batches import batches_of
-from ghostify.sensitivity import metric_of, output_sensitivity
+from ghostify.fitting.batches import batches_of
+from ghostify.fitting.sensitivity import metric_of, output_sensitivity
 from tests import nets
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ghostify import GhostifyError
-from ghostify.shelf import Shelf, Stored, tidy
+from ghostify.fitting.shelf import Shelf, Stored, tidy
 
 
 @given(st.permutations(range(4)), st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool]))

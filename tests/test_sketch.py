@@ -4,11 +4,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ghostify.deploy import deploy
+from ghostify.budgeting.measure import _module
+from ghostify.deploying.deploy import deploy
+from ghostify.deploying.runtimes import runner
+from ghostify.deploying.sketch import sketch
 from ghostify.ghost import Layout
-from ghostify.measure import _module
-from ghostify.runtimes import runner
-from ghostify.sketch import sketch
 from tests import nets
 
 LAYOUTS = [None, Layout(80, 40, 1, 3), Layout(80, 70, 1, 5), Layout(80, 70, 70, 1), Layout(80, 20, 20, 1)]

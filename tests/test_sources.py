@@ -5,7 +5,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ghostify import GhostifyError
-from ghostify.sources import Source, parse_arguments, preprocessing, read_data
+from ghostify.data.sources import Source, parse_arguments, preprocessing, read_data
 from tests import nets
 
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from ghostify import GhostifyError, stopwatch
-from ghostify.deploy import deploy
-from ghostify.stopwatch import Stopwatch, ask, start, stop, store
+from ghostify import GhostifyError
+from ghostify.budgeting import stopwatch
+from ghostify.budgeting.stopwatch import Stopwatch, ask, start, stop, store
+from ghostify.deploying.deploy import deploy
 from tests import nets
 
 OTHERS = pytest.mark.parametrize("runtime", ["compile", "onnx", "openvino"])

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ghostify import GhostifyError, trace
-from ghostify.study import draw, pairs_of, study, table
+from ghostify.reporting.study import draw, pairs_of, study, table
 from tests import nets
 
 

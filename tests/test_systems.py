@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ghostify import systems
+from ghostify.fitting import systems
 
 
 def moments(size, rank, seed=0):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from ghostify.tracer import UntraceableError, graph_of
+from ghostify.tracing.tracer import UntraceableError, graph_of
 from tests import nets
 
 

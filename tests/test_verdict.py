@@ -4,7 +4,7 @@ from torch import nn
 
 from ghostify import GhostifyError, ghostify
 from ghostify.evaluate import outputs, relative_error
-from ghostify.verdict import judge
+from ghostify.reporting.verdict import judge
 from tests import nets
 
 

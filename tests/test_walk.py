@@ -3,8 +3,8 @@ import torch
 from torch import fx, nn
 
 from ghostify import trace
-from ghostify.batches import batches_of
-from ghostify.walk import Walk
+from ghostify.fitting.batches import batches_of
+from ghostify.fitting.walk import Walk
 from tests import nets
 
 

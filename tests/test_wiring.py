@@ -74,7 +74,7 @@ def test_the_last_branch_of_a_sum_makes_good_what_the_other_lacks(monkeypatch):
 
     model, x, test = nets.settle(Deep()), nets.images(64, 16), nets.images(32, 16, seed=5)
     good = ghostify(model, cheap="pointwise", calibration=x)
-    monkeypatch.setattr(sys.modules["ghostify.plan"], "partner_in_sum", lambda *_: None)
+    monkeypatch.setattr(sys.modules["ghostify.planning.plan"], "partner_in_sum", lambda *_: None)
     alone = ghostify(model, cheap="pointwise", calibration=x)
     wanted = outputs(model, [test])
     assert relative_error(outputs(good, [test]), wanted) < 0.95 * relative_error(outputs(alone, [test]), wanted)

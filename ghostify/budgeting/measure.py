@@ -1,0 +1,126 @@
+"""Milliseconds of single layers and whole models in their inference form: original and ghosts by turns, and kept."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ghostify.budgeting.stopwatch import Stopwatch
+from ghostify.deploying.deploy import deploy
+from ghostify.ghost import GhostModule, Layout, ghost_of
+from ghostify.storing.atomic import write_whole
+from ghostify.tracing.program import Convolution, Program
+from ghostify.tracing.trace import trace
+
+ROUNDS = 9
+Forms = Sequence[Layout | None]
+
+
+def cache_folder() -> Path:
+    """GHOSTIFY_CACHE, or ~/.cache/ghostify."""
+    return Path(os.environ.get("GHOSTIFY_CACHE", Path.home() / ".cache/ghostify"))
+
+
+def cache_file() -> Path:
+    """Where measurements are kept."""
+    return cache_folder() / "milliseconds.json"
+
+
+def layer_milliseconds(conv: nn.Conv2d, seen: Convolution, layouts: Forms, clock: Stopwatch) -> list[float]:
+    """Median milliseconds of all calls of a layer, norm and ReLU folded in, for each layout (None: as it is).
+
+    Measured on random images of the shapes of its calls; kept on disk by shapes, runtime and its version, threads,
+    and processor.
+    """
+    known = _read()
+    total = [0.0] * len(layouts)
+    for shape in [call.input_shape for call in seen.calls if call.input_shape is not None]:
+        keys = [_key(conv, shape, layout, clock) for layout in layouts]
+        missing = [k for k, key in enumerate(keys) if key not in known]
+        if missing:
+            base = _key(conv, shape, None, clock)
+            forms: list[Layout | None] = [layouts[k] for k in missing if layouts[k] is not None]
+            models = [_module(conv, shape, layout) for layout in [None, *forms]]
+            taken = clock.milliseconds(models, _images(conv, shape), ROUNDS)
+            known[base] = known.get(base, taken[0])
+            share = known[base] / taken[0]  # what was measured before was another mood of the machine
+            for layout, spent in zip(forms, taken[1:], strict=True):
+                known[_key(conv, shape, layout, clock)] = spent * share
+            _write(known)
+        total = [spent + known[key] for spent, key in zip(total, keys, strict=True)]
+    return total
+
+
+def model_milliseconds(program: Program, clock: Stopwatch) -> float:
+    """Median milliseconds of one forward of the example inputs, in the original's own inference form."""
+    return paired([program.module], program.example, clock)[0]
+
+
+def paired(models: Sequence[nn.Module], example: Any, clock: Stopwatch | None = None) -> list[float]:
+    """Median milliseconds of one forward of each model's inference form, by turns; in eager PyTorch by default."""
+    small = [deploy(m, example) for m in models]
+    return (clock or Stopwatch()).milliseconds(small, example)
+
+
+def _module(conv: nn.Conv2d, shape: tuple[int, ...], layout: Layout | None) -> nn.Module:
+    """A convolution of such attributes, norm and activation behind it, as `deploy` makes it."""
+    plain = copy.deepcopy(conv).float().cpu()
+    module = trace(nn.Sequential(plain, nn.BatchNorm2d(conv.out_channels), nn.ReLU()).eval()).module
+    if layout is not None:
+        module.set_submodule("0", _filled(ghost_of(plain, layout)))
+    return deploy(module, _images(conv, shape))
+
+
+def _filled(ghost: GhostModule) -> GhostModule:
+    for parameter in ghost.parameters():
+        nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.1)
+    return ghost
+
+
+def _images(conv: nn.Conv2d, shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape[0], conv.in_channels, *shape[2:], generator=torch.Generator().manual_seed(0))
+
+
+def _key(conv: nn.Conv2d, shape: tuple[int, ...], layout: Layout | None, clock: Stopwatch) -> str:
+    facts = (
+        type(conv).__name__, conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,
+        conv.dilation, tuple(shape), layout, torch.get_num_threads(), clock.version, processor(),
+    )  # fmt: skip
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
+
+
+@cache
+def processor() -> str:
+    """Its name, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
+def _read() -> dict[str, float]:
+    try:
+        found = json.loads(cache_file().read_text())
+    except (OSError, ValueError):
+        return {}
+    return {k: float(v) for k, v in found.items()} if isinstance(found, dict) else {}
+
+
+def _write(known: dict[str, float]) -> None:
+    file = cache_file()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps(known))
+    except OSError:
+        return  # nowhere to keep it: measured again next time

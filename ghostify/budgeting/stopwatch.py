@@ -1,0 +1,136 @@
+"""Milliseconds of inference forms in a runtime, by turns: PyTorch's here, others in a process of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ghostify import evaluate
+from ghostify.deploying.export import write
+from ghostify.deploying.runtimes import FORMAT_OF, FORMATS, channels_last, known_runtime, runner
+from ghostify.deploying.sketch import sketch
+from ghostify.errors import GhostifyError
+from ghostify.tracing.calls import as_arguments, tensors_of
+
+ROUNDS = 15
+INPUTS = "inputs.npz"
+
+
+class Stopwatch:
+    """A context in which inference forms are timed in one runtime, with the present number of threads.
+
+    "eager" runs in this process; "compile", "onnx" and "openvino" in one that lives as long as the context, so that
+    no runtime's threads disturb another's.
+    """
+
+    def __init__(self, runtime: str = "eager") -> None:
+        self.runtime, self.version = runtime, known_runtime(runtime)
+        self.process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Stopwatch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.process is not None:
+            stop(self.process)
+            self.process = None
+
+    def milliseconds(self, small: Sequence[nn.Module], example: Any, rounds: int = ROUNDS) -> list[float]:
+        """Median milliseconds of one forward of each inference form (see `deploy`), by turns."""
+        if self.runtime == "eager":
+            return evaluate.paired_milliseconds(small, channels_last(example), rounds=rounds)
+        with tempfile.TemporaryDirectory() as folder:
+            files = [store(m, self.runtime, example, Path(folder) / str(k)) for k, m in enumerate(small)]
+            if self.process is None:
+                self.process = start(self.runtime, torch.get_num_threads())
+            return [statistics.median(own) for own in ask(self.process, files, rounds)]
+
+
+def store(small: nn.Module, runtime: str, example: Any, folder: Path) -> Path:
+    """Write an inference form, and the example inputs beside it, for a process of `start`; returns the file."""
+    args, kwargs = as_arguments(example)
+    if kwargs:
+        raise GhostifyError(f"runtime {runtime!r} takes no keyword inputs: pass example_inputs as a tuple")
+    folder.mkdir(parents=True)
+    np.savez(folder / INPUTS, *[x.numpy() for x in tensors_of(args)])
+    format = FORMAT_OF[runtime]
+    drawn = folder / FORMATS["onnx"]
+    if format in ("onnx", "openvino") and sketch(small, args, drawn):
+        return drawn
+    return write(small, args, folder, format)
+
+
+def start(runtime: str, threads: int) -> subprocess.Popen[str]:
+    """A process that times stored inference forms in one runtime, on lines of standard input."""
+    command = [sys.executable, "-m", "ghostify.budgeting.stopwatch", runtime, str(threads)]
+    pipe, path = subprocess.PIPE, os.pathsep.join(p for p in sys.path if p)
+    surroundings = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, env=surroundings)
+
+
+def ask(process: subprocess.Popen[str], files: Sequence[Path], rounds: int) -> list[list[float]]:
+    """Milliseconds of every turn of each stored form; one that was asked for before stays open."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        process.stdin.write(json.dumps({"files": [str(f) for f in files], "rounds": rounds}) + "\n")
+        process.stdin.flush()
+        line = process.stdout.readline()
+    except OSError:
+        line = ""
+    answer: dict[str, Any] = json.loads(line) if line else {"error": f"its process ended ({process.wait()})"}
+    if "error" in answer:
+        raise GhostifyError(f"{files[0].name} cannot be timed: {answer['error']}")
+    times: list[list[float]] = answer["times"]
+    return times
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    """End such a process."""
+    process.kill()
+    process.communicate()
+
+
+def serve(runtime: str, threads: int, requests: Iterable[str]) -> None:
+    """Answer `ask` line by line."""
+    torch.set_num_threads(threads)
+    answers, sys.stdout = sys.stdout, sys.stderr
+    opened: dict[str, partial[Any]] = {}
+    for line in requests:
+        request = json.loads(line)
+        files = request["files"]
+        opened = {name: forward for name, forward in opened.items() if name in files}
+        try:
+            for name in files:
+                if name not in opened:
+                    opened[name] = _open(Path(name), runtime, threads, alone=len(files) == 1)
+            answer: dict[str, Any] = {"times": evaluate.by_turns([opened[name] for name in files], request["rounds"])}
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def _open(file: Path, runtime: str, threads: int, alone: bool) -> partial[Any]:
+    forward = runner(file, threads, runtime=runtime, alone=alone)
+    with np.load(file.with_name(INPUTS)) as found:
+        inputs = [torch.from_numpy(found[name]) for name in found.files]
+    return partial(forward, *(inputs if runtime in ("onnx", "openvino") else channels_last(inputs)))
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], int(sys.argv[2]), sys.stdin)

@@ -1,0 +1,1 @@
+"""The `ghostify` command and the demo."""

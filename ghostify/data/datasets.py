@@ -1,0 +1,70 @@
+"""Real images that are on the machine: nothing is fetched."""
+
+from __future__ import annotations
+
+import gzip
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ghostify.errors import GhostifyError
+
+FASHION_MNIST = (
+    Path("/usr/share/datasets/fashion-mnist"),
+    Path.home() / ".cache/torchvision/FashionMNIST/raw",
+    Path("data/FashionMNIST/raw"),
+)
+
+
+@dataclass(frozen=True)
+class Images:
+    """Labelled images, N x C x H x W float32 with zero mean and unit variance, split as their publishers split them."""
+
+    name: str
+    train: Tensor
+    train_labels: Tensor
+    test: Tensor
+    test_labels: Tensor
+    classes: int
+
+
+def fashion_mnist() -> Images | None:
+    """60,000 + 10,000 images of 1 x 28 x 28 from a copy on this machine, or None where there is none."""
+    folder = fashion_mnist_folder()
+    if folder is None:
+        return None
+    parts = [_idx(folder, stem) for stem in ("train-images", "train-labels", "t10k-images", "t10k-labels")]
+    train, train_labels, test, test_labels = parts
+    train, test = (x[:, None].float().div(255).sub(0.2860).div(0.3530) for x in (train, test))
+    return Images("Fashion-MNIST", train, train_labels.long(), test, test_labels.long(), 10)
+
+
+def fashion_mnist_folder() -> Path | None:
+    """Where a copy lies on this machine."""
+    return next((folder for folder in FASHION_MNIST if any(folder.glob("train-images*"))), None)
+
+
+def digits() -> Images:
+    """scikit-learn's 1,797 scanned digits of 1 x 8 x 8: every fifth image is the test set."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise GhostifyError(
+            "no images for the demo: install scikit-learn (pip install 'ghostify[demo]') "
+            "or Debian's dataset-fashion-mnist"
+        ) from error
+    data = load_digits()
+    images = torch.from_numpy(data.images).float()[:, None].div(16)
+    images = (images - images.mean()) / images.std()
+    labels = torch.from_numpy(data.target).long()
+    test = torch.arange(len(images)) % 5 == 0
+    return Images("scikit-learn digits", images[~test], labels[~test], images[test], labels[test], 10)
+
+
+def _idx(folder: Path, stem: str) -> Tensor:
+    path = next(p for p in sorted(folder.glob(f"{stem}*")) if p.is_file())
+    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    dims = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(raw[3])]
+    return torch.frombuffer(bytearray(raw[4 + 4 * len(dims) :]), dtype=torch.uint8).reshape(dims)

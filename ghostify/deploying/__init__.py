@@ -1,0 +1,1 @@
+"""The inference form, its files, and the runtimes that run them."""

@@ -1,0 +1,101 @@
+"""The inference form of a model: plain convolutions, norms folded, channel orders taken up, channels last."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ghostify.deploying.carry import Orders, record_shapes
+from ghostify.deploying.fold import can_be_dense, fold, freeze
+from ghostify.errors import GhostifyError
+from ghostify.fitting.arriving import calls_of
+from ghostify.tracing.calls import Inputs, example_of, run, run_example, tensors_of
+from ghostify.tracing.modes import evaluating
+from ghostify.tracing.trace import trace
+
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4}
+ROUGH = 0.1
+SMALL = 64
+WIDE = 512
+
+
+def deploy(model: nn.Module, example_inputs: Any) -> nn.Module:
+    """A copy of a converted model, or of any that traces, for inference only.
+
+    Norms are folded into convolutions, ghost modules become two convolutions and a concatenation, or one more dense
+    convolution where that saves a gather; the orders in which ghosts come are taken up by whoever reads them; weights
+    are laid out N x H x W x C. `example_inputs` is what one forward takes; the result runs at other sizes as well.
+    Answers are those of the model in evaluation mode, but for rounding: checked on `example_inputs` to 1e-4 of their
+    largest value. Raises `GhostifyError` where it does not run, or is not equal.
+    """
+    with evaluating(model):
+        wanted = tensors_of(run_example(model, example_of(model, example_inputs)))
+    made = _graphs(model, example_inputs)
+    notes = copy.copy(model.__dict__.get("meta", {}))
+    with evaluating(made):
+        parts = [p for p, m in made.named_modules() if isinstance(m, fx.GraphModule)]
+        for path in reversed(parts):
+            inputs = _arriving(made, path, example_inputs)
+            if inputs is not None:
+                _deploy_part(made.get_submodule(path), inputs)  # type: ignore[arg-type]
+    made = made.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    made.__dict__["meta"] = notes
+    _check(wanted, made, example_inputs)
+    return made
+
+
+def _graphs(model: nn.Module, example: Any) -> nn.Module:
+    if any(isinstance(m, fx.GraphModule) for m in model.modules()):
+        return copy.deepcopy(model)
+    return trace(model, example).module
+
+
+def _deploy_part(part: fx.GraphModule, inputs: Inputs) -> None:
+    dense = _to_be_dense(part, inputs)
+    _plain(part, dense, inputs).apply()
+
+
+def _plain(part: fx.GraphModule, dense: set[str], inputs: Inputs) -> Orders:
+    freeze(part)
+    fold(part, dense)
+    part.recompile()
+    record_shapes(part, *inputs)
+    return Orders(part)
+
+
+def _to_be_dense(part: fx.GraphModule, inputs: Inputs) -> set[str]:
+    """Ghost modules of few intrinsic maps, and those whose order would have to be gathered: one more dense convolution
+    costs less than the copying does."""
+    able: dict[str, Any] = {path: m.primary_conv.out_channels for path, m in part.named_modules() if can_be_dense(m)}
+    if not able:
+        return set()
+    small = {path for path, count in able.items() if count <= SMALL}
+    trial = _plain(copy.deepcopy(part), small, inputs)
+    gathered = {str(w.args[0][0].target) for w in trial.gathers()}  # type: ignore[index, union-attr]
+    return small | {p for p, count in able.items() if count <= WIDE and any(g.startswith(f"{p}.") for g in gathered)}
+
+
+def _arriving(made: nn.Module, path: str, example: Any) -> Inputs | None:
+    """What the part at `path` gets when the example inputs run: None if nothing."""
+    if not path and isinstance(made, fx.GraphModule):
+        return example_of(made, example)
+    seen = calls_of(made.get_submodule(path), made, path, example_of(made, example))  # type: ignore[arg-type]
+    return seen[0] if seen else None
+
+
+def _check(answers: list[Tensor], made: nn.Module, example: Any) -> None:
+    with evaluating(made):
+        again = tensors_of(run(made, example_of(made, example)))
+    for wanted, found in zip(answers, again, strict=True):
+        if wanted.shape != found.shape or not wanted.is_floating_point() or not wanted.numel():
+            continue
+        difference = (wanted.double() - found.double()).abs().max().item()
+        largest = wanted.double().abs().max().item()
+        if difference > TOLERANCE.get(wanted.dtype, ROUGH) * max(largest, 1e-30):
+            raise GhostifyError(
+                f"the inference form is {difference:.2g} off answers that reach {largest:.2g}: keep the model "
+                f"as it is, and report this"
+            )

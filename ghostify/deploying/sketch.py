@@ -1,0 +1,100 @@
+"""Inference forms of a few layers as ONNX files, node by node: thousands of candidates are too many for an exporter."""
+
+from __future__ import annotations
+
+import importlib
+import operator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ghostify.tracing.program import called
+
+OPSET = 18
+
+
+def sketch(small: nn.Module, example: tuple[Any, ...], file: Path) -> bool:
+    """Write an inference form of plain convolutions, ReLU, concatenation and the like as an ONNX file.
+
+    Returns False, and writes nothing, for whatever has other nodes in it. Sizes are those of `example`.
+    """
+    if not isinstance(small, fx.GraphModule) or not all(isinstance(x, Tensor) and x.dim() == 4 for x in example):
+        return False
+    onnx = importlib.import_module("onnx")
+    drawing = _Drawing(small, onnx)
+    if not all(drawing.draw(node) for node in small.graph.nodes):
+        return False
+    float32, helper = onnx.TensorProto.FLOAT, onnx.helper
+    inputs = [
+        helper.make_tensor_value_info(name, float32, list(x.shape))
+        for name, x in zip(drawing.inputs, example, strict=True)
+    ]
+    with torch.no_grad():
+        shape = list(small(*example).shape)
+    outputs = [helper.make_tensor_value_info(drawing.output, float32, shape)]
+    graph = helper.make_graph(drawing.nodes, "layer", inputs, outputs, drawing.constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10), file)
+    return True
+
+
+class _Drawing:
+    """ONNX nodes and constants of a graph, drawn one by one under the graph's own names."""
+
+    def __init__(self, module: fx.GraphModule, onnx: Any) -> None:
+        self.module, self.onnx = module, onnx
+        self.nodes: list[Any] = []
+        self.constants: list[Any] = []
+        self.inputs: list[str] = []
+        self.output = ""
+
+    def draw(self, node: fx.Node) -> bool:
+        """Whether the node could be drawn."""
+        if node.op == "placeholder":
+            self.inputs.append(node.name)
+        elif node.op == "output":
+            if not isinstance(node.args[0], fx.Node):
+                return False
+            self.output = node.args[0].name
+        elif node.op == "call_module":
+            return self._module(node, called(self.module, node))
+        elif node.op == "get_attr":
+            self._constant(node.name, operator.attrgetter(str(node.target))(self.module))
+        else:
+            return self._function(node)
+        return True
+
+    def _module(self, node: fx.Node, inner: nn.Module) -> bool:
+        source = [n.name for n in node.all_input_nodes]
+        if type(inner) is nn.ReLU:
+            return self._add(node, "Relu", source)
+        if type(inner) is not nn.Conv2d or inner.padding_mode != "zeros" or isinstance(inner.padding, str):
+            return False
+        given = [*source, self._constant(f"{node.name}_weight", inner.weight)]
+        if inner.bias is not None:
+            given.append(self._constant(f"{node.name}_bias", inner.bias))
+        shape: dict[str, Any] = {"strides": inner.stride, "dilations": inner.dilation, "group": inner.groups}
+        return self._add(node, "Conv", given, pads=[*inner.padding, *inner.padding], **shape)
+
+    def _function(self, node: fx.Node) -> bool:
+        args: tuple[Any, ...] = node.args
+        if node.kwargs:
+            return False
+        if node.target is torch.cat and len(args) == 2 and args[1] == 1:
+            return self._add(node, "Concat", [n.name for n in args[0]], axis=1)
+        if node.target is torch.narrow and args[1] == 1:
+            bounds = {"start": args[2], "end": args[2] + args[3], "axis": 1}
+            names = [self._constant(f"{node.name}_{k}", torch.tensor([v])) for k, v in bounds.items()]
+            return self._add(node, "Slice", [args[0].name, *names])
+        if node.target in (operator.add, torch.add) and all(isinstance(a, fx.Node) for a in args):
+            return self._add(node, "Add", [a.name for a in args])
+        return False
+
+    def _add(self, node: fx.Node, kind: str, inputs: list[str], **attributes: Any) -> bool:
+        self.nodes.append(self.onnx.helper.make_node(kind, inputs, [node.name], name=node.name, **attributes))
+        return True
+
+    def _constant(self, name: str, value: Tensor) -> str:
+        self.constants.append(self.onnx.numpy_helper.from_array(value.detach().contiguous().numpy(), name))
+        return name

@@ -1,0 +1,1 @@
+"""Moments, least squares, and the walk that feeds them layer by layer."""

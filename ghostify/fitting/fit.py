@@ -1,0 +1,176 @@
+"""Weights for a plan's ghost modules: from the filters alone, or layer by layer on calibration images."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ghostify.fitting import lstsq, sight
+from ghostify.fitting.arriving import arriving
+from ghostify.fitting.assign import choose_groups
+from ghostify.fitting.batches import Batches
+from ghostify.fitting.clock import Clock
+from ghostify.fitting.datafree import statistics_of
+from ghostify.fitting.layer import Layer, channel_weights, emit, has_many_maps
+from ghostify.fitting.sensitivity import Calibration, Sensitivity, calibrate
+from ghostify.fitting.walk import Walk
+from ghostify.ghost import GhostWeights
+from ghostify.planning.plan import Plan, Rewrite
+from ghostify.rewrite import put_ghost, rewrite_part
+from ghostify.tracing.program import Program, part_of
+from ghostify.tracing.propagate import Channels, input_channels
+
+PARTED = 1.5
+NOTABLE = 0.02
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Fits:
+    """Weights by convolution name; how many images they were fitted to (0: data-free), and the seconds of each part."""
+
+    weights: dict[str, GhostWeights]
+    images: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def fit(
+    program: Program,
+    plan: Plan,
+    calibration: Iterable[Any] | Calibration | None = None,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Fits:
+    """Fit every rewrite of `plan`: data-free without `calibration`, else to the original's outputs on its batches.
+
+    `calibration` yields what `trace` takes as example inputs; further elements of a tuple, such as labels, are left
+    out. In a `torch.distributed` process group every process passes the whole set, works on its share, and gets the
+    same weights. Raises `GhostifyError` for an empty calibration, or one with values that are not finite; warns where
+    the error on images held out is much above that on the others.
+    """
+    fitting = _Fitting(program, plan, seed, progress)
+    if calibration is None:
+        with fitting.clock("solving"):
+            weights = {e.conv.name: fitting.data_free(e) for e in plan.rewrites}
+        return Fits(weights, 0, fitting.clock.seconds)
+    calibration = calibrate(program, calibration, seed)
+    fitting.clock.seconds["sensitivity"] = calibration.seconds
+    with torch.no_grad():
+        fitting.all_parts(calibration)
+    _warn_if_parted(fitting.weights, calibration.batches)
+    return Fits(fitting.weights, calibration.batches.images, fitting.clock.seconds)
+
+
+class _Fitting:
+    """The fits of a plan as they come, and the time they take."""
+
+    def __init__(self, program: Program, plan: Plan, seed: int, progress: Progress | None) -> None:
+        self.program, self.plan, self.seed = program, plan, seed
+        self.progress: Progress = progress or (lambda *_: None)
+        self.clock = Clock()
+        self.weights: dict[str, GhostWeights] = {}
+        self.known = cache(lambda path: input_channels(program.parts[path]))
+
+    def data_free(self, entry: Rewrite) -> GhostWeights:
+        """The fit of one layer without images."""
+        part = self.program.parts[entry.conv.part]
+        norm = None if entry.norm is None else part.get_submodule(entry.norm)
+        inputs = self.known(entry.conv.part).get(entry.conv.calls[0].node)
+        return data_free(self.program.conv(entry.conv.name), entry, norm, inputs)
+
+    def all_parts(self, calibration: Calibration) -> None:
+        """One part after another, inner ones first; each sees what the parts before it have become."""
+        rewritten = [p for p in self.program.parts if any(e.conv.part == p for e in self.plan.rewrites)]
+        converted = self.program.module if rewritten == [""] else copy.deepcopy(self.program.module)
+        for path in rewritten:
+            batches: Batches | None = calibration.batches
+            if path:
+                with self.clock("forward"):
+                    batches = arriving(self.program, converted, path, calibration.batches)
+            if batches is None:
+                self._unseen(path)
+            else:
+                self._part(path, part_of(converted, path), batches, calibration.felt)
+            if path != rewritten[-1]:
+                rewrite_part(converted, path, self.plan, self.weights)
+        self.progress(len(self.weights), len(self.plan.rewrites), "")
+
+    def _part(self, path: str, converted: fx.GraphModule, batches: Batches, felt: Sensitivity) -> None:
+        """The layers of one part, one after another, on the way through it in both models."""
+        part, clock = self.program.parts[path], self.clock
+        entries = {call.node: e for e in self.plan.rewrites if e.conv.part == path for call in e.conv.calls}
+        walk = Walk(part, batches.own, set(entries), self._changed(path), converted=converted)
+        layers: dict[str, Layer] = {}
+        for node, coming in clock.each("forward", walk.steps()):
+            entry = entries[node.name]
+            name = entry.conv.name
+            self.progress(len(self.weights), len(self.plan.rewrites), name)
+            if name not in layers:
+                layers[name] = Layer(walk, entry, felt.get(name), batches.images, self.seed)
+            for chunk in clock.each("forward", coming):
+                with clock("moments"):
+                    layers[name].look(node, chunk)
+            self.weights[name] = layers[name].fit(clock, partial(self.data_free, entry))
+            put_ghost(walk.converted, entry, self.weights[name])
+            if node.name == entry.conv.calls[-1].node:
+                del layers[name]
+
+    def _unseen(self, path: str) -> None:
+        """A part that no calibration image reaches is fitted without images, and named."""
+        warnings.warn(f"no calibration image reaches {path}: it is fitted without images", stacklevel=4)
+        self.weights |= {e.conv.name: self.data_free(e) for e in self.plan.rewrites if e.conv.part == path}
+
+    def _changed(self, path: str) -> set[str]:
+        """Nodes of a part whose modules a fit changes, or hold parts that are rewritten already."""
+        norms = {e.norm for e in self.plan.rewrites if e.conv.part == path}
+        inner = [p.removeprefix(f"{path}.") for p in {e.conv.part for e in self.plan.rewrites} if p != path]
+        return {
+            n.name
+            for n in self.program.parts[path].graph.nodes
+            if n.op == "call_module" and (n.target in norms or any(f"{p}.".startswith(f"{n.target}.") for p in inner))
+        }
+
+
+def data_free(conv: nn.Conv2d, entry: Rewrite, norm: Any, inputs: Channels | None) -> GhostWeights:
+    """Ghost weights from the convolution's filters and the statistics of the BatchNorm behind it, without images."""
+    layout = entry.layout
+    apart = has_many_maps(layout)
+    stats: Any = statistics_of(conv, norm, layout.dw_size, inputs=inputs, map_by_map=apart)
+    weights = channel_weights(norm, conv.out_channels)
+    if apart:
+        stats = stats.linked(choose_groups(stats.costs(weights), layout), sight.filters_of(conv))
+    solution = lstsq.solve(stats, layout, torch.diag(weights))
+    emitted = emit(conv, entry, stats, solution)
+    if conv.bias is None:
+        return emitted
+    bias, m = conv.bias.detach().double().cpu()[emitted.channels], layout.intrinsic
+    seen = torch.einsum("jwd,jw->j", solution.kernels, bias[solution.groups.sources])
+    return replace(emitted, primary_bias=bias[:m], cheap_bias=bias[m:] - seen)
+
+
+def _warn_if_parted(weights: dict[str, GhostWeights], batches: Batches) -> None:
+    """Say where the fit does not carry over to images it has not seen."""
+    parted = [name for name, w in weights.items() if is_parted(w)]
+    if parted:
+        warnings.warn(
+            f"calibration is thin: on held-out images the error of {len(parted)} of {len(weights)} layers (the first: "
+            f"{parted[0]}) is more than {PARTED:g} times that on the {batches.images} images: use more, or more varied",
+            stacklevel=3,
+        )
+
+
+def is_parted(weights: GhostWeights) -> bool:
+    """Whether the error on held-out images is notable and much above that on the others."""
+    if weights.held_out is None or weights.error is None:
+        return False
+    seen, unseen = weights.error.mean().item(), weights.held_out.mean().item()
+    return unseen > PARTED * seen and unseen > NOTABLE

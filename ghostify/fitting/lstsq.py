@@ -1,0 +1,282 @@
+"""Moments -> weights: dense prediction, kernels, joint refit; tensor maths only, no modules, no graphs.
+
+Notation of docs/explanation/fitting.md: a layer's outputs y (n channels) are predicted from a basis v (b maps) seen at
+the D = d x d places of the cheap kernel. Intrinsic map i is a_i' v at the centre; ghost j is the sum over its w
+intrinsic maps of their values at the D places times K_j, plus a constant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+from scipy.linalg import qr
+from torch import Tensor
+
+from ghostify.fitting.assign import Groups, choose_groups
+from ghostify.fitting.moments import Moments, Pair
+from ghostify.fitting.pairs import Links, costs_of, in_order
+from ghostify.fitting.systems import damping_for, root_of, solve_damped, solve_ridge
+from ghostify.ghost import Layout
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+UNJUDGED = 0.1
+AMPLE = 16
+JUDGED = 64
+JOINT_STEPS = 10
+JOINT_STOP = 1e-2
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Second moments of a basis of maps at the places of the cheap kernel, and with the layer's outputs.
+
+    `gram` is D x b x D x b and `cross` D x b x n, centred unless the outputs may take no constant; `var`, `mean_v`
+    (D x b) and `mean_y` likewise. `basis` (b x c k^2) holds the filters that make the basis maps, `start` (n x b) the
+    dense prediction of the outputs in it. `rows` were seen; few of them make the solutions
+    more cautious. With `constant`, the last basis map is 1 inside the image, 0 in the padding.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    var: Tensor
+    mean_v: Tensor
+    mean_y: Tensor
+    basis: Tensor
+    start: Tensor
+    rows: float = float("inf")
+    constant: bool = False
+
+    @property
+    def centre(self) -> int:
+        return self.gram.shape[0] // 2
+
+
+def statistics(
+    moments: Moments, places: int, basis: Tensor, start: Tensor, constant: bool, free_mean: bool
+) -> Statistics:
+    """Statistics from the moments of a basis at `places` places (features ordered place by place) and the outputs."""
+    gram, cross, var = moments.centred() if free_mean else moments.raw()
+    size, free = len(gram) // places, float(free_mean)
+    return Statistics(
+        gram=gram.reshape(places, size, places, size),
+        cross=cross.reshape(places, size, -1),
+        var=var,
+        mean_v=free * moments.mean_u.reshape(places, size),
+        mean_y=free * moments.mean_y,
+        basis=basis,
+        start=start,
+        rows=float(moments.count),
+        constant=constant,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """Coordinates of the intrinsic maps in the basis (m x b), kernels (ghosts x w x D), and the groups they serve."""
+
+    groups: Groups
+    intrinsic: Tensor
+    kernels: Tensor
+
+
+def dense_prediction(moments: Pair, prior: Tensor, weights: Tensor, *, free_mean: bool) -> Tensor:
+    """The filters (c k^2 x n) that best predict the outputs from the layer's present inputs.
+
+    The ridge pulls towards the original filters `prior`; it is chosen on `held_out` (by `weights`, n), then all rows
+    are used. Without held-out rows it is `UNJUDGED`. With `free_mean` a constant per output is free.
+    """
+
+    def parts(moments: Moments) -> tuple[Tensor, Tensor, Tensor]:
+        return moments.centred() if free_mean else moments.raw()
+
+    ridge = UNJUDGED
+    if moments.held_out.count:
+        start = RIDGES[2] if moments.fitted.count > AMPLE * len(prior) else RIDGES[3]
+        ridge = best_ridge(parts(moments.fitted), parts(moments.held_out), prior, weights, start)
+    uu, uy, _ = parts(moments.both)
+    return solve_ridge(uu, uy, prior, ridge)
+
+
+def best_ridge(
+    fit: tuple[Tensor, ...], held_out: tuple[Tensor, ...], prior: Tensor, weights: Tensor, start: float
+) -> float:
+    """Of `RIDGES` the one that does best on `held_out`, judged by some outputs, going downhill from `start`."""
+    some = torch.arange(0, prior.shape[1], -(-prior.shape[1] // JUDGED))
+    dtype = torch.float32 if len(prior) > JUDGED else prior.dtype
+    uu, uy, prior = fit[0].to(dtype), fit[1][:, some].to(dtype), prior[:, some].to(dtype)
+    test_uu, test_uy, weights = held_out[0].to(dtype), held_out[1][:, some].to(dtype), weights[some].to(dtype)
+
+    @cache
+    def loss(k: int) -> float:
+        if not 0 <= k < len(RIDGES):
+            return float("inf")
+        filters = solve_ridge(uu, uy, prior, RIDGES[k])
+        gain = 2 * (filters * test_uy).sum(0) - (filters * (test_uu @ filters)).sum(0)
+        return -(weights * gain).sum().item()
+
+    k = RIDGES.index(start)
+    step = 1 if loss(k + 1) < loss(k) else -1
+    while loss(k + step) < loss(k):
+        k += step
+    return RIDGES[k]
+
+
+def solve(stats: Statistics | Links, layout: Layout, metric: Tensor) -> Solution:
+    """The ghost layer of `layout` that predicts the outputs with the least error e' M e by the `metric` M (n x n).
+
+    Grouping by pair errors, kernels by the normal equations; for w = 1 then the joint refit by alternating half-steps,
+    for wider ghosts with one-pixel kernels the optimum in closed form (reduced rank within each group), which alone
+    knows how errors of different channels count together: the rest goes by M's diagonal. `Links` stand for w = 1 with
+    groups that are chosen already, and without a joint refit.
+    """
+    if isinstance(stats, Links):
+        own = torch.eye(len(stats.auto), dtype=torch.float64)
+        start = own if stats.bias is None else torch.cat((own, stats.bias[:, None]), 1)
+        return Solution(stats.groups, start, stats.kernels())
+    weights = metric.diagonal()
+    groups = choose_groups(pair_costs(stats, weights), layout)
+    if layout.width == 1:
+        return _alternate(stats, _with_kernels(stats, groups, stats.start[groups.intrinsic.flatten()]), weights)
+    groups, coordinates = _reduced_rank(stats, groups, metric)
+    return _with_kernels(stats, groups, coordinates)
+
+
+def errors(stats: Statistics | Links, solution: Solution) -> Tensor:
+    """Squared error of every output channel (n), less a free constant each if the statistics are centred."""
+    if isinstance(stats, Links):
+        return stats.errors(solution.kernels)
+    groups, centre, m = solution.groups, stats.centre, len(solution.intrinsic)
+    own, ghosts = groups.channels[:m], groups.channels[m:]
+    kept = _loss(solution.intrinsic, stats.gram[centre, :, centre], stats.cross[centre][:, own], stats.var[own])
+    size = stats.gram.shape[0] * stats.gram.shape[1]
+    gram, cross = stats.gram.reshape(size, size), stats.cross.reshape(size, -1)[:, ghosts]
+    made = _loss(_ghost_maps(solution).flatten(1), gram, cross, stats.var[ghosts])
+    return in_order(torch.cat((kept, made)), groups).clamp_min(0)
+
+
+def _loss(coordinates: Tensor, gram: Tensor, cross: Tensor, var: Tensor) -> Tensor:
+    """Squared errors of predictions with these coordinates (k x b), given moments of the basis and the targets."""
+    return var - 2 * (coordinates * cross.T).sum(1) + ((coordinates @ gram) * coordinates).sum(1)
+
+
+def constants(stats: Statistics | Links, solution: Solution) -> Tensor:
+    """What each output channel (n, original order) lacks in the mean."""
+    if isinstance(stats, Links):
+        return stats.constants(solution.kernels)
+    own = (solution.intrinsic * stats.mean_v[stats.centre]).sum(1)
+    means = torch.cat((own, (_ghost_maps(solution) * stats.mean_v).sum((1, 2))))
+    return stats.mean_y - in_order(means, solution.groups)
+
+
+def _ghost_maps(solution: Solution) -> Tensor:
+    """Every ghost as coefficients over places and basis (ghosts x D x b)."""
+    return torch.einsum("jwd,jwb->jdb", solution.kernels, solution.intrinsic[solution.groups.sources])
+
+
+def pair_costs(stats: Statistics, weights: Tensor) -> Tensor:
+    """Weighted error of predicting output j by the best kernel on the dense prediction of output i, for all pairs."""
+    start = stats.start
+    half = torch.einsum("ib,dbec->idec", start, stats.gram)
+    gram = torch.einsum("idec,ic->ide", half, start)
+    cross = torch.einsum("ib,dbj->idj", start, stats.cross)
+    return costs_of(gram, cross, stats.var, stats.rows) * weights
+
+
+def _with_kernels(stats: Statistics, groups: Groups, coordinates: Tensor) -> Solution:
+    """The kernels that fit the ghosts best, given the intrinsic maps (normal equations of w D unknowns a group)."""
+    count, width = groups.intrinsic.shape
+    places = stats.gram.shape[0]
+    grouped = coordinates.reshape(count, width, -1)
+    kernels = torch.empty(len(groups.sources), width, places, dtype=coordinates.dtype)
+    step = max(1, 2**26 // (width * places * places * stats.gram.shape[1]))
+    owner = groups.sources[:, 0] // width
+    for start in range(0, count, step):
+        a = grouped[start : start + step]
+        half = torch.einsum("gwb,dbec->gwdec", a, stats.gram)
+        gram = torch.einsum("gwdec,gvc->gwdve", half, a).reshape(len(a), width * places, width * places)
+        damping = damping_for(gram, stats.rows)
+        mine = ((owner >= start) & (owner < start + len(a))).nonzero().flatten()
+        if not len(mine):
+            continue
+        targets = stats.cross[:, :, groups.ghosts[mine]]
+        right = torch.einsum("jwb,dbj->jwd", a[owner[mine] - start], targets).reshape(len(mine), -1, 1)
+        solved = solve_damped(gram[owner[mine] - start], right, damping[owner[mine] - start])
+        kernels[mine] = solved.reshape(len(mine), width, places)
+    return Solution(groups, coordinates, kernels)
+
+
+def _alternate(stats: Statistics, solution: Solution, weights: Tensor) -> Solution:
+    """Joint refit for w = 1: intrinsic coordinates and kernels by turns, each in closed form, while the error falls."""
+    best, least = solution, (weights * errors(stats, solution)).sum()
+    for _ in range(JOINT_STEPS):
+        solution = _with_kernels(stats, solution.groups, _with_coordinates(stats, best, weights))
+        error = (weights * errors(stats, solution)).sum()
+        if error >= least:
+            break
+        best, fell, least = solution, (least - error) / least.clamp_min(1e-30), error
+        if fell < JOINT_STOP:
+            break
+    return best
+
+
+def _with_coordinates(stats: Statistics, solution: Solution, weights: Tensor) -> Tensor:
+    """The intrinsic maps that serve themselves and their ghosts best, given the kernels (w = 1): m linear systems."""
+    groups, (places, size) = solution.groups, stats.gram.shape[:2]
+    mine = groups.intrinsic.flatten()
+    owner = groups.sources[:, 0]
+    kernels, ghost_weights = solution.kernels[:, 0], weights[groups.ghosts]
+    own_gram, own_cross = _own_terms(stats)
+    pairs = torch.zeros(len(mine), places * places, dtype=weights.dtype)
+    pairs.index_add_(0, owner, ghost_weights[:, None] * torch.einsum("jd,je->jde", kernels, kernels).flatten(1))
+    right = weights[mine, None] * own_cross[:, mine].T
+    pull = torch.einsum("jd,dbj->jb", kernels, stats.cross[:, :, groups.ghosts])
+    right = right.index_add(0, owner, ghost_weights[:, None] * pull)
+    by_place = stats.gram.permute(0, 2, 1, 3).reshape(places * places, size * size)
+    result = torch.empty_like(solution.intrinsic)
+    step = max(1, 2**25 // size**2)
+    for a in range(0, len(mine), step):
+        b = min(a + step, len(mine))
+        systems = (pairs[a:b] @ by_place).reshape(-1, size, size) + weights[mine[a:b], None, None] * own_gram
+        damping = 10 * damping_for(systems, stats.rows)
+        residual = right[a:b] - torch.einsum("ibc,ic->ib", systems, solution.intrinsic[a:b])
+        result[a:b] = solution.intrinsic[a:b] + solve_damped(systems, residual[..., None], damping)[..., 0]
+    return result
+
+
+def _own_terms(stats: Statistics) -> tuple[Tensor, Tensor]:
+    """Moments of an intrinsic map with its own target: where the bias is among the unknowns, the mean counts too."""
+    gram, cross = stats.gram[stats.centre, :, stats.centre], stats.cross[stats.centre]
+    if not stats.constant:
+        return gram, cross
+    mean = stats.mean_v[stats.centre]
+    return gram + torch.outer(mean, mean), cross + torch.outer(mean, stats.mean_y)
+
+
+def _reduced_rank(stats: Statistics, groups: Groups, metric: Tensor) -> tuple[Groups, Tensor]:
+    """Within each group the w maps that serve all its outputs best (leading eigenvectors), as w of the outputs.
+
+    Reduced-rank regression of L' y, with M = L L'. Any rank-w prediction A B with an invertible w x w block of A equals
+    one whose w rows there are the identity, so that concatenation loses nothing against low rank. Pivoted QR finds a
+    well-conditioned block.
+    """
+    centre = stats.centre
+    gram = stats.gram[centre, :, centre]
+    width = groups.intrinsic.shape[1]
+    intrinsic, sources, ghosts, coordinates = [], [], [], []
+    for g, members in enumerate(groups.members()):
+        factor = root_of(metric[members][:, members])
+        prediction = factor.T @ stats.start[members]
+        moment = prediction @ gram @ prediction.T
+        vectors = torch.linalg.eigh((moment + moment.T) / 2).eigenvectors[:, -width:]
+        loadings = torch.linalg.solve_triangular(factor.T, vectors, upper=True)
+        rows = torch.from_numpy(qr(loadings.T.numpy(), mode="r", pivoting=True)[1][:width].copy()).long()
+        coordinates.append(loadings[rows] @ (vectors.T @ prediction))
+        others = torch.ones(len(members), dtype=torch.bool)
+        others[rows] = False
+        intrinsic.append(members[rows])
+        ghosts.append(members[others])
+        sources.append(torch.arange(g * width, (g + 1) * width).expand(int(others.sum()), width))
+    chosen = replace(groups, intrinsic=torch.stack(intrinsic), ghosts=torch.cat(ghosts), sources=torch.cat(sources))
+    return chosen, torch.cat(coordinates)

@@ -1,0 +1,1 @@
+"""What is wished, and what becomes of every convolution."""

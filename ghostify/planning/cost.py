@@ -1,0 +1,50 @@
+"""What things cost: multiply-accumulates (one multiply-add is one MAC) and parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ghostify.ghost import Layout
+from ghostify.tracing.calls import as_arguments
+from ghostify.tracing.modes import evaluating
+from ghostify.tracing.program import Call, Convolution
+
+
+def positions(calls: Iterable[Call]) -> int | None:
+    """Output positions over all images of all calls, or None where no shapes are known."""
+    total = 0
+    for call in calls:
+        if call.places is None:
+            return None
+        total += call.places
+    return total
+
+
+def dense_macs(conv: Convolution) -> int:
+    """MACs of the convolution for one output position."""
+    return conv.outputs * conv.taps
+
+
+def ghost_macs(conv: Convolution, layout: Layout) -> int:
+    """MACs of its ghost module for one output position: m c k^2 + (n - m) w d^2 (Han et al., 2020, section 3.1)."""
+    return layout.intrinsic * conv.taps + layout.macs_per_position
+
+
+def parameters(module: nn.Module) -> int:
+    """Parameters, each counted once."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def count_macs(model: nn.Module, example_inputs: Any) -> int:
+    """MACs of one forward in evaluation mode, by torch's own flop counter; the mode is put back.
+
+    Convolutions, linear layers, matrix products and attention count; element-wise work does not.
+    """
+    args, kwargs = as_arguments(example_inputs)
+    with evaluating(model), FlopCounterMode(display=False) as counter:
+        model(*args, **kwargs)
+    return counter.get_total_flops() // 2

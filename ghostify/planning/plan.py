@@ -1,0 +1,164 @@
+"""What will be done: every convolution exactly once, rewritten or skipped with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ghostify.errors import GhostifyError
+from ghostify.ghost import Layout, feasible_width, intrinsic_maps
+from ghostify.planning import cost
+from ghostify.planning.order import Absorption, absorption
+from ghostify.planning.policy import Policy, Rule
+from ghostify.tracing.program import Convolution, Program
+from ghostify.tracing.wiring import Wiring, activation_after, norm_after, partner_in_sum
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """A convolution that becomes a ghost module.
+
+    Names of modules and nodes are those within the convolution's part. `norm` names the BatchNorm behind it whose
+    statistics take up constant shifts; `partner` the node that its output is added to; `activation` the node that
+    activates its maps, where ghosts may read them so; `absorb` says who takes up the order of its channels, None where
+    a gather remains. MACs are for one output position.
+    """
+
+    conv: Convolution
+    layout: Layout
+    norm: str | None
+    partner: str | None
+    activation: str | None
+    absorb: Absorption | None
+    macs_before: int
+    macs_after: int
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A convolution that stays as it is, and why."""
+
+    conv: Convolution
+    reason: str
+
+
+@dataclass(frozen=True)
+class Target:
+    """A convolution that may be rewritten, and the rule that speaks of it."""
+
+    conv: Convolution
+    rule: Rule
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every convolution of the program once, in order of first use. `macs_*` are whole-model totals where known."""
+
+    entries: tuple[Rewrite | Skip, ...]
+    macs_before: int | None = None
+    macs_after: int | None = None
+
+    @property
+    def rewrites(self) -> tuple[Rewrite, ...]:
+        return tuple(e for e in self.entries if isinstance(e, Rewrite))
+
+    @property
+    def skips(self) -> tuple[Skip, ...]:
+        return tuple(e for e in self.entries if isinstance(e, Skip))
+
+
+def plan(program: Program, policy: Policy | None = None) -> Plan:
+    """Decide for every convolution of `program` what becomes of it under `policy` (default: all dense ones at ratio 2).
+
+    Raises `GhostifyError` for a pattern that matches no convolution.
+    """
+    return plan_layouts(program, [_with_ratio(t) for t in targets(program, policy or Policy())])
+
+
+def targets(program: Program, policy: Policy) -> list[Target | Skip]:
+    """For every convolution the rule that may rewrite it, or why none may."""
+    _refuse_idle_patterns(program, policy)
+    return [_target(program, policy, conv, i == 0) for i, conv in enumerate(program.convolutions)]
+
+
+def plan_layouts(program: Program, decided: Iterable[tuple[Target, Layout] | Skip]) -> Plan:
+    """The plan that gives each target its layout; those that save nothing are skipped."""
+    wiring = {path: Wiring(part) for path, part in program.parts.items()}
+    entries = tuple(d if isinstance(d, Skip) else _rewrite(wiring[d[0].conv.part], *d) for d in decided)
+    saved = [_saved(e) for e in entries if isinstance(e, Rewrite)]
+    total = program.macs
+    after = None if total is None or None in saved else total - sum(s for s in saved if s is not None)
+    return Plan(entries, total, after)
+
+
+def layout_of(outputs: int, intrinsic: int, cheap: str | int, dw_size: int) -> Layout:
+    """The layout of `intrinsic` of `outputs` maps with ghosts of the form `cheap`."""
+    if cheap == "pointwise":
+        return Layout(outputs, intrinsic, intrinsic, 1)
+    width = 1 if cheap == "depthwise" else min(int(cheap), intrinsic)
+    return Layout(outputs, intrinsic, feasible_width(outputs, intrinsic, width), dw_size)
+
+
+def _target(program: Program, policy: Policy, conv: Convolution, first: bool) -> Target | Skip:
+    if conv.obstacle:
+        return Skip(conv, conv.obstacle)
+    module = program.conv(conv.name)
+    rule = next((r for r in policy.rules if r.matches(conv.name, module, conv.kind)), None)
+    if rule is None:
+        return Skip(conv, "no rule targets it")
+    if rule.ignores(conv.name, module, conv.kind):
+        return Skip(conv, "ignored by the rule that targets it")
+    if first and policy.keep_first:
+        return Skip(conv, "the first convolution is kept")
+    if conv.groups > 1:
+        kind = "depthwise" if conv.groups == conv.inputs else f"grouped ({conv.groups})"
+        return Skip(conv, f"{kind}: only dense convolutions are rewritten")
+    return Target(conv, rule)
+
+
+def _with_ratio(target: Target | Skip) -> tuple[Target, Layout] | Skip:
+    if isinstance(target, Skip):
+        return target
+    conv, rule = target.conv, target.rule
+    if rule.cheap == "auto":
+        raise GhostifyError("cheap 'auto' chooses by a budget: pass budget={'macs': 0.5}, or name the form")
+    intrinsic = intrinsic_maps(conv.outputs, rule.ratio)
+    if rule.ratio == 1:
+        return Skip(conv, "ratio 1 keeps every map")
+    if not 1 <= intrinsic < conv.outputs:
+        return Skip(conv, f"ratio {rule.ratio:g} leaves no ghosts of {conv.outputs} maps")
+    return target, layout_of(conv.outputs, intrinsic, rule.cheap, rule.dw_size)
+
+
+def _rewrite(wiring: Wiring, target: Target, layout: Layout) -> Rewrite | Skip:
+    conv = target.conv
+    before, after = cost.dense_macs(conv), cost.ghost_macs(conv, layout)
+    if after >= before:
+        return Skip(conv, f"nothing is saved: {before} MACs a position before, {after} after")
+    nodes = [call.node for call in conv.calls]
+    norm = norm_after(wiring, nodes)
+    partner = partner_in_sum(wiring, nodes, norm)
+    activation = activation_after(wiring, nodes, norm) if target.rule.activated and layout.width == 1 else None
+    return Rewrite(conv, layout, norm, partner, activation, absorption(wiring, nodes), before, after)
+
+
+def _saved(entry: Rewrite) -> int | None:
+    places = cost.positions(entry.conv.calls)
+    return None if places is None else places * (entry.macs_before - entry.macs_after)
+
+
+def _refuse_idle_patterns(program: Program, policy: Policy) -> None:
+    convs = [(c, program.conv(c.name)) for c in program.convolutions if not c.obstacle]
+    for rule in policy.rules:
+        for key in ("targets", "ignore"):
+            for pattern in getattr(rule, key):
+                single = Rule(targets=(pattern,))
+                if pattern == "*" or any(single.matches(c.name, m, c.kind) for c, m in convs):
+                    continue
+                if isinstance(pattern, str) and any(pattern == c.name for c in program.convolutions):
+                    continue
+                names = ", ".join(c.name for c, _ in convs[:3]) or "none"
+                raise GhostifyError(
+                    f"{key} {pattern!r} matches no convolution of {type(program.module).__name__}: "
+                    f"its {len(convs)} convolutions are {names}, ... (ghostify plan lists them)"
+                )

@@ -1,0 +1,1 @@
+"""Optional gradient steps, block by block."""

@@ -1,0 +1,1 @@
+"""What was done and how good it is, to look at."""

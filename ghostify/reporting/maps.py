@@ -1,0 +1,44 @@
+"""What one layer of a model makes of images, in the original's channel order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ghostify.errors import GhostifyError
+from ghostify.ghost import GhostModule
+from ghostify.tracing.calls import inputs_of, run
+from ghostify.tracing.modes import evaluating
+
+
+def maps_of(module: nn.Module, layer: str, batches: Sequence[Any]) -> Tensor:
+    """What the module called `layer` makes of all images, N x n x H x W; `GhostifyError` where it does not run."""
+    kept: list[Tensor] = []
+    hook = module.get_submodule(layer).register_forward_hook(lambda _, __, made: kept.append(made.detach().float()))
+    try:
+        with evaluating(module):
+            for batch in batches:
+                run(module, inputs_of(module, batch))
+    finally:
+        hook.remove()
+    if not kept:
+        raise GhostifyError(f"{layer}: does not run on these images")
+    return torch.cat(kept)
+
+
+def ghosted_maps(module: nn.Module, layer: str, batches: Sequence[Any], channels: Sequence[int]) -> Tensor:
+    """The same of a converted model, whose ghost module computes the original's `channels` in this order."""
+    made = maps_of(module, layer, batches)
+    ghost = module.get_submodule(layer)
+    absorbed = isinstance(ghost, GhostModule) and ghost.order is None
+    return made[:, torch.argsort(torch.tensor(channels))] if absorbed else made
+
+
+def errors_of(made: Tensor, wanted: Tensor) -> Tensor:
+    """Squared error of each map by the variance of the wanted one, constants apart (n)."""
+    apart = made - wanted
+    apart = apart - apart.mean((0, 2, 3), keepdim=True)
+    return apart.square().mean((0, 2, 3)) / wanted.var((0, 2, 3), correction=0).clamp_min(1e-12)
