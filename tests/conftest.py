@@ -1,4 +1,5 @@
 import os
+import sys
 
 import pytest
 import torch
@@ -13,3 +14,11 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 def _seed():
     """Every test meets the same random networks, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_accelerator_left():
+    """Accelerate keeps its precision for the whole process, other tests among it."""
+    yield
+    if "accelerate.state" in sys.modules:
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)

@@ -21,15 +21,10 @@ from ghostify.training.distill import answers_apart
 from ghostify.training.finetune import Recipe, finetune
 from tests import nets
 
-AcceleratorState = pytest.importorskip("accelerate.state").AcceleratorState
+pytest.importorskip("accelerate")
 pytestmark = pytest.mark.filterwarnings("default")  # Accelerate's and TensorBoard's own
 ROOT = Path(__file__).parent.parent
 QUICK = Recipe(epochs=3, batch=16, learning_rate=0.05, save_every=3, weight_decay=0)
-
-
-@pytest.fixture(autouse=True)
-def fresh_process():
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def setting(labelled=True, make=nets.Residual):
