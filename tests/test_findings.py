@@ -25,6 +25,13 @@ def test_every_layer_is_left_alone_for_one_reason_or_costs_something():
     assert whole == pytest.approx(sum(x.macs_before for x in made.lines if x.reason) / made.macs_before)
 
 
+def test_what_the_outputs_do_not_feel_costs_nothing():
+    made = found(calibration=nets.images(16).split(8))
+    lines = tuple(replace(x, felt=None, held_out=9.0) if x.name == "a.0" else x for x in made.lines)
+    assert costly(replace(made, lines=lines))[-1].line.name == "a.0"
+    assert costly(replace(made, lines=lines))[-1].error_share == 0
+
+
 def test_without_images_images_are_advised():
     said = [one.option for one in advice(found())]
     assert "--calibration DIR" in said

@@ -52,19 +52,15 @@ def left_alone(found: Report) -> list[Left]:
 
 
 def costly(found: Report) -> list[Costly]:
-    """Every rewritten layer, the one that costs most first; by relative errors where outputs' errors are unknown."""
+    """Every rewritten layer, the one that costs most first: by the outputs' expected errors, or by the layers' own
+    relative errors where those are unknown of all."""
     lines = [line for line in found.lines if line.reason is None]
-    whole = [lost_by(line) for line in lines]
+    known = any(line.felt is not None for line in lines)
+    whole = [(line.felt if known else line.held_out or line.error) or 0.0 for line in lines]
     saved = [line.macs_before - line.macs_after for line in lines]
     each = zip(lines, whole, saved, strict=True)
     shares = [Costly(line, lost / (sum(whole) or 1), less / (sum(saved) or 1)) for line, lost, less in each]
     return sorted(shares, key=lambda c: -c.error_share)
-
-
-def lost_by(line: Line) -> float:
-    """What a layer costs: its outputs' expected error, or, where that is unknown, its own relative error."""
-    known = (line.felt, line.held_out, line.error)
-    return next((value for value in known if value is not None), 0.0)
 
 
 def advice(found: Report, times: Times | None = None) -> list[Advice]:
