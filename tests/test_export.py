@@ -44,6 +44,8 @@ class Two(nn.Module):
 
 @FORMAT
 def test_several_inputs_and_outputs(format, tmp_path):
+    if format != "pt2" and torch.__version__ < "2.7":
+        pytest.skip("the exporter of torch 2.6 does not know norms that nothing folds")
     pair = (nets.images(1), nets.images(1, seed=2))
     made = ghostify(nets.settle(Two()), example_inputs=pair).eval()
     run = runner(export(made, tmp_path / "out", format=format, example_inputs=pair))
