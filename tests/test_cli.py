@@ -38,6 +38,8 @@ def test_plan_needs_no_weights():
     assert done.returncode == 0, done.stderr
     assert "layer1.0.conv1" in done.stdout
     assert "the first convolution" in " ".join(done.stdout.replace("│", " ").split())
+    assert all(len(line) <= 80 for line in done.stdout.splitlines())  # no terminal: as in a log file
+    assert "\x1b" not in done.stdout
     machine = run("plan", NET, *SIZE, "--json")
     assert json.loads(machine.stdout)["macs_after"] < json.loads(machine.stdout)["macs_before"]
 
