@@ -110,6 +110,19 @@ def test_a_page_needs_nothing_but_the_report(tmp_path):
     assert "http://" not in text.replace("http://www.w3.org", "")
 
 
+def test_a_model_of_several_outputs_is_shown_without_a_verdict(tmp_path):
+    class Two(nets.Straight):
+        def forward(self, x):
+            made = super().forward(x)
+            return made, made.sum()
+
+    model, x = nets.settle(Two()), nets.images(4)
+    made = ghostify(model, 2, example_inputs=x[:1], calibration=[x])
+    text = write_report(made, tmp_path / "r.html", original=model, images=[x], runtime=None).read_text()
+    assert "same answers" not in text
+    assert "ghost map, channel" in text
+
+
 def test_what_cannot_be_shown_is_named(tmp_path):
     model, x = nets.settle(nets.Straight()), nets.images(4)
     made = ghostify(model, 2, example_inputs=x[:1])

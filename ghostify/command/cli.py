@@ -253,9 +253,7 @@ def export_command(
     if not size:
         raise GhostifyError(f"{folder}: does not say how large its images are: pass --input-size C,H,W")
     file = export(module, output or folder, format=format, example_inputs=sources.example(size))
-    Console().print(
-        f"{file}: {file.stat().st_size / 1e6:.1f} MB, any batch of {'x'.join(map(str, size))}", highlight=False
-    )
+    say(f"{file}: {file.stat().st_size / 1e6:.1f} MB, any batch of {'x'.join(map(str, size))}")
 
 
 def _source(model: str, arg: list[str] | None) -> Source:

@@ -18,7 +18,7 @@ from ghostify.report import Line, Report, report, short
 from ghostify.reporting.exhibit import can_show, exhibit
 from ghostify.reporting.findings import Times, costly
 from ghostify.reporting.page import Page, Total, write_page
-from ghostify.reporting.verdict import Verdict, judge
+from ghostify.reporting.verdict import Verdict, can_judge, judge
 from ghostify.tracing.trace import trace
 
 PICTURED = 3
@@ -40,14 +40,14 @@ def write_report(
     """Write what was done to a converted model as one HTML page that needs no network.
 
     With the `original` and `example_inputs`, both models and every rewritten layer are timed in `runtime` (None: not at
-    all). On batches of `images` both are compared, by `labels` (N) too where there are any, and the maps of `layers`
-    (default: those that cost the most) are shown beside the original's. `curve` is that of `frontier`, as dicts. Raises
-    `GhostifyError` for a model without a report, and for layers that cannot be shown.
+    all). On batches of `images` both are compared where their output is one tensor, by `labels` (N) too where there are
+    any, and the maps of `layers` (default: those that cost the most) are shown beside the original's. `curve` is that
+    of `frontier`, as dicts. Raises `GhostifyError` for a model without a report, and for layers that cannot be shown.
     """
     found = report(module)
     totals = _counts(module, original, found)
     times: Times = {}
-    if original is not None and images:
+    if original is not None and images and can_judge(module, images[0]):
         totals += _scores(judge(module, original, images, labels))
     if original is not None and runtime is not None and example_inputs is not None:
         with Stopwatch(runtime) as clock:

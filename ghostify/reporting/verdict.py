@@ -26,11 +26,15 @@ class Verdict:
     error: float | None = None
 
 
+def can_judge(module: nn.Module, batch: Tensor) -> bool:
+    """Whether a model's output is one tensor."""
+    with evaluating(module):
+        return isinstance(module(batch[:1]), Tensor)
+
+
 def judge(module: nn.Module, original: nn.Module | None, batches: Sequence[Tensor], labels: Tensor | None) -> Verdict:
     """Run both on all batches; raises `GhostifyError` for a model whose output is not one tensor."""
-    with evaluating(module):
-        made = module(batches[0][:1])
-    if not isinstance(made, Tensor):
+    if not can_judge(module, batches[0]):
         raise GhostifyError(f"{type(module).__name__}: its output is not one tensor, which comparing on images takes")
     answers, count = outputs(module, batches), sum(map(len, batches))
     classes = answers.dim() == 2
