@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ghostify.errors import GhostifyError
 from ghostify.ghost import GhostModule
@@ -24,7 +26,8 @@ class Ghost:
     """One ghost map of the first image. Channels are the original's; `error` is relative, over all images.
 
     Pictures are data addresses: the intrinsic map that weighs most in the ghost, the ghost, what the original makes,
-    and the kernel on that intrinsic map. The first three share one scale of greys but for the intrinsic map's own.
+    and the kernel on that intrinsic map, or, where kernels are one pixel, those on all of them. Ghost and original
+    share one scale of greys and one mean.
     """
 
     channel: int
@@ -58,6 +61,7 @@ def exhibit(module: nn.Module, original: nn.Module, line: Line, batches: Sequenc
     wanted = maps_of(original, line.name, batches)
     made = ghosted_maps(module, line.name, batches, line.channels)
     errors = errors_of(made, wanted)
+    made = made + (wanted - made).mean((0, 2, 3), keepdim=True)  # constants that the norm behind holds
     own, ghosts = line.channels[: line.intrinsic], line.channels[line.intrinsic :]
     ranked = sorted(range(len(ghosts)), key=lambda j: float(errors[ghosts[j]]))
     places = torch.linspace(0, len(ranked) - 1, min(count, len(ranked))).round().int().tolist()
@@ -68,10 +72,16 @@ def exhibit(module: nn.Module, original: nn.Module, line: Line, batches: Sequenc
         maps = (made[0, own[strongest]], made[0, channel], wanted[0, channel])
         scales = (maps[0], wanted[0, channel], wanted[0, channel])
         pictures = [embedded(tile(m, s)) for m, s in zip(maps, scales, strict=True)]
-        kernel = kernels[j, strongest]
+        kernel = kernels[j, strongest] if kernels.shape[-1] > 1 else _squared(kernels[j].flatten())
         pictures.append(embedded(tile(kernel, torch.stack((-kernel.abs().max(), kernel.abs().max())), KERNEL_SIDE)))
         shown.append(Ghost(channel, own[strongest], float(errors[channel]), *pictures))
     return Exhibit(line.name, tuple(shown), tuple(float(errors[c]) for c in ghosts))
+
+
+def _squared(weights: Tensor) -> Tensor:
+    """One-pixel kernels on all intrinsic maps, row by row in a square."""
+    side = math.ceil(len(weights) ** 0.5)
+    return F.pad(weights, (0, side**2 - len(weights))).reshape(side, side)
 
 
 def kernels_of(ghost: Any) -> Tensor:
