@@ -12,12 +12,11 @@ benchmarks/results/budgets-RUNTIME.json.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 
 import torch
 import torchvision
-from tables import RESULTS, Row, options, publish
+from tables import Row, options, publish, recorded
 from torch import nn
 
 from ghostify import GhostifyError, Policy, Rule, plan, rewrite, trace
@@ -78,10 +77,9 @@ def main() -> None:
     parser.add_argument("--only", default="", help="models with this in their names")
     parser.add_argument("--runtime", default="eager")
     arguments = parser.parse_args()
-    file = RESULTS / f"budgets-{arguments.runtime}.json"
-    known = json.loads(file.read_text())["rows"] if file.exists() else []
+    name = f"budgets-{arguments.runtime}"
     publish(
-        file.stem,
+        name,
         f"latency budgets, {arguments.runtime}, {torch.get_num_threads()} threads, batch 1",
         {
             "budget": lambda r: "none" if r["budget"] is None else f"{r['budget']:g}",
@@ -90,7 +88,7 @@ def main() -> None:
             "after": lambda r: f"{r['ms'][1]:.1f}",
             "times as fast": lambda r: f"{r['ms'][0] / r['ms'][1]:.2f}",
         },
-        rows(arguments.only, arguments.runtime, known),
+        rows(arguments.only, arguments.runtime, recorded(name)),
         threads=torch.get_num_threads(),
     )
 

@@ -16,7 +16,6 @@ limit has no row there. Goes on where the last run ended; results go to benchmar
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ from typing import Any
 import networks
 import rivals
 import torch
-from tables import RESULTS, Row, options, publish
+from tables import Row, options, publish, recorded, spread
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -202,14 +201,9 @@ def summary(found: list[Row]) -> str:
     for method, limit in sorted(keys, key=lambda key: LIMITS.index(key[1])):
         own = [r for r in found if r.get("method") == method and tuple(r["limit"]) == limit]
         costs = [f"{100 * statistics.mean(r[key] for r in own):.0f}" for key in ("macs", "latency")]
-        scores = [_spread([r[key] for r in own]) for key in ("score", "taught")]
+        scores = [spread(r[key] for r in own) for key in ("score", "taught")]
         lines.append("| " + " | ".join([method, f"{limit[0]} {limit[1]:g}", *costs, *scores]) + " |")
     return "\n".join(lines)
-
-
-def _spread(values: list[float | None]) -> str:
-    there = [v for v in values if v is not None]
-    return f"{statistics.mean(there):.2f} ± {statistics.pstdev(there):.2f}" if there else ""
 
 
 def main() -> None:
@@ -217,14 +211,14 @@ def main() -> None:
     parser.add_argument("--network", choices=[*networks.NETWORKS, "craft"], default="resnet20")
     parser.add_argument("--summary", action="store_true", help="only show the means of the result file")
     arguments = parser.parse_args()
-    file = RESULTS / f"compare-{arguments.network}.json"
-    known = json.loads(file.read_text())["rows"] if file.exists() else []
+    name = f"compare-{arguments.network}"
+    known = recorded(name)
     if arguments.summary:
         print(summary(known))
         return
     subject = craft() if arguments.network == "craft" else fashion(arguments.network)
     publish(
-        file.stem,
+        name,
         f"{arguments.network}: as good as the original, in percent",
         {
             "MACs %": lambda r: f"{100 * r['macs']:.1f}",

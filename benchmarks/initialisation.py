@@ -16,15 +16,13 @@ Goes on where the last run ended; results go to benchmarks/results/initialisatio
 from __future__ import annotations
 
 import copy
-import json
-import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import networks
 import torch
 from accuracy import calibration
-from tables import RESULTS, Row, options, publish
+from tables import Row, options, publish, recorded, spread
 from torch import nn
 
 from ghostify import Policy, Rule, fit, plan, rewrite, trace
@@ -132,7 +130,7 @@ def summary(found: list[Row]) -> str:
         cells = []
         for epochs in lengths:
             own = [r["top1"] for r in found if r.get("start") == start and r["epochs"] == epochs]
-            cells.append(f"{statistics.mean(own):.2f} ± {statistics.pstdev(own):.2f}" if own else "")
+            cells.append(spread(own))
         rate = next((f"{r['rate']:g}" for r in found if r.get("start") == start), "")
         lines.append(f"| {start} | " + " | ".join([*cells, rate]) + " |")
     return "\n".join(lines)
@@ -142,8 +140,7 @@ def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--summary", action="store_true", help="only show the means of the result file")
     arguments = parser.parse_args()
-    file = RESULTS / "initialisation.json"
-    known = json.loads(file.read_text())["rows"] if file.exists() else []
+    known = recorded("initialisation")
     if arguments.summary:
         print(summary(known))
         return

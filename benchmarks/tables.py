@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -24,6 +25,18 @@ def options(description: str | None, quick: str | None = None) -> argparse.Argum
     if quick:
         parser.add_argument("--quick", action="store_true", help=quick)
     return parser
+
+
+def recorded(name: str) -> list[Row]:
+    """The rows of results/`name`.json, if there is one, for a benchmark that goes on where it ended."""
+    file = RESULTS / f"{name}.json"
+    return json.loads(file.read_text())["rows"] if file.exists() else []
+
+
+def spread(values: Iterable[float | None]) -> str:
+    """Mean and standard deviation of the values that are there."""
+    there = [v for v in values if v is not None]
+    return f"{statistics.mean(there):.2f} ± {statistics.pstdev(there):.2f}" if there else ""
 
 
 def publish(name: str, title: str, columns: dict[str, Callable[[Row], str]], rows: Iterable[Row], **facts: Any) -> None:

@@ -42,7 +42,6 @@ class Page:
     times: Times = field(default_factory=dict)
     exhibits: Sequence[Exhibit] = ()
     curve: Sequence[Mapping[str, Any]] = ()
-    notes: Sequence[str] = ()
 
 
 def write_page(page: Page, file: str | Path) -> Path:
