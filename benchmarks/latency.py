@@ -7,7 +7,7 @@ The original and the converted models, all by `deploy` (norms folded, channels l
 take turns: medians of at least 30 forwards each, warmed up. Weights are random (time does not depend on them), fits
 data-free; plans by a budget are made with random weights, too. "0.55 of the time" is a budget of latency besides,
 planned for the very runtime by times measured there. Torch-Pruning cuts channels, low rank factors filters, both to
-half the multiply-accumulates. Images are 224 x 224.
+half the multiply-accumulates. Images are 224 x 224. Goes on with the networks and runtimes that the result file lacks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torchvision
 from rivals import factored, pruned
-from tables import Row, options, publish
+from tables import Row, options, publish, recorded
 from torch import Tensor, nn
 
 from ghostify import GhostifyError, ghostify, save
@@ -82,11 +82,18 @@ def taking_turns(runtime: str, paths: list[Path], threads: int) -> list[float]:
     return [statistics.median(own) for own in spent]
 
 
-def rows(networks: list[str], forms: list[str], runtimes: list[str], threads: int, batch: int) -> Iterator[Row]:
+def rows(
+    known: list[Row], networks: list[str], forms: list[str], runtimes: list[str], threads: int, batch: int
+) -> Iterator[Row]:
+    yield from known
+    done = {row["how"].rsplit(", original", 1)[0] for row in known if row["how"].endswith(", original")}
     for network in networks:
+        missing = [runtime for runtime in runtimes if f"{network}, {runtime}" not in done]
+        if not missing:
+            continue
         x = torch.rand(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0))
         made = {form: FORMS[form](build(network), x[:1], "") for form in ("original", *forms) if form != TIMED}
-        for runtime in runtimes:
+        for runtime in missing:
             models = dict(made)
             if TIMED in forms and runtime in PLANNED:
                 try:
@@ -120,7 +127,14 @@ def main() -> None:
             "ms": lambda r: f"{r['ms']:.1f}",
             "times as fast": lambda r: f"{r['times']:.2f}",
         },
-        rows(arguments.networks, arguments.forms, arguments.runtimes, arguments.threads, arguments.batch),
+        rows(
+            recorded(arguments.name),
+            arguments.networks,
+            arguments.forms,
+            arguments.runtimes,
+            arguments.threads,
+            arguments.batch,
+        ),
         threads=arguments.threads,
         batch=arguments.batch,
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from compare import summary as compared
 from initialisation import summary as started
+from pareto import PICTURES
 from tables import RESULTS, Row
 
 PAGE = Path(__file__).parent.parent / "docs/results.md"
@@ -118,7 +119,9 @@ def sections() -> Iterator[str]:
         found = json.loads(file.read_text())
         rows = found["rows"]
         shown = table(rows, columns) if isinstance(columns, dict) else columns(rows)
-        yield f"## {title}\n\n`{found['command']}`\n\n{shown}\n"
+        picture = PICTURES / f"{name}.svg"
+        drawn = f"![{title}]({picture.relative_to(PAGE.parent)})\n" if picture.exists() else ""
+        yield "\n".join(filter(None, [f"## {title}\n\n`{found['command']}`\n\n{shown}\n", drawn]))
 
 
 def page() -> str:

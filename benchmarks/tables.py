@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
 import sys
 from collections.abc import Callable, Iterable
@@ -46,7 +47,7 @@ def publish(name: str, title: str, columns: dict[str, Callable[[Row], str]], row
     for heading in columns:
         table.add_column(heading, justify="right")
     RESULTS.mkdir(exist_ok=True)
-    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     content = {"command": command, **facts, "versions": versions(), "rows": found}
     for row in rows:
         found.append(row)
