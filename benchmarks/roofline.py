@@ -3,10 +3,11 @@
     python benchmarks/roofline.py
 
 A layer takes at least max(MACs / peak MACs a second, bytes / peak bytes a second); bytes are its weights, what it reads
-and what it makes, each once. The peaks are those of a large product of matrices and of reading a vector much larger
-than the caches, by PyTorch with the present threads. Summed over the inference forms (`deploy`) of original and ghosts:
-the ratio of the sums is what no kernel could exceed if all ran at the roofline; what is bound by memory, linear layers
-above all, does not become faster with fewer MACs. Results go to benchmarks/results/roofline.json.
+and what it makes, each once. The peaks are the best of large products of matrices (PyTorch, NumPy) and of a 3 x 3
+convolution, and that of reading a vector much larger than the caches, with the present threads. Summed over the
+inference forms (`deploy`) of original and ghosts: the ratio of the sums is what no kernel could exceed if all ran at
+the roofline; what is bound by memory, linear layers above all, does not become faster with fewer MACs. Results go to
+benchmarks/results/roofline.json.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from latency import FORMS, NETWORKS, build
 from tables import Row, options, publish
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from ghostify.deploying.deploy import deploy
 
@@ -39,8 +41,15 @@ def best_seconds(work: Callable[[], Any]) -> float:
 def peaks() -> dict[str, float]:
     """MACs and bytes a second."""
     a, long = torch.rand(SIDE, SIDE), torch.ones(LONG)
+    b = a.numpy()
+    maps, filters = torch.rand(8, 256, 56, 56).contiguous(memory_format=torch.channels_last), torch.rand(256, 256, 3, 3)
+    products: dict[Callable[[], Any], float] = {
+        lambda: a @ a: SIDE**3,
+        lambda: b @ b: SIDE**3,
+        lambda: F.conv2d(maps, filters, padding=1): maps.numel() * filters[0].numel(),
+    }
     return {
-        "macs": SIDE**3 / best_seconds(lambda: a @ a),
+        "macs": max(count / best_seconds(work) for work, count in products.items()),
         "bytes": 4 * LONG / best_seconds(lambda: long.sum()),
     }
 
