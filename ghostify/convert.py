@@ -27,6 +27,7 @@ def ghostify(
     dw_size: int = 3,
     cheap: str | int = "depthwise",
     activated: bool = False,
+    narrow: bool = False,
     targets: Pattern | Iterable[Pattern] | None = None,
     ignore: Pattern | Iterable[Pattern] | None = None,
     policy: Policy | None = None,
@@ -41,12 +42,12 @@ def ghostify(
 ) -> nn.Module:
     """A copy of `model` whose dense convolutions are ghost modules, at about 1 / `ratio` of the multiply-accumulates.
 
-    `ratio`, `dw_size`, `cheap`, `activated`, `targets` and `ignore` make up one `Rule` (see there); `policy` replaces
-    them. Without targets, every dense convolution but the first is rewritten. A `budget` such as {"macs": 0.5} - a
-    share of the original's, or a number; also "params", and "latency", measured on this machine in `runtime` ("eager",
-    "compile", "onnx", "openvino") - replaces the ratio by one for each layer, and needs `example_inputs`. With
-    {"max_drop": 0.5} it is as cheap as `evaluate`, which says how good a model is, allows: at most so far below the
-    original (see `plan_for_drop`).
+    `ratio`, `dw_size`, `cheap`, `activated`, `narrow`, `targets` and `ignore` make up one `Rule` (see there); `policy`
+    replaces them. Without targets, every dense convolution but the first is rewritten. A `budget` such as
+    {"macs": 0.5} - a share of the original's, or a number; also "params", and "latency", measured on this machine in
+    `runtime` ("eager", "compile", "onnx", "openvino") - replaces the ratio by one for each layer, and needs
+    `example_inputs`. With {"max_drop": 0.5} it is as cheap as `evaluate`, which says how good a model is, allows: at
+    most so far below the original (see `plan_for_drop`).
     `calibration` yields batches, in whatever form the model's forward takes; each layer is then fitted to the
     original's outputs on them, otherwise the fit is data-free. `reconstruct` then takes gradient steps, block by block,
     towards the original's outputs on the same batches. `example_inputs` adds shapes and MACs to the report. Raises
@@ -57,9 +58,13 @@ def ghostify(
     if policy is None:
         chosen = ("*",) if targets is None else as_patterns(targets, "targets")
         ignored = () if ignore is None else as_patterns(ignore, "ignore")
-        policy = Policy((Rule(chosen, ignored, ratio, dw_size, cheap, activated),), keep_first=targets is None)
+        policy = Policy((Rule(chosen, ignored, ratio, dw_size, cheap, activated, narrow),), keep_first=targets is None)
     elif targets is not None or ignore is not None:
         raise GhostifyError("targets and ignore belong into the rules of the policy: pass either, not both")
+    if reconstruct and any(rule.narrow for rule in policy.rules):
+        raise GhostifyError(
+            "reconstruct compares maps with the original's, which narrow leaves out: choose one of them"
+        )
     program = trace(model, example_inputs)
     seen = None if calibration is None else calibrate(program, calibration, seed)
     if budget is not None and "max_drop" in budget:

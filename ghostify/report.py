@@ -13,7 +13,7 @@ from torch import nn
 from ghostify.errors import GhostifyError
 from ghostify.fitting.fit import Fits
 from ghostify.planning import cost
-from ghostify.planning.plan import Plan, Rewrite, Skip
+from ghostify.planning.plan import Narrow, Plan, Rewrite, Skip
 from ghostify.reconstructing.reconstruct import Rebuilt, Reconstruction
 from ghostify.tracing.program import Convolution
 
@@ -28,6 +28,8 @@ class Line:
     those of them held out; `felt` is the relative squared error of the model's outputs to expect from the latter.
     `channels` names the original's channels in the order that the ghost module makes them, intrinsic ones first.
     `gather` says that the layer's output is put in order by an index, `activated` that its ghosts read activated maps.
+    Of a convolution that keeps its form with fewer maps, `intrinsic` counts the outputs and `reads` the inputs that are
+    left, and `width` is 0.
     """
 
     name: str
@@ -48,6 +50,12 @@ class Line:
     activated: bool = False
     felt: float | None = None
     channels: tuple[int, ...] = ()
+    reads: int | None = None
+
+    @property
+    def narrow(self) -> bool:
+        """Whether it keeps its form, with fewer maps."""
+        return self.reads is not None
 
 
 @dataclass(frozen=True)
@@ -134,7 +142,7 @@ def summarise(
     return Report(lines, plan.macs_before, plan.macs_after, images, seconds, reconstruction, lost)
 
 
-def _line(entry: Rewrite | Skip, fits: Fits | None) -> Line:
+def _line(entry: Rewrite | Narrow | Skip, fits: Fits | None) -> Line:
     conv = entry.conv
     places = cost.positions(conv.calls)
     before, bias = cost.dense_macs(conv), conv.outputs * conv.bias
@@ -149,7 +157,24 @@ def _line(entry: Rewrite | Skip, fits: Fits | None) -> Line:
     if isinstance(entry, Skip):
         same = {"macs_after": common["macs_before"], "params_after": common["params_before"]}
         return Line(**common, **same, reason=entry.reason, intrinsic=conv.outputs, width=0, dw_size=0, gather=False)
-    weights = None if fits is None else fits.weights[conv.name]
+    if isinstance(entry, Narrow):
+        fitted = None if fits is None else fits.weights.get(conv.name)
+        outputs = conv.outputs if entry.keeps is None else len(entry.keeps)
+        return Line(
+            **common,
+            reason=None,
+            intrinsic=outputs,
+            width=0,
+            dw_size=0,
+            gather=False,
+            macs_after=entry.macs_after * (places or 1),
+            params_after=entry.macs_after + outputs * conv.bias,
+            error=_mean(None if fitted is None else fitted.error),
+            held_out=_mean(None if fitted is None else fitted.held_out),
+            felt=None if fitted is None else fitted.felt,
+            reads=conv.inputs if entry.reads is None else len(entry.reads),
+        )
+    weights = None if fits is None else fits.ghost(conv.name)
     ordered = weights is not None and bool((weights.channels.diff() == 1).all())
     return Line(
         **common,
@@ -197,11 +222,8 @@ def _cells(line: Line, fitted: bool) -> list[str]:
     filters = "x".join(map(str, line.filters))
     output = "" if line.output is None else "x".join(map(str, line.output))
     if line.reason is not None:
-        return [line.name, filters, output, short(line.macs_before), "", *[""] * fitted, line.reason]
-    ghosts = line.filters[0] - line.intrinsic
+        return [line.name, filters, output, short(line.macs_before), "", *[""] * fitted, what(line)]
     error = line.held_out if line.held_out is not None else line.error
-    shape = f"{line.intrinsic} + {ghosts}, d={line.dw_size}" + (f", w={line.width}" if line.width > 1 else "")
-    note = shape + (", activated" if line.activated else "") + (", gather" if line.gather else "")
     return [
         line.name,
         filters,
@@ -209,8 +231,19 @@ def _cells(line: Line, fitted: bool) -> list[str]:
         short(line.macs_before),
         short(line.macs_after),
         *(["" if error is None else f"{error:.3f}"] if fitted else []),
-        note,
+        what(line),
     ]
+
+
+def what(line: Line) -> str:
+    """What became of a convolution, in a few words."""
+    if line.reason is not None:
+        return line.reason
+    if line.narrow:
+        return f"{line.reads} maps to {line.intrinsic}"
+    shape = f"{line.intrinsic} + {line.filters[0] - line.intrinsic}, d={line.dw_size}"
+    wide = f", w={line.width}" if line.width > 1 else ""
+    return shape + wide + (", activated" if line.activated else "") + (", gather" if line.gather else "")
 
 
 def short(count: int | None) -> str:

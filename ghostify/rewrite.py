@@ -10,28 +10,36 @@ import torch
 from torch import Tensor, fx, nn
 
 from ghostify.ghost import GhostModule, GhostWeights, ghost_of
+from ghostify.narrow import DenseWeights, narrowed_conv, narrowed_norm
 from ghostify.planning.activation import activation_line, narrowed
 from ghostify.planning.order import absorb
-from ghostify.planning.plan import Plan, Rewrite
+from ghostify.planning.plan import Narrow, Plan, Rewrite
 from ghostify.tracing.program import Program, as_module, part_of, put_part
 
+Weights = GhostWeights | DenseWeights
 
-def rewrite(program: Program, plan: Plan, weights: Mapping[str, GhostWeights]) -> nn.Module:
-    """A copy of the program's module in which every rewrite of `plan` is a `GhostModule` with its fitted weights."""
+
+def rewrite(program: Program, plan: Plan, weights: Mapping[str, Weights]) -> nn.Module:
+    """A copy of the program's module in which every rewrite of `plan` is a `GhostModule` with its fitted weights, and
+    what is to be narrow has fewer maps; of those without weights what is left of their own."""
     module = copy.deepcopy(program.module)
     for path in program.parts:
         rewrite_part(module, path, plan, weights)
     return module
 
 
-def rewrite_part(module: nn.Module, path: str, plan: Plan, weights: Mapping[str, GhostWeights]) -> None:
+def rewrite_part(module: nn.Module, path: str, plan: Plan, weights: Mapping[str, Weights]) -> None:
     """Rewrite one part of a copy of the program's module, in place."""
     entries = [e for e in plan.rewrites if e.conv.part == path]
-    if not entries:
+    narrows = [e for e in plan.narrows if e.conv.part == path]
+    if not entries and not narrows:
         return
     part = part_of(module, path)
-    for entry in entries:
-        put_ghost(part, entry, weights[entry.conv.name])
+    for narrow in narrows:
+        put_narrow(part, narrow)
+    for change in (e for e in plan.changes if e.conv.part == path):
+        if change.conv.name in weights or isinstance(change, Rewrite):
+            put(part, change, weights[change.conv.name])
     for entry in entries:
         ghost = part.get_submodule(place_of(entry))
         assert isinstance(ghost, GhostModule)
@@ -45,6 +53,41 @@ def rewrite_part(module: nn.Module, path: str, plan: Plan, weights: Mapping[str,
 def place_of(entry: Rewrite) -> str:
     """Path of the ghost module in its part: the convolution's own, or beside the weight of a functional one."""
     return entry.conv.local if entry.conv.kind != "conv2d" else f"{entry.conv.local}_ghost"
+
+
+def put(module: fx.GraphModule, entry: Rewrite | Narrow, weights: Weights) -> None:
+    """Put what was fitted into a part, in place: a ghost module, or the weights of what is narrow there already."""
+    if isinstance(entry, Rewrite):
+        assert isinstance(weights, GhostWeights)
+        put_ghost(module, entry, weights)
+    else:
+        assert isinstance(weights, DenseWeights)
+        _put_dense(module, entry, weights)
+
+
+def put_narrow(module: fx.GraphModule, entry: Narrow) -> None:
+    """Leave out maps of a convolution and of the norms behind it, in place; what is left keeps its weights."""
+    conv: Any = module.get_submodule(entry.conv.local)
+    module.set_submodule(entry.conv.local, narrowed_conv(conv, entry.keeps, entry.reads))
+    for name in entry.norms:
+        assert entry.keeps is not None
+        module.set_submodule(name, narrowed_norm(module.get_submodule(name), entry.keeps))
+
+
+@torch.no_grad()
+def _put_dense(module: fx.GraphModule, entry: Narrow, weights: DenseWeights) -> None:
+    conv: Any = module.get_submodule(entry.conv.local)
+    conv.weight.copy_(weights.weight)
+    if weights.bias is not None:
+        conv.bias.copy_(weights.bias)
+    if weights.shift is not None:
+        _take_up(module.get_submodule(str(entry.norm)), weights.shift)
+
+
+def _take_up(norm: Any, shift: Tensor) -> None:
+    """Let a norm hold constants that what it reads lacks."""
+    with torch.no_grad():
+        norm.running_mean.sub_(shift.to(norm.running_mean))
 
 
 def put_ghost(module: fx.GraphModule, entry: Rewrite, weights: GhostWeights) -> None:
@@ -65,10 +108,7 @@ def put_ghost(module: fx.GraphModule, entry: Rewrite, weights: GhostWeights) -> 
         _call_instead(module, entry)
     setattr(owner, leaf, ghost)
     if entry.norm is not None and weights.shift is not None:
-        norm = module.get_submodule(entry.norm)
-        assert isinstance(norm.running_mean, Tensor)
-        with torch.no_grad():
-            norm.running_mean.sub_(weights.shift.to(norm.running_mean))
+        _take_up(module.get_submodule(entry.norm), weights.shift)
     if weights.activated:
         ghost.activation = narrowed(activation_line(module, entry), weights.channels[: entry.layout.intrinsic])
 

@@ -6,6 +6,7 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops import SqueezeExcitation
 
 
 def settle(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -64,6 +65,27 @@ class Residual(nn.Module):
         y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
         x += self.drop_path(y)
         return self.head(self.relu(x)).mean((2, 3))
+
+
+class Inverted(nn.Module):
+    """An inverted residual block; each map of its second half is nearly a multiple of one of its first."""
+
+    def __init__(self, width: int = 8, spread: int = 6, squeeze: bool = False) -> None:
+        super().__init__()
+        many, half = spread * width, spread * width // 2
+        self.stem = conv_norm(3, width)
+        self.expand = nn.Sequential(nn.Conv2d(width, many, 1, bias=False), nn.BatchNorm2d(many), nn.ReLU())
+        self.depthwise = conv_norm(many, many, groups=many)
+        self.project = nn.Sequential(nn.Conv2d(many, width, 1, bias=False), nn.BatchNorm2d(width))
+        self.squeeze = SqueezeExcitation(many, width) if squeeze else nn.Identity()
+        self.head = nn.Conv2d(width, 5, 1)
+        with torch.no_grad():
+            for conv in (self.expand[0], self.depthwise[0]):
+                conv.weight[half:] = conv.weight[:half] * 1.01
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(x + self.project(self.squeeze(self.depthwise(self.expand(x))))).mean((2, 3))
 
 
 class Branches(nn.Module):

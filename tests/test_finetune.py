@@ -17,8 +17,8 @@ from torch.utils.data import TensorDataset
 from ghostify import GhostifyError, ghostify
 from ghostify.data.lessons import Lessons
 from ghostify.evaluate import outputs
-from ghostify.training.distill import answers_apart
-from ghostify.training.finetune import Recipe, finetune
+from ghostify.training.distill import answers_apart, maps_apart
+from ghostify.training.finetune import Recipe, _listen, finetune
 from tests import nets
 
 pytest.importorskip("accelerate")
@@ -158,6 +158,23 @@ def test_features_need_the_original_s_modules(tmp_path):
     _, converted, data, _ = setting()
     with pytest.raises(GhostifyError, match="the original has no such module"):
         finetune(converted, nn.Sequential(nn.Flatten(), nn.Linear(432, 5)), data, tmp_path, Recipe(features=1.0))
+
+
+def test_features_are_compared_in_one_order():
+    """Also where the next layer takes up the ghosts' order, and where maps are left out."""
+    model, x = nets.settle(nets.Straight(16)), nets.images(64)
+    made = ghostify(model, 1.1, cheap="pointwise", calibration=[x])
+    assert made.get_submodule("a.0").order is None
+    student, teacher = _listen(made, model)
+    made(x), model(x)
+    assert len(student) == 2
+    assert all(maps_apart(s, t) < 0.05 for s, t in zip(student, teacher, strict=True))
+    model = nets.settle(nets.Inverted())
+    narrow = {"narrow": True, "cheap": "auto", "budget": {"macs": 0.6}, "example_inputs": x[:1]}
+    made = ghostify(model, **narrow, calibration=[x])
+    student, teacher = _listen(made, model)
+    made(x), model(x)
+    assert [s.shape for s in student] == [t.shape for t in teacher]
 
 
 SCRIPT = """

@@ -45,8 +45,9 @@ class Point:
     drop: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings; layouts by layer."""
-        layers = {e.conv.name: asdict(e.layout) for e in self.plan.rewrites}
+        """Plain numbers and strings; layouts by layer, of narrow ones the maps that are kept and read."""
+        layers: dict[str, Any] = {e.conv.name: asdict(e.layout) for e in self.plan.rewrites}
+        layers |= {e.conv.name: {"keeps": e.keeps, "reads": e.reads} for e in self.plan.narrows}
         return {"shares": dict(self.shares), "error": self.error, "drop": self.drop, "layers": layers}
 
 
@@ -100,7 +101,7 @@ def curve_table(curve: Sequence[Point], title: str = "") -> Table:
     for point in curve:
         drop = [] if not judged else ["" if point.drop is None else f"{point.drop:.2f}"]
         shares = [f"{100 * point.shares[key]:.1f}" for key in keys]
-        result.add_row(*shares, f"{point.error:.4f}", *drop, str(len(point.plan.rewrites)))
+        result.add_row(*shares, f"{point.error:.4f}", *drop, str(len(point.plan.changes)))
     return result
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ghostify.budgeting.stopwatch import Stopwatch
 from ghostify.deploying.deploy import deploy
 from ghostify.ghost import GhostModule, Layout, ghost_of
+from ghostify.narrow import narrowed_conv
 from ghostify.storing.atomic import write_whole
 from ghostify.tracing.program import Convolution, Program
 from ghostify.tracing.trace import trace
@@ -61,6 +62,25 @@ def layer_milliseconds(conv: nn.Conv2d, seen: Convolution, layouts: Forms, clock
     return total
 
 
+def line_milliseconds(
+    convs: Sequence[nn.Conv2d], first: Convolution, ways: Sequence[Sequence[int] | None], clock: Stopwatch
+) -> list[float]:
+    """Median milliseconds of convolutions one behind the other, norm and ReLU behind each, for each of `ways`: which of
+    the maps between them are left (None: all). Measured as single layers are, on images of the first one's shape."""
+    known, shape = _read(), first.calls[0].input_shape
+    assert shape is not None
+    keys = [_line_key(convs, shape, kept, clock) for kept in ways]
+    missing = [k for k, key in enumerate(keys) if key not in known]
+    if missing:
+        models = [_line(convs, shape, ways[k]) for k in (0, *missing)]
+        taken = clock.milliseconds(models, _images(convs[0], shape), ROUNDS)
+        known[keys[0]] = known.get(keys[0], taken[0])
+        for k, spent in zip(missing, taken[1:], strict=True):
+            known[keys[k]] = spent * known[keys[0]] / taken[0]
+        _write(known)
+    return [known[key] for key in keys]
+
+
 def model_milliseconds(program: Program, clock: Stopwatch) -> float:
     """Median milliseconds of one forward of the example inputs, in the original's own inference form."""
     return paired([program.module], program.example, clock)[0]
@@ -81,6 +101,15 @@ def _module(conv: nn.Conv2d, shape: tuple[int, ...], layout: Layout | None) -> n
     return deploy(module, _images(conv, shape))
 
 
+def _line(convs: Sequence[nn.Conv2d], shape: tuple[int, ...], kept: Sequence[int] | None) -> nn.Module:
+    layers: list[nn.Module] = []
+    for conv in convs:
+        keeps, reads = (None if conv is end else kept for end in (convs[-1], convs[0]))
+        small = narrowed_conv(copy.deepcopy(conv).float().cpu(), keeps, reads)
+        layers += [small, nn.BatchNorm2d(small.out_channels), nn.ReLU()]
+    return deploy(trace(nn.Sequential(*layers).eval()).module, _images(convs[0], shape))
+
+
 def _filled(ghost: GhostModule) -> GhostModule:
     for parameter in ghost.parameters():
         nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.1)
@@ -92,10 +121,23 @@ def _images(conv: nn.Conv2d, shape: tuple[int, ...]) -> Tensor:
 
 
 def _key(conv: nn.Conv2d, shape: tuple[int, ...], layout: Layout | None, clock: Stopwatch) -> str:
-    facts = (
+    return _digest((*_attributes(conv), tuple(shape), layout), clock)
+
+
+def _line_key(convs: Sequence[nn.Conv2d], shape: tuple[int, ...], kept: Sequence[int] | None, clock: Stopwatch) -> str:
+    left = convs[0].out_channels if kept is None else len(kept)
+    return _digest((*((*_attributes(conv), conv.groups) for conv in convs), tuple(shape), left), clock)
+
+
+def _attributes(conv: nn.Conv2d) -> tuple[Any, ...]:
+    return (
         type(conv).__name__, conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,
-        conv.dilation, tuple(shape), layout, torch.get_num_threads(), clock.version, processor(),
+        conv.dilation,
     )  # fmt: skip
+
+
+def _digest(facts: tuple[Any, ...], clock: Stopwatch) -> str:
+    facts = (*facts, torch.get_num_threads(), clock.version, processor())
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
 
 

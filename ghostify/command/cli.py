@@ -28,6 +28,7 @@ from ghostify.command.options import (
     Ignore,
     Images,
     Model,
+    Narrow,
     Original,
     PolicyFile,
     Ratio,
@@ -72,6 +73,7 @@ def plan(
     dw_size: DwSize = 3,
     cheap: Cheap = "depthwise",
     activated: Activated = False,
+    narrow: Narrow = False,
     target: Targets = None,
     ignore: Ignore = None,
     policy: PolicyFile = None,
@@ -102,7 +104,7 @@ def plan(
     """
     built, prepared = _prepared(_source(model, arg), checkpoint_file, size_of(input_size))
     program = trace(built, sources.example(prepared.size))
-    wished, limits = policy_of(policy, ratio, dw_size, cheap, activated, target, ignore), budget_of(budget)
+    wished, limits = policy_of(policy, ratio, dw_size, cheap, activated, narrow, target, ignore), budget_of(budget)
     data = None if calibration is None else sources.read_data(calibration, prepared, limit=images, batch=batch).batches
     title = f"{model} at {'x'.join(map(str, prepared.size))}"
     if frontier is not None:
@@ -130,6 +132,7 @@ def convert(
     dw_size: DwSize = 3,
     cheap: Cheap = "depthwise",
     activated: Activated = False,
+    narrow: Narrow = False,
     target: Targets = None,
     ignore: Ignore = None,
     policy: PolicyFile = None,
@@ -153,7 +156,7 @@ def convert(
     --budget macs=0.5 --output out/
     """
     source = _source(model, arg)
-    wished = policy_of(policy, ratio, dw_size, cheap, activated, target, ignore)
+    wished = policy_of(policy, ratio, dw_size, cheap, activated, narrow, target, ignore)
     built, prepared = _prepared(source, checkpoint_file, size_of(input_size))
     data = None if calibration is None else sources.read_data(calibration, prepared, limit=images, batch=batch)
     with progress("fitting", as_json) as told:

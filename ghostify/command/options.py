@@ -20,6 +20,9 @@ Cheap = Annotated[str, typer.Option(help="depthwise, pointwise, or how many intr
 Activated = Annotated[
     bool, typer.Option("--activated", help="let depthwise ghosts read activated maps where that loses less")
 ]
+Narrow = Annotated[
+    bool, typer.Option("--narrow", help="let a budget leave out maps that the next dense convolution can do without")
+]
 Targets = Annotated[list[str] | None, typer.Option("--target", help="convolutions to rewrite: name, glob, re:, class")]
 Ignore = Annotated[list[str] | None, typer.Option(help="convolutions to leave alone: name, glob, re:, class")]
 PolicyFile = Annotated[
@@ -58,6 +61,7 @@ def policy_of(
     dw_size: int,
     cheap: str,
     activated: bool,
+    narrow: bool,
     target: list[str] | None,
     ignore: list[str] | None,
 ) -> Policy:
@@ -67,7 +71,7 @@ def policy_of(
             raise GhostifyError("--target and --ignore belong into the rules of --policy: give either, not both")
         return Policy.from_toml(file)
     width: str | int = int(cheap) if cheap.isdigit() else cheap
-    rule = Rule(tuple(target or ("*",)), tuple(ignore or ()), ratio, dw_size, width, activated)
+    rule = Rule(tuple(target or ("*",)), tuple(ignore or ()), ratio, dw_size, width, activated, narrow)
     return Policy((rule,), keep_first=not target)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
@@ -12,18 +12,20 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from ghostify.errors import GhostifyError
 from ghostify.fitting import lstsq, sight
 from ghostify.fitting.arriving import arriving
 from ghostify.fitting.assign import choose_groups
 from ghostify.fitting.batches import Batches
 from ghostify.fitting.clock import Clock
 from ghostify.fitting.datafree import statistics_of
+from ghostify.fitting.dense import Dense
 from ghostify.fitting.layer import Layer, channel_weights, emit, has_many_maps
 from ghostify.fitting.sensitivity import Calibration, Sensitivity, calibrate
 from ghostify.fitting.walk import Walk
 from ghostify.ghost import GhostWeights
-from ghostify.planning.plan import Plan, Rewrite
-from ghostify.rewrite import put_ghost, rewrite_part
+from ghostify.planning.plan import Narrow, Plan, Rewrite
+from ghostify.rewrite import Weights, put, put_narrow, rewrite_part
 from ghostify.tracing.program import Program, part_of
 from ghostify.tracing.propagate import Channels, input_channels
 
@@ -37,9 +39,15 @@ Progress = Callable[[int, int, str], None]
 class Fits:
     """Weights by convolution name; how many images they were fitted to (0: data-free), and the seconds of each part."""
 
-    weights: dict[str, GhostWeights]
+    weights: Mapping[str, Weights]
     images: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def ghost(self, name: str) -> GhostWeights:
+        """The weights of a convolution that became a ghost module."""
+        found = self.weights[name]
+        assert isinstance(found, GhostWeights)
+        return found
 
 
 def fit(
@@ -59,6 +67,8 @@ def fit(
     """
     fitting = _Fitting(program, plan, seed, progress)
     if calibration is None:
+        if plan.narrows:
+            raise GhostifyError(f"{plan.narrows[0].conv.name}: is to be narrow, which takes images: pass calibration")
         with fitting.clock("solving"):
             weights = {e.conv.name: fitting.data_free(e) for e in plan.rewrites}
         return Fits(weights, 0, fitting.clock.seconds)
@@ -77,7 +87,8 @@ class _Fitting:
         self.program, self.plan, self.seed = program, plan, seed
         self.progress: Progress = progress or (lambda *_: None)
         self.clock = Clock()
-        self.weights: dict[str, GhostWeights] = {}
+        self.weights: dict[str, Weights] = {}
+        self.fitted = [e for e in plan.changes if isinstance(e, Rewrite) or e.conv.groups == 1]
         self.known = cache(lambda path: input_channels(program.parts[path]))
 
     def data_free(self, entry: Rewrite) -> GhostWeights:
@@ -89,7 +100,7 @@ class _Fitting:
 
     def all_parts(self, calibration: Calibration) -> None:
         """One part after another, inner ones first; each sees what the parts before it have become."""
-        rewritten = [p for p in self.program.parts if any(e.conv.part == p for e in self.plan.rewrites)]
+        rewritten = [p for p in self.program.parts if any(e.conv.part == p for e in self.plan.changes)]
         converted = self.program.module if rewritten == [""] else copy.deepcopy(self.program.module)
         for path in rewritten:
             batches: Batches | None = calibration.batches
@@ -102,25 +113,32 @@ class _Fitting:
                 self._part(path, part_of(converted, path), batches, calibration.felt)
             if path != rewritten[-1]:
                 rewrite_part(converted, path, self.plan, self.weights)
-        self.progress(len(self.weights), len(self.plan.rewrites), "")
+        self.progress(len(self.weights), len(self.fitted), "")
 
     def _part(self, path: str, converted: fx.GraphModule, batches: Batches, felt: Sensitivity) -> None:
         """The layers of one part, one after another, on the way through it in both models."""
         part, clock = self.program.parts[path], self.clock
-        entries = {call.node: e for e in self.plan.rewrites if e.conv.part == path for call in e.conv.calls}
+        entries = {call.node: e for e in self.fitted if e.conv.part == path for call in e.conv.calls}
         walk = Walk(part, batches.own, set(entries), self._changed(path), converted=converted)
-        layers: dict[str, Layer] = {}
+        for narrow in self.plan.narrows:
+            if narrow.conv.part == path:
+                put_narrow(walk.converted, narrow)
+        layers: dict[str, Layer | Dense] = {}
         for node, coming in clock.each("forward", walk.steps()):
             entry = entries[node.name]
             name = entry.conv.name
-            self.progress(len(self.weights), len(self.plan.rewrites), name)
+            self.progress(len(self.weights), len(self.fitted), name)
             if name not in layers:
-                layers[name] = Layer(walk, entry, felt.get(name), batches.images, self.seed)
+                seen = walk, felt.get(name), batches.images, self.seed
+                layers[name] = Layer(entry, *seen) if isinstance(entry, Rewrite) else Dense(entry, *seen)
             for chunk in clock.each("forward", coming):
                 with clock("moments"):
                     layers[name].look(node, chunk)
-            self.weights[name] = layers[name].fit(clock, partial(self.data_free, entry))
-            put_ghost(walk.converted, entry, self.weights[name])
+            layer = layers[name]
+            self.weights[name] = (
+                layer.fit(clock, partial(self.data_free, layer.entry)) if isinstance(layer, Layer) else layer.fit(clock)
+            )
+            put(walk.converted, entry, self.weights[name])
             if node.name == entry.conv.calls[-1].node:
                 del layers[name]
 
@@ -131,12 +149,14 @@ class _Fitting:
 
     def _changed(self, path: str) -> set[str]:
         """Nodes of a part whose modules a fit changes, or hold parts that are rewritten already."""
-        norms = {e.norm for e in self.plan.rewrites if e.conv.part == path}
-        inner = [p.removeprefix(f"{path}.") for p in {e.conv.part for e in self.plan.rewrites} if p != path]
+        changes = [e for e in self.plan.changes if e.conv.part == path]
+        own = {e.norm for e in changes}
+        own |= {name for e in changes if isinstance(e, Narrow) for name in (e.conv.local, *e.norms)}
+        inner = [p.removeprefix(f"{path}.") for p in {e.conv.part for e in self.plan.changes} if p != path]
         return {
             n.name
             for n in self.program.parts[path].graph.nodes
-            if n.op == "call_module" and (n.target in norms or any(f"{p}.".startswith(f"{n.target}.") for p in inner))
+            if n.op == "call_module" and (n.target in own or any(f"{p}.".startswith(f"{n.target}.") for p in inner))
         }
 
 
@@ -157,7 +177,7 @@ def data_free(conv: nn.Conv2d, entry: Rewrite, norm: Any, inputs: Channels | Non
     return replace(emitted, primary_bias=bias[:m], cheap_bias=bias[m:] - seen)
 
 
-def _warn_if_parted(weights: dict[str, GhostWeights], batches: Batches) -> None:
+def _warn_if_parted(weights: Mapping[str, Weights], batches: Batches) -> None:
     """Say where the fit does not carry over to images it has not seen."""
     parted = [name for name, w in weights.items() if is_parted(w)]
     if parted:
@@ -168,7 +188,7 @@ def _warn_if_parted(weights: dict[str, GhostWeights], batches: Batches) -> None:
         )
 
 
-def is_parted(weights: GhostWeights) -> bool:
+def is_parted(weights: Weights) -> bool:
     """Whether the error on held-out images is notable and much above that on the others."""
     if weights.held_out is None or weights.error is None:
         return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -45,7 +45,7 @@ class Layer:
     keeps the original filters as its basis, so that the moments of all its calls speak of the same maps.
     """
 
-    def __init__(self, walk: Walk, entry: Rewrite, felt: Tensor | None, images: int, seed: int) -> None:
+    def __init__(self, entry: Rewrite, walk: Walk, felt: Tensor | None, images: int, seed: int) -> None:
         self.entry, self.seed, self.images = entry, seed, images
         self.conv = as_module(walk.original, entry.conv.local)
         norm: Any = None if entry.norm is None else walk.original.get_submodule(entry.norm)
@@ -57,7 +57,7 @@ class Layer:
             self.metric = torch.diag(channel_weights(norm, self.conv.out_channels))
         self.weights = self.metric.diagonal()
         self.partner = walk.node(entry.partner)
-        self.gain = _inverse_scale(norm, self.conv.out_channels)
+        self.gain = inverse_scale(norm, self.conv.out_channels)
         self.free_mean = self.conv.bias is not None or norm is not None
         self.first = Pair.zero(self.conv.weight[0].numel(), self.conv.out_channels)
         layout = entry.layout
@@ -70,16 +70,12 @@ class Layer:
     def look(self, node: fx.Node, chunk: Chunk) -> None:
         """Take up one batch: what the converted model feeds the convolution, and what the original made of it."""
         image = chunk.value(node.all_input_nodes[0]).float().cpu()
-        target = self._target(node, chunk)
+        target = target_of(node, chunk, self.partner, self.gain)
         held = judges(torch.arange(len(target)) + chunk.batch.first, min(HELD_OUT, self.images))
         seed, d = self.seed * 1_000_003 + chunk.batch.first, self.entry.layout.dw_size
         places = sight.choose_places(target.shape, self._share(chunk, target, self.positions), seed)
         u, y = sight.patches(self.conv, image, places), sight.values(target, places)
-        if not all(rows.norm().square().isfinite() for rows in (u, y)):
-            raise GhostifyError(
-                f"calibration batch {chunk.batch.number}: {self.entry.conv.name} sees values that are not finite or "
-                f"near overflow: look at that batch, or at the model's dtype"
-            )
+        refuse_strange((u, y), chunk, self.entry.conv.name)
         self.first.add(u, y, held[places[0]])
         side = math.ceil(self._share(chunk, target, self.viewed) ** 0.5)
         view = sight.view(self.conv, image, target, side, d, seed)
@@ -243,20 +239,34 @@ class Layer:
             second.add(sight.neighbourhoods(maps, d).flatten(1), sight.rows(view.target))
         return second.of_all_processes()
 
-    def _target(self, node: fx.Node, chunk: Chunk) -> Tensor:
-        """The original's output and, before a sum, what the other summand lacks in the converted model.
-
-        The sum of both is then the original sum less the converted other summand, seen through the norm's scale.
-        """
-        output = chunk.original[node].float().cpu()
-        if self.partner is None or self.partner not in chunk.converted:
-            return output
-        lacks = (chunk.original[self.partner] - chunk.converted[self.partner]).float().cpu()
-        return torch.addcmul(output, lacks, self.gain[:, None, None])
-
     def _share(self, chunk: Chunk, target: Tensor, limit: int) -> int:
-        """Positions of each map to look at, for near `limit` in the whole set."""
-        return sight.share_of(limit * chunk.batch.size, self.images * len(target))
+        return positions_of(chunk, target, limit, self.images)
+
+
+def target_of(node: fx.Node, chunk: Chunk, partner: fx.Node | None, gain: Tensor) -> Tensor:
+    """The original's output of a convolution and, before a sum, what the other summand lacks in the converted model.
+
+    The sum of both is then the original sum less the converted other summand, seen through the norm's scale: `gain`.
+    """
+    output = chunk.original[node].float().cpu()
+    if partner is None or partner not in chunk.converted:
+        return output
+    lacks = (chunk.original[partner] - chunk.converted[partner]).float().cpu()
+    return torch.addcmul(output, lacks, gain[:, None, None])
+
+
+def positions_of(chunk: Chunk, target: Tensor, limit: int, images: int) -> int:
+    """Positions of each map to look at, for near `limit` in the whole set of `images`."""
+    return sight.share_of(limit * chunk.batch.size, images * len(target))
+
+
+def refuse_strange(rows: Sequence[Tensor], chunk: Chunk, name: str) -> None:
+    """Raises `GhostifyError` for values that are not finite, naming batch and layer."""
+    if not all(own.norm().square().isfinite() for own in rows):
+        raise GhostifyError(
+            f"calibration batch {chunk.batch.number}: {name} sees values that are not finite or near overflow: look at "
+            f"that batch, or at the model's dtype"
+        )
 
 
 def rows_for(features: int, least: int, share: float = 1.0) -> int:
@@ -306,7 +316,7 @@ def emit(conv: nn.Conv2d, entry: Rewrite, stats: Statistics | Links, solution: S
     )
 
 
-def _inverse_scale(norm: Any, outputs: int) -> Tensor:
+def inverse_scale(norm: Any, outputs: int) -> Tensor:
     """sigma / gamma of the norm behind; 0 for channels that it all but silences, 1 where there is none."""
     if norm is None:
         return torch.ones(outputs)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import torch
 from torch import Tensor, fx, nn
 
+from ghostify.narrow import narrowed_norm
 from ghostify.planning.plan import Rewrite
 from ghostify.tracing.wiring import activation_of
 
@@ -34,18 +34,9 @@ def out_of_place(module: Copied) -> Copied:
     return copied
 
 
-@torch.no_grad()
 def narrowed(line: nn.Sequential, channels: Tensor) -> nn.Sequential:
     """A copy of the line for some `channels` only, in their order."""
     line = copy.deepcopy(line)
-    norm: Any = line[0]
-    if getattr(norm, "running_mean", None) is None:
-        return line
-    channels = channels.to(norm.running_mean.device)
-    for name, parameter in norm.named_parameters(recurse=False):
-        setattr(norm, name, nn.Parameter(parameter[channels], parameter.requires_grad))
-    for name, buffer in norm.named_buffers(recurse=False):
-        if buffer.dim():
-            setattr(norm, name, buffer[channels])
-    norm.num_features = len(channels)
+    if getattr(line[0], "running_mean", None) is not None:
+        line[0] = narrowed_norm(line[0], channels)
     return line

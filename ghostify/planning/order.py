@@ -43,7 +43,7 @@ def absorption(wiring: Wiring, nodes: list[str]) -> Absorption | None:
         return None
     norms: list[str] = []
     node = wiring.nodes[nodes[0]]
-    while (user := _only_reader(node)) is not None:
+    while (user := only_reader(node)) is not None:
         if user.op == "call_module":
             inner: Any = called(wiring.module, user)
             if isinstance(inner, nn.Conv2d):
@@ -61,7 +61,7 @@ def absorption(wiring: Wiring, nodes: list[str]) -> Absorption | None:
     return None
 
 
-def _only_reader(node: fx.Node) -> fx.Node | None:
+def only_reader(node: fx.Node) -> fx.Node | None:
     """The one node that reads this one, as its first argument, where no method ends."""
     user = None if marks_of(node) else only_user(node)
     return user if user is not None and user.args and user.args[0] is node else None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from ghostify.errors import GhostifyError
 from ghostify.ghost import Layout, feasible_width, intrinsic_maps
 from ghostify.planning import cost
+from ghostify.planning.links import Link
 from ghostify.planning.order import Absorption, absorption
 from ghostify.planning.policy import Policy, Rule
 from ghostify.tracing.program import Convolution, Program
@@ -35,6 +36,24 @@ class Rewrite:
 
 
 @dataclass(frozen=True)
+class Narrow:
+    """A convolution on a `Link` that keeps its form but not all its maps.
+
+    `keeps` are the outputs and `reads` the inputs that are left, None where all are; `norms` those behind it that lose
+    the same maps. `norm`, `partner` and MACs as in `Rewrite`.
+    """
+
+    conv: Convolution
+    keeps: tuple[int, ...] | None
+    reads: tuple[int, ...] | None
+    norms: tuple[str, ...]
+    norm: str | None
+    partner: str | None
+    macs_before: int
+    macs_after: int
+
+
+@dataclass(frozen=True)
 class Skip:
     """A convolution that stays as it is, and why."""
 
@@ -54,13 +73,21 @@ class Target:
 class Plan:
     """Every convolution of the program once, in order of first use. `macs_*` are whole-model totals where known."""
 
-    entries: tuple[Rewrite | Skip, ...]
+    entries: tuple[Rewrite | Narrow | Skip, ...]
     macs_before: int | None = None
     macs_after: int | None = None
 
     @property
     def rewrites(self) -> tuple[Rewrite, ...]:
         return tuple(e for e in self.entries if isinstance(e, Rewrite))
+
+    @property
+    def narrows(self) -> tuple[Narrow, ...]:
+        return tuple(e for e in self.entries if isinstance(e, Narrow))
+
+    @property
+    def changes(self) -> tuple[Rewrite | Narrow, ...]:
+        return tuple(e for e in self.entries if not isinstance(e, Skip))
 
     @property
     def skips(self) -> tuple[Skip, ...]:
@@ -81,14 +108,32 @@ def targets(program: Program, policy: Policy) -> list[Target | Skip]:
     return [_target(program, policy, conv, i == 0) for i, conv in enumerate(program.convolutions)]
 
 
-def plan_layouts(program: Program, decided: Iterable[tuple[Target, Layout] | Skip]) -> Plan:
-    """The plan that gives each target its layout; those that save nothing are skipped."""
+def plan_layouts(
+    program: Program,
+    decided: Iterable[tuple[Target, Layout] | Skip],
+    kept: Mapping[Link, tuple[int, ...]] | None = None,
+) -> Plan:
+    """The plan that gives each target its layout, and each link the maps that it keeps; those that save nothing are
+    skipped."""
     wiring = {path: Wiring(part) for path, part in program.parts.items()}
-    entries = tuple(d if isinstance(d, Skip) else _rewrite(wiring[d[0].conv.part], *d) for d in decided)
-    saved = [_saved(e) for e in entries if isinstance(e, Rewrite)]
+    entries: list[Rewrite | Narrow | Skip] = [
+        d if isinstance(d, Skip) else _rewrite(wiring[d[0].conv.part], *d) for d in decided
+    ]
+    narrow = {e.conv.name: e for link, own in (kept or {}).items() for e in _narrows(wiring, link, own)}
+    entries = [narrow.get(e.conv.name, e) for e in entries]
+    saved = [_saved(e) for e in entries if not isinstance(e, Skip)]
     total = program.macs
     after = None if total is None or None in saved else total - sum(s for s in saved if s is not None)
-    return Plan(entries, total, after)
+    return Plan(tuple(entries), total, after)
+
+
+def may_narrow(program: Program, policy: Policy, conv: Convolution) -> bool:
+    """Whether the rule that speaks of a convolution lets maps be left out."""
+    if conv.obstacle:
+        return False
+    module = program.conv(conv.name)
+    rule = next((r for r in policy.rules if r.matches(conv.name, module, conv.kind)), None)
+    return rule is not None and rule.narrow and not rule.ignores(conv.name, module, conv.kind)
 
 
 def layout_of(outputs: int, intrinsic: int, cheap: str | int, dw_size: int) -> Layout:
@@ -122,6 +167,8 @@ def _with_ratio(target: Target | Skip) -> tuple[Target, Layout] | Skip:
     conv, rule = target.conv, target.rule
     if rule.cheap == "auto":
         raise GhostifyError("cheap 'auto' chooses by a budget: pass budget={'macs': 0.5}, or name the form")
+    if rule.narrow:
+        raise GhostifyError("narrow leaves out maps by a budget: pass budget={'macs': 0.5}")
     intrinsic = intrinsic_maps(conv.outputs, rule.ratio)
     if rule.ratio == 1:
         return Skip(conv, "ratio 1 keeps every map")
@@ -142,7 +189,19 @@ def _rewrite(wiring: Wiring, target: Target, layout: Layout) -> Rewrite | Skip:
     return Rewrite(conv, layout, norm, partner, activation, absorption(wiring, nodes), before, after)
 
 
-def _saved(entry: Rewrite) -> int | None:
+def _narrows(wiring: Mapping[str, Wiring], link: Link, kept: tuple[int, ...]) -> Iterator[Narrow]:
+    """What becomes of the convolutions of a link: whoever makes its maps makes less, whoever reads them reads less."""
+    for member in link.members:
+        conv, norms = member.conv, member.norms
+        keeps, reads = kept if member.makes else None, kept if member.reads else None
+        own, nodes = wiring[conv.part], [conv.calls[0].node]
+        norm = norm_after(own, nodes)
+        partner = partner_in_sum(own, nodes, norm)
+        before, after = cost.dense_macs(conv), cost.narrow_macs(conv, keeps, reads)
+        yield Narrow(conv, keeps, reads, norms, norm, partner, before, after)
+
+
+def _saved(entry: Rewrite | Narrow) -> int | None:
     places = cost.positions(entry.conv.calls)
     return None if places is None else places * (entry.macs_before - entry.macs_after)
 

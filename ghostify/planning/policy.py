@@ -31,8 +31,9 @@ class Rule:
     `ratio` is n / m, outputs per intrinsic map; 1 leaves the convolution as it is. `dw_size` is the cheap operation's
     kernel size. `cheap` is "depthwise" (every ghost sees one intrinsic map), "pointwise" (all of them, kernel size 1),
     a number in between, or "auto": whichever loses less, given a budget. With `activated`, depthwise ghosts may read
-    the intrinsic maps behind norm and activation, as in the paper, where that loses less on held-out images. Raises
-    `GhostifyError` for values that mean nothing.
+    the intrinsic maps behind norm and activation, as in the paper, where that loses less on held-out images. With
+    `narrow`, a budget may also leave maps out between two dense convolutions where the second can do without (see
+    `Link`). Raises `GhostifyError` for values that mean nothing.
     """
 
     targets: tuple[Pattern, ...] = ("*",)
@@ -41,6 +42,7 @@ class Rule:
     dw_size: int = 3
     cheap: str | int = "depthwise"
     activated: bool = False
+    narrow: bool = False
 
     def __post_init__(self) -> None:
         for key in ("targets", "ignore"):
@@ -64,8 +66,9 @@ class Rule:
                 f"cheap {self.cheap!r} is unknown: use 'depthwise', 'pointwise', 'auto' or the number of intrinsic "
                 f"maps that each ghost sees"
             )
-        if not isinstance(self.activated, bool):
-            raise GhostifyError(f"activated {self.activated!r} is neither true nor false")
+        for key in ("activated", "narrow"):
+            if not isinstance(getattr(self, key), bool):
+                raise GhostifyError(f"{key} {getattr(self, key)!r} is neither true nor false")
 
     def matches(self, name: str, module: nn.Module, kind: str) -> bool:
         """Whether this rule speaks of the convolution."""

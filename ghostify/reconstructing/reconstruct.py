@@ -62,13 +62,9 @@ def reconstruct_blocks(
 
     Every block gets `steps` steps of Adam on the squared error of its outputs, fed by the blocks before as they now
     are. A block keeps what is best on held-out images (every eighth), if only its fit, and so does the whole model.
-    Raises `GhostifyError` for fewer than eight images, or in a group of several processes.
+    Raises `GhostifyError` for fewer than eight images, in a group of several processes, and for layers with fewer maps.
     """
-    if mine()[1] > 1:
-        raise GhostifyError("reconstruct works in one process: fit in several, then reconstruct in one")
-    started, traced = time.perf_counter(), program.module
-    if not isinstance(traced, fx.GraphModule):
-        raise GhostifyError(f"reconstruct needs a graph of the whole model: {type(traced).__name__} traces in parts")
+    started, traced = time.perf_counter(), _whole_graph(program, plan)
     with torch.inference_mode(False), torch.no_grad():
         parts = list(parts_of(traced, batches_of(traced, calibration).own))
         held = [p for p in parts if p.held]
@@ -79,7 +75,7 @@ def reconstruct_blocks(
             if path:
                 rewrite_part(module, path, plan, fits.weights)
         entries = [e for e in plan.rewrites if not e.conv.part]
-        layers = {e.conv.name: _Layer(module, e, fits.weights[e.conv.name]) for e in entries}
+        layers = {e.conv.name: _Layer(module, e, fits.ghost(e.conv.name)) for e in entries}
         original, converted = Side(own_copy(traced)), Side(module)
         whole = blocks_of(traced.graph, {})[0]
         first = [converted.run(whole, p.converted) for p in held]
@@ -104,6 +100,18 @@ def reconstruct_blocks(
         return fits, Reconstruction(tuple(replace(b, after=b.before, steps=0) for b in blocks), before, before)
     weights = {**fits.weights, **{name: layer.weights() for name, layer in layers.items()}}
     return replace(fits, weights=weights), Reconstruction(tuple(blocks), before, after)
+
+
+def _whole_graph(program: Program, plan: Plan) -> fx.GraphModule:
+    """The program's graph, where blocks can be trained one by one."""
+    traced = program.module
+    if mine()[1] > 1:
+        raise GhostifyError("reconstruct works in one process: fit in several, then reconstruct in one")
+    if not isinstance(traced, fx.GraphModule):
+        raise GhostifyError(f"reconstruct needs a graph of the whole model: {type(traced).__name__} traces in parts")
+    if plan.narrows:
+        raise GhostifyError(f"{plan.narrows[0].conv.name}: has fewer maps than the original's: reconstruct or narrow")
+    return traced
 
 
 class _Layer:

@@ -10,7 +10,12 @@ from ghostify.errors import GhostifyError
 from ghostify.report import Line, Report
 from ghostify.reporting.findings import costly
 
-COLOURS = {"left as it is": "#9a9a9a", "depthwise ghosts": "#0b6e99", "wider ghosts": "#b45309"}
+COLOURS = {
+    "left as it is": "#9a9a9a",
+    "depthwise ghosts": "#0b6e99",
+    "wider ghosts": "#b45309",
+    "fewer maps": "#6d28d9",
+}
 STEP = 15
 COSTLIEST = 15
 
@@ -27,6 +32,8 @@ def kind_of(line: Line) -> str:
     """What happened to a convolution, in the words of the charts and the table."""
     if line.reason is not None:
         return "left as it is"
+    if line.narrow:
+        return "fewer maps"
     return "depthwise ghosts" if line.width == 1 else "wider ghosts"
 
 
@@ -89,7 +96,7 @@ def frontier_chart(curve: Sequence[Mapping[str, Any]], chosen: float | None) -> 
 
 def _colours(alt: Any) -> Any:
     scale = alt.Scale(domain=list(COLOURS), range=list(COLOURS.values()))
-    return alt.Color("what:N", scale=scale, legend=alt.Legend(orient="top", title=None, columns=3))
+    return alt.Color("what:N", scale=scale, legend=alt.Legend(orient="top", title=None, columns=2))
 
 
 def _finished(chart: Any, title: str, steps: int) -> dict[str, Any]:

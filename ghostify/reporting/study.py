@@ -113,7 +113,7 @@ def study(program: Program, layer: str, images: Iterable[Any], *, sizes: Sequenc
         reason = next(s.reason for s in decided.skips if s.conv.name == layer)
         raise GhostifyError(f"{layer}: {reason}")
     fits = fit(program, decided, batches, seed=seed)
-    channels = fits.weights[layer].channels.tolist()
+    channels = fits.ghost(layer).channels.tolist()
     maps = maps_of(program.module, layer, batches)
     ghosted = ghosted_maps(rewrite(program, decided, fits.weights), layer, batches, channels)
     intrinsic = channels[: decided.rewrites[0].layout.intrinsic]

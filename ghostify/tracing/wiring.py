@@ -26,6 +26,8 @@ ACTIVATION_FUNCTIONS: dict[Any, type[nn.Module]] = {
 ACTIVATION_METHODS: dict[Any, type[nn.Module]] = {"relu": nn.ReLU, "relu_": nn.ReLU}
 SUMS = (operator.add, operator.iadd, torch.add)
 SUM_METHODS = ("add", "add_")
+PRODUCTS = (operator.mul, operator.imul, torch.mul)
+PRODUCT_METHODS = ("mul", "mul_")
 
 
 class Wiring:
@@ -99,6 +101,12 @@ def partner_in_sum(wiring: Wiring, nodes: list[str], norm: str | None) -> str | 
 def adds(node: fx.Node) -> bool:
     """Whether the node is a sum."""
     return node.target in (SUMS if node.op == "call_function" else SUM_METHODS if node.op == "call_method" else ())
+
+
+def multiplies(node: fx.Node) -> bool:
+    """Whether the node is a product of two values."""
+    known = PRODUCTS if node.op == "call_function" else PRODUCT_METHODS if node.op == "call_method" else ()
+    return node.target in known and len(node.all_input_nodes) == 2
 
 
 def _summand(user: fx.Node, node: fx.Node) -> fx.Node | None:

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from ghostify.data.lessons import Lessons, Order, Seeded
 from ghostify.deploying.runtimes import channels_last
 from ghostify.errors import GhostifyError
+from ghostify.ghost import GhostModule
 from ghostify.report import report
 from ghostify.tracing.calls import tensors_of
 from ghostify.training.distill import answers_apart, features_apart
@@ -286,19 +287,31 @@ class _Training:
 
 
 def _listen(student: nn.Module, teacher: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Two lists that fill with the maps of the rewritten layers as the models run."""
+    """Two lists that fill with the maps of the rewritten layers as the models run, in the student's channel order.
+
+    Layers that make fewer maps than the original's are left out.
+    """
     both: tuple[list[Tensor], list[Tensor]] = ([], [])
     for line in report(student).lines:
-        if line.reason is None:
-            for model, own in zip((student, teacher), both, strict=True):
-                try:
-                    found = model.get_submodule(line.name)
-                except AttributeError:
-                    raise GhostifyError(
-                        f"{line.name}: its maps cannot be compared: the original has no such module: set features to 0"
-                    ) from None
-                found.register_forward_hook(lambda _, __, made, own=own: own.append(made))
+        if line.reason is not None or (line.narrow and line.intrinsic < line.filters[0]):
+            continue
+        ghost: Any = _compared(student, line.name)
+        moved = isinstance(ghost, GhostModule) and ghost.order is None and bool(line.channels)
+        order = list(line.channels) if moved else slice(None)
+        ghost.register_forward_hook(lambda _, __, made: both[0].append(made))
+        _compared(teacher, line.name).register_forward_hook(
+            lambda _, __, made, order=order: both[1].append(made[:, order])
+        )
     return both
+
+
+def _compared(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise GhostifyError(
+            f"{name}: its maps cannot be compared: the original has no such module: set features to 0"
+        ) from None
 
 
 def _fingerprint(model: nn.Module) -> str:

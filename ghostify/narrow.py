@@ -1,0 +1,60 @@
+"""Convolutions and norms with fewer maps than the original's: ordinary torch, knows no graphs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Norm = TypeVar("Norm", bound=nn.Module)
+
+
+@dataclass(frozen=True, eq=False)
+class DenseWeights:
+    """Fitted weights of a convolution that keeps its form but not all its maps.
+
+    `shift` holds the constants that the BatchNorm behind takes up; it, `error`, `held_out` (relative, as in
+    `GhostWeights`) and `bias` are by the outputs that are left. `felt` is the error to expect in the model's outputs.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    shift: Tensor | None
+    error: Tensor
+    held_out: Tensor | None = None
+    felt: float | None = None
+
+
+@torch.no_grad()
+def narrowed_conv(conv: nn.Conv2d, keeps: Sequence[int] | None, reads: Sequence[int] | None) -> nn.Conv2d:
+    """A copy that makes the outputs `keeps` of the inputs `reads` (None: all); of a depthwise one both are the same."""
+    made = copy.deepcopy(conv)
+    weight = conv.weight if keeps is None else conv.weight[list(keeps)]
+    if conv.groups > 1:
+        made.groups = len(weight)
+    elif reads is not None:
+        weight = weight[:, list(reads)]
+    made.weight = nn.Parameter(weight.clone(), conv.weight.requires_grad)
+    if conv.bias is not None and keeps is not None:
+        made.bias = nn.Parameter(conv.bias[list(keeps)].clone(), conv.bias.requires_grad)
+    made.out_channels, made.in_channels = len(weight), weight.shape[1] * made.groups
+    return made
+
+
+@torch.no_grad()
+def narrowed_norm(norm: Norm, channels: Sequence[int] | Tensor) -> Norm:
+    """A copy of a BatchNorm for some `channels` only, in their order."""
+    made: Any = copy.deepcopy(norm)
+    index = torch.as_tensor(channels)
+    for name, parameter in norm.named_parameters(recurse=False):
+        setattr(made, name, nn.Parameter(parameter[index.to(parameter.device)].clone(), parameter.requires_grad))
+    for name, buffer in norm.named_buffers(recurse=False):
+        if buffer.dim():
+            setattr(made, name, buffer[index.to(buffer.device)].clone())
+    made.num_features = len(index)
+    found: Norm = made
+    return found

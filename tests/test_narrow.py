@@ -1,0 +1,44 @@
+import pytest
+import torch
+from torch import nn
+
+from ghostify.narrow import narrowed_conv, narrowed_norm
+
+KEPT = (5, 0, 3)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_producer_makes_some_of_its_maps(bias):
+    conv, x = nn.Conv2d(4, 6, 3, stride=2, padding=1, bias=bias), torch.randn(2, 4, 9, 9)
+    small = narrowed_conv(conv, KEPT, None)
+    torch.testing.assert_close(small(x), conv(x)[:, KEPT])
+    assert (small.in_channels, small.out_channels) == (4, 3)
+    assert conv.out_channels == 6
+
+
+def test_a_consumer_reads_some_of_its_maps():
+    conv, x = nn.Conv2d(6, 4, 3, dilation=2), torch.randn(2, 6, 9, 9)
+    small = narrowed_conv(conv, None, KEPT)
+    without = x.clone()
+    without[:, [1, 2, 4]] = 0
+    torch.testing.assert_close(small(x[:, KEPT]), conv(without))
+
+
+def test_a_depthwise_one_does_both():
+    conv, x = nn.Conv2d(6, 6, 3, groups=6), torch.randn(2, 6, 9, 9)
+    small = narrowed_conv(conv, KEPT, KEPT)
+    torch.testing.assert_close(small(x[:, KEPT]), conv(x)[:, KEPT])
+    assert (small.groups, small.in_channels) == (3, 3)
+
+
+def test_a_norm_of_some_maps_shares_nothing_with_the_whole():
+    norm, x = nn.BatchNorm2d(6).eval(), torch.randn(2, 6, 4, 4)
+    norm.running_mean.normal_()
+    with torch.no_grad():
+        norm.weight.normal_()
+    small = narrowed_norm(norm, KEPT)
+    torch.testing.assert_close(small(x[:, KEPT]), norm(x)[:, KEPT])
+    before = norm.weight.clone()
+    small.weight.data.zero_()
+    assert torch.equal(norm.weight, before)
+    assert small.num_batches_tracked.dim() == 0
