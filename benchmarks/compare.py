@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -59,12 +59,12 @@ Limit = tuple[str, float]
 Method = Callable[[Subject, rivals.Seen, Limit, int], nn.Module | None]
 
 
-def ghosts(cheap: str, subject: Subject, seen: rivals.Seen, limit: Limit, seed: int) -> nn.Module | None:
-    """As `ghostify(model, cheap=..., budget=..., calibration=...)`."""
+def ghosts(wish: Mapping[str, Any], subject: Subject, seen: rivals.Seen, limit: Limit, seed: int) -> nn.Module | None:
+    """As `ghostify(model, budget=..., calibration=..., **wish)`."""
     program = trace(subject.model, subject.example)
     looked = calibrate(program, seen.batches, seed)
     try:
-        decided = plan_within(program, _policy(subject, cheap), dict([limit]), looked, seed)
+        decided = plan_within(program, _policy(subject, **wish), dict([limit]), looked, seed)
     except GhostifyError:
         return None
     return rewrite(program, decided, fit(program, decided, looked, seed=seed).weights)
@@ -74,7 +74,7 @@ def starts(kept: bool, subject: Subject, seen: rivals.Seen, limit: Limit, seed: 
     """The paper's module, depthwise 3 x 3, fitted to nothing: first filters kept, or all drawn anew."""
     program = trace(subject.model, subject.example)
     try:
-        decided = plan_within(program, _policy(subject, "depthwise"), dict([limit]), seed=seed)
+        decided = plan_within(program, _policy(subject), dict([limit]), seed=seed)
     except GhostifyError:
         return None
     module = networks.unfitted_ghosts(program, decided, seed, kept=kept)
@@ -101,8 +101,9 @@ def cut(
 
 
 METHODS: dict[str, Method] = {
-    "ghostify, auto": partial(ghosts, "auto"),
-    "ghostify, depthwise": partial(ghosts, "depthwise"),
+    "ghostify, auto and narrow": partial(ghosts, {"cheap": "auto", "narrow": True}),
+    "ghostify, auto": partial(ghosts, {"cheap": "auto"}),
+    "ghostify, depthwise": partial(ghosts, {}),
     "ghost, first filters kept": partial(starts, True),
     "ghost, random": partial(starts, False),
     "Torch-Pruning, magnitude": partial(cut, rivals.by_magnitude, None),
@@ -114,8 +115,8 @@ METHODS: dict[str, Method] = {
 }
 
 
-def _policy(subject: Subject, cheap: str) -> Policy:
-    return Policy((Rule(cheap=cheap, ignore=subject.ignore),))
+def _policy(subject: Subject, **wish: Any) -> Policy:
+    return Policy((Rule(ignore=subject.ignore, **wish),))
 
 
 def _macs(subject: Subject, small: nn.Module) -> float:
@@ -165,12 +166,12 @@ def craft() -> Subject:
     return Subject(model, seen, seen(0).batches[0], judge, ignore=(narrow,))
 
 
-def rows(subject: Subject, known: list[Row]) -> Iterator[Row]:
+def rows(subject: Subject, known: list[Row], seeds: Sequence[int] = SEEDS) -> Iterator[Row]:
     yield from known
     done = {row["how"] for row in known}
     if "original" not in done:
         yield {"how": "original", "score": subject.judge(subject.model), "macs": 1.0, "latency": 1.0}
-    for seed in SEEDS:
+    for seed in seeds:
         seen = subject.seen(seed)
         for limit in LIMITS:
             for name, method in METHODS.items():
@@ -209,6 +210,7 @@ def summary(found: list[Row]) -> str:
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--network", choices=[*networks.NETWORKS, "craft"], default="resnet20")
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--summary", action="store_true", help="only show the means of the result file")
     arguments = parser.parse_args()
     name = f"compare-{arguments.network}"
@@ -226,7 +228,7 @@ def main() -> None:
             "not trained": lambda r: f"{r['score']:.2f}",
             "one epoch": lambda r: "" if r.get("taught") is None else f"{r['taught']:.2f}",
         },
-        rows(subject, known),
+        rows(subject, known, arguments.seeds),
         images=IMAGES,
         taught=TAUGHT,
         threads=torch.get_num_threads(),
