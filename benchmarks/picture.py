@@ -29,7 +29,8 @@ WIDTH, HEIGHT = 1200, 800
 def write(file: Path) -> Path:
     """The report of the conversion."""
     model, batches = craft(), calibration_pages(128, 256, 0).split(8)
-    small = ghostify(model, cheap="auto", budget=HALF, ignore=narrow, calibration=batches)
+    example = batches[0][:1]
+    small = ghostify(model, cheap="auto", budget=HALF, ignore=narrow, example_inputs=example, calibration=batches)
     return write_report(
         small, file, original=model, images=[test_pages(1, 512, 0)], layers=[LAYER], title="CRAFT at half the MACs"
     )

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from ghostify.deploying.deploy import deploy
 
-ROUNDS = 7
+ROUNDS = 40
 SIDE, LONG = 2048, 2**27
 KINDS = {nn.Conv2d: "convolutions", nn.Linear: "linear layers"}
 
