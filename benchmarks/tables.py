@@ -35,9 +35,11 @@ def recorded(name: str) -> list[Row]:
 
 
 def spread(values: Iterable[float | None]) -> str:
-    """Mean and standard deviation of the values that are there."""
+    """Mean and standard deviation of the values that are there, of one value itself."""
     there = [v for v in values if v is not None]
-    return f"{statistics.mean(there):.2f} ± {statistics.pstdev(there):.2f}" if there else ""
+    if len(there) < 2:
+        return "".join(f"{v:.2f}" for v in there)
+    return f"{statistics.mean(there):.2f} ± {statistics.pstdev(there):.2f}"
 
 
 def publish(name: str, title: str, columns: dict[str, Callable[[Row], str]], rows: Iterable[Row], **facts: Any) -> None:
