@@ -5,13 +5,15 @@
 Fashion-MNIST: the networks are trained here on the 60,000 training images (networks.py). Every method may look at the
 same 512 unlabelled training images, drawn by seed; Taylor pruning, and it alone, reads their labels too. Nothing is
 trained at first; then each result learns from the original's answers for one epoch of 10,000 other unlabelled training
-images (78 steps of 128, SGD, cosine from 0.02). Top-1 is on all 10,000 test images, which nothing else sees.
+images (78 steps of 128, SGD, cosine from 0.02, and again from 0.005: of the two, what is nearer to the original on 500
+more training images). Top-1 is on all 10,000 test images, which nothing else sees.
 BatchNorm's statistics are taken anew on the calibration images wherever no fit says what they should be. CRAFT has no
 labels: F1 of its boxes against the original's on test pages, without training (craft.py).
 
 Every method gives the most that keeps within the limit: a share of the multiply-accumulates, or of the milliseconds of
 32 images (8 pages) in eager PyTorch, both sides in inference form, median of 15 turns. A method that cannot reach a
-limit has no row there. Goes on where the last run ended; results go to benchmarks/results/compare-NETWORK.json.
+limit has no row there; milliseconds, which seeds hardly change, are a limit for the first seed alone. Goes on where the
+last run ended; results go to benchmarks/results/compare-NETWORK.json.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -34,13 +36,16 @@ from ghostify import GhostifyError, Policy, Recipe, Rule, finetune, fit, rewrite
 from ghostify.budgeting.budget import plan_within
 from ghostify.budgeting.measure import paired
 from ghostify.data.lessons import Lessons
+from ghostify.evaluate import outputs
 from ghostify.fitting.sensitivity import calibrate
 from ghostify.planning.cost import count_macs
+from ghostify.training.distill import answers_apart
 
 IMAGES, TAUGHT, JUDGING, TIMED = 512, 10_000, 500, 32
 SEEDS = (0, 1, 2)
 LIMITS = (("macs", 0.5), ("macs", 0.25), ("latency", 0.6))
-RECIPE = Recipe(epochs=1, batch=128, learning_rate=0.02, precision="bf16", evaluate_every=1, save_every=10_000)
+RECIPE = Recipe(epochs=1, batch=128, precision="bf16", evaluate_every=1, save_every=10_000)
+RATES = (0.02, 0.005)
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,6 +179,8 @@ def rows(subject: Subject, known: list[Row], seeds: Sequence[int] = SEEDS) -> It
     for seed in seeds:
         seen = subject.seen(seed)
         for limit in LIMITS:
+            if limit[0] == "latency" and seed != SEEDS[0]:
+                continue
             for name, method in METHODS.items():
                 how = f"{name}, {limit[0]} {limit[1]:g}, seed {seed}"
                 if how in done or (not seen.labels and "Taylor" in name):
@@ -188,11 +195,16 @@ def rows(subject: Subject, known: list[Row], seeds: Sequence[int] = SEEDS) -> It
 
 
 def _taught(subject: Subject, small: nn.Module, seed: int) -> float:
-    """How good it is once it has learnt from the original."""
+    """How good it is once it has learnt from the original, at the rate that brings it nearer on the judging images."""
     assert subject.lessons is not None
-    with tempfile.TemporaryDirectory() as folder:
-        found = finetune(small, subject.model, subject.lessons(seed), folder, Recipe(**{**vars(RECIPE), "seed": seed}))
-    return subject.judge(found)
+    lessons, found = subject.lessons(seed), []
+    for rate in RATES:
+        with tempfile.TemporaryDirectory() as folder:
+            recipe = replace(RECIPE, learning_rate=rate, seed=seed)
+            found.append(finetune(small, subject.model, lessons, folder, recipe))
+    images = torch.stack([image for image, _ in lessons.validation]).split(100)
+    wanted = outputs(subject.model, images)
+    return subject.judge(min(found, key=lambda m: float(answers_apart(outputs(m, images), wanted))))
 
 
 def summary(found: list[Row]) -> str:
