@@ -50,7 +50,7 @@ def test_a_graph_of_everything_survives():
     assert torch.equal(wanted["out"], found["out"])
     assert wanted["pair"][1] == found["pair"][1]
     assert again.twin.weight is again.tied.weight
-    assert "scale" not in again.state_dict()
+    assert list(again.state_dict()) == list(traced.state_dict())  # torch 2.6 makes `scale` persistent as it traces
     assert again.act.negative_slope == 0.2
 
 
