@@ -56,17 +56,18 @@ def plain(conv: nn.Conv2d) -> nn.Conv2d | str:
 
 def _conv(conv: nn.Conv2d, call: dict[str, Any], same: bool) -> nn.Conv2d:
     weight, bias = call["weight"], call.get("bias")
-    made = (Conv2dSame if same else nn.Conv2d)(
-        conv.in_channels,
-        conv.out_channels,
-        (weight.shape[2], weight.shape[3]),
-        call.get("stride", 1),
-        0 if same else call.get("padding", 0),
-        call.get("dilation", 1),
-        call.get("groups", 1),
-        bias is not None,
-        device="meta",
-    )
+    kind = Conv2dSame if same else nn.Conv2d
+    with torch.device("meta"):  # older timm's takes no `device`
+        made = kind(
+            conv.in_channels,
+            conv.out_channels,
+            (weight.shape[2], weight.shape[3]),
+            call.get("stride", 1),
+            0 if same else call.get("padding", 0),
+            call.get("dilation", 1),
+            call.get("groups", 1),
+            bias is not None,
+        )
     trained = any(p.requires_grad for p in conv.parameters())
     made.weight = nn.Parameter(weight.detach().clone(), trained)
     if bias is not None:
