@@ -7,8 +7,8 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -43,22 +43,12 @@ def layer_milliseconds(conv: nn.Conv2d, seen: Convolution, layouts: Forms, clock
     Measured on random images of the shapes of its calls; kept on disk by shapes, runtime and its version, threads,
     and processor.
     """
-    known = _read()
-    total = [0.0] * len(layouts)
+    forms, total = [None, *layouts], [0.0] * len(layouts)
     for shape in [call.input_shape for call in seen.calls if call.input_shape is not None]:
-        keys = [_key(conv, shape, layout, clock) for layout in layouts]
-        missing = [k for k, key in enumerate(keys) if key not in known]
-        if missing:
-            base = _key(conv, shape, None, clock)
-            forms: list[Layout | None] = [layouts[k] for k in missing if layouts[k] is not None]
-            models = [_module(conv, shape, layout) for layout in [None, *forms]]
-            taken = clock.milliseconds(models, _images(conv, shape), ROUNDS)
-            known[base] = known.get(base, taken[0])
-            share = known[base] / taken[0]  # what was measured before was another mood of the machine
-            for layout, spent in zip(forms, taken[1:], strict=True):
-                known[_key(conv, shape, layout, clock)] = spent * share
-            _write(known)
-        total = [spent + known[key] for spent, key in zip(total, keys, strict=True)]
+        keys = [_key(conv, shape, layout, clock) for layout in forms]
+        models = [partial(_module, conv, shape, layout) for layout in forms]
+        taken = _beside_the_first(keys, models, _images(conv, shape), clock)
+        total = [spent + more for spent, more in zip(total, taken[1:], strict=True)]
     return total
 
 
@@ -67,18 +57,11 @@ def line_milliseconds(
 ) -> list[float]:
     """Median milliseconds of convolutions one behind the other, norm and ReLU behind each, for each of `ways`: which of
     the maps between them are left (None: all). Measured as single layers are, on images of the first one's shape."""
-    known, shape = _read(), first.calls[0].input_shape
+    shape = first.calls[0].input_shape
     assert shape is not None
     keys = [_line_key(convs, shape, kept, clock) for kept in ways]
-    missing = [k for k, key in enumerate(keys) if key not in known]
-    if missing:
-        models = [_line(convs, shape, ways[k]) for k in (0, *missing)]
-        taken = clock.milliseconds(models, _images(convs[0], shape), ROUNDS)
-        known[keys[0]] = known.get(keys[0], taken[0])
-        for k, spent in zip(missing, taken[1:], strict=True):
-            known[keys[k]] = spent * known[keys[0]] / taken[0]
-        _write(known)
-    return [known[key] for key in keys]
+    models = [partial(_line, convs, shape, kept) for kept in ways]
+    return _beside_the_first(keys, models, _images(convs[0], shape), clock)
 
 
 def model_milliseconds(program: Program, clock: Stopwatch) -> float:
@@ -90,6 +73,21 @@ def paired(models: Sequence[nn.Module], example: Any, clock: Stopwatch | None = 
     """Median milliseconds of one forward of each model's inference form, by turns; in eager PyTorch by default."""
     small = [deploy(m, example) for m in models]
     return (clock or Stopwatch()).milliseconds(small, example)
+
+
+def _beside_the_first(
+    keys: Sequence[str], models: Sequence[Callable[[], nn.Module]], images: Tensor, clock: Stopwatch
+) -> list[float]:
+    """Milliseconds of each form, by its key on disk; those not known yet are timed by turns with the first."""
+    known = _read()
+    if any(key not in known for key in keys):
+        missing = [k for k, key in enumerate(keys) if key not in known and key != keys[0]]
+        first, *taken = clock.milliseconds([models[k]() for k in (0, *missing)], images, ROUNDS)
+        known.setdefault(keys[0], first)
+        share = known[keys[0]] / first  # what was measured before was another mood of the machine
+        known |= {keys[k]: spent * share for k, spent in zip(missing, taken, strict=True)}
+        _write(known)
+    return [known[key] for key in keys]
 
 
 def _module(conv: nn.Conv2d, shape: tuple[int, ...], layout: Layout | None) -> nn.Module:
