@@ -12,8 +12,9 @@ labels: F1 of its boxes against the original's on test pages, without training (
 
 Every method gives the most that keeps within the limit: a share of the multiply-accumulates, or of the milliseconds of
 32 images (8 pages) in eager PyTorch, both sides in inference form, median of 15 turns. A method that cannot reach a
-limit has no row there; milliseconds, which seeds hardly change, are a limit for the first seed alone. Goes on where the
-last run ended; results go to benchmarks/results/compare-NETWORK.json.
+limit has no row there. Milliseconds, which seeds hardly change, are measured for the first seed alone, and left out by
+--untimed, so that networks can be compared side by side, one thread each. Goes on where the last run ended; results go
+to benchmarks/results/compare-NETWORK.json.
 """
 
 from __future__ import annotations
@@ -171,15 +172,15 @@ def craft() -> Subject:
     return Subject(model, seen, seen(0).batches[0], judge, ignore=(narrow,))
 
 
-def rows(subject: Subject, known: list[Row], seeds: Sequence[int] = SEEDS) -> Iterator[Row]:
+def rows(subject: Subject, known: list[Row], seeds: Sequence[int] = SEEDS, *, untimed: bool = False) -> Iterator[Row]:
     yield from known
     done = {row["how"] for row in known}
     if "original" not in done:
         yield {"how": "original", "score": subject.judge(subject.model), "macs": 1.0, "latency": 1.0}
     for seed in seeds:
-        seen = subject.seen(seed)
+        seen, timed = subject.seen(seed), seed == SEEDS[0] and not untimed
         for limit in LIMITS:
-            if limit[0] == "latency" and seed != SEEDS[0]:
+            if limit[0] == "latency" and not timed:
                 continue
             for name, method in METHODS.items():
                 how = f"{name}, {limit[0]} {limit[1]:g}, seed {seed}"
@@ -189,7 +190,7 @@ def rows(subject: Subject, known: list[Row], seeds: Sequence[int] = SEEDS) -> It
                 if small is None:
                     continue
                 facts = {"method": name, "limit": list(limit), "seed": seed, "score": subject.judge(small)}
-                costs = {"macs": _macs(subject, small), "latency": _time(subject, small)}
+                costs = {"macs": _macs(subject, small), "latency": _time(subject, small) if timed else None}
                 taught = None if subject.lessons is None else _taught(subject, small, seed)
                 yield {"how": how, **facts, **costs, "taught": taught}
 
@@ -213,7 +214,8 @@ def summary(found: list[Row]) -> str:
     keys = dict.fromkeys((r["method"], tuple(r["limit"])) for r in found if "method" in r)
     for method, limit in sorted(keys, key=lambda key: LIMITS.index(key[1])):
         own = [r for r in found if r.get("method") == method and tuple(r["limit"]) == limit]
-        costs = [f"{100 * statistics.mean(r[key] for r in own):.0f}" for key in ("macs", "latency")]
+        known = ([r[key] for r in own if r[key] is not None] for key in ("macs", "latency"))
+        costs = (f"{100 * statistics.mean(values):.0f}" if values else "" for values in known)
         scores = [spread(r[key] for r in own) for key in ("score", "taught")]
         lines.append("| " + " | ".join([method, f"{limit[0]} {limit[1]:g}", *costs, *scores]) + " |")
     return "\n".join(lines)
@@ -223,6 +225,7 @@ def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--network", choices=[*networks.NETWORKS, "craft"], default="resnet20")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--untimed", action="store_true", help="multiply-accumulates alone, for a machine not at rest")
     parser.add_argument("--summary", action="store_true", help="only show the means of the result file")
     arguments = parser.parse_args()
     name = f"compare-{arguments.network}"
@@ -236,11 +239,11 @@ def main() -> None:
         f"{arguments.network}: as good as the original, in percent",
         {
             "MACs %": lambda r: f"{100 * r['macs']:.1f}",
-            "ms %": lambda r: f"{100 * r['latency']:.0f}",
+            "ms %": lambda r: "" if r["latency"] is None else f"{100 * r['latency']:.0f}",
             "not trained": lambda r: f"{r['score']:.2f}",
             "one epoch": lambda r: "" if r.get("taught") is None else f"{r['taught']:.2f}",
         },
-        rows(subject, known, arguments.seeds),
+        rows(subject, known, arguments.seeds, untimed=arguments.untimed),
         images=IMAGES,
         taught=TAUGHT,
         threads=torch.get_num_threads(),

@@ -42,12 +42,15 @@ def points(found: list[Row]) -> Iterator[dict[str, Any]]:
         for stage, title in STAGES.items():
             lost = [best - row[stage] for row in own if row.get(stage) is not None]
             for cost, name in COSTS.items() if lost else ():
+                shares = [row[cost] for row in own if row[cost] is not None]
+                if not shares:
+                    continue
                 yield {
                     "method": method,
                     "kind": kind(method),
                     "stage": title,
                     "cost": name,
-                    "share": statistics.mean(row[cost] for row in own),
+                    "share": statistics.mean(shares),
                     "lost": max(0.0, statistics.mean(lost)),
                     "least": max(0.0, min(lost)),
                     "most": max(0.0, max(lost)),

@@ -40,6 +40,13 @@ def test_every_method_keeps_within_its_limit(monkeypatch):
     assert max(best, key=best.get) in ("ghostify, auto and narrow", "ghostify, auto", "low rank")
     assert best["ghostify, depthwise"] > best["ghost, first filters kept"]
     assert list(compare.rows(mine, found, (0,))) == found
+    assert all(r["latency"] == 0.5 for r in found[1:])
+    monkeypatch.setattr(compare, "METHODS", {"low rank": compare.METHODS["low rank"]})
+    monkeypatch.setattr(compare, "LIMITS", (("macs", 0.5), ("latency", 0.6)))
+    *_, further = compare.rows(mine, found, (1,))
+    *_, untimed = compare.rows(mine, found[:1], (0,), untimed=True)
+    for row, seed in ((further, 1), (untimed, 0)):
+        assert (row["how"], row["latency"]) == (f"low rank, macs 0.5, seed {seed}", None)
     assert f"| ghostify, auto and narrow | macs 0.5 | {100 * found[1]['macs']:.0f} | 50 |" in compare.summary(found)
 
 
