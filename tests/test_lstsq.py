@@ -3,6 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ghostify.fitting import lstsq
 from ghostify.fitting.assign import Groups
@@ -120,6 +122,27 @@ def test_pointwise_ghosts_reach_the_error_of_low_rank():
     solution = lstsq.solve(stats, Layout(8, 3, 3, 1), torch.eye(8, dtype=torch.float64))
     values = torch.linalg.eigvalsh(stats.gram[0, :, 0])
     assert lstsq.errors(stats, solution).sum().item() == pytest.approx(values[:5].sum().item(), rel=1e-2)
+
+
+class Largest(TorchDispatchMode):
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        stored = (t.untyped_storage().nbytes() // t.element_size() for t in tree_leaves(made) if torch.is_tensor(t))
+        self.elements = max(self.elements, *stored, 0)
+        return made
+
+
+def test_ghosts_of_one_group_share_its_system():
+    n = 64
+    maps = torch.randn(8, n, 8, 8, dtype=torch.float64)
+    stats, _, _ = maps_statistics(maps + maps.roll(1, 1), maps, 1)
+    with Largest() as largest:
+        solution = lstsq.solve(stats, Layout(n, n // 2, n // 2, 1), torch.eye(n, dtype=torch.float64))
+        lstsq.errors(stats, solution)
+        lstsq.constants(stats, solution)
+    assert n * n <= largest.elements <= 2 * n * n
 
 
 def test_pointwise_ghosts_are_the_best_low_rank_by_the_metric():

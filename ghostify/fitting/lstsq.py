@@ -15,7 +15,7 @@ from scipy.linalg import qr
 from torch import Tensor
 
 from ghostify.fitting.assign import Groups, choose_groups
-from ghostify.fitting.moments import Moments, Pair
+from ghostify.fitting.moments import Moments, Pair, turns_of
 from ghostify.fitting.pairs import Links, costs_of, in_order
 from ghostify.fitting.systems import damping_for, root_of, solve_damped, solve_ridge
 from ghostify.ghost import Layout
@@ -172,7 +172,10 @@ def constants(stats: Statistics | Links, solution: Solution) -> Tensor:
 
 def _ghost_maps(solution: Solution) -> Tensor:
     """Every ghost as coefficients over places and basis (ghosts x D x b)."""
-    return torch.einsum("jwd,jwb->jdb", solution.kernels, solution.intrinsic[solution.groups.sources])
+    groups = solution.groups
+    standing, kernels = _by_group(groups, solution.kernels)
+    maps = solution.intrinsic.reshape(*groups.intrinsic.shape, -1)
+    return torch.einsum("gtwd,gwb->gtdb", kernels, maps)[standing]
 
 
 def pair_costs(stats: Statistics, weights: Tensor) -> Tensor:
@@ -185,26 +188,28 @@ def pair_costs(stats: Statistics, weights: Tensor) -> Tensor:
 
 
 def _with_kernels(stats: Statistics, groups: Groups, coordinates: Tensor) -> Solution:
-    """The kernels that fit the ghosts best, given the intrinsic maps (normal equations of w D unknowns a group)."""
+    """The kernels that fit the ghosts best, given the intrinsic maps: a system of w D unknowns for each group."""
     count, width = groups.intrinsic.shape
-    places = stats.gram.shape[0]
-    grouped = coordinates.reshape(count, width, -1)
-    kernels = torch.empty(len(groups.sources), width, places, dtype=coordinates.dtype)
-    step = max(1, 2**26 // (width * places * places * stats.gram.shape[1]))
-    owner = groups.sources[:, 0] // width
-    for start in range(0, count, step):
-        a = grouped[start : start + step]
+    places, size = stats.gram.shape[:2]
+    standing, targets = _by_group(groups, groups.ghosts)  # where a group has fewer, what is found is left out
+    step = max(1, 2**26 // (width * places * places * size))
+    solved = []
+    for a, mine in zip(coordinates.reshape(count, width, -1).split(step), targets.split(step), strict=True):
         half = torch.einsum("gwb,dbec->gwdec", a, stats.gram)
         gram = torch.einsum("gwdec,gvc->gwdve", half, a).reshape(len(a), width * places, width * places)
-        damping = damping_for(gram, stats.rows)
-        mine = ((owner >= start) & (owner < start + len(a))).nonzero().flatten()
-        if not len(mine):
-            continue
-        targets = stats.cross[:, :, groups.ghosts[mine]]
-        right = torch.einsum("jwb,dbj->jwd", a[owner[mine] - start], targets).reshape(len(mine), -1, 1)
-        solved = solve_damped(gram[owner[mine] - start], right, damping[owner[mine] - start])
-        kernels[mine] = solved.reshape(len(mine), width, places)
-    return Solution(groups, coordinates, kernels)
+        right = torch.einsum("gwb,dbgt->gwdt", a, stats.cross[:, :, mine]).flatten(1, 2)
+        solved.append(solve_damped(gram, right, damping_for(gram, stats.rows)))
+    kernels = torch.cat(solved).transpose(1, 2)[standing]
+    return Solution(groups, coordinates, kernels.reshape(len(kernels), width, places))
+
+
+def _by_group(groups: Groups, values: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Values of the ghosts (ghosts x ...) as a table of groups x ghosts of each, and where in it they stand."""
+    owner = groups.sources[:, 0] // groups.intrinsic.shape[1]
+    turns = turns_of(owner)
+    table = values.new_zeros(len(groups.intrinsic), int(turns.max()) + 1, *values.shape[1:])
+    table[owner, turns] = values
+    return (owner, turns), table
 
 
 def _alternate(stats: Statistics, solution: Solution, weights: Tensor) -> Solution:
