@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from ghostify.errors import GhostifyError
 from ghostify.ghost import is_channels_last
+from ghostify.tracing.names import within
 from ghostify.tracing.views import KEPT, RESULT, Traced, mark, marks_of, put_attributes
 
 PACKAGES = ("torch", "torchvision", "timm", "ghostify")
@@ -95,21 +96,21 @@ def _describe_one(path: str, inner: nn.Module, tensors: dict[str, Tensor]) -> di
     for name, parameter in inner._parameters.items():
         item["parameters"][name] = None if parameter is None else _tensor_facts(parameter)
         if parameter is not None:
-            tensors[f"{path}.{name}".lstrip(".")] = parameter
+            tensors[within(path, name)] = parameter
     for name, buffer in inner._buffers.items():
         persistent = name not in inner._non_persistent_buffers_set
         item["buffers"][name] = None if buffer is None else {**_tensor_facts(buffer), "persistent": persistent}
         if buffer is not None:
-            tensors[f"{path}.{name}".lstrip(".")] = buffer
+            tensors[within(path, name)] = buffer
     if isinstance(inner, fx.GraphModule):
         item["class_name"] = type(inner).__name__
         item["nodes"] = [_describe_node(n) for n in inner.graph.nodes]
         kept = inner.meta.get(KEPT, {})
-        item["attributes"] = {key: _encode(value, f"{path}.{key}".lstrip(".")) for key, value in kept.items()}
+        item["attributes"] = {key: _encode(value, within(path, key)) for key, value in kept.items()}
         return item
     item["class"] = _name(type(inner), f"{path}: its class")
     item["attributes"] = {
-        key: _encode(value, f"{path}.{key}".lstrip("."), tensors)
+        key: _encode(value, within(path, key), tensors)
         for key, value in inner.__dict__.items()
         if key not in OWN and key not in ("training", "meta") and not (isinstance(inner, nn.RNNBase) and key in DERIVED)
     }
@@ -171,7 +172,7 @@ def _shell(
 
 
 def _take(tensors: dict[str, Tensor], path: str, name: str) -> Tensor:
-    key = f"{path}.{name}".lstrip(".")
+    key = within(path, name)
     if key not in tensors:
         raise GhostifyError(f"tensor {key} is missing")
     return tensors[key]

@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from ghostify.tracing.calls import Inputs, run, tensors_of
 from ghostify.tracing.modes import evaluating
+from ghostify.tracing.names import within
 from ghostify.tracing.program import lone
 from ghostify.tracing.tracer import UntraceableError, graph_of
 from ghostify.tracing.views import Traced
@@ -55,14 +56,14 @@ class _Entering:
         except UntraceableError as error:
             self.reason = str(error) if not path else self.reason
             for name, _ in list(module.named_children()):
-                self.enter(f"{path}.{name}".lstrip("."))
+                self.enter(within(path, name))
             return
         made = Traced(module, graph, class_name=type(module).__name__).train(module.training)
         self.entered[id(module)] = made
         self._put(path, made)
         for target in dict.fromkeys(str(n.target) for n in made.graph.nodes if n.op == "call_module"):
             if not isinstance(made.get_submodule(target), nn.Conv2d):
-                self.enter(f"{path}.{target}".lstrip("."))
+                self.enter(within(path, target))
         self.parts[path] = made
 
     def _graph(self, module: nn.Module, path: str) -> fx.Graph:

@@ -17,6 +17,7 @@ from ghostify.tracing.calls import example_of, tensors_of
 from ghostify.tracing.entering import answers_alike, enter, how_called
 from ghostify.tracing.functional import attribute, functional_conv, functional_weight, is_functional, settings
 from ghostify.tracing.kinds import is_plain, plain
+from ghostify.tracing.names import within
 from ghostify.tracing.program import Call, Convolution, Program, called
 from ghostify.tracing.record import Record, record
 
@@ -97,10 +98,10 @@ def _refuse_circles(module: nn.Module, path: str, above: tuple[nn.Module, ...]) 
     for name, child in module.named_children():
         if any(child is m for m in (*above, module)):
             raise GhostifyError(
-                f"{_join(path, name)} is a module that it lies in itself: keep that reference where PyTorch does not "
+                f"{within(path, name)} is a module that it lies in itself: keep that reference where PyTorch does not "
                 f"take it for a submodule, such as in a list"
             )
-        _refuse_circles(child, _join(path, name), (*above, module))
+        _refuse_circles(child, within(path, name), (*above, module))
 
 
 def _refuse_uninitialised(root: nn.Module) -> None:
@@ -123,7 +124,7 @@ def _reached(
             if name is not None:
                 uses[name].append(node)
         for name, nodes in uses.items():
-            whole = path if path and not isinstance(module.get_submodule(path), fx.GraphModule) else _join(path, name)
+            whole = path if path and not isinstance(module.get_submodule(path), fx.GraphModule) else within(path, name)
             seen = tuple(calls.get((path, n.name), Call(n.name)) for n in nodes)
             idle = "it is not called when the example inputs run" if ran and not any(c.places for c in seen) else None
             found.append(_describe(part, readers, path, whole, name, nodes, seen, idle))
@@ -228,7 +229,3 @@ def _submodule(module: nn.Module, name: str) -> nn.Conv2d | None:
         found = module.get_submodule(name)
         return found if isinstance(found, nn.Conv2d) else None
     return None
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.fx.immutable_collections import immutable_dict
 
 from ghostify.errors import GhostifyError
+from ghostify.tracing.names import within
 from ghostify.tracing.views import watching
 
 DEEP = 64
@@ -150,7 +151,7 @@ class _Tracer(fx.Tracer):
         self.last_mode = path
         if "ghostify_mode" not in module._modules:
             module.ghostify_mode = Mode().train(module.__dict__["training"])
-        mode = self.create_proxy("call_module", f"{path}.ghostify_mode".lstrip("."), (), {})
+        mode = self.create_proxy("call_module", within(path, "ghostify_mode"), (), {})
         if path not in self.settled:
             return mode
         now = module.__dict__["training"]

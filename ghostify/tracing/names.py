@@ -1,0 +1,8 @@
+"""Dotted names of modules and what they hold, as seen from the whole model, whose own name is empty."""
+
+from __future__ import annotations
+
+
+def within(path: str, name: str) -> str:
+    """What is called `name` in the module at `path`."""
+    return f"{path}.{name}" if path else name
