@@ -28,8 +28,8 @@ class Line:
     those of them held out; `felt` is the relative squared error of the model's outputs to expect from the latter.
     `channels` names the original's channels in the order that the ghost module makes them, intrinsic ones first.
     `gather` says that the layer's output is put in order by an index, `activated` that its ghosts read activated maps.
-    Of a convolution that keeps its form with fewer maps, `intrinsic` counts the outputs and `reads` the inputs that are
-    left, and `width` is 0.
+    Where maps are left out, `makes` counts the outputs and `reads` the inputs that are left. A convolution that keeps
+    its form with fewer maps has as many intrinsic ones as it makes, and a `width` of 0.
     """
 
     name: str
@@ -50,12 +50,18 @@ class Line:
     activated: bool = False
     felt: float | None = None
     channels: tuple[int, ...] = ()
+    makes: int | None = None
     reads: int | None = None
 
     @property
     def narrow(self) -> bool:
         """Whether it keeps its form, with fewer maps."""
-        return self.reads is not None
+        return self.reads is not None and not self.width
+
+    @property
+    def outputs(self) -> int:
+        """The maps that it makes, intrinsic ones and ghosts."""
+        return self.filters[0] if self.makes is None else self.makes
 
 
 @dataclass(frozen=True)
@@ -157,40 +163,37 @@ def _line(entry: Rewrite | Narrow | Skip, fits: Fits | None) -> Line:
     if isinstance(entry, Skip):
         same = {"macs_after": common["macs_before"], "params_after": common["params_before"]}
         return Line(**common, **same, reason=entry.reason, intrinsic=conv.outputs, width=0, dw_size=0, gather=False)
+    fitted = None if fits is None else fits.weights.get(conv.name)
+    left = conv if entry.narrowing is None else entry.narrowing.left_of(conv)
+    if entry.narrowing is not None:
+        common |= {"makes": left.outputs, "reads": left.inputs}
+    common |= {
+        "reason": None,
+        "macs_after": entry.macs_after * (places or 1),
+        "params_after": entry.macs_after + left.outputs * conv.bias,
+        "error": _mean(None if fitted is None else fitted.error),
+        "held_out": _mean(None if fitted is None else fitted.held_out),
+        "felt": None if fitted is None else fitted.felt,
+    }
     if isinstance(entry, Narrow):
-        fitted = None if fits is None else fits.weights.get(conv.name)
-        outputs = conv.outputs if entry.keeps is None else len(entry.keeps)
-        return Line(
-            **common,
-            reason=None,
-            intrinsic=outputs,
-            width=0,
-            dw_size=0,
-            gather=False,
-            macs_after=entry.macs_after * (places or 1),
-            params_after=entry.macs_after + outputs * conv.bias,
-            error=_mean(None if fitted is None else fitted.error),
-            held_out=_mean(None if fitted is None else fitted.held_out),
-            felt=None if fitted is None else fitted.felt,
-            reads=conv.inputs if entry.reads is None else len(entry.reads),
-        )
+        return Line(**common, intrinsic=left.outputs, width=0, dw_size=0, gather=False)
     weights = None if fits is None else fits.ghost(conv.name)
     ordered = weights is not None and bool((weights.channels.diff() == 1).all())
     return Line(
         **common,
-        reason=None,
         intrinsic=entry.layout.intrinsic,
         width=entry.layout.width,
         dw_size=entry.layout.dw_size,
         gather=entry.absorb is None and not ordered,
-        macs_after=entry.macs_after * (places or 1),
-        params_after=entry.macs_after + bias,
-        error=_mean(None if weights is None else weights.error),
-        held_out=_mean(None if weights is None else weights.held_out),
         activated=weights is not None and weights.activated,
-        felt=None if weights is None else weights.felt,
-        channels=() if weights is None else tuple(weights.channels.tolist()),
+        channels=() if weights is None else _originals(entry, weights.channels.tolist()),
     )
+
+
+def _originals(entry: Rewrite, channels: list[int]) -> tuple[int, ...]:
+    """The original's channels, from their places among those that are left."""
+    keeps = None if entry.narrowing is None else entry.narrowing.keeps
+    return tuple(channels) if keeps is None else tuple(keeps[k] for k in channels)
 
 
 def table(made: Report, title: str = "") -> Table:
@@ -240,8 +243,10 @@ def what(line: Line) -> str:
     if line.reason is not None:
         return line.reason
     if line.narrow:
-        return f"{line.reads} maps to {line.intrinsic}"
-    shape = f"{line.intrinsic} + {line.filters[0] - line.intrinsic}, d={line.dw_size}"
+        return f"{line.reads} maps to {line.makes}"
+    shape = f"{line.intrinsic} + {line.outputs - line.intrinsic}, d={line.dw_size}"
+    if line.reads is not None:
+        shape = f"{line.reads} maps to {shape}"
     wide = f", w={line.width}" if line.width > 1 else ""
     return shape + wide + (", activated" if line.activated else "") + (", gather" if line.gather else "")
 

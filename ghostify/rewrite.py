@@ -30,17 +30,16 @@ def rewrite(program: Program, plan: Plan, weights: Mapping[str, Weights]) -> nn.
 
 def rewrite_part(module: nn.Module, path: str, plan: Plan, weights: Mapping[str, Weights]) -> None:
     """Rewrite one part of a copy of the program's module, in place."""
-    entries = [e for e in plan.rewrites if e.conv.part == path]
-    narrows = [e for e in plan.narrows if e.conv.part == path]
-    if not entries and not narrows:
+    changes = [e for e in plan.changes if e.conv.part == path]
+    if not changes:
         return
     part = part_of(module, path)
-    for narrow in narrows:
-        put_narrow(part, narrow)
-    for change in (e for e in plan.changes if e.conv.part == path):
+    for change in changes:
+        put_narrow(part, change)
+    for change in changes:
         if change.conv.name in weights or isinstance(change, Rewrite):
             put(part, change, weights[change.conv.name])
-    for entry in entries:
+    for entry in (e for e in changes if isinstance(e, Rewrite)):
         ghost = part.get_submodule(place_of(entry))
         assert isinstance(ghost, GhostModule)
         if entry.absorb is not None and ghost.order is not None:
@@ -65,13 +64,16 @@ def put(module: fx.GraphModule, entry: Rewrite | Narrow, weights: Weights) -> No
         _put_dense(module, entry, weights)
 
 
-def put_narrow(module: fx.GraphModule, entry: Narrow) -> None:
-    """Leave out maps of a convolution and of the norms behind it, in place; what is left keeps its weights."""
+def put_narrow(module: fx.GraphModule, entry: Rewrite | Narrow) -> None:
+    """Leave out the maps that `entry` has its convolution, and the norms behind it, lose, in place; what is left keeps
+    its weights."""
+    if entry.narrowing is None:
+        return
     conv: Any = module.get_submodule(entry.conv.local)
-    module.set_submodule(entry.conv.local, narrowed_conv(conv, entry.keeps, entry.reads))
-    for name in entry.norms:
-        assert entry.keeps is not None
-        module.set_submodule(name, narrowed_norm(module.get_submodule(name), entry.keeps))
+    module.set_submodule(entry.conv.local, narrowed_conv(conv, entry.narrowing.keeps, entry.narrowing.reads))
+    for name in entry.narrowing.norms:
+        assert entry.narrowing.keeps is not None
+        module.set_submodule(name, narrowed_norm(module.get_submodule(name), entry.narrowing.keeps))
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ghostify import GhostifyError, Policy, Rule, ghostify, report, trace
+from ghostify import GhostifyError, Policy, Rule, deploy, ghostify, load, report, save, trace
 from ghostify.budgeting.budget import plan_within
 from ghostify.budgeting.stopwatch import Stopwatch
 from ghostify.evaluate import outputs, relative_error
@@ -161,6 +161,27 @@ def test_maps_are_left_out_within_a_budget():
     assert relative_error(outputs(made, [x]), wanted) < relative_error(outputs(plain, [x]), wanted)
 
 
+def test_ghosts_and_fewer_maps_meet_in_one_layer(tmp_path):
+    model, x = nets.settle(nets.Straight(32)), nets.images(64)
+    wish = {"cheap": "auto", "budget": {"macs": 0.3}, "example_inputs": x[:1], "calibration": x.split(16)}
+    made, plain = ghostify(model, narrow=True, **wish), ghostify(model, **wish)
+    both = [line for line in report(made).lines if line.reads is not None and line.width]
+    assert both
+    for line in both:
+        ghost = made.get_submodule(line.name)
+        assert ghost.primary_conv.in_channels == line.reads
+        assert ghost.primary_conv.out_channels == line.intrinsic
+        assert len(line.channels) == line.outputs
+        assert set(line.channels) <= set(range(line.filters[0]))
+    assert cost.count_macs(made, x[:1]) == report(made).macs_after <= 0.3 * cost.count_macs(model, x[:1])
+    wanted = outputs(model, [x])
+    assert relative_error(outputs(made, [x]), wanted) < relative_error(outputs(plain, [x]), wanted)
+    again = load(save(made, tmp_path / "out"))
+    assert torch.equal(again(x), made(x))
+    assert report(again) == report(made)
+    torch.testing.assert_close(deploy(made, x[:1])(x), made(x), atol=1e-4, rtol=1e-3)
+
+
 def test_narrow_takes_a_budget_and_images():
     model, x = nets.settle(nets.Inverted()), nets.images(4)
     with pytest.raises(GhostifyError, match="narrow leaves out maps by a budget"):
@@ -182,5 +203,5 @@ def test_what_is_reachable_with_fewer_maps_can_be_reached():
 def test_fewer_maps_are_timed_as_a_line():
     program, x = trace(nets.settle(nets.Inverted(32)), nets.images(2)), nets.images(16)
     decided = plan_within(program, Policy((Rule(cheap="auto", narrow=True),)), {"latency": 0.6}, x)
-    assert decided.narrows
+    assert decided.narrowed
     assert decided.macs_after <= 0.6 * program.macs

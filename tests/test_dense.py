@@ -4,6 +4,7 @@ import torch
 from ghostify import GhostifyError, Policy, Rule, deploy, fit, ghostify, load, report, rewrite, save, trace
 from ghostify.budgeting.budget import plan_within
 from ghostify.evaluate import outputs, relative_error
+from ghostify.planning.plan import Rewrite
 from tests import nets
 
 
@@ -11,21 +12,21 @@ def planned(share=0.6, squeeze=False, **rule):
     model, x = nets.settle(nets.Inverted(squeeze=squeeze)), nets.images(64)
     program = trace(model, x[:1])
     decided = plan_within(program, Policy((Rule(cheap="auto", narrow=True, **rule),)), {"macs": share}, x.split(8))
-    assert decided.narrows
+    assert decided.narrowed
     return model, program, decided, x
 
 
 @pytest.mark.parametrize("squeeze", [False, True])
 def test_the_fit_makes_good_what_leaving_out_costs(squeeze):
     model, program, decided, x = planned(squeeze=squeeze)
-    assert len(decided.narrows) == 3 + 2 * squeeze
+    assert len(decided.narrowed) == 3 + 2 * squeeze
     wanted = outputs(model, [x])
     cut = relative_error(outputs(rewrite(program, decided, {}), [x]), wanted) if not decided.rewrites else 1.0
     fits = fit(program, decided, x.split(8))
     fitted = relative_error(outputs(rewrite(program, decided, fits.weights), [x]), wanted)
     assert fitted < 0.5 * cut
-    for entry in decided.narrows:
-        if entry.conv.groups == 1:
+    for entry in decided.changes:
+        if entry.conv.groups == 1 and not isinstance(entry, Rewrite):
             own = fits.weights[entry.conv.name]
             assert own.error.mean() < 0.2
             assert own.held_out.shape == own.error.shape

@@ -29,6 +29,16 @@ def test_profiles_of_few_layers_at_a_time_are_the_same(limit, monkeypatch):
         assert torch.equal(one.maps.cross, other.maps.cross)
 
 
+def test_some_maps_answer_for_those_that_they_predict():
+    """Errors of a map count once more for each that is made of it."""
+    mixing = torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0], [1.0, -1.0]], dtype=torch.float64)
+    metric = torch.diag(torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64))
+    whole = profile.Profile((mixing @ mixing.T,), None, metric)
+    some = whole.of((0, 1))
+    assert torch.equal(some.covariances[0], torch.eye(2, dtype=torch.float64))
+    torch.testing.assert_close(some.metric, mixing.T @ metric @ mixing, rtol=1e-4, atol=1e-4)
+
+
 def test_groups_keep_within_the_limit(monkeypatch):
     wished = profiles(None)[0]
     sizes = [8 * t.conv.outputs**2 * 11 for t in wished]

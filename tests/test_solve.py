@@ -7,34 +7,59 @@ from hypothesis import strategies as st
 
 from ghostify.budgeting import solve as solving
 from ghostify.budgeting.candidates import Candidate
-from ghostify.budgeting.solve import solve
+from ghostify.budgeting.solve import Tie, solve
+
+KEPT = ((0,), (0, 2))
 
 
-@given(st.integers(1, 4), st.integers(0, 999), st.floats(0.1, 1), st.booleans())
+@given(st.integers(1, 3), st.integers(0, 999), st.floats(0.1, 1), st.booleans())
 @settings(max_examples=60, deadline=None)
-def test_the_choice_is_the_best_of_all(layers, seed, share, parted):
+def test_the_choice_is_the_best_of_all(layers, seed, share, linked):
+    """Of convolutions one behind another, with links between them or without."""
     generator = torch.Generator().manual_seed(seed)
 
-    def number():
-        return float(torch.rand((), generator=generator))
+    def drawn(**maps):
+        costs = tuple(torch.rand(2, generator=generator).tolist())
+        return Candidate(None, costs, float(torch.rand((), generator=generator)), **maps)
 
-    choices = [[Candidate(None, (number(), number()), number()) for _ in range(4)] for _ in range(layers)]
-    limits = [share * sum(max(c.costs[k] for c in options) for options in choices) for k in range(2)]
-    apart = list(itertools.combinations(range(layers), 2))[:2] if parted else []
-    possible = [
-        (sum(c.loss for c in picks), picks)
-        for picks in itertools.product(*choices)
-        if all(sum(c.costs[k] for c in picks) <= limit for k, limit in enumerate(limits))
-        and all(picks[i] is choices[i][0] or picks[j] is choices[j][0] for i, j in apart)
+    ties, counts = [], (None, *map(len, KEPT))
+    if linked:
+        ties += [Tie(k, layers + k, "makes") for k in range(layers - 1)]
+        ties += [Tie(k + 1, layers + k, "reads") for k in range(layers - 1)]
+    tied = {(tie.conv, tie.key) for tie in ties}
+    choices = [
+        [
+            drawn(makes=makes, reads=reads)
+            for makes, reads in itertools.product(
+                *(counts if (k, key) in tied else (None,) for key in ("makes", "reads"))
+            )
+            for _ in range(2)
+        ]
+        for k in range(layers)
     ]
-    found = solve(choices, limits, apart)
+    choices += [[drawn(kept=kept) for kept in (None, *KEPT)] for _ in range(layers - 1)] if linked else []
+
+    def agree(picks):
+        kept = (picks[tie.link].kept for tie in ties)
+        return all(
+            getattr(picks[tie.conv], tie.key) == (None if own is None else len(own))
+            for tie, own in zip(ties, kept, strict=True)
+        )
+
+    limits = [share * sum(max(c.costs[k] for c in options) for options in choices) for k in range(2)]
+    possible = [
+        sum(c.loss for c in picks)
+        for picks in itertools.product(*choices)
+        if agree(picks) and all(sum(c.costs[k] for c in picks) <= limit for k, limit in enumerate(limits))
+    ]
+    found = solve(choices, limits, ties)
     if not possible:
         assert found is None
         return
     picks = [options[i] for options, i in zip(choices, found, strict=True)]
+    assert agree(picks)
     assert all(sum(c.costs[k] for c in picks) <= limit * (1 + 1e-6) + 1e-9 for k, limit in enumerate(limits))
-    assert sum(c.loss for c in picks) <= min(loss for loss, _ in possible) + 1e-3
-    assert all(found[i] == 0 or found[j] == 0 for i, j in apart)
+    assert sum(c.loss for c in picks) <= min(possible) + 1e-3
 
 
 def test_what_a_library_writes_past_python_stays_out_of_standard_output(capfd):

@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from itertools import combinations
 from typing import Any, NoReturn
 
 from ghostify.budgeting.candidates import Candidate, candidates_of, thinned
 from ghostify.budgeting.measure import model_milliseconds, paired
 from ghostify.budgeting.profile import profiles_of
-from ghostify.budgeting.solve import solve
+from ghostify.budgeting.solve import Tie, solve
 from ghostify.budgeting.stopwatch import Stopwatch
 from ghostify.budgeting.thinning import thinnings_of
 from ghostify.errors import GhostifyError
@@ -35,17 +34,17 @@ class Choices:
     """What may become of each convolution that a rule targets, then of each link, and what the whole model costs, by
     the budget's names.
 
-    `fixed` is what costs that no choice is about; `found` every convolution's target, or why it stays. Of two options
-    that are `apart`, one at least is left as it is.
+    `fixed` is what costs that no choice is about; `found` every convolution's target, or why it stays. By the `ties`, a
+    convolution makes, or reads, as many maps as its link keeps.
     """
 
     program: Program
     found: tuple[Target | Skip, ...]
-    options: tuple[tuple[Candidate, ...], ...]
+    options: tuple[list[Candidate], ...]
     totals: Mapping[str, float]
     clock: Stopwatch
     links: tuple[Link, ...] = ()
-    apart: tuple[tuple[int, int], ...] = ()
+    ties: tuple[Tie, ...] = ()
 
     @property
     def fixed(self) -> list[float]:
@@ -61,10 +60,10 @@ class Choices:
 
     def _least(self, k: int) -> float:
         """The least sum of one cost."""
-        if not self.apart:
+        if not self.ties:
             return sum(min(c.costs[k] for c in options) for options in self.options)
         priced = [[replace(c, loss=c.costs[k]) for c in options] for options in self.options]
-        picks = solve(priced, [math.inf] * len(self.totals), self.apart)
+        picks = solve(priced, [math.inf] * len(self.totals), self.ties)
         assert picks is not None
         return sum(options[pick].loss for options, pick in zip(priced, picks, strict=True))
 
@@ -130,35 +129,34 @@ def choices_of(
     wished = [t for t in found if isinstance(t, Target)]
     totals = {key: _total(program, key, clock) for key in keys}
     seen = None if calibration is None else calibrate(program, calibration, seed)
-    profiles = profiles_of(program, wished, seen, seed)
-    each = zip(wished, profiles, strict=True)
-    options = [tuple(candidates_of(program, target, profile, keys, clock)) for target, profile in each]
-    choices = Choices(program, tuple(found), tuple(options), totals, clock)
-    return choices if not narrow or seen is None else _with_links(choices, policy, seen, seed)
+    thinnings = [] if seen is None or not narrow else thinnings_of(program, _thin(program, policy, wished), seen, seed)
+    numbers, ties, links = {t.conv.name: k for k, t in enumerate(wished)}, list[Tie](), list[list[Candidate]]()
+    for link, thinning in enumerate(thinnings, len(wished)):
+        own = [m for m in thinning.link.members if m.conv.name in numbers]
+        others = [m for m in thinning.link.members if m not in own]
+        links.append(thinned(program, thinning, others, keys, clock))
+        ties += [Tie(numbers[m.conv.name], link, "makes") for m in own if m.makes]
+        ties += [Tie(numbers[m.conv.name], link, "reads") for m in own if m.reads]
+    options = []
+    for k, (target, profile) in enumerate(zip(wished, profiles_of(program, wished, seen, seed), strict=True)):
+        made, read = (
+            [c.kept for t in ties if (t.conv, t.key) == (k, key) for c in links[t.link - len(wished)] if c.kept]
+            for key in ("makes", "reads")
+        )
+        options.append(candidates_of(program, target, profile, keys, clock, made, [len(kept) for kept in read]))
+    lines = tuple(thinning.link for thinning in thinnings)
+    return Choices(program, tuple(found), (*options, *links), totals, clock, lines, tuple(ties))
 
 
-def _with_links(choices: Choices, policy: Policy, seen: Calibration, seed: int) -> Choices:
-    """The choices, and those of each link whose convolutions may all be narrow: its maps, or their own layouts."""
-    program, keys = choices.program, tuple(choices.totals)
-    numbers = {t.conv.name: k for k, t in enumerate(t for t in choices.found if isinstance(t, Target))}
-    links = [
+def _thin(program: Program, policy: Policy, wished: list[Target]) -> list[Link]:
+    """Links whose convolutions may all lose maps."""
+    names = {target.conv.name for target in wished}
+    return [
         link
         for link in links_of(program)
-        if {link.producer.name, link.consumer.name} <= set(numbers)
+        if {link.producer.name, link.consumer.name} <= names
         and all(may_narrow(program, policy, member.conv) for member in link.members)
     ]
-    thinnings = thinnings_of(program, links, seen, seed)
-    options = [tuple(thinned(program, thinning, keys, choices.clock)) for thinning in thinnings]
-    taken = [{numbers[m.conv.name] for m in t.link.members if m.conv.name in numbers} for t in thinnings]
-    first = len(numbers)
-    apart = [(first + k, own) for k, both in enumerate(taken) for own in sorted(both)]
-    apart += [(first + i, first + j) for i, j in combinations(range(len(taken)), 2) if taken[i] & taken[j]]
-    return replace(
-        choices,
-        options=(*choices.options, *options),
-        links=tuple(thinning.link for thinning in thinnings),
-        apart=tuple(apart),
-    )
 
 
 def choose(choices: Choices, budget: Mapping[str, float]) -> Choice:
@@ -190,7 +188,7 @@ def choose(choices: Choices, budget: Mapping[str, float]) -> Choice:
 
 def _within(choices: Choices, limits: list[float]) -> Choice | None:
     rest = choices.fixed
-    picks = solve(choices.options, [limit - own for limit, own in zip(limits, rest, strict=True)], choices.apart)
+    picks = solve(choices.options, [limit - own for limit, own in zip(limits, rest, strict=True)], choices.ties)
     if picks is None:
         return None
     picked = [options[pick] for options, pick in zip(choices.options, picks, strict=True)]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ghostify.budgeting.measure import layer_milliseconds, line_milliseconds
 from ghostify.budgeting.profile import Profile
@@ -17,96 +18,155 @@ from ghostify.fitting.assign import choose_groups
 from ghostify.fitting.systems import root_of
 from ghostify.ghost import Layout, intrinsic_maps
 from ghostify.planning import cost
-from ghostify.planning.links import Link
+from ghostify.planning.links import Member, Narrowing
 from ghostify.planning.plan import Target
+from ghostify.planning.policy import Rule
 from ghostify.tracing.program import Convolution, Program
 
 RATIOS = (1.25, 1.5, 2, 2.5, 3, 4, 6, 8)
 STEPS = 32
-THIN = 32
+THIN = 16
 LANES = 16
 FASTER = 0.97
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to treat a convolution, or the convolutions of a link: its layout, or the maps kept (None: as it is), its
-    costs - of a link, beyond those of its convolutions as they are -, and the output error it would add."""
+    """One way to treat a convolution, or a link, its costs, and the output error it would add.
+
+    Of a convolution: its layout (None: dense), and how many maps it `makes` and `reads` where links leave some out. Of
+    a link: the maps kept (None: all), and costs beyond those of its convolutions that have candidates of their own.
+    """
 
     layout: Layout | None
     costs: tuple[float, ...]
     loss: float
+    makes: int | None = None
+    reads: int | None = None
     kept: tuple[int, ...] | None = None
 
 
 def candidates_of(
-    program: Program, target: Target, profile: Profile, keys: tuple[str, ...], clock: Stopwatch
+    program: Program,
+    target: Target,
+    profile: Profile,
+    keys: tuple[str, ...],
+    clock: Stopwatch,
+    makes: Sequence[tuple[int, ...]] = (),
+    reads: Sequence[int] = (),
 ) -> list[Candidate]:
-    """As it is, first, and every layout of the rule's form that saves multiply-accumulates and is worth its cost.
+    """As it is, first, and every layout of the rule's form that saves multiply-accumulates and is worth its cost; the
+    same for each choice of fewer maps that it `makes` and number of those that it `reads`.
+
+    Where time counts, fewer maps and ghosts do not meet in one layer: a link's time is that of its whole line.
+    """
+    timed = "latency" in keys
+    found = list[Candidate]()
+    for kept in (None, *makes):
+        losses = _Losses(profile if kept is None else profile.of(kept), target.rule.dw_size)
+        for count in (None, *reads):
+            if kept is None and count is None:
+                found += _worthwhile(program, target, losses, keys, clock)
+            elif not timed:
+                found += _worthwhile(program, target, losses, keys, clock, kept, count)
+            elif kept is None or count is None:
+                found.append(_as_part_of_a_line(target.conv, found[0], keys, kept, count))
+    return found
+
+
+def thinned(
+    program: Program, thinning: Thinning, others: Sequence[Member], keys: tuple[str, ...], clock: Stopwatch
+) -> list[Candidate]:
+    """As it is, first, and fewer and fewer maps of a link; where they are to be timed, those that become faster.
+
+    `others` are the members that have no candidates of their own.
+    """
+    link = thinning.link
+    counts = {max(1, round(link.maps * k / THIN)) for k in range(1, THIN)}
+    if "latency" in keys:
+        counts = {max(LANES, LANES * round(count / LANES)) for count in counts}
+    ways = [thinning.kept(count) for count in sorted(counts) if count < link.maps]
+    spent = {key: _others_cost(others, ways, key) for key in keys if key != "latency"}
+    if "latency" in keys:
+        convs = [program.conv(member.conv.name) for member in link.line]
+        whole, *fewer = line_milliseconds(convs, link.producer, [None, *ways], clock)
+        spent["latency"] = [own - whole if own < FASTER * whole else math.inf for own in fewer]
+    costs = zip(*(spent[key] for key in keys), strict=True)
+    each = [(kept, own) for kept, own in zip(ways, costs, strict=True) if math.inf not in own]
+    whole_link = Candidate(None, (0.0,) * len(keys), 0.0)
+    return [whole_link, *(Candidate(None, own, thinning.loss(len(kept)), kept=kept) for kept, own in each)]
+
+
+def _worthwhile(
+    program: Program,
+    target: Target,
+    losses: _Losses,
+    keys: tuple[str, ...],
+    clock: Stopwatch,
+    kept: tuple[int, ...] | None = None,
+    reads: int | None = None,
+) -> list[Candidate]:
+    """The dense form, first, and the layouts of what is left that nothing beats.
 
     What a layout costs is known before the error that it would add, which takes long to find for many maps: whatever
     is beaten at the least error that it could have is not looked at.
     """
-    conv, timed, losses = target.conv, "latency" in keys, _Losses(profile, target.rule.dw_size)
-    layouts = [own for own in _layouts(target, profile, timed) if cost.ghost_macs(conv, own) < cost.dense_macs(conv)]
+    timed, makes = "latency" in keys, None if kept is None else len(kept)
+    conv = _left(target.conv, makes, reads)
+    layouts = [
+        o
+        for o in _layouts(target.rule, conv, losses.profile, timed)
+        if cost.ghost_macs(conv, o) < cost.dense_macs(conv)
+    ]
     whole, *costs = zip(*(_spent(program, conv, [None, *layouts], key, clock) for key in keys), strict=True)
-    found = [Candidate(None, whole, 0.0)]
+    found = [Candidate(None, whole, 0.0, makes, reads)]
     for layout, spent in zip(layouts, costs, strict=True):
         if timed and spent[keys.index("latency")] >= FASTER * whole[keys.index("latency")]:
             continue
         hoped = Candidate(layout, spent, losses.least(layout))
         if not any(_dominates(other, hoped) for other in found):
-            found.append(Candidate(layout, spent, losses.of(layout)))
+            found.append(Candidate(layout, spent, losses.of(layout), makes, reads))
     return [found[0], *(c for c in found[1:] if not any(_dominates(other, c) for other in found))]
 
 
-def thinned(program: Program, thinning: Thinning, keys: tuple[str, ...], clock: Stopwatch) -> Iterator[Candidate]:
-    """As it is, first, and fewer and fewer maps of a link; where they are to be timed, those that become faster."""
-    link = thinning.link
-    yield Candidate(None, (0.0,) * len(keys), 0.0)
-    counts = {max(1, round(link.maps * k / THIN)) for k in range(1, THIN)}
-    if "latency" in keys:
-        counts = {max(LANES, LANES * round(count / LANES)) for count in counts}
-    ways = [thinning.kept(count) for count in sorted(counts) if count < link.maps]
-    convs = [program.conv(member.conv.name) for member in link.line]
-    spent = {key: _line_costs(link, convs, ways, key, clock) for key in keys}
-    for k, kept in enumerate(ways):
-        more = tuple(spent[key][k] for key in keys)
-        if "latency" not in keys or more[keys.index("latency")] < 0:
-            yield Candidate(None, more, thinning.loss(len(kept)), kept)
+def _as_part_of_a_line(
+    conv: Convolution, whole: Candidate, keys: tuple[str, ...], kept: tuple[int, ...] | None, reads: int | None
+) -> Candidate:
+    """The dense form with fewer maps: what that saves of its time the link says."""
+    makes = None if kept is None else len(kept)
+    left = _left(conv, makes, reads)
+    costs = (whole.costs[k] if key == "latency" else _counted(left, None, key) for k, key in enumerate(keys))
+    return Candidate(None, tuple(costs), 0.0, makes, reads)
+
+
+def _left(conv: Convolution, makes: int | None, reads: int | None) -> Convolution:
+    return replace(
+        conv, inputs=conv.inputs if reads is None else reads, outputs=conv.outputs if makes is None else makes
+    )
 
 
 def _spent(
     program: Program, conv: Convolution, layouts: list[Layout | None], key: str, clock: Stopwatch
 ) -> list[float]:
-    """What each layout of a layer costs; each weight is used once a position."""
+    """What each layout of a layer costs."""
     if key == "latency":
         return layer_milliseconds(program.conv(conv.name), conv, layouts, clock)
-    weights = [cost.dense_macs(conv) if own is None else cost.ghost_macs(conv, own) for own in layouts]
-    if key == "macs":
-        return [float(w * (cost.positions(conv.calls) or 0)) for w in weights]
-    return [float(w + conv.outputs * conv.bias) for w in weights]
+    return [_counted(conv, own, key) for own in layouts]
 
 
-def _line_costs(
-    link: Link, convs: list[nn.Conv2d], ways: list[tuple[int, ...]], key: str, clock: Stopwatch
-) -> list[float]:
-    """What the convolutions of a link cost with fewer maps, beyond what they cost as they are."""
-    if key == "latency":
-        whole, *fewer = line_milliseconds(convs, link.producer, [None, *ways], clock)
-        return [own - whole if own < FASTER * whole else 0.0 for own in fewer]
+def _counted(conv: Convolution, layout: Layout | None, key: str) -> float:
+    """Multiply-accumulates or parameters; each weight is used once a position."""
+    weights = cost.dense_macs(conv) if layout is None else cost.ghost_macs(conv, layout)
+    return float(weights * (cost.positions(conv.calls) or 0) if key == "macs" else weights + conv.outputs * conv.bias)
 
-    def cost_of(kept: tuple[int, ...] | None) -> float:
-        total = 0.0
-        for member in link.members:
-            conv = member.conv
-            keeps, reads = kept if member.makes else None, kept if member.reads else None
-            weights = cost.narrow_macs(conv, keeps, reads)
-            biases = conv.bias * (conv.outputs if keeps is None else len(keeps))
-            total += weights * (cost.positions(conv.calls) or 0) if key == "macs" else weights + biases
-        return total
 
-    return [cost_of(kept) - cost_of(None) for kept in ways]
+def _others_cost(others: Sequence[Member], ways: list[tuple[int, ...]], key: str) -> list[float]:
+    """What members of a link cost with fewer maps, beyond what they cost as they are."""
+    spent = []
+    for kept in ways:
+        narrowed = ((m.conv, Narrowing(kept if m.makes else None, kept if m.reads else None)) for m in others)
+        spent.append(sum(_counted(n.left_of(conv), None, key) - _counted(conv, None, key) for conv, n in narrowed))
+    return spent
 
 
 def _dominates(a: Candidate, b: Candidate) -> bool:
@@ -114,9 +174,9 @@ def _dominates(a: Candidate, b: Candidate) -> bool:
     return better and (a.loss, a.costs) != (b.loss, b.costs)
 
 
-def _layouts(target: Target, profile: Profile, timed: bool) -> Iterator[Layout]:
+def _layouts(rule: Rule, conv: Convolution, profile: Profile, timed: bool) -> Iterator[Layout]:
     """Pointwise ones, then depthwise ones; where they are to be timed, fewer, that fill vector registers."""
-    n, cheap = target.conv.outputs, target.rule.cheap
+    n, cheap = conv.outputs, rule.cheap
     if cheap in ("auto", "pointwise"):
         sizes = {max(1, round(n * k / STEPS)) for k in range(1, STEPS)}
         if timed:
@@ -124,7 +184,7 @@ def _layouts(target: Target, profile: Profile, timed: bool) -> Iterator[Layout]:
         yield from (Layout(n, m, m, 1) for m in sorted(sizes) if m < n)
     if profile.maps is not None:
         for m in sorted({intrinsic_maps(n, ratio) for ratio in RATIOS} - {n}):
-            yield Layout(n, m, 1, target.rule.dw_size)
+            yield Layout(n, m, 1, rule.dw_size)
 
 
 class _Losses:
@@ -132,12 +192,15 @@ class _Losses:
 
     def __init__(self, profile: Profile, dw_size: int) -> None:
         self.profile, self.dw_size = profile, dw_size
+        self._known: dict[Layout, float] = {}
 
     def of(self, layout: Layout) -> float:
         """That of the best directions for a pointwise layout, of the chosen pairs for a depthwise one."""
-        if self._is_depthwise(layout):
-            return choose_groups(self._pairs, layout).total(self._pairs)
-        return float(self._tails[layout.ghosts])
+        if not self._is_depthwise(layout):
+            return float(self._tails[layout.ghosts])
+        if layout not in self._known:
+            self._known[layout] = choose_groups(self._pairs, layout).total(self._pairs)
+        return self._known[layout]
 
     def least(self, layout: Layout) -> float:
         """No more than that: as if every ghost could choose its map, and the ghosts were those who lose least so."""

@@ -45,9 +45,10 @@ class Point:
     drop: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings; layouts by layer, of narrow ones the maps that are kept and read."""
+        """Plain numbers and strings; layouts by layer, and, where maps are left out, those that are kept and read."""
         layers: dict[str, Any] = {e.conv.name: asdict(e.layout) for e in self.plan.rewrites}
-        layers |= {e.conv.name: {"keeps": e.keeps, "reads": e.reads} for e in self.plan.narrows}
+        for name, narrowing in self.plan.narrowed.items():
+            layers[name] = {**layers.get(name, {}), "keeps": narrowing.keeps, "reads": narrowing.reads}
         return {"shares": dict(self.shares), "error": self.error, "drop": self.drop, "layers": layers}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from ghostify.fitting.datafree import statistics_of
 from ghostify.fitting.moments import MapMoments, Moments
 from ghostify.fitting.pairs import MapStatistics, map_statistics
 from ghostify.fitting.sensitivity import Calibration, calibrate, metric_of
+from ghostify.fitting.systems import damping_for, solve_damped
 from ghostify.planning.plan import Target
 from ghostify.tracing.calls import run
 from ghostify.tracing.modes import evaluating
@@ -38,6 +39,14 @@ class Profile:
     covariances: tuple[Tensor, ...]
     maps: MapStatistics | None
     metric: Tensor
+
+    def of(self, kept: Sequence[int]) -> Profile:
+        """That of some maps which stand for all, without pairs: their errors are those of what they predict as well."""
+        index, whole = torch.tensor(kept), sum(self.covariances[1:], self.covariances[0]) / len(self.covariances)
+        own = whole[index][:, index]
+        predicted = solve_damped(own, whole[index], damping_for(own, POSITIONS))
+        covariances = tuple(c[index][:, index] for c in self.covariances)
+        return Profile(covariances, None, predicted @ self.metric @ predicted.T)
 
 
 def profiles_of(

@@ -6,46 +6,67 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array, lil_array
 
 from ghostify.budgeting.candidates import Candidate
 
 
-def solve(
-    choices: Sequence[Sequence[Candidate]], limits: list[float], apart: Sequence[tuple[int, int]] = ()
-) -> list[int] | None:
+@dataclass(frozen=True)
+class Tie:
+    """A convolution, of the list number `conv`, `makes` or `reads` as many maps as the link of list `link` keeps."""
+
+    conv: int
+    link: int
+    key: str
+
+
+def solve(choices: Sequence[Sequence[Candidate]], limits: list[float], ties: Sequence[Tie] = ()) -> list[int] | None:
     """One candidate of each list, with the least sum of losses among those whose costs keep within `limits`, or None.
 
-    Of two lists that are `apart`, one candidate at least is the first. A mixed-integer program, to a relative gap of
-    1e-4.
+    Lists that are tied agree on their maps. A mixed-integer program, to a relative gap of 1e-4.
     """
     if not choices:
         return [] if all(limit >= 0 for limit in limits) else None
     flat = [c for options in choices for c in options]
-    owner = np.repeat(np.arange(len(choices)), [len(options) for options in choices])
-    one_each = LinearConstraint((owner == np.arange(len(choices))[:, None]).astype(float), 1, 1)
-    starts = np.cumsum([0, *(len(options) for options in choices)])
-    first = np.zeros((len(apart), len(flat)))
-    for row, pair in zip(first, apart, strict=True):
-        row[starts[list(pair)]] = 1
+    sizes = [len(options) for options in choices]
+    owner = np.repeat(np.arange(len(choices)), sizes)
+    one_each = csr_array((np.ones(len(flat)), (owner, np.arange(len(flat)))))
+    starts = np.cumsum([0, *sizes])
     spent = np.array([c.costs for c in flat], dtype=float).T
     scale = spent.max(axis=1, initial=1)
     within = LinearConstraint(spent / scale[:, None], -np.inf, np.array(limits) / scale)
+    agreeing = [LinearConstraint(_agreement(choices, starts, tie), 0, 0) for tie in ties]
     losses = np.array([c.loss for c in flat])
     with _mute():
         result = milp(
             losses / max(losses.max(), 1e-300),
             integrality=np.ones(len(flat)),
             bounds=Bounds(0, 1),
-            constraints=[one_each, within, *([LinearConstraint(first, 1, np.inf)] if apart else [])],
+            constraints=[LinearConstraint(one_each, 1, 1), within, *agreeing],
             options={"mip_rel_gap": 1e-4, "time_limit": 60},
         )
     if result.x is None:
         return None
     return [int(result.x[a:b].argmax()) for a, b in pairwise(starts)]
+
+
+def _agreement(choices: Sequence[Sequence[Candidate]], starts: Any, tie: Tie) -> csr_array:
+    """For each number of maps that the link may keep: candidates of the convolution with so many, less the link's."""
+    kept = [None if c.kept is None else len(c.kept) for c in choices[tie.link]]
+    rows = {count: row for row, count in enumerate(kept[1:])}
+    sides = ((tie.conv, [getattr(c, tie.key) for c in choices[tie.conv]], 1.0), (tie.link, kept, -1.0))
+    matrix = lil_array((len(rows), starts[-1]))
+    for number, counts, sign in sides:
+        for column, count in enumerate(counts, starts[number]):
+            if count is not None:
+                matrix[rows[count], column] = sign
+    return matrix.tocsr()
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from ghostify.fitting.layer import (
     SUFFICE,
     channel_weights,
     inverse_scale,
+    kept_of,
     positions_of,
     refuse_strange,
     rows_for,
@@ -33,9 +34,7 @@ class Dense:
     def __init__(self, entry: Narrow, walk: Walk, felt: Tensor | None, images: int, seed: int) -> None:
         self.entry, self.images, self.seed = entry, images, seed
         self.conv = as_module(walk.converted, entry.conv.local)
-        whole, self.keeps = entry.conv.outputs, torch.arange(entry.conv.outputs)
-        if entry.keeps is not None:
-            self.keeps = torch.tensor(entry.keeps)
+        whole, self.keeps = entry.conv.outputs, kept_of(entry)
         norm: Any = None if entry.norm is None else walk.original.get_submodule(entry.norm)
         self.weights = channel_weights(norm, whole)[self.keeps]
         self.felt = None if felt is None else felt.double()[self.keeps][:, self.keeps]

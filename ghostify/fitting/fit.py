@@ -24,7 +24,8 @@ from ghostify.fitting.layer import Layer, channel_weights, emit, has_many_maps
 from ghostify.fitting.sensitivity import Calibration, Sensitivity, calibrate
 from ghostify.fitting.walk import Walk
 from ghostify.ghost import GhostWeights
-from ghostify.planning.plan import Narrow, Plan, Rewrite
+from ghostify.narrow import narrowed_conv, narrowed_norm
+from ghostify.planning.plan import Plan, Rewrite
 from ghostify.rewrite import Weights, put, put_narrow, rewrite_part
 from ghostify.tracing.program import Program, part_of
 from ghostify.tracing.propagate import Channels, input_channels
@@ -67,8 +68,8 @@ def fit(
     """
     fitting = _Fitting(program, plan, seed, progress)
     if calibration is None:
-        if plan.narrows:
-            raise GhostifyError(f"{plan.narrows[0].conv.name}: is to be narrow, which takes images: pass calibration")
+        for name in plan.narrowed:
+            raise GhostifyError(f"{name}: is to be narrow, which takes images: pass calibration")
         with fitting.clock("solving"):
             weights = {e.conv.name: fitting.data_free(e) for e in plan.rewrites}
         return Fits(weights, 0, fitting.clock.seconds)
@@ -93,10 +94,15 @@ class _Fitting:
 
     def data_free(self, entry: Rewrite) -> GhostWeights:
         """The fit of one layer without images."""
-        part = self.program.parts[entry.conv.part]
-        norm = None if entry.norm is None else part.get_submodule(entry.norm)
+        part, conv = self.program.parts[entry.conv.part], self.program.conv(entry.conv.name)
+        norm: Any = None if entry.norm is None else part.get_submodule(entry.norm)
         inputs = self.known(entry.conv.part).get(entry.conv.calls[0].node)
-        return data_free(self.program.conv(entry.conv.name), entry, norm, inputs)
+        if entry.narrowing is not None:
+            keeps, reads = entry.narrowing.keeps, entry.narrowing.reads
+            conv = narrowed_conv(conv, keeps, reads)
+            norm = norm if norm is None or keeps is None else narrowed_norm(norm, keeps)
+            inputs = inputs if reads is None else None
+        return data_free(conv, entry, norm, inputs)
 
     def all_parts(self, calibration: Calibration) -> None:
         """One part after another, inner ones first; each sees what the parts before it have become."""
@@ -120,9 +126,9 @@ class _Fitting:
         part, clock = self.program.parts[path], self.clock
         entries = {call.node: e for e in self.fitted if e.conv.part == path for call in e.conv.calls}
         walk = Walk(part, batches.own, set(entries), self._changed(path), converted=converted)
-        for narrow in self.plan.narrows:
-            if narrow.conv.part == path:
-                put_narrow(walk.converted, narrow)
+        for change in self.plan.changes:
+            if change.conv.part == path:
+                put_narrow(walk.converted, change)
         layers: dict[str, Layer | Dense] = {}
         for node, coming in clock.each("forward", walk.steps()):
             entry = entries[node.name]
@@ -151,7 +157,7 @@ class _Fitting:
         """Nodes of a part whose modules a fit changes, or hold parts that are rewritten already."""
         changes = [e for e in self.plan.changes if e.conv.part == path]
         own = {e.norm for e in changes}
-        own |= {name for e in changes if isinstance(e, Narrow) for name in (e.conv.local, *e.norms)}
+        own |= {name for e in changes if e.narrowing for name in (e.conv.local, *e.narrowing.norms)}
         inner = [p.removeprefix(f"{path}.") for p in {e.conv.part for e in self.plan.changes} if p != path]
         return {
             n.name

@@ -26,7 +26,7 @@ from ghostify.fitting.systems import leading_vectors
 from ghostify.fitting.walk import Chunk, Walk
 from ghostify.ghost import GhostWeights, Layout
 from ghostify.planning.activation import activation_line, narrowed
-from ghostify.planning.plan import Rewrite
+from ghostify.planning.plan import Narrow, Rewrite
 from ghostify.tracing.program import as_module
 
 POSITIONS = 40_000
@@ -47,17 +47,19 @@ class Layer:
 
     def __init__(self, entry: Rewrite, walk: Walk, felt: Tensor | None, images: int, seed: int) -> None:
         self.entry, self.seed, self.images = entry, seed, images
-        self.conv = as_module(walk.original, entry.conv.local)
+        standing = walk.original if entry.narrowing is None else walk.converted
+        self.conv, self.keeps = as_module(standing, entry.conv.local), kept_of(entry)
         norm: Any = None if entry.norm is None else walk.original.get_submodule(entry.norm)
         self.shared = len(entry.conv.calls) > 1
         self.felt = felt if felt is not None and felt.isfinite().all() and felt.any() else None
         if self.felt is not None:
+            self.felt = self.felt[self.keeps][:, self.keeps]
             self.metric = metric_of(self.felt)
         else:
-            self.metric = torch.diag(channel_weights(norm, self.conv.out_channels))
+            self.metric = torch.diag(channel_weights(norm, entry.conv.outputs)[self.keeps])
         self.weights = self.metric.diagonal()
         self.partner = walk.node(entry.partner)
-        self.gain = inverse_scale(norm, self.conv.out_channels)
+        self.gain = inverse_scale(norm, entry.conv.outputs)
         self.free_mean = self.conv.bias is not None or norm is not None
         self.first = Pair.zero(self.conv.weight[0].numel(), self.conv.out_channels)
         layout = entry.layout
@@ -65,12 +67,14 @@ class Layer:
         self.positions = rows_for(len(self.first.fitted.u), SUFFICE)
         self.viewed = VIEWED if self.many else rows_for(layout.dw_size**2 * layout.outputs, VIEWED, 0.9)
         self.views: list[tuple[View, Tensor]] = []
-        self.line = None if entry.activation is None else activation_line(walk.original, entry).float().cpu()
+        self.line = None if entry.activation is None else activation_line(standing, entry).float().cpu()
 
     def look(self, node: fx.Node, chunk: Chunk) -> None:
         """Take up one batch: what the converted model feeds the convolution, and what the original made of it."""
         image = chunk.value(node.all_input_nodes[0]).float().cpu()
         target = target_of(node, chunk, self.partner, self.gain)
+        if len(self.keeps) < target.shape[1]:
+            target = target[:, self.keeps]
         held = judges(torch.arange(len(target)) + chunk.batch.first, min(HELD_OUT, self.images))
         seed, d = self.seed * 1_000_003 + chunk.batch.first, self.entry.layout.dw_size
         places = sight.choose_places(target.shape, self._share(chunk, target, self.positions), seed)
@@ -241,6 +245,12 @@ class Layer:
 
     def _share(self, chunk: Chunk, target: Tensor, limit: int) -> int:
         return positions_of(chunk, target, limit, self.images)
+
+
+def kept_of(entry: Rewrite | Narrow) -> Tensor:
+    """The outputs of a convolution that are left."""
+    keeps = None if entry.narrowing is None else entry.narrowing.keeps
+    return torch.arange(entry.conv.outputs) if keeps is None else torch.tensor(keeps)
 
 
 def target_of(node: fx.Node, chunk: Chunk, partner: fx.Node | None, gain: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ghostify.fitting.assign import in_given_order
 from ghostify.ghost import GhostWeights
+from ghostify.narrow import narrowed_conv
 from ghostify.planning.plan import Plan, Rewrite
 from ghostify.tracing.program import Program
 
@@ -29,7 +30,9 @@ def unfitted(
 
     weights = {}
     for entry in plan.rewrites:
-        conv, layout = program.conv(entry.conv.name), entry.layout
+        conv, layout, narrowing = program.conv(entry.conv.name), entry.layout, entry.narrowing
+        if narrowing is not None:
+            conv = narrowed_conv(conv, narrowing.keeps, narrowing.reads)
         m, whole = layout.intrinsic, conv.weight.detach()
         primary = cheap = None
         if conv.bias is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -32,13 +32,6 @@ def dense_macs(conv: Convolution) -> int:
 def ghost_macs(conv: Convolution, layout: Layout) -> int:
     """MACs of its ghost module for one output position: m c k^2 + (n - m) w d^2 (Han et al., 2020, section 3.1)."""
     return layout.intrinsic * conv.taps + layout.macs_per_position
-
-
-def narrow_macs(conv: Convolution, keeps: Sequence[int] | None, reads: Sequence[int] | None) -> int:
-    """MACs of what is left of it for one output position where it keeps and reads only these maps (None: all)."""
-    outputs = conv.outputs if keeps is None else len(keeps)
-    inputs = conv.inputs if reads is None or conv.groups > 1 else len(reads)
-    return outputs * (inputs // conv.groups) * conv.kernel[0] * conv.kernel[1]
 
 
 def parameters(module: nn.Module) -> int:

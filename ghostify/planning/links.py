@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,6 +56,37 @@ class Link:
     @property
     def maps(self) -> int:
         return self.producer.outputs
+
+
+@dataclass(frozen=True)
+class Narrowing:
+    """The maps that are left of a convolution on a link: `keeps` of its outputs and `reads` of its inputs, None where
+    all are; `norms` behind it, within the part, lose the same maps."""
+
+    keeps: tuple[int, ...] | None = None
+    reads: tuple[int, ...] | None = None
+    norms: tuple[str, ...] = ()
+
+    def left_of(self, conv: Convolution) -> Convolution:
+        """The convolution with so few maps."""
+        outputs = conv.outputs if self.keeps is None else len(self.keeps)
+        if conv.groups > 1:
+            return replace(conv, inputs=outputs, outputs=outputs, groups=outputs)
+        return replace(conv, inputs=conv.inputs if self.reads is None else len(self.reads), outputs=outputs)
+
+
+def narrowings(kept: Mapping[Link, tuple[int, ...]]) -> dict[str, Narrowing]:
+    """What keeping these maps of links leaves of their convolutions, by name: one may read one and make another."""
+    found: dict[str, Narrowing] = {}
+    for link, own in kept.items():
+        for member in link.members:
+            narrowing = found.get(member.conv.name, Narrowing())
+            if member.makes:
+                narrowing = replace(narrowing, keeps=own, norms=member.norms)
+            if member.reads:
+                narrowing = replace(narrowing, reads=own)
+            found[member.conv.name] = narrowing
+    return found
 
 
 def links_of(program: Program) -> Iterator[Link]:

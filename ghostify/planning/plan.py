@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ghostify.errors import GhostifyError
 from ghostify.ghost import Layout, feasible_width, intrinsic_maps
 from ghostify.planning import cost
-from ghostify.planning.links import Link
+from ghostify.planning.links import Link, Narrowing, narrowings
 from ghostify.planning.order import Absorption, absorption
 from ghostify.planning.policy import Policy, Rule
 from ghostify.tracing.program import Convolution, Program
@@ -22,7 +22,7 @@ class Rewrite:
     Names of modules and nodes are those within the convolution's part. `norm` names the BatchNorm behind it whose
     statistics take up constant shifts; `partner` the node that its output is added to; `activation` the node that
     activates its maps, where ghosts may read them so; `absorb` says who takes up the order of its channels, None where
-    a gather remains. MACs are for one output position.
+    a gather remains. With a `narrowing`, `layout` is of the maps that it keeps. MACs are for one output position.
     """
 
     conv: Convolution
@@ -33,20 +33,15 @@ class Rewrite:
     absorb: Absorption | None
     macs_before: int
     macs_after: int
+    narrowing: Narrowing | None = None
 
 
 @dataclass(frozen=True)
 class Narrow:
-    """A convolution on a `Link` that keeps its form but not all its maps.
-
-    `keeps` are the outputs and `reads` the inputs that are left, None where all are; `norms` those behind it that lose
-    the same maps. `norm`, `partner` and MACs as in `Rewrite`.
-    """
+    """A convolution on a `Link` that keeps its form, not all its maps; `norm`, `partner` and MACs as in `Rewrite`."""
 
     conv: Convolution
-    keeps: tuple[int, ...] | None
-    reads: tuple[int, ...] | None
-    norms: tuple[str, ...]
+    narrowing: Narrowing
     norm: str | None
     partner: str | None
     macs_before: int
@@ -82,8 +77,9 @@ class Plan:
         return tuple(e for e in self.entries if isinstance(e, Rewrite))
 
     @property
-    def narrows(self) -> tuple[Narrow, ...]:
-        return tuple(e for e in self.entries if isinstance(e, Narrow))
+    def narrowed(self) -> dict[str, Narrowing]:
+        """What is left of the convolutions that lose maps, by name."""
+        return {e.conv.name: e.narrowing for e in self.changes if e.narrowing is not None}
 
     @property
     def changes(self) -> tuple[Rewrite | Narrow, ...]:
@@ -116,11 +112,8 @@ def plan_layouts(
     """The plan that gives each target its layout, and each link the maps that it keeps; those that save nothing are
     skipped."""
     wiring = {path: Wiring(part) for path, part in program.parts.items()}
-    entries: list[Rewrite | Narrow | Skip] = [
-        d if isinstance(d, Skip) else _rewrite(wiring[d[0].conv.part], *d) for d in decided
-    ]
-    narrow = {e.conv.name: e for link, own in (kept or {}).items() for e in _narrows(wiring, link, own)}
-    entries = [narrow.get(e.conv.name, e) for e in entries]
+    narrowed = narrowings(kept or {})
+    entries = [_entry(wiring, one, narrowed) for one in decided]
     saved = [_saved(e) for e in entries if not isinstance(e, Skip)]
     total = program.macs
     after = None if total is None or None in saved else total - sum(s for s in saved if s is not None)
@@ -177,28 +170,34 @@ def _with_ratio(target: Target | Skip) -> tuple[Target, Layout] | Skip:
     return target, layout_of(conv.outputs, intrinsic, rule.cheap, rule.dw_size)
 
 
-def _rewrite(wiring: Wiring, target: Target, layout: Layout) -> Rewrite | Skip:
+def _rewrite(wiring: Wiring, target: Target, layout: Layout, narrowing: Narrowing | None) -> Rewrite | Skip:
     conv = target.conv
-    before, after = cost.dense_macs(conv), cost.ghost_macs(conv, layout)
-    if after >= before:
-        return Skip(conv, f"nothing is saved: {before} MACs a position before, {after} after")
+    left = conv if narrowing is None else narrowing.left_of(conv)
+    dense, after = cost.dense_macs(left), cost.ghost_macs(left, layout)
+    if after >= dense:
+        return Skip(conv, f"nothing is saved: {dense} MACs a position before, {after} after")
     nodes = [call.node for call in conv.calls]
     norm = norm_after(wiring, nodes)
     partner = partner_in_sum(wiring, nodes, norm)
     activation = activation_after(wiring, nodes, norm) if target.rule.activated and layout.width == 1 else None
-    return Rewrite(conv, layout, norm, partner, activation, absorption(wiring, nodes), before, after)
+    before, absorb = cost.dense_macs(conv), absorption(wiring, nodes)
+    return Rewrite(conv, layout, norm, partner, activation, absorb, before, after, narrowing)
 
 
-def _narrows(wiring: Mapping[str, Wiring], link: Link, kept: tuple[int, ...]) -> Iterator[Narrow]:
-    """What becomes of the convolutions of a link: whoever makes its maps makes less, whoever reads them reads less."""
-    for member in link.members:
-        conv, norms = member.conv, member.norms
-        keeps, reads = kept if member.makes else None, kept if member.reads else None
-        own, nodes = wiring[conv.part], [conv.calls[0].node]
-        norm = norm_after(own, nodes)
-        partner = partner_in_sum(own, nodes, norm)
-        before, after = cost.dense_macs(conv), cost.narrow_macs(conv, keeps, reads)
-        yield Narrow(conv, keeps, reads, norms, norm, partner, before, after)
+def _entry(
+    wiring: Mapping[str, Wiring], decided: tuple[Target, Layout] | Skip, narrowed: Mapping[str, Narrowing]
+) -> Rewrite | Narrow | Skip:
+    conv = decided.conv if isinstance(decided, Skip) else decided[0].conv
+    own, narrowing = wiring[conv.part], narrowed.get(conv.name)
+    entry = decided if isinstance(decided, Skip) else _rewrite(own, *decided, narrowing)
+    return entry if narrowing is None or isinstance(entry, Rewrite) else _narrow(own, conv, narrowing)
+
+
+def _narrow(wiring: Wiring, conv: Convolution, narrowing: Narrowing) -> Narrow:
+    nodes = [conv.calls[0].node]
+    norm = norm_after(wiring, nodes)
+    before, after = cost.dense_macs(conv), cost.dense_macs(narrowing.left_of(conv))
+    return Narrow(conv, narrowing, norm, partner_in_sum(wiring, nodes, norm), before, after)
 
 
 def _saved(entry: Rewrite | Narrow) -> int | None:

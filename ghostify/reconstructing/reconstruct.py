@@ -109,8 +109,8 @@ def _whole_graph(program: Program, plan: Plan) -> fx.GraphModule:
         raise GhostifyError("reconstruct works in one process: fit in several, then reconstruct in one")
     if not isinstance(traced, fx.GraphModule):
         raise GhostifyError(f"reconstruct needs a graph of the whole model: {type(traced).__name__} traces in parts")
-    if plan.narrows:
-        raise GhostifyError(f"{plan.narrows[0].conv.name}: has fewer maps than the original's: reconstruct or narrow")
+    for name in plan.narrowed:
+        raise GhostifyError(f"{name}: has fewer maps than the original's: reconstruct or narrow")
     return traced
 
 

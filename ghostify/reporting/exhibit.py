@@ -49,15 +49,15 @@ class Exhibit:
 
 
 def can_show(module: nn.Module, original: nn.Module, line: Line) -> bool:
-    """Whether a line is of a ghost module that stands where the original has a module."""
+    """Whether a line is of a ghost module that makes all maps of the module that the original has there."""
     found = [dict(m.named_modules()).get(line.name) for m in (module, original)]
-    return isinstance(found[0], GhostModule) and found[1] is not None and bool(line.channels)
+    return isinstance(found[0], GhostModule) and found[1] is not None and len(line.channels) == line.filters[0]
 
 
 def exhibit(module: nn.Module, original: nn.Module, line: Line, batches: Sequence[Any], count: int = GHOSTS) -> Exhibit:
     """Ghosts of a converted model's layer beside the original's maps on images; `GhostifyError` if there are none."""
     if not can_show(module, original, line):
-        raise GhostifyError(f"{line.name}: is no ghost module that stands where the original has a module")
+        raise GhostifyError(f"{line.name}: is no ghost module that makes all maps of a module of the original's")
     wanted = maps_of(original, line.name, batches)
     made = ghosted_maps(module, line.name, batches, line.channels)
     errors = errors_of(made, wanted)

@@ -67,7 +67,7 @@ def layer_times(original: nn.Module, found: Report, example_inputs: Any, clock: 
     program, times = trace(original, example_inputs), {}
     convs = {conv.name: conv for conv in program.convolutions}
     for line in found.lines:
-        if line.reason is None and not line.narrow and line.name in convs:
+        if line.reason is None and line.reads is None and line.name in convs:
             layout = Layout(line.filters[0], line.intrinsic, line.width, line.dw_size)
             taken = layer_milliseconds(program.conv(line.name), convs[line.name], [None, layout], clock)
             times[line.name] = (taken[0], taken[1])

@@ -293,7 +293,7 @@ def _listen(student: nn.Module, teacher: nn.Module) -> tuple[list[Tensor], list[
     """
     both: tuple[list[Tensor], list[Tensor]] = ([], [])
     for line in report(student).lines:
-        if line.reason is not None or (line.narrow and line.intrinsic < line.filters[0]):
+        if line.reason is not None or line.outputs < line.filters[0]:
             continue
         ghost: Any = _compared(student, line.name)
         moved = isinstance(ghost, GhostModule) and ghost.order is None and bool(line.channels)
