@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -71,7 +72,9 @@ def test_a_round_of_training_brings_the_answers_nearer(wish, tmp_path):
 
 def test_unlabelled_images_will_do(tmp_path):
     model, converted, data, _ = setting(labelled=False)
+    running = set(threading.enumerate())
     tuned = finetune(converted, model, data, tmp_path, QUICK)
+    assert not [t for t in set(threading.enumerate()) - running if "Writer" in type(t).__name__]
     assert set(tuned.state_dict()) == set(converted.state_dict())
     with pytest.raises(GhostifyError, match="the training images have none"):
         finetune(converted, model, data, tmp_path, Recipe(labels=1))

@@ -103,7 +103,10 @@ def finetune(
     accelerator = accelerator or _accelerator(recipe.precision)
     training = _Training(accelerator, model, original, data, recipe)
     records = Records(folder, {**asdict(recipe), **training.facts}, accelerator.is_main_process)
-    _go(training, records, tell or (lambda *_: None))
+    try:
+        _go(training, records, tell or (lambda *_: None))
+    finally:
+        records.close()
     result = copy.deepcopy(model)
     result.load_state_dict(records.best())
     return result

@@ -96,6 +96,11 @@ class Records:
             save_file({name: value.contiguous().clone() for name, value in weights.items()}, fresh)
             fresh.replace(self.folder / BEST)
 
+    def close(self) -> None:
+        """Write out what TensorBoard is still to get; its thread ends."""
+        if self.board is not None:
+            self.board.close()
+
     def best(self) -> dict[str, Tensor]:
         """The weights that were kept last."""
         return load_file(self.folder / BEST)
