@@ -34,6 +34,11 @@ def number(key: str, digits: int, scale: float = 1.0) -> Callable[[Row], str]:
     return lambda row: "" if row.get(key) is None else f"{scale * row[key]:.{digits}f}"
 
 
+def by_size(key: str, form: str) -> Callable[[Row], str]:
+    """Cells of what differs by the size of the kernel."""
+    return lambda row: " / ".join(form.format(row[key][d]) for d in ("1", "3", "5", "7"))
+
+
 ACCURACY = {"top-1 %": number("top1", 2), "M MACs": number("macs", 1, 1e-6), "images": number("images", 0)}
 LATENCY = {"MACs %": number("macs", 0, 100), "ms": number("ms", 1), "times as fast": number("times", 2)}
 BUDGETS = {
@@ -98,6 +103,15 @@ SECTIONS: dict[str, tuple[str, dict[str, Callable[[Row], str]] | Callable[[list[
     "lite0": (
         "EfficientNet-Lite0 on photographs, without training",
         {"MACs %": number("share", 0, 100), "same answers %": number("agreement", 0), "images": number("images", 0)},
+    ),
+    "redundancy": (
+        "How redundant feature maps are: each made of another by one d x d kernel, error relative to its variance",
+        {
+            "maps": number("maps", 0),
+            "median of each one's best, d = 1 / 3 / 5 / 7": by_size("best relative, median", "{:.2f}"),
+            "maps below 0.1": by_size("best relative below 0.1", "{:.0f}"),
+            "half of them ghosts, median": number("ghosts relative, median", 2),
+        },
     ),
     "paper": (
         "The paper's counts",
