@@ -24,8 +24,7 @@ from ghostify.planning.policy import Rule
 from ghostify.tracing.program import Convolution, Program
 
 RATIOS = (1.25, 1.5, 2, 2.5, 3, 4, 6, 8)
-STEPS = 32
-THIN = 16
+STEPS, COARSE, THIN = 32, 16, 12
 LANES = 16
 FASTER = 0.97
 
@@ -115,7 +114,7 @@ def _worthwhile(
     conv = _left(target.conv, makes, reads)
     layouts = [
         o
-        for o in _layouts(target.rule, conv, losses.profile, timed)
+        for o in _layouts(target.rule, conv, losses.profile, STEPS if conv == target.conv else COARSE, timed)
         if cost.ghost_macs(conv, o) < cost.dense_macs(conv)
     ]
     whole, *costs = zip(*(_spent(program, conv, [None, *layouts], key, clock) for key in keys), strict=True)
@@ -174,11 +173,11 @@ def _dominates(a: Candidate, b: Candidate) -> bool:
     return better and (a.loss, a.costs) != (b.loss, b.costs)
 
 
-def _layouts(rule: Rule, conv: Convolution, profile: Profile, timed: bool) -> Iterator[Layout]:
-    """Pointwise ones, then depthwise ones; where they are to be timed, fewer, that fill vector registers."""
+def _layouts(rule: Rule, conv: Convolution, profile: Profile, steps: int, timed: bool) -> Iterator[Layout]:
+    """Pointwise ones in so many steps, then depthwise ones; where they are timed, fewer, that fill vector registers."""
     n, cheap = conv.outputs, rule.cheap
     if cheap in ("auto", "pointwise"):
-        sizes = {max(1, round(n * k / STEPS)) for k in range(1, STEPS)}
+        sizes = {max(1, round(n * k / steps)) for k in range(1, steps)}
         if timed:
             sizes = {max(LANES, LANES * round(m / LANES)) for m in sizes}
         yield from (Layout(n, m, m, 1) for m in sorted(sizes) if m < n)
