@@ -50,9 +50,16 @@ def by_turns(forwards: Sequence[Callable[[], Any]], rounds: int) -> list[list[fl
             started = time.perf_counter()
             for _ in range(repeats[k]):
                 forward()
+            _finish()
             spent = 1000 * (time.perf_counter() - started) / repeats[k]
             if turn < WARM:
                 repeats[k] = max(1, round(LEAST / max(spent, 1e-3)))
             else:
                 times[k].append(spent)
     return times
+
+
+def _finish() -> None:
+    """Wait for what a GPU has been given to do."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()

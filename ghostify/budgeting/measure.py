@@ -1,4 +1,7 @@
-"""Milliseconds of single layers and whole models in their inference form: original and ghosts by turns, and kept."""
+"""Milliseconds of single layers and whole models in their inference form: original and ghosts by turns, and kept.
+
+On a GPU where the model is there, in its own dtype; on a CPU layers are timed in float32.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ def layer_milliseconds(conv: nn.Conv2d, seen: Convolution, layouts: Forms, clock
     """Median milliseconds of all calls of a layer, norm and ReLU folded in, for each layout (None: as it is).
 
     Measured on random images of the shapes of its calls; kept on disk by shapes, runtime and its version, threads,
-    and processor.
+    and processor or GPU.
     """
     forms, total = [None, *layouts], [0.0] * len(layouts)
     for shape in [call.input_shape for call in seen.calls if call.input_shape is not None]:
@@ -92,8 +95,9 @@ def _beside_the_first(
 
 def _module(conv: nn.Conv2d, shape: tuple[int, ...], layout: Layout | None) -> nn.Module:
     """A convolution of such attributes, norm and activation behind it, as `deploy` makes it."""
-    plain = copy.deepcopy(conv).float().cpu()
-    module = trace(nn.Sequential(plain, nn.BatchNorm2d(conv.out_channels), nn.ReLU()).eval()).module
+    plain = _timed_form(conv)
+    norm = nn.BatchNorm2d(conv.out_channels).to(plain.weight)
+    module = trace(nn.Sequential(plain, norm, nn.ReLU()).eval()).module
     if layout is not None:
         module.set_submodule("0", _filled(ghost_of(plain, layout)))
     return deploy(module, _images(conv, shape))
@@ -103,9 +107,14 @@ def _line(convs: Sequence[nn.Conv2d], shape: tuple[int, ...], kept: Sequence[int
     layers: list[nn.Module] = []
     for conv in convs:
         keeps, reads = (None if conv is end else kept for end in (convs[-1], convs[0]))
-        small = narrowed_conv(copy.deepcopy(conv).float().cpu(), keeps, reads)
-        layers += [small, nn.BatchNorm2d(small.out_channels), nn.ReLU()]
+        small = narrowed_conv(_timed_form(conv), keeps, reads)
+        layers += [small, nn.BatchNorm2d(small.out_channels).to(small.weight), nn.ReLU()]
     return deploy(trace(nn.Sequential(*layers).eval()).module, _images(convs[0], shape))
+
+
+def _timed_form(conv: nn.Conv2d) -> nn.Conv2d:
+    made = copy.deepcopy(conv)
+    return made.float() if made.weight.device.type == "cpu" else made
 
 
 def _filled(ghost: GhostModule) -> GhostModule:
@@ -115,16 +124,17 @@ def _filled(ghost: GhostModule) -> GhostModule:
 
 
 def _images(conv: nn.Conv2d, shape: tuple[int, ...]) -> Tensor:
-    return torch.randn(shape[0], conv.in_channels, *shape[2:], generator=torch.Generator().manual_seed(0))
+    drawn = torch.randn(shape[0], conv.in_channels, *shape[2:], generator=torch.Generator().manual_seed(0))
+    return drawn if conv.weight.device.type == "cpu" else drawn.to(conv.weight)
 
 
 def _key(conv: nn.Conv2d, shape: tuple[int, ...], layout: Layout | None, clock: Stopwatch) -> str:
-    return _digest((*_attributes(conv), tuple(shape), layout), clock)
+    return _digest(conv, (*_attributes(conv), tuple(shape), layout), clock)
 
 
 def _line_key(convs: Sequence[nn.Conv2d], shape: tuple[int, ...], kept: Sequence[int] | None, clock: Stopwatch) -> str:
     left = convs[0].out_channels if kept is None else len(kept)
-    return _digest((*((*_attributes(conv), conv.groups) for conv in convs), tuple(shape), left), clock)
+    return _digest(convs[0], (*((*_attributes(conv), conv.groups) for conv in convs), tuple(shape), left), clock)
 
 
 def _attributes(conv: nn.Conv2d) -> tuple[Any, ...]:
@@ -134,9 +144,17 @@ def _attributes(conv: nn.Conv2d) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def _digest(facts: tuple[Any, ...], clock: Stopwatch) -> str:
-    facts = (*facts, torch.get_num_threads(), clock.version, processor())
+def _digest(conv: nn.Conv2d, facts: tuple[Any, ...], clock: Stopwatch) -> str:
+    place: tuple[Any, ...] = (torch.get_num_threads(), clock.version, processor())
+    if conv.weight.device.type != "cpu":
+        place = (clock.version, conv.weight.dtype, gpu(conv.weight.device))
+    facts = (*facts, *place)
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
+
+
+def gpu(device: torch.device) -> str:
+    """Its name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 @cache

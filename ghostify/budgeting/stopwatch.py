@@ -32,8 +32,8 @@ INPUTS = "inputs.npz"
 class Stopwatch:
     """A context in which inference forms are timed in one runtime, with the present number of threads.
 
-    "eager" runs in this process; "compile", "onnx" and "openvino" in one that lives as long as the context, so that
-    no runtime's threads disturb another's.
+    "eager" runs in this process, on the device of the example; "compile", "onnx" and "openvino" on the CPU, in one that
+    lives as long as the context, so that no runtime's threads disturb another's.
     """
 
     def __init__(self, runtime: str = "eager") -> None:
@@ -54,6 +54,11 @@ class Stopwatch:
         """Median milliseconds of one forward of each inference form (see `deploy`), by turns."""
         if self.runtime == "eager":
             return evaluate.paired_milliseconds(small, channels_last(example), rounds=rounds)
+        if any(v.device.type != "cpu" for v in tensors_of(example)):
+            raise GhostifyError(
+                f"runtime {self.runtime!r} is timed on the CPU: use runtime 'eager' on a GPU, or move model and "
+                f"example_inputs to the CPU"
+            )
         with tempfile.TemporaryDirectory() as folder:
             files = [store(m, self.runtime, example, Path(folder) / str(k)) for k, m in enumerate(small)]
             if self.process is None:

@@ -15,9 +15,11 @@ from ghostify.tracing.modes import evaluating
 
 
 def maps_of(module: nn.Module, layer: str, batches: Sequence[Any]) -> Tensor:
-    """What the module called `layer` makes of all images, N x n x H x W; `GhostifyError` where it does not run."""
+    """What the module called `layer` makes of all images, N x n x H x W on the CPU; `GhostifyError` if nothing."""
     kept: list[Tensor] = []
-    hook = module.get_submodule(layer).register_forward_hook(lambda _, __, made: kept.append(made.detach().float()))
+    hook = module.get_submodule(layer).register_forward_hook(
+        lambda _, __, made: kept.append(made.detach().float().cpu())
+    )
     try:
         with evaluating(module):
             for batch in batches:
