@@ -9,14 +9,16 @@ every ghost module's weights anew; "first filters kept" draws the cheap kernels 
 unlabelled ones. All are then trained on the 60,000 labelled training images for 0, a quarter, 0.6 (a tenth of the
 original's schedule), 1 and 4 epochs (one-cycle SGD, batch 128), each start at whichever peak rate does best on 5,000
 held-out training images within a quarter of an epoch: of 0.005, 0.02 and 0.1 for less than an epoch, of 0.02, 0.1 and
-0.2 for longer. From scratch: the ghost network with everything random, for the original's whole 6 epochs at its rate,
-0.2. Seeds draw calibration images, kernels and the order of training. Top-1 is on all 10,000 test images. Goes on where
-the last run ended; results go to benchmarks/results/initialisation.json.
+0.2 for longer. "Distilled" learns the original's answers instead, as `finetune` does by default, for an epoch at the
+most. From scratch: the ghost network with everything random, for the original's whole 6 epochs at its rate, 0.2. Seeds
+draw calibration images, kernels and the order of training. Top-1 is on all 10,000 test images. Goes on where the last
+run ended; results go to benchmarks/results/initialisation.json.
 """
 
 from __future__ import annotations
 
 import copy
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -25,11 +27,13 @@ import torch
 from accuracy import calibration
 from tables import Row, options, publish, recorded, spread
 from torch import nn
+from torch.utils.data import Subset, TensorDataset
 
-from ghostify import Policy, Rule, fit, plan, rewrite, trace
+from ghostify import Policy, Recipe, Rule, finetune, fit, plan, rewrite, trace
 from ghostify.budgeting.budget import plan_within
 from ghostify.command.demo import train
 from ghostify.data.datasets import Images
+from ghostify.data.lessons import Lessons
 from ghostify.evaluate import outputs, top1
 from ghostify.fitting.sensitivity import calibrate
 from ghostify.tracing.program import Program
@@ -74,7 +78,8 @@ STARTS: dict[str, Start] = {
     "fitted to 512 images, depthwise": partial(calibrated, cheap="depthwise"),
     "fitted to 512 images, auto": partial(calibrated, cheap="auto"),
 }
-FROM_SCRATCH = "from scratch"
+DISTILLED, FROM_SCRATCH = "fitted to 512 images, auto, distilled", "from scratch"
+Training = Callable[[nn.Module, Images, float, float, int], nn.Module]
 
 
 def trained(module: nn.Module, data: Images, epochs: float, rate: float, seed: int) -> nn.Module:
@@ -85,14 +90,23 @@ def trained(module: nn.Module, data: Images, epochs: float, rate: float, seed: i
     return own
 
 
-def best_rate(module: nn.Module, data: Images, rates: tuple[float, ...]) -> float:
+def distilled(original: nn.Module, module: nn.Module, data: Images, epochs: float, rate: float, seed: int) -> nn.Module:
+    """The same towards the original's answers, without labels."""
+    unlabelled = TensorDataset(data.train, torch.full((len(data.train),), -1))
+    lessons = Lessons(unlabelled, Subset(unlabelled, range(128)), labelled=False)  # judged once, at the end
+    recipe = Recipe(epochs=epochs, learning_rate=rate, precision="bf16", evaluate_every=epochs, seed=seed)
+    with tempfile.TemporaryDirectory() as folder:
+        return finetune(module, original, lessons, folder, recipe)
+
+
+def best_rate(training: Training, module: nn.Module, data: Images, rates: tuple[float, ...]) -> float:
     """The rate that does best in a quarter of an epoch, judged on training images held out."""
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(99))
     judging, rest = order[:HELD_OUT], order[HELD_OUT:]
     less = Images(data.name, data.train[rest], data.train_labels[rest], data.test, data.test_labels, data.classes)
 
     def right(rate: float) -> float:
-        made = trained(module, less, 0.25, rate, 0)
+        made = training(module, less, 0.25, rate, 0)
         return top1(outputs(made, data.train[judging].split(500)), data.train_labels[judging])
 
     return max(rates, key=right)
@@ -112,16 +126,18 @@ def rows(known: list[Row]) -> Iterator[Row]:
     if "original" not in done:
         yield {"how": "original", "top1": networks.accuracy(model, data)}
     for seed in SEEDS:
-        for start, make in {**STARTS, FROM_SCRATCH: scratch}.items():
-            lengths = (SCHEDULE,) if start == FROM_SCRATCH else EPOCHS
+        others = {DISTILLED: STARTS["fitted to 512 images, auto"], FROM_SCRATCH: scratch}
+        for start, make in {**STARTS, **others}.items():
+            lengths = {DISTILLED: EPOCHS[1:4], FROM_SCRATCH: (SCHEDULE,)}.get(start, EPOCHS)
+            training = partial(distilled, model) if start == DISTILLED else trained
             missing = [e for e in lengths if f"{start}, {e} epochs, seed {seed}" not in done]
             module = make(program, data, seed) if missing else None
             for epochs in missing:
                 assert module is not None
                 key = start, rates_for(epochs)
                 if epochs and key not in best:
-                    best[key] = RATE if start == FROM_SCRATCH else best_rate(module, data, key[1])
-                made = trained(module, data, epochs, best.get(key, 0.0), seed)
+                    best[key] = RATE if start == FROM_SCRATCH else best_rate(training, module, data, key[1])
+                made = training(module, data, epochs, best.get(key, 0.0), seed)
                 facts = {"start": start, "epochs": epochs, "seed": seed, "rate": best.get(key)}
                 yield {"how": f"{start}, {epochs} epochs, seed {seed}", **facts, "top1": networks.accuracy(made, data)}
 
@@ -133,7 +149,7 @@ def summary(found: list[Row]) -> str:
         "| start | " + " | ".join(f"{e:g} epochs" for e in lengths) + " | rate |",
         "|---" * (len(lengths) + 2) + "|",
     ]
-    for start in (*STARTS, FROM_SCRATCH):
+    for start in (*STARTS, DISTILLED, FROM_SCRATCH):
         cells = []
         for epochs in lengths:
             own = [r["top1"] for r in found if r.get("start") == start and r["epochs"] == epochs]

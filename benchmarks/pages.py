@@ -19,7 +19,7 @@ HEAD = """# Results
 
 Written by `python benchmarks/pages.py` from the files in `benchmarks/results/`. Each table names the command that
 measured it; data, seeds, images and training are told at the head of each script. Times are ratios of runs that took
-turns, on one machine of two cores but for the GPU's. Some comparisons of seeds 1 and 2 were trained and judged on a GPU.
+turns, on one machine of two cores but for the GPU's. Some comparisons of seeds 1 and 2 were trained on a GPU.
 """
 
 
