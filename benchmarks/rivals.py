@@ -132,9 +132,8 @@ def _pruned(
     small = copy.deepcopy(model)
     for name, parameter in small.named_parameters():
         parameter.grad = None if grades is None else grades[name].clone()
-    classifiers = [m for m in small.modules() if isinstance(m, nn.Linear)][-1:]
     pruner = torch_pruning.pruner.MagnitudePruner(
-        small, x, importance=importance, pruning_ratio=ratio, ignored_layers=classifiers, round_to=lanes
+        small, x, importance=importance, pruning_ratio=ratio, ignored_layers=[_answering(small)], round_to=lanes
     )
     convs = {m: name for name, m in small.named_modules() if isinstance(m, nn.Conv2d)}
     kept = {name: torch.ones(conv.out_channels, dtype=torch.bool) for conv, name in convs.items()}
@@ -150,13 +149,19 @@ def _pruned(
 
 
 def _each(model: nn.Module, change: Callable[[nn.Conv2d], nn.Module]) -> nn.Module:
-    """A copy with every dense convolution but the first changed."""
+    """A copy with every dense convolution changed but the first, and one that gives the answers."""
     small = copy.deepcopy(model)
-    dense = [(n, m) for n, m in small.named_modules() if isinstance(m, nn.Conv2d) and m.groups == 1]
+    last = _answering(small)
+    dense = [(n, m) for n, m in small.named_modules() if isinstance(m, nn.Conv2d) and m.groups == 1 and m is not last]
     with torch.no_grad():
         for name, conv in dense[1:]:
             small.set_submodule(name, change(conv))
     return small
+
+
+def _answering(model: nn.Module) -> nn.Module:
+    """The layer whose outputs are the answers: there are as many of them whatever else changes."""
+    return [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1]
 
 
 def _factored(conv: nn.Conv2d, share: float) -> nn.Module:
