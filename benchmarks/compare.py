@@ -106,6 +106,10 @@ def cut(
     return networks.reestimated(search(subject.model, seen)(ratio), seen.batches)
 
 
+def _tucker(model: nn.Module, seen: rivals.Seen) -> rivals.Cut:
+    return lambda ratio: networks.reestimated(rivals.tucker(model, seen)(ratio), seen.batches)
+
+
 METHODS: dict[str, Method] = {
     "ghostify, auto and narrow": partial(ghosts, {"cheap": "auto", "narrow": True}),
     "ghostify, auto": partial(ghosts, {"cheap": "auto"}),
@@ -116,7 +120,7 @@ METHODS: dict[str, Method] = {
     "Torch-Pruning, Taylor": partial(cut, rivals.by_taylor, None),
     "channels, least squares": partial(cut, rivals.by_magnitude, rivals.by_least_squares),
     "low rank": partial(cut, rivals.low_rank, None),
-    "Tucker": partial(cut, rivals.tucker, None),
+    "Tucker": partial(cut, partial(rivals.tucker, rough=True), _tucker),
     "network decoupling": partial(cut, rivals.decoupled, None),
 }
 
