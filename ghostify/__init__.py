@@ -1,5 +1,6 @@
 """ghostify: a compiler pass that rewrites a trained CNN's convolutions into ghost modules."""
 
+from ghostify.budgeting.budget import plan_within
 from ghostify.budgeting.frontier import frontier
 from ghostify.convert import ghostify
 from ghostify.data.lessons import lessons
@@ -34,6 +35,7 @@ __all__ = [
     "load",
     "load_weights",
     "plan",
+    "plan_within",
     "preprocessing",
     "read_data",
     "report",

@@ -16,10 +16,16 @@ from tests import nets
 ROOT = Path(__file__).parent.parent
 NET = "tests.nets:Straight"
 SIZE = ("--input-size", "3,12,12")
+SCRIPT = "import sys; sys.path.pop(0); from ghostify.command.cli import main; main()"  # as a console script
 
 
 def run(*arguments, cwd=ROOT):
-    command = [sys.executable, "-c", "from ghostify.command.cli import main; main()", *map(str, arguments)]
+    command = [
+        sys.executable,
+        "-c",
+        SCRIPT,
+        *map(str, arguments),
+    ]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, timeout=300)
 
 
@@ -188,3 +194,37 @@ def test_doctor_names_versions_and_runtimes():
     assert torch.__version__ in done.stdout
     assert all(f"runtime {name}" in done.stdout for name in ("eager", "compile", "onnx", "openvino"))
     assert json.loads(run("doctor", "--json").stdout)["torch"] == torch.__version__
+
+
+BRANCHING = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        y = self.a(x)
+        return (self.b(y) if y.sum() > 0 else self.b(-y)).mean((2, 3))
+"""
+
+
+def test_a_class_of_the_users_comes_from_the_present_folder_and_is_allowed_by_name(tmp_path):
+    (tmp_path / "ours.py").write_text(BRANCHING)
+    np.save(tmp_path / "x.npy", nets.images(4).numpy())
+    shapes = {"a.weight": (8, 3, 3, 3), "a.bias": (8,), "b.weight": (8, 8, 3, 3), "b.bias": (8,)}
+    save_file({name: torch.randn(shape) for name, shape in shapes.items()}, tmp_path / "w.safetensors")
+    made = run(
+        "convert", "ours:Net", *SIZE, "--checkpoint", "w.safetensors", "--target", "b", "--output", "out", cwd=tmp_path
+    )
+    assert made.returncode == 0, made.stderr
+    for verb in (("eval", "out", "--data", "x.npy"), ("report", "out")):
+        refused = run(*verb, cwd=tmp_path)
+        assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+        assert "names ours:Net" in refused.stderr
+        assert "--allow ours" in refused.stderr
+        done = run(*verb, "--allow", "ours", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr

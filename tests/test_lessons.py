@@ -18,7 +18,7 @@ def prepared():
 def folder(path, classes=("a", "b"), each=24):
     draw = np.random.default_rng(0)
     for label in classes:
-        (path / label).mkdir(parents=True)
+        (path / label).mkdir(parents=True, exist_ok=True)
         for k in range(each):
             Image.fromarray(draw.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(path / label / f"{k}.png")
     return path
@@ -34,6 +34,19 @@ def test_class_folders_are_parted_by_seed_and_only_training_images_are_moved(tmp
     assert lessons(str(tmp_path / "d"), prepared, seed=1).validation.indices != found.validation.indices
     assert found.train[0][0].shape == found.validation[0][0].shape == (3, 16, 16)
     assert torch.equal(found.validation[0][0], found.validation[0][0])
+    moved = [found.train[0][0] for _ in range(4)]
+    assert not all(torch.equal(m, moved[0]) for m in moved)
+
+
+@pytest.mark.parametrize("inside", [".", "all"])
+def test_a_folder_without_classes_has_no_labels(tmp_path, prepared, inside):
+    folder(tmp_path / "d", classes=(inside,), each=40)
+    found = lessons(str(tmp_path / "d"), prepared)
+    assert not found.labelled
+    assert (len(found.train), len(found.validation)) == (38, 2)
+    image, label = found.validation[1]
+    assert (tuple(image.shape), label) == ((3, 16, 16), -1)
+    assert torch.equal(image, found.validation[1][0])
     moved = [found.train[0][0] for _ in range(4)]
     assert not all(torch.equal(m, moved[0]) for m in moved)
 
@@ -61,7 +74,7 @@ def test_arrays_with_and_without_labels(tmp_path, prepared, labelled):
     [
         ("imagenet", "imagenet: is no training set: use fashion-mnist, cifar10, a folder"),
         ("cifar10", "cifar10: is not on this machine"),
-        ("empty", "empty: .*class folder"),
+        ("empty", "empty: holds no images"),
         ("fashion-mnist", "fashion-mnist: (has 1 channel, the model takes 3|is not on this machine)"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +19,7 @@ from ghostify.command.demo import run as run_demo
 from ghostify.command.doctor import findings as doctor_findings
 from ghostify.command.options import (
     Activated,
+    Allow,
     Arguments,
     AsJson,
     Batch,
@@ -187,13 +189,14 @@ def evaluate_command(
     ] = None,
     images: Annotated[int | None, typer.Option(min=1, help="use at most so many, spread over what is there")] = None,
     batch: Annotated[int, typer.Option(min=1, help="images at a time")] = 32,
+    allow: Allow = None,
     as_json: AsJson = False,
 ) -> None:
     """Accuracy of a converted model, MACs, parameters, and how it compares with the original.
 
     Example: ghostify eval out/ --data test/ --original resnet18.safetensors
     """
-    module, built, prepared, _ = _both(folder, original)
+    module, built, prepared, _ = _both(folder, original, allow)
     read = sources.read_data(data, prepared, limit=images, batch=batch)
     show_facts(_facts(module, None if original is None else built, read), as_json)
 
@@ -203,7 +206,7 @@ def finetune(
     folder: Annotated[Path, typer.Argument(help="a folder that `ghostify convert` wrote")],
     data: Annotated[
         str,
-        typer.Option(help="fashion-mnist, cifar10, class folders, train/ and val/ with such, or an array file"),
+        typer.Option(help="fashion-mnist, cifar10, images, class folders, train/ and val/ with such, or an array file"),
     ],
     original: Original,
     output: Annotated[Path, typer.Option(help="folder to write; the state of training is kept beside it")],
@@ -212,6 +215,7 @@ def finetune(
     learning_rate: Annotated[float, typer.Option("--lr", help="the highest")] = 0.02,
     seed: Annotated[int, typer.Option(help="for order and augmentation")] = 0,
     settings: Settings = None,
+    allow: Allow = None,
     as_json: AsJson = False,
 ) -> None:
     """Train a converted model towards the original's answers; called again after an interruption, it goes on.
@@ -221,7 +225,7 @@ def finetune(
     In several processes: accelerate launch -m ghostify finetune ...
     """
     recipe = recipe_of(epochs, batch, learning_rate, seed, settings)
-    module, built, prepared, source = _both(folder, original)
+    module, built, prepared, source = _both(folder, original, allow)
     taught = lessons(data, prepared, seed)
     training = output.with_name(f"{output.name}.training")
     with progress("training", as_json) as told:
@@ -245,12 +249,13 @@ def export_command(
     format: Annotated[str, typer.Option(help="onnx, openvino, or pt2 (torch.export's file)")] = "onnx",
     output: Annotated[Path | None, typer.Option(help="folder to write; absent: the same")] = None,
     input_size: Size = None,
+    allow: Allow = None,
 ) -> None:
     """Write the inference form of a converted model for another runtime, and compare its answers there.
 
     Example: ghostify export out/ --format onnx
     """
-    module = checkpoint.load(folder)
+    module = checkpoint.load(folder, allow=allow or ())
     source = notes_of(module)["ghostify_source"] or {}
     size = size_of(input_size) or tuple(source.get("input_size", ()))
     if not size:
@@ -271,9 +276,11 @@ def _prepared(source: Source, weights: Path | None, size: Any) -> tuple[Any, sou
     return built, sources.preprocessing(built, size)
 
 
-def _both(folder: Path, original: Path | None) -> tuple[Any, Any, sources.Preprocessing, dict[str, Any]]:
+def _both(
+    folder: Path, original: Path | None, allow: list[str] | None
+) -> tuple[Any, Any, sources.Preprocessing, dict[str, Any]]:
     """A converted model, its original with that checkpoint's weights, how images become inputs, and whence it came."""
-    module = checkpoint.load(folder)
+    module = checkpoint.load(folder, allow=allow or ())
     source = notes_of(module)["ghostify_source"]
     if not source:
         raise GhostifyError(f"{folder}: does not say which model it was: convert it by the command")
@@ -350,6 +357,7 @@ def report_command(
     ] = None,
     frontier: Annotated[Path | None, typer.Option(help="a curve that `ghostify plan --frontier` wrote")] = None,
     runtime: Annotated[str, typer.Option(help="where to time: eager, compile, onnx, openvino, or none")] = "eager",
+    allow: Allow = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what was done to a converted model: on the terminal, or as a page with charts and pictures.
@@ -357,12 +365,12 @@ def report_command(
     Example: ghostify report out/ --html report.html --original resnet18.safetensors --data test/
     """
     if html is None:
-        found = checkpoint.load(folder)
+        found = checkpoint.load(folder, allow=allow or ())
         show_report(report(found), str(folder), as_json)
         return
     if data is not None and original is None:
         raise GhostifyError("--data compares with the original: pass its checkpoint as --original, too")
-    module, built, prepared, source = _both(folder, original)
+    module, built, prepared, source = _both(folder, original, allow)
     read = None if data is None else sources.read_data(data, prepared, limit=images, batch=32)
     write_report(
         module,
@@ -401,7 +409,8 @@ def demo(
 
 
 def main() -> None:
-    """Entry point: user errors are one line and exit code 2."""
+    """Entry point: user errors are one line and exit code 2; models may come from the present folder."""
+    sys.path.append(os.getcwd())
     try:
         app(standalone_mode=True)
     except GhostifyError as error:

@@ -16,7 +16,12 @@ from ghostify.training.finetune import Recipe
 Model = Annotated[str, typer.Argument(help="timm:NAME, torchvision:NAME or module.path:callable")]
 Ratio = Annotated[float, typer.Option(help="outputs per intrinsic map; 2 halves the dense convolutions")]
 DwSize = Annotated[int, typer.Option(help="kernel size of the cheap operation")]
-Cheap = Annotated[str, typer.Option(help="depthwise, pointwise, or how many intrinsic maps each ghost sees")]
+Cheap = Annotated[
+    str,
+    typer.Option(
+        help="depthwise, pointwise, how many intrinsic maps each ghost sees, or auto: what loses less (with a budget)"
+    ),
+]
 Activated = Annotated[
     bool, typer.Option("--activated", help="let depthwise ghosts read activated maps where that loses less")
 ]
@@ -33,7 +38,8 @@ Size = Annotated[str | None, typer.Option("--input-size", help="C,H,W, where the
 Budget = Annotated[
     list[str] | None,
     typer.Option(
-        help="macs=0.5, params=0.5, latency=0.7 or max_drop=0.5, in place of the ratio; best with --cheap auto"
+        help="macs=0.5, params=0.5 or latency=0.7 (shares of the original's; above 1, numbers, of milliseconds) or "
+        "max_drop=0.5, in place of the ratio; best with --cheap auto"
     ),
 ]
 Runtime = Annotated[str, typer.Option(help="where latency is measured: eager, compile, onnx or openvino")]
@@ -46,6 +52,10 @@ Validation = Annotated[
 ]
 Images = Annotated[int, typer.Option(min=1, help="calibration images to use, spread over what is there")]
 Batch = Annotated[int, typer.Option(min=1, help="calibration images at a time")]
+Allow = Annotated[
+    list[str] | None,
+    typer.Option(help="a package of your own from which the folder may import: where a forward does not trace"),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON, for machines")]
 
 

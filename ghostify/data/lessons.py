@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, Subset, TensorDataset
 
 from ghostify.data.datasets import fashion_mnist
-from ghostify.data.sources import ARRAY_SUFFIXES, Preprocessing, read_data
+from ghostify.data.sources import ARRAY_SUFFIXES, Preprocessing, image_of, listed, read_data
 from ghostify.errors import GhostifyError
 
 CIFAR10 = (Path("data"), Path.home() / ".cache/torchvision", Path("/usr/share/datasets"))
@@ -36,9 +36,10 @@ class Lessons:
 def lessons(data: str, prepared: Preprocessing, seed: int = 0) -> Lessons:
     """The training set called `data`: "fashion-mnist", "cifar10", a folder, or an array file.
 
-    A folder holds class folders, or `train` and `val` (or `test`) with class folders each, as ImageNet's; an array file
-    `images` and perhaps `labels` (see `read_data`). Copies on this machine are read, none is fetched. Where nothing is
-    set apart for validation, every twentieth image is, by seed. Raises `GhostifyError` naming the file.
+    A folder holds class folders, or `train` and `val` (or `test`) with class folders each, as ImageNet's, or images
+    without labels; an array file `images` and perhaps `labels` (see `read_data`). Copies on this machine are read, none
+    is fetched. Where nothing is set apart for validation, every twentieth image is, by seed. Raises `GhostifyError`
+    naming the file.
     """
     if data == "fashion-mnist":
         return _arrays_of(data, fashion_mnist(), prepared, seed)
@@ -49,7 +50,7 @@ def lessons(data: str, prepared: Preprocessing, seed: int = 0) -> Lessons:
         read = read_data(path, prepared, batch=2**30)
         return _parted(_tensors(torch.cat(read.batches), read.labels), seed, read.labels is not None)
     if not path.is_dir():
-        known = "fashion-mnist, cifar10, a folder of class folders, or an array file"
+        known = "fashion-mnist, cifar10, a folder of images, or an array file"
         raise GhostifyError(f"{data}: is no training set: use {known}")
     return _folder(path, prepared, seed)
 
@@ -126,10 +127,28 @@ def _folder(path: Path, prepared: Preprocessing, seed: int) -> Lessons:
                 torchvision.datasets.ImageFolder(inner, prepared.transform),
                 labelled=True,
             )
+        files, classes = listed(path)
+        if not classes:
+            apart: list[Any] = [_Unlabelled(files, prepared, t) for t in (moving, prepared.transform)]
+            return _parted(apart[0], seed, labelled=False, judged=apart[1])
         both = [torchvision.datasets.ImageFolder(path, t) for t in (moving, prepared.transform)]
     except FileNotFoundError as error:
         raise GhostifyError(f"{path}: {str(error).splitlines()[0]}") from error
     return _parted(both[0], seed, labelled=True, judged=both[1])
+
+
+class _Unlabelled(Dataset[Any]):
+    """Image files, each with a -1."""
+
+    def __init__(self, files: list[Path], prepared: Preprocessing, transform: Any) -> None:
+        self.files, self.transform = files, transform
+        self.mode = "L" if prepared.size[0] == 1 else "RGB"
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Any:
+        return image_of(self.files[index], self.mode, self.transform), -1
 
 
 def _tensors(images: Tensor, labels: Tensor | None) -> TensorDataset:

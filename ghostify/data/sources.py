@@ -123,18 +123,16 @@ class Data:
 def read_data(path: str | Path, prepared: Preprocessing, *, limit: int | None = None, batch: int = 32) -> Data:
     """Inputs from a folder of images (classes as subfolders, if any), or from an array file.
 
+    Labels are the places of the class folders in the alphabet: of a trained model's classes, all must be there.
+
     `.npy` holds N x C x H x W inputs; `.npz` and `.safetensors` hold them as `images`, and perhaps `labels`.
     Arrays are taken as they are; images go through the model's transform. Raises `GhostifyError` naming the file.
     """
     path = Path(path)
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        if not files:
-            raise GhostifyError(f"{path}: holds no images ({', '.join(IMAGE_SUFFIXES)})")
-        classes = sorted({p.relative_to(path).parts[0] for p in files if len(p.relative_to(path).parts) > 1})
-        flat = len(classes) < 2 or any(len(p.relative_to(path).parts) == 1 for p in files)
+        files, classes = listed(path)
         files = _spread(files, limit)
-        labels = None if flat else torch.tensor([classes.index(p.relative_to(path).parts[0]) for p in files])
+        labels = torch.tensor([classes.index(p.relative_to(path).parts[0]) for p in files]) if classes else None
         return Data(tuple(_images(files, prepared, batch)), labels)
     if path.suffix.lower() not in ARRAY_SUFFIXES:
         raise GhostifyError(f"{path}: is neither a folder of images nor one of {', '.join(ARRAY_SUFFIXES)}")
@@ -147,6 +145,16 @@ def read_data(path: str | Path, prepared: Preprocessing, *, limit: int | None = 
     return Data(tuple(kept.split(batch)), None if labels is None else labels[chosen])
 
 
+def listed(path: Path) -> tuple[list[Path], list[str]]:
+    """The images in a folder, and its class folders by name: none where there is one alone, or images beside them."""
+    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise GhostifyError(f"{path}: holds no images ({', '.join(IMAGE_SUFFIXES)})")
+    places = [p.relative_to(path).parts for p in files]
+    classes = sorted({parts[0] for parts in places if len(parts) > 1})
+    return files, [] if len(classes) < 2 or any(len(parts) == 1 for parts in places) else classes
+
+
 def _spread(items: list[Any], limit: int | None) -> list[Any]:
     """At most `limit` items, evenly spread, so that every class of a sorted listing is seen."""
     if limit is None or len(items) <= limit:
@@ -157,13 +165,14 @@ def _spread(items: list[Any], limit: int | None) -> list[Any]:
 def _images(files: list[Path], prepared: Preprocessing, batch: int) -> Iterator[Tensor]:
     mode = "L" if prepared.size[0] == 1 else "RGB"
     for start in range(0, len(files), batch):
-        yield torch.stack([_image(file, mode, prepared) for file in files[start : start + batch]])
+        yield torch.stack([image_of(file, mode, prepared.transform) for file in files[start : start + batch]])
 
 
-def _image(file: Path, mode: str, prepared: Preprocessing) -> Tensor:
+def image_of(file: Path, mode: str, transform: Callable[[Image.Image], Tensor]) -> Tensor:
+    """An image file as an input; `mode` is "L" or "RGB"."""
     try:
         with Image.open(file) as image:
-            return prepared.transform(image.convert(mode))
+            return transform(image.convert(mode))
     except (OSError, UnidentifiedImageError) as error:
         raise GhostifyError(f"{file}: is no readable image: {error}") from error
 

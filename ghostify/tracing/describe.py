@@ -364,7 +364,8 @@ class _Names:
         root = module.partition(".")[0]
         if root not in (*self.packages, "_operator", "math", "builtins"):
             raise GhostifyError(
-                f"names {full}, which is not of {', '.join(self.packages)}: load(..., allow=[{root!r}])"
+                f"names {full}, which is not of {', '.join(self.packages)}: load(..., allow=[{root!r}]), "
+                f"or --allow {root}"
             )
         try:
             return _import(full)
