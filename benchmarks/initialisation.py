@@ -149,7 +149,7 @@ def summary(found: list[Row]) -> str:
         "| start | " + " | ".join(f"{e:g} epochs" for e in lengths) + " | rate |",
         "|---" * (len(lengths) + 2) + "|",
     ]
-    for start in (*STARTS, DISTILLED, FROM_SCRATCH):
+    for start in dict.fromkeys(r["start"] for r in found if "start" in r):
         cells = []
         for epochs in lengths:
             own = [r["top1"] for r in found if r.get("start") == start and r["epochs"] == epochs]

@@ -95,7 +95,7 @@ SECTIONS: dict[str, tuple[str, dict[str, Callable[[Row], str]] | Callable[[list[
     ),
     "effort": (
         "Effort of a fit: ResNet-50 at 224 x 224",
-        {"seconds": number("fit", 0), "two forward passes, s": number("forward", 0), "peak MB": number("peak", 0)},
+        {"seconds": number("fit", 0), "two forward passes, s": number("forward", 0, 2), "peak MB": number("peak", 0)},
     ),
     "ablation": (
         "What each step of the fit is worth",

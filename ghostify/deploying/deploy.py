@@ -28,8 +28,8 @@ def deploy(model: nn.Module, example_inputs: Any) -> nn.Module:
     convolution where that saves a gather; the orders in which ghosts come are taken up by whoever reads them; weights
     are laid out N x H x W x C. `example_inputs` is what one forward takes; the result runs at other sizes as well.
     Answers are those of the model in evaluation mode, but for rounding: checked on `example_inputs` to 1e-4 of their
-    largest value, on a GPU, whose float32 may be TF32, to 1e-2. Raises `GhostifyError` where it does not run, or is not
-    equal.
+    largest value (1e-2 on a GPU, whose float32 may be TF32; 0.1 in half precision). Raises `GhostifyError` where it
+    does not run, or is not equal.
     """
     with evaluating(model):
         wanted = tensors_of(run_example(model, example_of(model, example_inputs)))
