@@ -7,8 +7,9 @@ same 512 unlabelled training images, drawn by seed; Taylor pruning, and it alone
 trained at first; then each result learns from the original's answers for one epoch of 10,000 other unlabelled training
 images (78 steps of 128, SGD, cosine from 0.02, and again from 0.005: of the two, what is nearer to the original on 500
 more training images). Top-1 is on all 10,000 test images, which nothing else sees.
-BatchNorm's statistics are taken anew on the calibration images wherever no fit says what they should be. CRAFT has no
-labels: F1 of its boxes against the original's on test pages, without training (craft.py).
+BatchNorm's statistics are taken anew on the calibration images wherever no fit says what they should be; a rival keeps
+the old ones where it is then nearer to the original's answers on those images. CRAFT has no labels: F1 of its boxes
+against the original's on test pages, without training (craft.py).
 
 Every method gives the most that keeps within the limit: a share of the multiply-accumulates, or of the milliseconds of
 32 images (8 pages) in eager PyTorch, both sides in inference form, median of 15 turns. A method that cannot reach a
@@ -40,6 +41,8 @@ from ghostify.data.lessons import Lessons
 from ghostify.evaluate import outputs
 from ghostify.fitting.sensitivity import calibrate
 from ghostify.planning.cost import count_macs
+from ghostify.tracing.calls import tensors_of
+from ghostify.tracing.modes import evaluating
 from ghostify.training.distill import answers_apart
 
 IMAGES, TAUGHT, JUDGING, TIMED = 512, 10_000, 500, 32
@@ -95,19 +98,27 @@ def cut(
     limit: Limit,
     _: int,
 ) -> nn.Module | None:
-    """A rival's; `make` finishes what `search` found the ratio of, else statistics are taken anew."""
+    """A rival's at the ratio that `search` finds; `make` makes it, if that is another way."""
     key, share = limit
     costs = {"macs": partial(_macs, subject), "latency": partial(_time, subject)}
     ratio = rivals.least(search(subject.model, seen), costs[key], share)
     if ratio is None:
         return None
-    if make is not None:
-        return make(subject.model, seen)(ratio)
-    return networks.reestimated(search(subject.model, seen)(ratio), seen.batches)
+    made = (make or search)(subject.model, seen)(ratio)
+    return made if make is rivals.by_least_squares else nearer(made, subject.model, seen)
 
 
-def _tucker(model: nn.Module, seen: rivals.Seen) -> rivals.Cut:
-    return lambda ratio: networks.reestimated(rivals.tucker(model, seen)(ratio), seen.batches)
+def nearer(made: nn.Module, model: nn.Module, seen: rivals.Seen) -> nn.Module:
+    """As it is or with statistics taken anew, whichever answers more as the original does on the calibration images."""
+
+    def answers(m: nn.Module) -> Tensor:
+        with evaluating(m):
+            return torch.cat([tensors_of(m(batch))[0] for batch in seen.batches])
+
+    wanted = answers(model)
+    return min(
+        (networks.reestimated(made, seen.batches), made), key=lambda m: float((answers(m) - wanted).square().sum())
+    )
 
 
 METHODS: dict[str, Method] = {
@@ -120,7 +131,7 @@ METHODS: dict[str, Method] = {
     "Torch-Pruning, Taylor": partial(cut, rivals.by_taylor, None),
     "channels, least squares": partial(cut, rivals.by_magnitude, rivals.by_least_squares),
     "low rank": partial(cut, rivals.low_rank, None),
-    "Tucker": partial(cut, partial(rivals.tucker, rough=True), _tucker),
+    "Tucker": partial(cut, partial(rivals.tucker, rough=True), rivals.tucker),
     "network decoupling": partial(cut, rivals.decoupled, None),
 }
 

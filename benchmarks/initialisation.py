@@ -9,10 +9,10 @@ every ghost module's weights anew; "first filters kept" draws the cheap kernels 
 unlabelled ones. All are then trained on the 60,000 labelled training images for 0, a quarter, 0.6 (a tenth of the
 original's schedule), 1 and 4 epochs (one-cycle SGD, batch 128), each start at whichever peak rate does best on 5,000
 held-out training images within a quarter of an epoch: of 0.005, 0.02 and 0.1 for less than an epoch, of 0.02, 0.1 and
-0.2 for longer. "Distilled" learns the original's answers instead, as `finetune` does by default, for an epoch at the
-most. From scratch: the ghost network with everything random, for the original's whole 6 epochs at its rate, 0.2. Seeds
-draw calibration images, kernels and the order of training. Top-1 is on all 10,000 test images. Goes on where the last
-run ended; results go to benchmarks/results/initialisation.json.
+0.2 for longer. "Distilled" learns the original's answers besides, by `finetune`, for an epoch at the most. From
+scratch: the ghost network with everything random, for the original's whole 6 epochs at its rate, 0.2. Seeds draw
+calibration images, kernels and the order of training. Top-1 is on all 10,000 test images. Goes on where the last run
+ended; results go to benchmarks/results/initialisation.json.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ STARTS: dict[str, Start] = {
     "fitted to 512 images, depthwise": partial(calibrated, cheap="depthwise"),
     "fitted to 512 images, auto": partial(calibrated, cheap="auto"),
 }
-DISTILLED, FROM_SCRATCH = "fitted to 512 images, auto, distilled", "from scratch"
+DISTILLED, FROM_SCRATCH = "fitted to 512 images, auto, distilled and labelled", "from scratch"
 Training = Callable[[nn.Module, Images, float, float, int], nn.Module]
 
 
@@ -91,10 +91,10 @@ def trained(module: nn.Module, data: Images, epochs: float, rate: float, seed: i
 
 
 def distilled(original: nn.Module, module: nn.Module, data: Images, epochs: float, rate: float, seed: int) -> nn.Module:
-    """The same towards the original's answers, without labels."""
-    unlabelled = TensorDataset(data.train, torch.full((len(data.train),), -1))
-    lessons = Lessons(unlabelled, Subset(unlabelled, range(128)), labelled=False)  # judged once, at the end
-    recipe = Recipe(epochs=epochs, learning_rate=rate, precision="bf16", evaluate_every=epochs, seed=seed)
+    """The same towards labels and the original's answers."""
+    images = TensorDataset(data.train, data.train_labels)
+    lessons = Lessons(images, Subset(images, range(128)), labelled=True)  # judged once, at the end
+    recipe = Recipe(epochs=epochs, learning_rate=rate, labels=1.0, precision="bf16", evaluate_every=epochs, seed=seed)
     with tempfile.TemporaryDirectory() as folder:
         return finetune(module, original, lessons, folder, recipe)
 

@@ -1,5 +1,7 @@
 """The comparison on a tiny network: every method has its rows, within its limit, and goes on where it ended."""
 
+import copy
+
 import compare
 import pytest
 import rivals
@@ -54,3 +56,14 @@ def test_every_method_keeps_within_its_limit(monkeypatch):
 def test_a_limit_out_of_reach_gives_no_row(method):
     mine = subject()
     assert compare.METHODS[method](mine, mine.seen(0), ("macs", 0.01), 0) is None
+
+
+@pytest.mark.parametrize("spoiled", [False, True])
+def test_old_statistics_stay_where_they_answer_better(spoiled):
+    torch.manual_seed(0)
+    many, few = torch.randn(96, 1, 12, 12).split([64, 32])
+    model, few = compare.networks.reestimated(settle(ResidualNet(8, 16)), [many]), rivals.Seen((few,))
+    made = copy.deepcopy(model)
+    if spoiled:
+        made.load_state_dict({k: v * 9 if "running_var" in k else v for k, v in made.state_dict().items()})
+    assert (compare.nearer(made, model, few) is made) is not spoiled

@@ -54,6 +54,8 @@ def folder(tmp_path, monkeypatch):
                 Image.fromarray(pixels).resize((160, 160), Image.Resampling.BICUBIC).save(
                     tmp_path / place / kind / f"{k}.png"
                 )
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)  # as torchrun has it, of one process
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
