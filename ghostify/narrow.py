@@ -38,7 +38,9 @@ def narrowed_conv(conv: nn.Conv2d, keeps: Sequence[int] | None, reads: Sequence[
         made.groups = len(weight)
     elif reads is not None:
         weight = weight[:, list(reads)]
-    made.weight = nn.Parameter(weight.clone(), conv.weight.requires_grad)
+    last = conv.weight.is_contiguous(memory_format=torch.channels_last) and not conv.weight.is_contiguous()
+    form = torch.channels_last if last else torch.contiguous_format
+    made.weight = nn.Parameter(weight.clone(memory_format=form), conv.weight.requires_grad)
     if conv.bias is not None and keeps is not None:
         made.bias = nn.Parameter(conv.bias[list(keeps)].clone(), conv.bias.requires_grad)
     made.out_channels, made.in_channels = len(weight), weight.shape[1] * made.groups

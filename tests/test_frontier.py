@@ -68,6 +68,14 @@ def test_the_cheapest_model_within_a_drop(others):
     assert stricter is None or (score(stricter) >= 99.9 and report(stricter).macs_after > found.macs_after)
 
 
+def test_a_limit_that_the_original_keeps_changes_nothing():
+    model, x = settled()
+    given = {"cheap": "auto", "example_inputs": x[:1], "calibration": x, "evaluate": likeness(model, x)}
+    whole = trace(model, x[:1]).macs
+    made = [ghostify(model, budget={"max_drop": 5, "macs": limit}, **given) for limit in (1.0, 3 * whole)]
+    assert report(made[0]).macs_after == report(made[1]).macs_after < whole
+
+
 def test_no_drop_at_all_leaves_the_model_as_it_is():
     model, x = settled()
     decided, fits = plan_for_drop(trace(model, x[:1]), AUTO, {"max_drop": 0}, likeness(model, x), x)

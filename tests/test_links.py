@@ -56,9 +56,35 @@ def test_hooks_and_maps_that_are_grouped_otherwise_end_a_link():
     assert names(hooked) == []
 
 
+def test_hooks_on_what_lies_between_end_a_link():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    assert len(names(model)) == 1
+    model[1].register_forward_hook(lambda *_: None)
+    assert names(model) == []
+
+
+class Gated(nn.Module):
+    def __init__(self, gate=8, returned=False):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.reduce, self.expand, self.returned = nn.Conv2d(8, 4, 1), nn.Conv2d(4, gate, 1), returned
+
+    def forward(self, x):
+        x = self.a(x)
+        scale = self.expand(self.reduce(x.mean((2, 3), keepdim=True)).relu())
+        return (self.b(x * scale.sigmoid()), *([scale] if self.returned else []))
+
+
+def test_a_gate_that_others_read_or_that_is_one_for_all_maps_ends_a_link():
+    assert ("a", "b") in names(Gated())
+    assert ("a", "b") not in names(Gated(returned=True))
+    assert ("a", "b") not in names(Gated(gate=1))
+
+
 def test_shapes_are_not_needed():
-    assert trace(nets.Inverted()).macs is None
-    assert torch.is_grad_enabled()
+    program = trace(nets.Inverted().eval())
+    assert program.macs is None
+    assert len(list(links_of(program))) == 1
 
 
 @pytest.mark.parametrize("name", ["efficientnet_b0", "mobilenetv3_small_050", "mnasnet_small", "tv_mobilenet_v3_small"])

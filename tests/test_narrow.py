@@ -42,3 +42,11 @@ def test_a_norm_of_some_maps_shares_nothing_with_the_whole():
     small.weight.data.zero_()
     assert torch.equal(norm.weight, before)
     assert small.num_batches_tracked.dim() == 0
+
+
+def test_the_layout_of_weights_stays():
+    conv = nn.Conv2d(8, 12, 3).to(memory_format=torch.channels_last)
+    for keeps, reads in (([1, 3], None), (None, [0, 2, 5]), ([1, 3], [0, 2, 5])):
+        weight = narrowed_conv(conv, keeps, reads).weight
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+        assert not weight.is_contiguous()

@@ -47,6 +47,13 @@ def test_what_does_not_is_where_the_gather_stays(between):
     assert absorbers(model)["1"] is None
 
 
+def test_whoever_looks_on_sees_the_original_order():
+    model = nets.settle(nets.Straight())
+    model.a[2].register_forward_hook(lambda *_: None)
+    made = ghostify(model, 2)
+    assert made.get_submodule("a.0").order is not None
+
+
 def test_a_shared_norm_or_consumer_does_not_absorb():
     norm, last = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), norm, nn.Conv2d(8, 8, 3), norm)

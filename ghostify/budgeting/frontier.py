@@ -140,7 +140,7 @@ def plan_for_drop(
         if drop > allowed:
             limits = ", ".join(f"{k}={v:g}" for k, v in others.items())
             raise GhostifyError(f"budget max_drop={allowed:g} is out of reach: at {limits} the drop is {drop:.3g}")
-        high = others[key] if others[key] <= 1 else others[key] / choices.totals[key]
+        high = others[key] if others[key] <= 1 else min(1.0, others[key] / choices.totals[key])
         low = min(choices.reach[key], high)
         for _ in range(STEPS):
             share = (low + high) / 2

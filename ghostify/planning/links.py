@@ -142,7 +142,7 @@ class _Following:
         gate = next((a for a in product.args if isinstance(a, fx.Node) and a is not self.node), None)
         while gate is not None and gate.name not in self.known and only_user(gate) and self._is_blind(gate):
             gate = gate.all_input_nodes[0]
-        if gate is None or gate.name not in self.known:
+        if gate is None or gate.name not in self.known or only_user(gate) is None or marks_of(gate):
             return None
         pooled = next(u for u in users if u is not product)
         expand, squeezed = self.known[gate.name], only_reader(pooled)
@@ -151,13 +151,16 @@ class _Following:
             return None
         if not all(c.groups == 1 and _can_lose_maps(self.wiring, c) for c in (reduce, expand)):
             return None
+        if expand.outputs != self.line[0].conv.outputs:
+            return None
         self.gates += [Member(reduce, makes=False, reads=True), Member(expand, makes=True, reads=False)]
         return product
 
     def _pools(self, node: fx.Node) -> bool:
         """Whether a node takes each map's mean over all its positions."""
         if node.op == "call_module":
-            return isinstance(called(self.wiring.module, node), POOLS)
+            inner = called(self.wiring.module, node)
+            return isinstance(inner, POOLS) and not hooked(inner)
         over = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
         means = node.op == "call_method" and node.target == "mean" and bool(node.kwargs.get("keepdim"))
         return means and isinstance(over, tuple | list) and tuple(over) in SPATIAL
@@ -171,7 +174,8 @@ class _Following:
 
     def _is_blind(self, node: fx.Node) -> bool:
         if node.op == "call_module":
-            return isinstance(called(self.wiring.module, node), BLIND_MODULES)
+            inner = called(self.wiring.module, node)
+            return isinstance(inner, BLIND_MODULES) and not hooked(inner)
         return is_blind_call(node)
 
     def _treats_alike(self, node: fx.Node) -> bool:

@@ -53,7 +53,7 @@ def absorption(wiring: Wiring, nodes: list[str]) -> Absorption | None:
                 if not blind_inside(inner):
                     return None
                 norms.append(str(user.target))
-            elif not isinstance(inner, BLIND_MODULES):
+            elif not isinstance(inner, BLIND_MODULES) or hooked(inner):
                 return None
         elif not is_blind_call(user):
             return None
