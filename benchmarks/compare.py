@@ -65,6 +65,7 @@ class Subject:
 
 
 Limit = tuple[str, float]
+Way = Callable[[nn.Module, rivals.Seen], rivals.Cut]
 Method = Callable[[Subject, rivals.Seen, Limit, int], nn.Module | None]
 
 
@@ -91,21 +92,25 @@ def starts(kept: bool, subject: Subject, seen: rivals.Seen, limit: Limit, seed: 
 
 
 def cut(
-    search: Callable[[nn.Module, rivals.Seen], rivals.Cut],
-    make: Callable[[nn.Module, rivals.Seen], rivals.Cut] | None,
+    search: Way,
+    make: Way,
     subject: Subject,
     seen: rivals.Seen,
     limit: Limit,
     _: int,
 ) -> nn.Module | None:
-    """A rival's at the ratio that `search` finds; `make` makes it, if that is another way."""
+    """A rival's, as `make` makes it, at the ratio that `search`, which is quicker, finds."""
     key, share = limit
     costs = {"macs": partial(_macs, subject), "latency": partial(_time, subject)}
     ratio = rivals.least(search(subject.model, seen), costs[key], share)
     if ratio is None:
         return None
-    made = (make or search)(subject.model, seen)(ratio)
-    return made if make is rivals.by_least_squares else nearer(made, subject.model, seen)
+    return make(subject.model, seen)(ratio)
+
+
+def renormed(way: Way) -> Way:
+    """What a way makes, with the statistics that serve it better."""
+    return lambda model, seen: lambda ratio: nearer(way(model, seen)(ratio), model, seen)
 
 
 def nearer(made: nn.Module, model: nn.Module, seen: rivals.Seen) -> nn.Module:
@@ -127,12 +132,12 @@ METHODS: dict[str, Method] = {
     "ghostify, depthwise": partial(ghosts, {}),
     "ghost, first filters kept": partial(starts, True),
     "ghost, random": partial(starts, False),
-    "Torch-Pruning, magnitude": partial(cut, rivals.by_magnitude, None),
-    "Torch-Pruning, Taylor": partial(cut, rivals.by_taylor, None),
+    "Torch-Pruning, magnitude": partial(cut, rivals.by_magnitude, renormed(rivals.by_magnitude)),
+    "Torch-Pruning, Taylor": partial(cut, rivals.by_taylor, renormed(rivals.by_taylor)),
     "channels, least squares": partial(cut, rivals.by_magnitude, rivals.by_least_squares),
-    "low rank": partial(cut, rivals.low_rank, None),
-    "Tucker": partial(cut, partial(rivals.tucker, rough=True), rivals.tucker),
-    "network decoupling": partial(cut, rivals.decoupled, None),
+    "low rank": partial(cut, rivals.low_rank, renormed(rivals.low_rank)),
+    "Tucker": partial(cut, partial(rivals.tucker, rough=True), renormed(rivals.tucker)),
+    "network decoupling": partial(cut, rivals.decoupled, renormed(rivals.decoupled)),
 }
 
 

@@ -88,11 +88,7 @@ def main() -> None:
     publish(
         "gpu",
         f"batch {BATCH}, {torch.cuda.get_device_name()}",
-        {
-            "MACs %": lambda r: f"{100 * r['macs']:.0f}",
-            "ms": lambda r: f"{r['ms']:.2f}",
-            "times as fast": lambda r: f"{r['times']:.2f}",
-        },
+        {**latency.COLUMNS, "ms": lambda r: f"{r['ms']:.2f}"},
         rows(recorded("gpu"), arguments.networks, arguments.forms),
         gpu=torch.cuda.get_device_name(),
         batch=BATCH,

@@ -48,6 +48,11 @@ FORMS: dict[str, Callable[[nn.Module, Tensor, str], nn.Module]] = {
 }
 TIMED = "half the MACs, 0.55 of the time"
 TURNS, EACH, PAUSE = 8, 5, 0.05
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "MACs %": lambda r: f"{100 * r['macs']:.0f}",
+    "ms": lambda r: f"{r['ms']:.1f}",
+    "times as fast": lambda r: f"{r['times']:.2f}",
+}
 
 
 def build(network: str) -> nn.Module:
@@ -122,11 +127,7 @@ def main() -> None:
     publish(
         arguments.name,
         f"batch {arguments.batch}, {arguments.threads} threads",
-        {
-            "MACs %": lambda r: f"{100 * r['macs']:.0f}",
-            "ms": lambda r: f"{r['ms']:.1f}",
-            "times as fast": lambda r: f"{r['times']:.2f}",
-        },
+        COLUMNS,
         rows(
             recorded(arguments.name),
             arguments.networks,

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ghostify.ghost import is_channels_last
+
 Norm = TypeVar("Norm", bound=nn.Module)
 
 
@@ -38,8 +40,7 @@ def narrowed_conv(conv: nn.Conv2d, keeps: Sequence[int] | None, reads: Sequence[
         made.groups = len(weight)
     elif reads is not None:
         weight = weight[:, list(reads)]
-    last = conv.weight.is_contiguous(memory_format=torch.channels_last) and not conv.weight.is_contiguous()
-    form = torch.channels_last if last else torch.contiguous_format
+    form = torch.channels_last if is_channels_last(conv.weight) else torch.contiguous_format
     made.weight = nn.Parameter(weight.clone(memory_format=form), conv.weight.requires_grad)
     if conv.bias is not None and keeps is not None:
         made.bias = nn.Parameter(conv.bias[list(keeps)].clone(), conv.bias.requires_grad)

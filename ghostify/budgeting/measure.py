@@ -95,7 +95,7 @@ def _beside_the_first(
 
 def _module(conv: nn.Conv2d, shape: tuple[int, ...], layout: Layout | None) -> nn.Module:
     """A convolution of such attributes, norm and activation behind it, as `deploy` makes it."""
-    plain = _timed_form(conv)
+    plain = copy.deepcopy(conv).to(*_timed_as(conv))
     norm = nn.BatchNorm2d(conv.out_channels).to(plain.weight)
     module = trace(nn.Sequential(plain, norm, nn.ReLU()).eval()).module
     if layout is not None:
@@ -107,14 +107,15 @@ def _line(convs: Sequence[nn.Conv2d], shape: tuple[int, ...], kept: Sequence[int
     layers: list[nn.Module] = []
     for conv in convs:
         keeps, reads = (None if conv is end else kept for end in (convs[-1], convs[0]))
-        small = narrowed_conv(_timed_form(conv), keeps, reads)
+        small = narrowed_conv(copy.deepcopy(conv).to(*_timed_as(conv)), keeps, reads)
         layers += [small, nn.BatchNorm2d(small.out_channels).to(small.weight), nn.ReLU()]
     return deploy(trace(nn.Sequential(*layers).eval()).module, _images(convs[0], shape))
 
 
-def _timed_form(conv: nn.Conv2d) -> nn.Conv2d:
-    made = copy.deepcopy(conv)
-    return made.float() if made.weight.device.type == "cpu" else made
+def _timed_as(conv: nn.Conv2d) -> tuple[torch.device, torch.dtype]:
+    """Where a layer is timed, and in which type."""
+    device, dtype = conv.weight.device, conv.weight.dtype
+    return device, torch.float32 if device.type == "cpu" else dtype
 
 
 def _filled(ghost: GhostModule) -> GhostModule:
@@ -125,7 +126,7 @@ def _filled(ghost: GhostModule) -> GhostModule:
 
 def _images(conv: nn.Conv2d, shape: tuple[int, ...]) -> Tensor:
     drawn = torch.randn(shape[0], conv.in_channels, *shape[2:], generator=torch.Generator().manual_seed(0))
-    return drawn if conv.weight.device.type == "cpu" else drawn.to(conv.weight)
+    return drawn.to(*_timed_as(conv))
 
 
 def _key(conv: nn.Conv2d, shape: tuple[int, ...], layout: Layout | None, clock: Stopwatch) -> str:
@@ -145,10 +146,9 @@ def _attributes(conv: nn.Conv2d) -> tuple[Any, ...]:
 
 
 def _digest(conv: nn.Conv2d, facts: tuple[Any, ...], clock: Stopwatch) -> str:
-    place: tuple[Any, ...] = (torch.get_num_threads(), clock.version, processor())
-    if conv.weight.device.type != "cpu":
-        place = (clock.version, conv.weight.dtype, gpu(conv.weight.device))
-    facts = (*facts, *place)
+    device, dtype = _timed_as(conv)
+    on_cpu = (torch.get_num_threads(), clock.version, processor())
+    facts = (*facts, *(on_cpu if device.type == "cpu" else (clock.version, dtype, gpu(device))))
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
 
 

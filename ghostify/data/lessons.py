@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +129,8 @@ def _folder(path: Path, prepared: Preprocessing, seed: int) -> Lessons:
             )
         files, classes = listed(path)
         if not classes:
-            apart: list[Any] = [_Unlabelled(files, prepared, t) for t in (moving, prepared.transform)]
-            return _parted(apart[0], seed, labelled=False, judged=apart[1])
+            moved, still = _Unlabelled(files, replace(prepared, transform=moving)), _Unlabelled(files, prepared)
+            return _parted(moved, seed, labelled=False, judged=still)
         both = [torchvision.datasets.ImageFolder(path, t) for t in (moving, prepared.transform)]
     except FileNotFoundError as error:
         raise GhostifyError(f"{path}: {str(error).splitlines()[0]}") from error
@@ -140,15 +140,14 @@ def _folder(path: Path, prepared: Preprocessing, seed: int) -> Lessons:
 class _Unlabelled(Dataset[Any]):
     """Image files, each with a -1."""
 
-    def __init__(self, files: list[Path], prepared: Preprocessing, transform: Any) -> None:
-        self.files, self.transform = files, transform
-        self.mode = "L" if prepared.size[0] == 1 else "RGB"
+    def __init__(self, files: list[Path], prepared: Preprocessing) -> None:
+        self.files, self.prepared = files, prepared
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Any:
-        return image_of(self.files[index], self.mode, self.transform), -1
+        return image_of(self.files[index], self.prepared), -1
 
 
 def _tensors(images: Tensor, labels: Tensor | None) -> TensorDataset:

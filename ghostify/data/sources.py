@@ -123,10 +123,9 @@ class Data:
 def read_data(path: str | Path, prepared: Preprocessing, *, limit: int | None = None, batch: int = 32) -> Data:
     """Inputs from a folder of images (classes as subfolders, if any), or from an array file.
 
-    Labels are the places of the class folders in the alphabet: of a trained model's classes, all must be there.
-
-    `.npy` holds N x C x H x W inputs; `.npz` and `.safetensors` hold them as `images`, and perhaps `labels`.
-    Arrays are taken as they are; images go through the model's transform. Raises `GhostifyError` naming the file.
+    Labels are the places of the class folders in the alphabet: of a trained model's classes, all must be there. `.npy`
+    holds N x C x H x W inputs; `.npz` and `.safetensors` hold them as `images`, and perhaps `labels`. Arrays are taken
+    as they are; images go through the model's transform. Raises `GhostifyError` naming the file.
     """
     path = Path(path)
     if path.is_dir():
@@ -163,16 +162,15 @@ def _spread(items: list[Any], limit: int | None) -> list[Any]:
 
 
 def _images(files: list[Path], prepared: Preprocessing, batch: int) -> Iterator[Tensor]:
-    mode = "L" if prepared.size[0] == 1 else "RGB"
     for start in range(0, len(files), batch):
-        yield torch.stack([image_of(file, mode, prepared.transform) for file in files[start : start + batch]])
+        yield torch.stack([image_of(file, prepared) for file in files[start : start + batch]])
 
 
-def image_of(file: Path, mode: str, transform: Callable[[Image.Image], Tensor]) -> Tensor:
-    """An image file as an input; `mode` is "L" or "RGB"."""
+def image_of(file: Path, prepared: Preprocessing) -> Tensor:
+    """An image file as an input, grey where the model takes one channel."""
     try:
         with Image.open(file) as image:
-            return transform(image.convert(mode))
+            return prepared.transform(image.convert("L" if prepared.size[0] == 1 else "RGB"))
     except (OSError, UnidentifiedImageError) as error:
         raise GhostifyError(f"{file}: is no readable image: {error}") from error
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from ghostify.planning.order import BLIND_MODULES, blind_inside, is_blind_call, only_reader
+from ghostify.planning.order import blind_inside, is_blind, only_reader
 from ghostify.tracing.kinds import is_plain
 from ghostify.tracing.program import Convolution, Program, called
 from ghostify.tracing.views import marks_of
@@ -140,7 +140,8 @@ class _Following:
         if product is None or len(users) != 2 or marks_of(self.node):
             return None
         gate = next((a for a in product.args if isinstance(a, fx.Node) and a is not self.node), None)
-        while gate is not None and gate.name not in self.known and only_user(gate) and self._is_blind(gate):
+        module = self.wiring.module
+        while gate is not None and gate.name not in self.known and only_user(gate) and is_blind(module, gate):
             gate = gate.all_input_nodes[0]
         if gate is None or gate.name not in self.known or only_user(gate) is None or marks_of(gate):
             return None
@@ -172,17 +173,11 @@ class _Following:
             start = only_reader(start)
         return start is end
 
-    def _is_blind(self, node: fx.Node) -> bool:
-        if node.op == "call_module":
-            inner = called(self.wiring.module, node)
-            return isinstance(inner, BLIND_MODULES) and not hooked(inner)
-        return is_blind_call(node)
-
     def _treats_alike(self, node: fx.Node) -> bool:
         """Whether a node treats every map by itself; a norm is noted."""
         inner = called(self.wiring.module, node) if node.op == "call_module" else None
         if not isinstance(inner, NORMS):
-            return self._is_blind(node)
+            return is_blind(self.wiring.module, node)
         last = self.line[-1]
         self.line[-1] = replace(last, norms=(*last.norms, str(node.target)))
         return self.wiring.used_once(node) and not hooked(inner) and blind_inside(inner)

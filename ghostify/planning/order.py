@@ -44,18 +44,15 @@ def absorption(wiring: Wiring, nodes: list[str]) -> Absorption | None:
     norms: list[str] = []
     node = wiring.nodes[nodes[0]]
     while (user := only_reader(node)) is not None:
-        if user.op == "call_module":
-            inner: Any = called(wiring.module, user)
-            if isinstance(inner, nn.Conv2d):
-                dense = is_plain(inner) and inner.groups == 1 and wiring.used_once(user) and not hooked(inner)
-                return Absorption(tuple(norms), str(user.target)) if dense else None
-            if isinstance(inner, NORMS) and wiring.used_once(user) and not hooked(inner):
-                if not blind_inside(inner):
-                    return None
-                norms.append(str(user.target))
-            elif not isinstance(inner, BLIND_MODULES) or hooked(inner):
+        inner: Any = called(wiring.module, user) if user.op == "call_module" else None
+        if isinstance(inner, nn.Conv2d):
+            dense = is_plain(inner) and inner.groups == 1 and wiring.used_once(user) and not hooked(inner)
+            return Absorption(tuple(norms), str(user.target)) if dense else None
+        if isinstance(inner, NORMS) and wiring.used_once(user) and not hooked(inner):
+            if not blind_inside(inner):
                 return None
-        elif not is_blind_call(user):
+            norms.append(str(user.target))
+        elif not is_blind(wiring.module, user):
             return None
         node = user
     return None
@@ -93,6 +90,14 @@ def permute_inputs(inner: nn.Module, order: Tensor, spread: int = 1) -> None:
     weight: Any = inner.weight
     order = order.to(weight.device)
     weight.copy_(weight[:, (order[:, None] * spread + torch.arange(spread, device=order.device)).flatten()])
+
+
+def is_blind(module: nn.Module, node: fx.Node) -> bool:
+    """Whether a node of the module's graph treats every channel alike, and no hook looks on."""
+    if node.op != "call_module":
+        return is_blind_call(node)
+    inner = called(module, node)
+    return isinstance(inner, BLIND_MODULES) and not hooked(inner)
 
 
 def is_blind_call(node: fx.Node) -> bool:
