@@ -67,7 +67,7 @@ def rows(only: str, runtime: str, known: list[Row]) -> Iterator[Row]:
         with Stopwatch(runtime) as clock:
             facts, made, program = decided(model, x, clock)
             small = rewrite(program, made, unfitted(program, made, shuffled=True))
-            before, after = clock.milliseconds([deploy(model, x), deploy(small, x)], x, ROUNDS)
+            before, after = clock.milliseconds([deploy(model, x), deploy(small, x)], [x, x], ROUNDS)
         macs = [made.macs_before, made.macs_after]
         yield {"how": name, **facts, "rewritten": len(made.rewrites), "macs": macs, "ms": [before, after]}
 

@@ -1,5 +1,9 @@
-"""The one error of the package."""
+"""The package's error, and its one kind that a search goes on from."""
 
 
 class GhostifyError(Exception):
     """What the user can mend: which node or file, what is wrong, what to do - in one line."""
+
+
+class OutOfReachError(GhostifyError):
+    """No plan keeps within a budget."""

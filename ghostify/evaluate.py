@@ -34,9 +34,9 @@ def relative_error(answers: Tensor, reference: Tensor) -> float:
     return float((answers - reference).square().sum() / spread)
 
 
-def paired_milliseconds(models: Sequence[nn.Module], example: Any, *, rounds: int = 15) -> list[float]:
-    """Median milliseconds of one forward of each model, run in turn so that they share the machine's moods."""
-    forwards = [partial(run, m, example_of(m, example)) for m in models]
+def paired_milliseconds(models: Sequence[nn.Module], examples: Sequence[Any], *, rounds: int = 15) -> list[float]:
+    """Median milliseconds of one forward of each model on its example, in turn: they share the machine's moods."""
+    forwards = [partial(run, m, example_of(m, x)) for m, x in zip(models, examples, strict=True)]
     with evaluating(*models):
         return [statistics.median(own) for own in by_turns(forwards, rounds)]
 

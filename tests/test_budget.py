@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from ghostify import GhostifyError, Policy, Rule, deploy, ghostify, load, report, save, trace
-from ghostify.budgeting.budget import plan_within
+from ghostify import GhostifyError, Policy, Rule, deploy, fit, ghostify, load, report, rewrite, save, trace
+from ghostify.budgeting.budget import choices_of, choose, plan_within
 from ghostify.budgeting.stopwatch import Stopwatch
 from ghostify.evaluate import outputs, relative_error
 from ghostify.planning import cost
@@ -70,6 +70,8 @@ def test_what_a_budget_needs():
         ghostify(model, cheap="auto")
     with pytest.raises(GhostifyError, match="the budget is empty"):
         plan_within(trace(model, nets.images(1)), Policy(), {})
+    with pytest.raises(GhostifyError, match="max_drop is judged on fitted models"):
+        plan_within(trace(model, nets.images(1)), Policy(), {"max_drop": 1})
 
 
 def test_what_is_reachable_can_be_reached():
@@ -100,9 +102,9 @@ def clock(monkeypatch, tmp_path):
     class Clock:
         overhead, whole = 0.0, 1.0
 
-    def milliseconds(_, models, example, _rounds=0):
+    def milliseconds(_, models, examples, _rounds=0):
         convs = [sum(isinstance(m, torch.nn.Conv2d) for m in model.modules()) for model in models]
-        macs = [float(cost.count_macs(m, example)) for m in models]
+        macs = [float(cost.count_macs(m, x)) for m, x in zip(models, examples, strict=True)]
         if min(convs) > 3:
             return [macs[0], *(Clock.whole * spent for spent in macs[1:])]
         return [spent + Clock.overhead * (count > 1) for spent, count in zip(macs, convs, strict=True)]
@@ -199,8 +201,21 @@ def test_what_is_reachable_with_fewer_maps_can_be_reached():
     assert plan_within(program, policy, {"macs": share}, x).macs_after <= share * program.macs
 
 
+@pytest.mark.parametrize("make", [nets.Inverted, nets.Straight])
+def test_parameters_of_norms_go_with_their_maps(make):
+    model, x = nets.settle(make(16)), nets.images(32)
+    program = trace(model, x[:1])
+    for wish in ({"narrow": True}, {"activated": True, "cheap": "depthwise"}):
+        choices = choices_of(program, Policy((Rule(**{"cheap": "auto", **wish}),)), ("params",), x, 0, Stopwatch())
+        made = choose(choices, {"params": (1 + choices.reach["params"]) / 2})
+        converted = rewrite(program, made.plan, fit(program, made.plan, x).weights)
+        promised, found = made.shares["params"] * cost.parameters(model), cost.parameters(converted)
+        assert found <= promised + 0.5
+        assert "activated" in wish or found == pytest.approx(promised)
+
+
 @pytest.mark.usefixtures("clock")
-def test_fewer_maps_are_timed_as_a_line():
+def test_fewer_maps_are_timed_layer_by_layer():
     program, x = trace(nets.settle(nets.Inverted(32)), nets.images(2)), nets.images(16)
     decided = plan_within(program, Policy((Rule(cheap="auto", narrow=True),)), {"latency": 0.6}, x)
     assert decided.narrowed

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import torch
 from torch import nn
 
 from ghostify import trace
@@ -8,6 +9,7 @@ from ghostify.budgeting import measure
 from ghostify.budgeting.measure import model_milliseconds, paired
 from ghostify.budgeting.stopwatch import Stopwatch
 from ghostify.ghost import Layout
+from ghostify.planning import cost
 from ghostify.planning.cost import count_macs
 from tests import nets
 
@@ -19,9 +21,9 @@ def clock(monkeypatch, tmp_path):
     """A clock that counts multiply-accumulates; the list of what was measured."""
     measured = []
 
-    def milliseconds(_, models, example, _rounds=0):
+    def milliseconds(_, models, examples, _rounds=0):
         measured.append(len(models))
-        return [float(count_macs(m, example)) for m in models]
+        return [float(count_macs(m, x)) for m, x in zip(models, examples, strict=True)]
 
     monkeypatch.setattr(Stopwatch, "milliseconds", milliseconds)
     monkeypatch.setenv("GHOSTIFY_CACHE", str(tmp_path / "cache"))
@@ -66,7 +68,7 @@ def test_each_runtime_is_measured_for_itself():
     measured = []
 
     class Other(Stopwatch):
-        def milliseconds(self, models, _example, _rounds=0):
+        def milliseconds(self, models, _examples, _rounds=0):
             measured.append(len(models))
             return [1.0] * len(models)
 
@@ -91,6 +93,29 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("GHOSTIFY_CACHE", str(tmp_path / "file"))
     assert layer_milliseconds(*layer(), [None])[0] > 0
+
+
+def test_fewer_maps_are_measured_at_the_layers_own_size(clock):
+    """Behind a pooling, a convolution has fewer positions than the one before it."""
+    program = trace(nets.settle(nets.Inverted(16)), nets.images(2))
+    seen = {conv.name: conv for conv in program.convolutions}
+    for name, ways in (("expand.0", [(5, None), (None, 8)]), ("depthwise.0", [(5, 5)]), ("project.0", [(None, 5)])):
+        conv, (call,) = program.conv(name), seen[name].calls
+        per_map = cost.dense_macs(seen[name]) / conv.out_channels / (1 if conv.groups > 1 else conv.in_channels)
+        positions = cost.positions(seen[name].calls)
+        counts = [(m or conv.out_channels) * (1 if conv.groups > 1 else r or conv.in_channels) for m, r in ways]
+        whole = count_macs(conv, torch.zeros(call.input_shape))
+        taken = measure.narrowed_milliseconds(conv, seen[name], ways, Stopwatch())
+        assert taken == [whole, *(per_map * count * positions for count in counts)]
+    assert clock == [3, 2, 2]
+
+
+def test_how_a_layer_pads_is_part_of_its_time(clock):
+    conv, seen = layer()
+    for mode in ("zeros", "reflect"):
+        conv.padding_mode = mode
+        layer_milliseconds(conv, seen, [None])
+    assert clock == [1, 1]
 
 
 @pytest.mark.usefixtures("clock")

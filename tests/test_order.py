@@ -54,6 +54,13 @@ def test_whoever_looks_on_sees_the_original_order():
     assert made.get_submodule("a.0").order is not None
 
 
+def test_whoever_looks_on_inside_a_norm_does_too():
+    model = nets.settle(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3), BatchNormAct2d(8), nn.Conv2d(8, 4, 1)))
+    assert absorbers(model)["1"] is not None
+    model[2].act.register_forward_hook(lambda *_: None)
+    assert absorbers(model)["1"] is None
+
+
 def test_a_shared_norm_or_consumer_does_not_absorb():
     norm, last = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), norm, nn.Conv2d(8, 8, 3), norm)

@@ -1,10 +1,12 @@
 import itertools
 import os
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ghostify import GhostifyError
 from ghostify.budgeting import solve as solving
 from ghostify.budgeting.candidates import Candidate
 from ghostify.budgeting.solve import Tie, solve
@@ -60,6 +62,15 @@ def test_the_choice_is_the_best_of_all(layers, seed, share, linked):
     assert agree(picks)
     assert all(sum(c.costs[k] for c in picks) <= limit * (1 + 1e-6) + 1e-9 for k, limit in enumerate(limits))
     assert sum(c.loss for c in picks) <= min(possible) + 1e-3
+
+
+def test_time_that_ends_is_not_out_of_reach(monkeypatch):
+    monkeypatch.setattr(solving, "SECONDS", 0)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.rand(40, 30, 3, generator=generator).tolist()
+    choices = [[Candidate(None, (a, b), loss) for a, b, loss in options] for options in rows]
+    with pytest.raises(GhostifyError, match="no plan was found in 0 s"):
+        solve(choices, [12.0, 12.0])
 
 
 def test_what_a_library_writes_past_python_stays_out_of_standard_output(capfd):

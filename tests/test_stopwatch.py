@@ -19,18 +19,18 @@ def test_other_runtimes_tick_in_one_process_of_their_own(runtime):
     small, big = (nn.Conv2d(8, width, 3) for width in (1, 512))
     x = torch.zeros(2, 8, 48, 48)
     with Stopwatch(runtime) as clock:
-        few, many = clock.milliseconds([deploy(m.eval(), x) for m in (small, big)], x, rounds=3)
+        few, many = clock.milliseconds([deploy(m.eval(), x) for m in (small, big)], [x, x], rounds=3)
         assert 0 < few < many
         process = clock.process
         whole = deploy(nets.settle(nets.Residual()), nets.images(2))
-        assert clock.milliseconds([whole], nets.images(2), rounds=3)[0] > 0
+        assert clock.milliseconds([whole], [nets.images(2)], rounds=3)[0] > 0
         assert clock.process is process
     assert process.poll() is not None
 
 
 def test_eager_needs_no_process():
     with Stopwatch() as clock:
-        few, many = clock.milliseconds([nn.Identity(), nn.Conv2d(8, 512, 3)], torch.zeros(2, 8, 48, 48), rounds=3)
+        few, many = clock.milliseconds([nn.Identity(), nn.Conv2d(8, 512, 3)], [torch.zeros(2, 8, 48, 48)] * 2, rounds=3)
         assert 0 < few < many
         assert clock.process is None
 
@@ -58,7 +58,9 @@ def test_runtimes_that_are_unknown_or_missing(monkeypatch):
         Stopwatch("tflite")
     monkeypatch.setattr(stopwatch, "known_runtime", lambda name: f"{name} 1")
     with Stopwatch("onnx") as clock, pytest.raises(GhostifyError, match="takes no keyword inputs"):
-        clock.milliseconds([nn.Identity()], {"x": torch.zeros(1)})
+        clock.milliseconds([nn.Identity()], [{"x": torch.zeros(1)}])
+    with Stopwatch("onnx") as clock, pytest.raises(GhostifyError, match=r"'onnx' is timed in float32: convert"):
+        clock.milliseconds([nn.Identity()], [torch.zeros(1, dtype=torch.bfloat16)])
 
 
 def test_a_process_ends_with_its_context(monkeypatch):
@@ -71,5 +73,5 @@ def test_a_process_ends_with_its_context(monkeypatch):
     monkeypatch.setattr(stopwatch, "start", begin)
     x = torch.zeros(1, 3, 8, 8)
     with pytest.raises(KeyError), Stopwatch("onnx") as clock:
-        clock.milliseconds([deploy(nn.Conv2d(3, 4, 3).eval(), x)], x)
+        clock.milliseconds([deploy(nn.Conv2d(3, 4, 3).eval(), x)], [x])
     assert begun[0].poll() is not None

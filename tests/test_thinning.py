@@ -2,6 +2,7 @@ import itertools
 
 import pytest
 import torch
+from torch import nn
 
 from ghostify import trace
 from ghostify.budgeting.thinning import thinnings_of
@@ -32,12 +33,36 @@ def test_maps_are_kept_in_the_originals_order(thinning):
 
 
 def test_a_link_that_no_image_reaches_is_left_out():
-    model = nets.settle(nets.Inverted())
-    program, x = trace(model, nets.images(1)), nets.images(8)
-    links = list(links_of(program))
-    seen = calibrate(program, x)
-    assert len(thinnings_of(program, links, seen, 0)) == 1
-    assert thinnings_of(program, [], seen, 0) == []
+    class Seldom(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.often, self.seldom = nets.Straight(), nets.Straight()
+
+        def forward(self, x):
+            return self.seldom(x) if x.mean() > 9 else self.often(x)
+
+    model, x = nets.settle(Seldom()), nets.images(8)
+    program = trace(model, torch.cat((x, x + 100)).split(8)[1])
+    reached = trace(model, x)
+    for traced, part, count in ((program, "seldom", 0), (reached, "often", 2)):
+        links = list(links_of(traced))
+        assert {link.producer.part for link in links} == {part}
+        assert len(links) == 2
+        assert len(thinnings_of(traced, links, calibrate(traced, x), 0)) == count
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_constant_is_free_only_where_something_takes_it_up(bias):
+    """A map that is always 5 says nothing beyond its mean, which a consumer without a bias cannot add."""
+    first, last = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 4, 1, bias=bias)
+    with torch.no_grad():
+        first.weight[2], first.bias[2] = 0, 5
+    program = trace(nn.Sequential(nn.Conv2d(3, 3, 1), first, last).eval(), nets.images(1))
+    (found,) = [
+        t for t in thinnings_of(program, links_of(program), calibrate(program, nets.images(32)), 0) if t.link.maps == 6
+    ]
+    assert (found.order[0] == 2) is not bias
+    assert (2 in found.kept(3)) is not bias
 
 
 def test_without_sensitivities_the_consumers_outputs_count_alike():

@@ -13,7 +13,7 @@ from ghostify.budgeting.profile import profiles_of
 from ghostify.budgeting.solve import Tie, solve
 from ghostify.budgeting.stopwatch import Stopwatch
 from ghostify.budgeting.thinning import thinnings_of
-from ghostify.errors import GhostifyError
+from ghostify.errors import GhostifyError, OutOfReachError
 from ghostify.fitting.sensitivity import Calibration, calibrate
 from ghostify.fitting.starts import unfitted
 from ghostify.ghost import Layout
@@ -103,6 +103,8 @@ def check(budget: Mapping[str, float]) -> None:
     if not budget:
         raise GhostifyError("the budget is empty: use {'macs': 0.5} to halve the multiply-accumulates")
     for key, value in budget.items():
+        if key == "max_drop":
+            raise GhostifyError("budget max_drop is judged on fitted models: use ghostify(..., evaluate=...)")
         if key not in COSTS:
             raise GhostifyError(f"budget {key!r} is unknown: known are {', '.join(COSTS)} and max_drop")
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
@@ -180,7 +182,7 @@ def choose(choices: Choices, budget: Mapping[str, float]) -> Choice:
         if share <= goal * TOLERATED:
             return replace(made, shares={**made.shares, "latency": share})
         asked[k] *= goal / share
-    raise GhostifyError(
+    raise OutOfReachError(
         f"budget latency={budget['latency']:g} is out of reach: its layers promise it, but the whole model takes "
         f"{share:.3f} of the original's time"
     )
@@ -223,10 +225,10 @@ def _out_of_reach(choices: Choices, budget: Mapping[str, float], limits: list[fl
     for (key, least), limit in zip(choices.reach.items(), limits, strict=True):
         if least * choices.totals[key] > limit:
             share = math.ceil(1000 * least) / 1000
-            raise GhostifyError(
+            raise OutOfReachError(
                 f"budget {key}={budget[key]:g} is out of reach: these rules reach {share:g} at the least"
             )
-    raise GhostifyError("the budgets are out of reach together: relax one of them")
+    raise OutOfReachError("the budgets are out of reach together: relax one of them")
 
 
 def _decided(target: Target | Skip, layouts: dict[str, Layout | None]) -> tuple[Target, Layout] | Skip:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 
 import torch
 from torch import Tensor
 
-from ghostify.budgeting.measure import layer_milliseconds, line_milliseconds
+from ghostify.budgeting.measure import Counts, layer_milliseconds, narrowed_milliseconds
 from ghostify.budgeting.profile import Profile
 from ghostify.budgeting.stopwatch import Stopwatch
 from ghostify.budgeting.thinning import Thinning
@@ -18,10 +18,11 @@ from ghostify.fitting.assign import choose_groups
 from ghostify.fitting.systems import root_of
 from ghostify.ghost import Layout, intrinsic_maps
 from ghostify.planning import cost
-from ghostify.planning.links import Member, Narrowing
+from ghostify.planning.links import Member, left_of
 from ghostify.planning.plan import Target
 from ghostify.planning.policy import Rule
 from ghostify.tracing.program import Convolution, Program
+from ghostify.tracing.wiring import Wiring, norm_after
 
 RATIOS = (1.25, 1.5, 2, 2.5, 3, 4, 6, 8)
 STEPS, COARSE, THIN = 32, 16, 12
@@ -57,20 +58,20 @@ def candidates_of(
     """As it is, first, and every layout of the rule's form that saves multiply-accumulates and is worth its cost; the
     same for each choice of fewer maps that it `makes` and number of those that it `reads`.
 
-    Where time counts, fewer maps and ghosts do not meet in one layer: a link's time is that of its whole line.
+    Where time counts, fewer maps and ghosts do not meet in one layer; making fewer and reading fewer do, and each saves
+    its share of the other's time.
     """
-    timed = "latency" in keys
-    found = list[Candidate]()
-    for kept in (None, *makes):
-        losses = _Losses(profile if kept is None else profile.of(kept), target.rule.dw_size)
-        for count in (None, *reads):
-            if kept is None and count is None:
-                found += _worthwhile(program, target, losses, keys, clock)
-            elif not timed:
-                found += _worthwhile(program, target, losses, keys, clock, kept, count)
-            elif kept is None or count is None:
-                found.append(_as_part_of_a_line(target.conv, found[0], keys, kept, count))
-    return found
+    timed, size = "latency" in keys, target.rule.dw_size
+    if timed and (makes or reads):
+        found = _worthwhile(program, target, _Losses(profile, size), keys, clock)
+        return [*found, *_dense_with_fewer(program, target.conv, found[0], keys, clock, makes, reads)]
+    return [
+        candidate
+        for kept in (None, *makes)
+        for losses in [_Losses(profile if kept is None else profile.of(kept), size)]
+        for count in (None, *reads)
+        for candidate in _worthwhile(program, target, losses, keys, clock, kept, count)
+    ]
 
 
 def thinned(
@@ -85,15 +86,18 @@ def thinned(
     if "latency" in keys:
         counts = {max(LANES, LANES * round(count / LANES)) for count in counts}
     ways = [thinning.kept(count) for count in sorted(counts) if count < link.maps]
-    spent = {key: _others_cost(others, ways, key) for key in keys if key != "latency"}
     if "latency" in keys:
-        convs = [program.conv(member.conv.name) for member in link.line]
-        whole, *fewer = line_milliseconds(convs, link.producer, [None, *ways], clock)
-        spent["latency"] = [own - whole if own < FASTER * whole else math.inf for own in fewer]
-    costs = zip(*(spent[key] for key in keys), strict=True)
-    each = [(kept, own) for kept, own in zip(ways, costs, strict=True) if math.inf not in own]
-    whole_link = Candidate(None, (0.0,) * len(keys), 0.0)
-    return [whole_link, *(Candidate(None, own, thinning.loss(len(kept)), kept=kept) for kept, own in each)]
+        whole, *fewer = _with_fewer(program, link.members, ways, "latency", clock)
+        ways = [kept for kept, own in zip(ways, fewer, strict=True) if own < FASTER * whole]
+    spent = {key: _with_fewer(program, others, ways, key, clock) for key in keys}
+    if "params" in keys:
+        norms = sum(_per_map(program, m.conv, norm) for m in link.members for norm in m.norms)
+        sizes = [link.maps, *map(len, ways)]
+        spent["params"] = [own + norms * size for own, size in zip(spent["params"], sizes, strict=True)]
+    costs = [tuple(spent[key][k] - spent[key][0] for key in keys) for k in range(len(ways) + 1)]
+    losses = [thinning.loss(len(kept)) for kept in ways]
+    both = zip([None, *ways], costs, [0.0, *losses], strict=True)
+    return [Candidate(None, own, loss, kept=kept) for kept, own, loss in both]
 
 
 def _worthwhile(
@@ -111,13 +115,18 @@ def _worthwhile(
     is beaten at the least error that it could have is not looked at.
     """
     timed, makes = "latency" in keys, None if kept is None else len(kept)
-    conv = _left(target.conv, makes, reads)
+    conv = left_of(target.conv, makes, reads)
     layouts = [
         o
         for o in _layouts(target.rule, conv, losses.profile, STEPS if conv == target.conv else COARSE, timed)
         if cost.ghost_macs(conv, o) < cost.dense_macs(conv)
     ]
-    whole, *costs = zip(*(_spent(program, conv, [None, *layouts], key, clock) for key in keys), strict=True)
+    spending = [_spent(program, conv, [None, *layouts], key, clock) for key in keys]
+    if "params" in keys and target.rule.activated:
+        copied = _copied(program, target.conv)  # by ghosts that read activated maps
+        own = zip(spending[keys.index("params")], [None, *layouts], strict=True)
+        spending[keys.index("params")] = [c + copied * o.intrinsic * (o.width == 1) if o else c for c, o in own]
+    whole, *costs = zip(*spending, strict=True)
     found = [Candidate(None, whole, 0.0, makes, reads)]
     for layout, spent in zip(layouts, costs, strict=True):
         if timed and spent[keys.index("latency")] >= FASTER * whole[keys.index("latency")]:
@@ -128,20 +137,25 @@ def _worthwhile(
     return [found[0], *(c for c in found[1:] if not any(_dominates(other, c) for other in found))]
 
 
-def _as_part_of_a_line(
-    conv: Convolution, whole: Candidate, keys: tuple[str, ...], kept: tuple[int, ...] | None, reads: int | None
-) -> Candidate:
-    """The dense form with fewer maps: what that saves of its time the link says."""
-    makes = None if kept is None else len(kept)
-    left = _left(conv, makes, reads)
-    costs = (whole.costs[k] if key == "latency" else _counted(left, None, key) for k, key in enumerate(keys))
-    return Candidate(None, tuple(costs), 0.0, makes, reads)
-
-
-def _left(conv: Convolution, makes: int | None, reads: int | None) -> Convolution:
-    return replace(
-        conv, inputs=conv.inputs if reads is None else reads, outputs=conv.outputs if makes is None else makes
-    )
+def _dense_with_fewer(
+    program: Program,
+    conv: Convolution,
+    whole: Candidate,
+    keys: tuple[str, ...],
+    clock: Stopwatch,
+    makes: Sequence[tuple[int, ...]],
+    reads: Sequence[int],
+) -> Iterator[Candidate]:
+    """The dense form with fewer maps, timed: where it makes fewer and reads fewer, each saves its share of the other's
+    time."""
+    outputs, inputs = [None, *map(len, makes)], [None, *reads]
+    ways: list[Counts] = [*((count, None) for count in outputs), *((None, count) for count in reads)]
+    taken = dict(zip(ways, narrowed_milliseconds(program.conv(conv.name), conv, ways, clock)[1:], strict=True))
+    for way in list(product(outputs, inputs))[1:]:
+        left, share = left_of(conv, *way), taken[way[0], None] * taken[None, way[1]] / taken[None, None] ** 2
+        both = zip(keys, whole.costs, strict=True)
+        costs = (spent * share if key == "latency" else _counted(left, None, key) for key, spent in both)
+        yield Candidate(None, tuple(costs), 0.0, *way)
 
 
 def _spent(
@@ -159,13 +173,32 @@ def _counted(conv: Convolution, layout: Layout | None, key: str) -> float:
     return float(weights * (cost.positions(conv.calls) or 0) if key == "macs" else weights + conv.outputs * conv.bias)
 
 
-def _others_cost(others: Sequence[Member], ways: list[tuple[int, ...]], key: str) -> list[float]:
-    """What members of a link cost with fewer maps, beyond what they cost as they are."""
-    spent = []
-    for kept in ways:
-        narrowed = ((m.conv, Narrowing(kept if m.makes else None, kept if m.reads else None)) for m in others)
-        spent.append(sum(_counted(n.left_of(conv), None, key) - _counted(conv, None, key) for conv, n in narrowed))
-    return spent
+def _with_fewer(
+    program: Program, members: Sequence[Member], ways: Sequence[tuple[int, ...]], key: str, clock: Stopwatch
+) -> list[float]:
+    """What members of a link cost together as they are, first, and with fewer maps in each of `ways`."""
+    total = [0.0] * (len(ways) + 1)
+    for member in members:
+        counts = [(len(kept) if member.makes else None, len(kept) if member.reads else None) for kept in ways]
+        if key == "latency":
+            conv = program.conv(member.conv.name)
+            own = narrowed_milliseconds(conv, member.conv, counts, clock)
+        else:
+            forms = [member.conv, *(left_of(member.conv, *count) for count in counts)]
+            own = [_counted(form, None, key) for form in forms]
+        total = [spent + more for spent, more in zip(total, own, strict=True)]
+    return total
+
+
+def _copied(program: Program, conv: Convolution) -> int:
+    """Parameters a map of the norm behind a convolution."""
+    norm = norm_after(Wiring(program.parts[conv.part]), [call.node for call in conv.calls])
+    return 0 if norm is None else _per_map(program, conv, norm)
+
+
+def _per_map(program: Program, conv: Convolution, norm: str) -> int:
+    """Parameters a map of a norm in a convolution's part."""
+    return cost.parameters(program.parts[conv.part].get_submodule(norm)) // conv.outputs
 
 
 def _dominates(a: Candidate, b: Candidate) -> bool:

@@ -15,7 +15,7 @@ from torch import nn
 
 from ghostify.budgeting.budget import COSTS, Choice, Choices, check, choices_of, choose
 from ghostify.budgeting.stopwatch import Stopwatch
-from ghostify.errors import GhostifyError
+from ghostify.errors import GhostifyError, OutOfReachError
 from ghostify.fitting.fit import Fits, Progress, fit
 from ghostify.fitting.sensitivity import Calibration, calibrate
 from ghostify.planning.plan import Plan
@@ -189,5 +189,5 @@ def _at(choices: Choices, budget: Mapping[str, float]) -> Choice | None:
     """The choice within these shares, or None where the layers promise them but the whole does not keep them."""
     try:
         return choose(choices, budget)
-    except GhostifyError:
+    except OutOfReachError:
         return None

@@ -27,7 +27,8 @@ from ghostify.tracing.program import Convolution, Program
 from ghostify.tracing.trace import trace
 
 ROUNDS = 9
-Forms = Sequence[Layout | None]
+Form = tuple[nn.Conv2d, Layout | None]
+Counts = tuple[int | None, int | None]
 
 
 def cache_folder() -> Path:
@@ -40,31 +41,23 @@ def cache_file() -> Path:
     return cache_folder() / "milliseconds.json"
 
 
-def layer_milliseconds(conv: nn.Conv2d, seen: Convolution, layouts: Forms, clock: Stopwatch) -> list[float]:
+def layer_milliseconds(
+    conv: nn.Conv2d, seen: Convolution, layouts: Sequence[Layout | None], clock: Stopwatch
+) -> list[float]:
     """Median milliseconds of all calls of a layer, norm and ReLU folded in, for each layout (None: as it is).
 
     Measured on random images of the shapes of its calls; kept on disk by shapes, runtime and its version, threads,
     and processor or GPU.
     """
-    forms, total = [None, *layouts], [0.0] * len(layouts)
-    for shape in [call.input_shape for call in seen.calls if call.input_shape is not None]:
-        keys = [_key(conv, shape, layout, clock) for layout in forms]
-        models = [partial(_module, conv, shape, layout) for layout in forms]
-        taken = _beside_the_first(keys, models, _images(conv, shape), clock)
-        total = [spent + more for spent, more in zip(total, taken[1:], strict=True)]
-    return total
+    return _forms_milliseconds([(conv, layout) for layout in (None, *layouts)], seen, clock)[1:]
 
 
-def line_milliseconds(
-    convs: Sequence[nn.Conv2d], first: Convolution, ways: Sequence[Sequence[int] | None], clock: Stopwatch
-) -> list[float]:
-    """Median milliseconds of convolutions one behind the other, norm and ReLU behind each, for each of `ways`: which of
-    the maps between them are left (None: all). Measured as single layers are, on images of the first one's shape."""
-    shape = first.calls[0].input_shape
-    assert shape is not None
-    keys = [_line_key(convs, shape, kept, clock) for kept in ways]
-    models = [partial(_line, convs, shape, kept) for kept in ways]
-    return _beside_the_first(keys, models, _images(convs[0], shape), clock)
+def narrowed_milliseconds(conv: nn.Conv2d, seen: Convolution, ways: Sequence[Counts], clock: Stopwatch) -> list[float]:
+    """The same of a dense or depthwise convolution as it is, first, and where it makes and reads so many maps (None:
+    all)."""
+    some = ([None if count is None else range(count) for count in way] for way in ways)
+    smaller = [narrowed_conv(conv, *maps) for maps in some]
+    return _forms_milliseconds([(own, None) for own in (conv, *smaller)], seen, clock)
 
 
 def model_milliseconds(program: Program, clock: Stopwatch) -> float:
@@ -75,17 +68,28 @@ def model_milliseconds(program: Program, clock: Stopwatch) -> float:
 def paired(models: Sequence[nn.Module], example: Any, clock: Stopwatch | None = None) -> list[float]:
     """Median milliseconds of one forward of each model's inference form, by turns; in eager PyTorch by default."""
     small = [deploy(m, example) for m in models]
-    return (clock or Stopwatch()).milliseconds(small, example)
+    return (clock or Stopwatch()).milliseconds(small, [example] * len(small))
+
+
+def _forms_milliseconds(forms: Sequence[Form], seen: Convolution, clock: Stopwatch) -> list[float]:
+    """Median milliseconds of all calls of a layer, for each form of it."""
+    total = [0.0] * len(forms)
+    for shape in [call.input_shape for call in seen.calls if call.input_shape is not None]:
+        keys = [_key(form, shape, clock) for form in forms]
+        taken = _beside_the_first(keys, [partial(_made, form, shape) for form in forms], clock)
+        total = [spent + more for spent, more in zip(total, taken, strict=True)]
+    return total
 
 
 def _beside_the_first(
-    keys: Sequence[str], models: Sequence[Callable[[], nn.Module]], images: Tensor, clock: Stopwatch
+    keys: Sequence[str], forms: Sequence[Callable[[], tuple[nn.Module, Tensor]]], clock: Stopwatch
 ) -> list[float]:
     """Milliseconds of each form, by its key on disk; those not known yet are timed by turns with the first."""
     known = _read()
     if any(key not in known for key in keys):
         missing = [k for k, key in enumerate(keys) if key not in known and key != keys[0]]
-        first, *taken = clock.milliseconds([models[k]() for k in (0, *missing)], images, ROUNDS)
+        models, images = zip(*(forms[k]() for k in (0, *missing)), strict=True)
+        first, *taken = clock.milliseconds(models, images, ROUNDS)
         known.setdefault(keys[0], first)
         share = known[keys[0]] / first  # what was measured before was another mood of the machine
         known |= {keys[k]: spent * share for k, spent in zip(missing, taken, strict=True)}
@@ -93,23 +97,15 @@ def _beside_the_first(
     return [known[key] for key in keys]
 
 
-def _module(conv: nn.Conv2d, shape: tuple[int, ...], layout: Layout | None) -> nn.Module:
-    """A convolution of such attributes, norm and activation behind it, as `deploy` makes it."""
-    plain = copy.deepcopy(conv).to(*_timed_as(conv))
+def _made(form: Form, shape: tuple[int, ...]) -> tuple[nn.Module, Tensor]:
+    """A convolution of such attributes, norm and activation behind it, as `deploy` makes it; images for it."""
+    conv, layout = form
+    plain, images = copy.deepcopy(conv).to(*_timed_as(conv)), _images(conv, shape)
     norm = nn.BatchNorm2d(conv.out_channels).to(plain.weight)
     module = trace(nn.Sequential(plain, norm, nn.ReLU()).eval()).module
     if layout is not None:
         module.set_submodule("0", _filled(ghost_of(plain, layout)))
-    return deploy(module, _images(conv, shape))
-
-
-def _line(convs: Sequence[nn.Conv2d], shape: tuple[int, ...], kept: Sequence[int] | None) -> nn.Module:
-    layers: list[nn.Module] = []
-    for conv in convs:
-        keeps, reads = (None if conv is end else kept for end in (convs[-1], convs[0]))
-        small = narrowed_conv(copy.deepcopy(conv).to(*_timed_as(conv)), keeps, reads)
-        layers += [small, nn.BatchNorm2d(small.out_channels).to(small.weight), nn.ReLU()]
-    return deploy(trace(nn.Sequential(*layers).eval()).module, _images(convs[0], shape))
+    return deploy(module, images), images
 
 
 def _timed_as(conv: nn.Conv2d) -> tuple[torch.device, torch.dtype]:
@@ -129,24 +125,13 @@ def _images(conv: nn.Conv2d, shape: tuple[int, ...]) -> Tensor:
     return drawn.to(*_timed_as(conv))
 
 
-def _key(conv: nn.Conv2d, shape: tuple[int, ...], layout: Layout | None, clock: Stopwatch) -> str:
-    return _digest(conv, (*_attributes(conv), tuple(shape), layout), clock)
-
-
-def _line_key(convs: Sequence[nn.Conv2d], shape: tuple[int, ...], kept: Sequence[int] | None, clock: Stopwatch) -> str:
-    left = convs[0].out_channels if kept is None else len(kept)
-    return _digest(convs[0], (*((*_attributes(conv), conv.groups) for conv in convs), tuple(shape), left), clock)
-
-
-def _attributes(conv: nn.Conv2d) -> tuple[Any, ...]:
-    return (
-        type(conv).__name__, conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,
-        conv.dilation,
-    )  # fmt: skip
-
-
-def _digest(conv: nn.Conv2d, facts: tuple[Any, ...], clock: Stopwatch) -> str:
+def _key(form: Form, shape: tuple[int, ...], clock: Stopwatch) -> str:
+    conv, layout = form
     device, dtype = _timed_as(conv)
+    facts: tuple[Any, ...] = (
+        type(conv).__name__, conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,
+        conv.padding_mode, conv.dilation, conv.groups, shape[0], *shape[2:], layout,
+    )  # fmt: skip
     on_cpu = (torch.get_num_threads(), clock.version, processor())
     facts = (*facts, *(on_cpu if device.type == "cpu" else (clock.version, dtype, gpu(device))))
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]

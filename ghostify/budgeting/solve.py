@@ -15,6 +15,10 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array, lil_array
 
 from ghostify.budgeting.candidates import Candidate
+from ghostify.errors import GhostifyError
+
+SECONDS = 60
+OUT_OF_TIME = 1  # scipy's status
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class Tie:
 def solve(choices: Sequence[Sequence[Candidate]], limits: list[float], ties: Sequence[Tie] = ()) -> list[int] | None:
     """One candidate of each list, with the least sum of losses among those whose costs keep within `limits`, or None.
 
-    Lists that are tied agree on their maps. A mixed-integer program, to a relative gap of 1e-4.
+    Lists that are tied agree on their maps. A mixed-integer program, to a relative gap of 1e-4. Raises `GhostifyError`
+    where time ends before anything is found.
     """
     if not choices:
         return [] if all(limit >= 0 for limit in limits) else None
@@ -49,10 +54,14 @@ def solve(choices: Sequence[Sequence[Candidate]], limits: list[float], ties: Seq
             integrality=np.ones(len(flat)),
             bounds=Bounds(0, 1),
             constraints=[LinearConstraint(one_each, 1, 1), within, *agreeing],
-            options={"mip_rel_gap": 1e-4, "time_limit": 60},
+            options={"mip_rel_gap": 1e-4, "time_limit": SECONDS},
         )
     if result.x is None:
-        return None
+        if result.status != OUT_OF_TIME:
+            return None
+        raise GhostifyError(
+            f"no plan was found in {SECONDS} s ({result.message}): target fewer layers, or relax a budget"
+        )
     return [int(result.x[a:b].argmax()) for a, b in pairwise(starts)]
 
 

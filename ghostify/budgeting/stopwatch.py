@@ -27,6 +27,7 @@ from ghostify.tracing.calls import as_arguments, tensors_of
 
 ROUNDS = 15
 INPUTS = "inputs.npz"
+UNSTORED = (torch.bfloat16,)  # what NumPy does not know
 
 
 class Stopwatch:
@@ -50,17 +51,20 @@ class Stopwatch:
             stop(self.process)
             self.process = None
 
-    def milliseconds(self, small: Sequence[nn.Module], example: Any, rounds: int = ROUNDS) -> list[float]:
-        """Median milliseconds of one forward of each inference form (see `deploy`), by turns."""
+    def milliseconds(self, small: Sequence[nn.Module], examples: Sequence[Any], rounds: int = ROUNDS) -> list[float]:
+        """Median milliseconds of one forward of each inference form (see `deploy`) on its example, by turns."""
         if self.runtime == "eager":
-            return evaluate.paired_milliseconds(small, channels_last(example), rounds=rounds)
-        if any(v.device.type != "cpu" for v in tensors_of(example)):
+            return evaluate.paired_milliseconds(small, channels_last(list(examples)), rounds=rounds)
+        if any(v.device.type != "cpu" for x in examples for v in tensors_of(x)):
             raise GhostifyError(
                 f"runtime {self.runtime!r} is timed on the CPU: use runtime 'eager' on a GPU, or move model and "
                 f"example_inputs to the CPU"
             )
+        if any(v.dtype in UNSTORED for x in examples for v in tensors_of(x)):
+            raise GhostifyError(f"runtime {self.runtime!r} is timed in float32: convert model.float() with such inputs")
         with tempfile.TemporaryDirectory() as folder:
-            files = [store(m, self.runtime, example, Path(folder) / str(k)) for k, m in enumerate(small)]
+            both = enumerate(zip(small, examples, strict=True))
+            files = [store(m, self.runtime, x, Path(folder) / str(k)) for k, (m, x) in both]
             if self.process is None:
                 self.process = start(self.runtime, torch.get_num_threads())
             return [statistics.median(own) for own in ask(self.process, files, rounds)]

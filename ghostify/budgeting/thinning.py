@@ -18,8 +18,9 @@ from ghostify.fitting.subset import greedy_order, loss_of
 from ghostify.planning.links import Link
 from ghostify.tracing.calls import run
 from ghostify.tracing.modes import evaluating
-from ghostify.tracing.program import Program
+from ghostify.tracing.program import Convolution, Program
 from ghostify.tracing.record import looking
+from ghostify.tracing.wiring import Wiring, norm_after
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +87,8 @@ def _thinning(
     Places of a kernel count as if independent, and are brought to the size that outputs have in truth.
     """
     conv = program.conv(link.consumer.name)
-    whole, spread = (halves[0] + halves[1]).centred()[0], made.centred()[0]
+    moments = Moments.centred if _free_mean(program, link.consumer) else Moments.raw
+    whole, spread = moments(halves[0] + halves[1])[0], moments(made)[0]
     metric = metric_of(felt[link.consumer.name]) if link.consumer.name in felt else None
     if metric is None:
         metric = torch.eye(len(spread), dtype=torch.float64) / spread.diagonal().sum().clamp_min(1e-30)
@@ -94,6 +96,12 @@ def _thinning(
     importance = torch.einsum("oit,op,pjt->ij", filters, metric, filters)
     alone = float((importance * whole).sum())
     importance *= float((metric * spread).sum()) / max(alone, 1e-300)
-    covariances = tuple(m.centred()[0] for m in halves) if all(m.count for m in halves) else (whole,)
+    covariances = tuple(moments(m)[0] for m in halves) if all(m.count for m in halves) else (whole,)
     rows = float(sum(m.count for m in halves))
     return Thinning(link, greedy_order(whole, importance), covariances, importance, rows)
+
+
+def _free_mean(program: Program, conv: Convolution) -> bool:
+    """Whether a bias, or a norm behind, takes up what maps that are left out were on average."""
+    wiring = Wiring(program.parts[conv.part])
+    return conv.bias or norm_after(wiring, [call.node for call in conv.calls]) is not None

@@ -69,10 +69,15 @@ class Narrowing:
 
     def left_of(self, conv: Convolution) -> Convolution:
         """The convolution with so few maps."""
-        outputs = conv.outputs if self.keeps is None else len(self.keeps)
-        if conv.groups > 1:
-            return replace(conv, inputs=outputs, outputs=outputs, groups=outputs)
-        return replace(conv, inputs=conv.inputs if self.reads is None else len(self.reads), outputs=outputs)
+        return left_of(conv, *(None if maps is None else len(maps) for maps in (self.keeps, self.reads)))
+
+
+def left_of(conv: Convolution, makes: int | None, reads: int | None) -> Convolution:
+    """A dense or depthwise convolution that makes and reads so many maps (None: all)."""
+    outputs = conv.outputs if makes is None else makes
+    if conv.groups > 1:
+        return replace(conv, inputs=outputs, outputs=outputs, groups=outputs)
+    return replace(conv, inputs=conv.inputs if reads is None else reads, outputs=outputs)
 
 
 def narrowings(kept: Mapping[Link, tuple[int, ...]]) -> dict[str, Narrowing]:
@@ -158,7 +163,7 @@ class _Following:
         return product
 
     def _pools(self, node: fx.Node) -> bool:
-        """Whether a node takes each map's mean over all its positions."""
+        """Whether a node pools every map by itself, as squeeze-excite blocks begin."""
         if node.op == "call_module":
             inner = called(self.wiring.module, node)
             return isinstance(inner, POOLS) and not hooked(inner)

@@ -107,5 +107,5 @@ def is_blind_call(node: fx.Node) -> bool:
 
 
 def blind_inside(norm: nn.Module) -> bool:
-    """Whether what a norm holds, such as its activation, treats every channel alike."""
-    return all(isinstance(child, BLIND_MODULES) for child in norm.children())
+    """Whether what a norm holds, such as its activation, treats every channel alike, and no hook looks on."""
+    return all(isinstance(child, BLIND_MODULES) and not hooked(child) for child in norm.children())
