@@ -122,11 +122,8 @@ def plan_layouts(
 
 def may_narrow(program: Program, policy: Policy, conv: Convolution) -> bool:
     """Whether the rule that speaks of a convolution lets maps be left out."""
-    if conv.obstacle:
-        return False
-    module = program.conv(conv.name)
-    rule = next((r for r in policy.rules if r.matches(conv.name, module, conv.kind)), None)
-    return rule is not None and rule.narrow and not rule.ignores(conv.name, module, conv.kind)
+    rule = _rule(program, policy, conv)
+    return isinstance(rule, Rule) and rule.narrow
 
 
 def layout_of(outputs: int, intrinsic: int, cheap: str | int, dw_size: int) -> Layout:
@@ -137,15 +134,21 @@ def layout_of(outputs: int, intrinsic: int, cheap: str | int, dw_size: int) -> L
     return Layout(outputs, intrinsic, feasible_width(outputs, intrinsic, width), dw_size)
 
 
-def _target(program: Program, policy: Policy, conv: Convolution, first: bool) -> Target | Skip:
+def _rule(program: Program, policy: Policy, conv: Convolution) -> Rule | Skip:
+    """The first rule that targets a convolution, or why none changes it."""
     if conv.obstacle:
         return Skip(conv, conv.obstacle)
     module = program.conv(conv.name)
     rule = next((r for r in policy.rules if r.matches(conv.name, module, conv.kind)), None)
     if rule is None:
         return Skip(conv, "no rule targets it")
-    if rule.ignores(conv.name, module, conv.kind):
-        return Skip(conv, "ignored by the rule that targets it")
+    return Skip(conv, "ignored by the rule that targets it") if rule.ignores(conv.name, module, conv.kind) else rule
+
+
+def _target(program: Program, policy: Policy, conv: Convolution, first: bool) -> Target | Skip:
+    rule = _rule(program, policy, conv)
+    if isinstance(rule, Skip):
+        return rule
     if first and policy.keep_first:
         return Skip(conv, "the first convolution is kept")
     if conv.groups > 1:
