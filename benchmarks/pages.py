@@ -86,8 +86,10 @@ SECTIONS: dict[str, tuple[str, dict[str, Callable[[Row], str]] | Callable[[list[
     "initialisation": ("What a start is worth: top-1 % after fine-tuning", started),
     "compare-resnet20": ("Beside other methods: ResNet-20 on Fashion-MNIST, top-1 %", compared),
     "compare-resnet56": ("Beside other methods: ResNet-56 on Fashion-MNIST, top-1 %", compared),
+    "compare-resnet56-2": ("Beside other methods: ResNet-56 trained anew", compared),
     "compare-vgg16": ("Beside other methods: VGG-16-BN on Fashion-MNIST, top-1 %", compared),
     "compare-mobilenet": ("Beside other methods: MobileNetV2 of half width on Fashion-MNIST, top-1 %", compared),
+    "compare-mobilenet-2": ("Beside other methods: MobileNetV2 of half width trained anew", compared),
     "compare-craft": ("Beside other methods: CRAFT, box F1 %", compared),
     "reconstruct": (
         "Gradient steps after the fit",

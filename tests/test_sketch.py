@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ghostify.budgeting.measure import _module
+from ghostify.budgeting.measure import _made
 from ghostify.deploying.deploy import deploy
 from ghostify.deploying.runtimes import runner
 from ghostify.deploying.sketch import sketch
@@ -22,7 +22,7 @@ def test_drawn_layers_answer_as_pytorch_does(tmp_path_factory, layout, stride, p
     folder = tmp_path_factory.mktemp("drawn")
     conv = nn.Conv2d(6, 80, kernel, stride=stride, padding=padding, dilation=dilation)
     x = torch.randn(2, 6, 9, 9)
-    small = _module(conv, tuple(x.shape), layout)
+    small, _ = _made((conv, layout), tuple(x.shape))
     assert sketch(small, (x,), folder / "model.onnx")
     for runtime in ("onnx", "openvino"):
         found = runner(folder / "model.onnx", 1, runtime=runtime)(x)[0]
