@@ -150,7 +150,7 @@ def _dense_with_fewer(
     time."""
     outputs, inputs = [None, *map(len, makes)], [None, *reads]
     ways: list[Counts] = [*((count, None) for count in outputs), *((None, count) for count in reads)]
-    taken = dict(zip(ways, narrowed_milliseconds(program.conv(conv.name), conv, ways, clock)[1:], strict=True))
+    taken = dict(zip(ways, narrowed_milliseconds(program.conv(conv.name), conv, ways[1:], clock), strict=True))
     for way in list(product(outputs, inputs))[1:]:
         left, share = left_of(conv, *way), taken[way[0], None] * taken[None, way[1]] / taken[None, None] ** 2
         both = zip(keys, whole.costs, strict=True)
