@@ -22,7 +22,7 @@ from ghostify.planning.links import Member, left_of
 from ghostify.planning.plan import Target
 from ghostify.planning.policy import Rule
 from ghostify.tracing.program import Convolution, Program
-from ghostify.tracing.wiring import Wiring, norm_after
+from ghostify.tracing.wiring import norm_behind
 
 RATIOS = (1.25, 1.5, 2, 2.5, 3, 4, 6, 8)
 STEPS, COARSE, THIN = 32, 16, 12
@@ -192,7 +192,7 @@ def _with_fewer(
 
 def _copied(program: Program, conv: Convolution) -> int:
     """Parameters a map of the norm behind a convolution."""
-    norm = norm_after(Wiring(program.parts[conv.part]), [call.node for call in conv.calls])
+    norm = norm_behind(program, conv)
     return 0 if norm is None else _per_map(program, conv, norm)
 
 

@@ -18,9 +18,9 @@ from ghostify.fitting.subset import greedy_order, loss_of
 from ghostify.planning.links import Link
 from ghostify.tracing.calls import run
 from ghostify.tracing.modes import evaluating
-from ghostify.tracing.program import Convolution, Program
+from ghostify.tracing.program import Program
 from ghostify.tracing.record import looking
-from ghostify.tracing.wiring import Wiring, norm_after
+from ghostify.tracing.wiring import norm_behind
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +87,8 @@ def _thinning(
     Places of a kernel count as if independent, and are brought to the size that outputs have in truth.
     """
     conv = program.conv(link.consumer.name)
-    moments = Moments.centred if _free_mean(program, link.consumer) else Moments.raw
+    taken_up = link.consumer.bias or norm_behind(program, link.consumer) is not None  # what is left out, on average
+    moments = Moments.centred if taken_up else Moments.raw
     whole, spread = moments(halves[0] + halves[1])[0], moments(made)[0]
     metric = metric_of(felt[link.consumer.name]) if link.consumer.name in felt else None
     if metric is None:
@@ -99,9 +100,3 @@ def _thinning(
     covariances = tuple(moments(m)[0] for m in halves) if all(m.count for m in halves) else (whole,)
     rows = float(sum(m.count for m in halves))
     return Thinning(link, greedy_order(whole, importance), covariances, importance, rows)
-
-
-def _free_mean(program: Program, conv: Convolution) -> bool:
-    """Whether a bias, or a norm behind, takes up what maps that are left out were on average."""
-    wiring = Wiring(program.parts[conv.part])
-    return conv.bias or norm_after(wiring, [call.node for call in conv.calls]) is not None

@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torchvision.ops import StochasticDepth, stochastic_depth
 
-from ghostify.tracing.program import called
+from ghostify.tracing.program import Convolution, Program, called
 from ghostify.tracing.views import marks_of
 
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d)
@@ -53,6 +53,11 @@ def norm_after(wiring: Wiring, nodes: list[str]) -> str | None:
     norm: Any = called(wiring.module, node)
     fits = isinstance(norm, NORMS) and norm.running_mean is not None and wiring.used_once(node) and not hooked(norm)
     return str(node.target) if fits else None
+
+
+def norm_behind(program: Program, conv: Convolution) -> str | None:
+    """The norm after one convolution of a program, for who asks of no other; a path in its part."""
+    return norm_after(Wiring(program.parts[conv.part]), [call.node for call in conv.calls])
 
 
 def activation_after(wiring: Wiring, nodes: list[str], norm: str | None) -> str | None:
