@@ -12,11 +12,12 @@ the old ones where it is then nearer to the original's answers on those images. 
 against the original's on test pages, without training (craft.py).
 
 Every method gives the most that keeps within the limit: a share of the multiply-accumulates, or of the milliseconds of
-32 images (8 pages) in eager PyTorch, both sides in inference form, median of 15 turns. A method that cannot reach a
-limit has no row there. Milliseconds, which seeds hardly change, are measured for the first seed alone, and left out by
---untimed, so that networks can be compared side by side, one thread each. Goes on where the last run ended; results go
-to benchmarks/results/compare-NETWORK.json. Training differs from machine to machine in its last bits: rows of a network
-that was trained anew go to a file of their own, --training 2.
+32 images (one page of 256 x 256) in eager PyTorch, both sides in inference form, median of 15 turns. A method that
+cannot reach a limit has no row there. Milliseconds, which seeds hardly change, are measured for the first seed alone,
+and left out by --untimed, so that networks can be compared side by side, one thread each; --limits latency measures
+nothing else. Goes on where the last run ended; results go to benchmarks/results/compare-NETWORK.json. Training differs
+from machine to machine in its last bits: rows of a network that was trained anew go to a file of their own,
+--training 2.
 """
 
 from __future__ import annotations
@@ -192,7 +193,7 @@ def craft() -> Subject:
     def judge(small: nn.Module) -> float:
         return agreement(score_maps(small, pages), reference)["f1"]
 
-    return Subject(model, seen, seen(0).batches[0], judge, ignore=(narrow,))
+    return Subject(model, seen, seen(0).first, judge, ignore=(narrow,))
 
 
 def rows(
@@ -202,6 +203,7 @@ def rows(
     *,
     untimed: bool = False,
     only: Sequence[str] = ("",),
+    limits: Sequence[Limit] = LIMITS,
 ) -> Iterator[Row]:
     best = subject.judge(subject.model)
     if any(row["how"] == "original" and abs(row["score"] - best) > SAME for row in known):
@@ -212,7 +214,7 @@ def rows(
         yield {"how": "original", "score": best, "macs": 1.0, "latency": 1.0}
     for seed in seeds:
         seen, timed = subject.seen(seed), seed == SEEDS[0] and not untimed
-        for limit in LIMITS:
+        for limit in limits:
             if limit[0] == "latency" and not timed:
                 continue
             for name, method in METHODS.items():
@@ -259,6 +261,8 @@ def main() -> None:
     parser.add_argument("--network", choices=[*networks.NETWORKS, "craft"], default="resnet20")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--only", nargs="+", default=[""], help="methods with one of these in their names")
+    keys = list(dict.fromkeys(key for key, _ in LIMITS))
+    parser.add_argument("--limits", nargs="+", choices=keys, default=keys)
     parser.add_argument("--training", type=int, default=1, help="which training of the network this is")
     parser.add_argument("--untimed", action="store_true", help="multiply-accumulates alone, for a machine not at rest")
     parser.add_argument("--summary", action="store_true", help="only show the means of the result file")
@@ -268,6 +272,7 @@ def main() -> None:
     if arguments.summary:
         print(summary(known))
         return
+    limits = [limit for limit in LIMITS if limit[0] in arguments.limits]
     subject = craft() if arguments.network == "craft" else fashion(arguments.network)
     publish(
         name,
@@ -278,7 +283,7 @@ def main() -> None:
             "not trained": lambda r: f"{r['score']:.2f}",
             "one epoch": lambda r: "" if r.get("taught") is None else f"{r['taught']:.2f}",
         },
-        rows(subject, known, arguments.seeds, untimed=arguments.untimed, only=arguments.only),
+        rows(subject, known, arguments.seeds, untimed=arguments.untimed, only=arguments.only, limits=limits),
         images=IMAGES,
         taught=TAUGHT,
         threads=torch.get_num_threads(),

@@ -31,22 +31,22 @@ def subject():
 
 
 def test_every_method_keeps_within_its_limit(monkeypatch):
-    monkeypatch.setattr(compare, "LIMITS", (("macs", 0.5),))
+    half = [("macs", 0.5)]
     monkeypatch.setattr(compare, "_time", lambda *_: 0.5)
     mine = subject()
-    found = list(compare.rows(mine, [], (0,)))
+    found = list(compare.rows(mine, [], (0,), limits=half))
     assert [r.get("method", "original") for r in found] == ["original", *compare.METHODS]
     assert all(r["macs"] <= 0.5 for r in found[1:])
     assert found[0]["score"] == 0
     best = {r["method"]: r["score"] for r in found[1:]}
     assert max(best, key=best.get) in ("ghostify, auto and narrow", "ghostify, auto", "low rank")
     assert best["ghostify, depthwise"] > best["ghost, first filters kept"]
-    assert list(compare.rows(mine, found, (0,))) == found
+    assert list(compare.rows(mine, found, (0,), limits=half)) == found
     assert all(r["latency"] == 0.5 for r in found[1:])
     monkeypatch.setattr(compare, "METHODS", {"low rank": compare.METHODS["low rank"]})
-    monkeypatch.setattr(compare, "LIMITS", (("macs", 0.5), ("latency", 0.6)))
-    *_, further = compare.rows(mine, found, (1,))
-    *_, untimed = compare.rows(mine, found[:1], (0,), untimed=True)
+    both = [*half, ("latency", 0.6)]
+    *_, further = compare.rows(mine, found, (1,), limits=both)
+    *_, untimed = compare.rows(mine, found[:1], (0,), untimed=True, limits=both)
     for row, seed in ((further, 1), (untimed, 0)):
         assert (row["how"], row["latency"]) == (f"low rank, macs 0.5, seed {seed}", None)
     assert f"| ghostify, auto and narrow | macs 0.5 | {100 * found[1]['macs']:.0f} | 50 |" in compare.summary(found)
