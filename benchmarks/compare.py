@@ -48,7 +48,7 @@ from ghostify.tracing.calls import tensors_of
 from ghostify.tracing.modes import evaluating
 from ghostify.training.distill import answers_apart
 
-IMAGES, TAUGHT, JUDGING, TIMED = 512, 10_000, 500, 32
+IMAGES, TAUGHT, JUDGING, TIMED, PAGES = 512, 10_000, 500, 32, 128
 SEEDS = (0, 1, 2)
 LIMITS = (("macs", 0.5), ("macs", 0.25), ("latency", 0.6))
 RECIPE = Recipe(epochs=1, batch=128, precision="bf16", evaluate_every=1, save_every=10_000)
@@ -188,7 +188,7 @@ def craft() -> Subject:
     reference = score_maps(model, pages)
 
     def seen(seed: int) -> rivals.Seen:
-        return rivals.Seen(calibration_pages(128, 256, seed).split(8))
+        return rivals.Seen(calibration_pages(PAGES, 256, seed).split(8))
 
     def judge(small: nn.Module) -> float:
         return agreement(score_maps(small, pages), reference)["f1"]
@@ -284,8 +284,8 @@ def main() -> None:
             "one epoch": lambda r: "" if r.get("taught") is None else f"{r['taught']:.2f}",
         },
         rows(subject, known, arguments.seeds, untimed=arguments.untimed, only=arguments.only, limits=limits),
-        images=IMAGES,
-        taught=TAUGHT,
+        images=IMAGES if subject.lessons else PAGES,
+        taught=TAUGHT if subject.lessons else 0,
         threads=torch.get_num_threads(),
     )
 

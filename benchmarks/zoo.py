@@ -271,7 +271,8 @@ def write_table(rows: list[Row]) -> None:
     lines += ["", "Dense convolutions that stay as they are at ratio 2, and other convolutions, by reason:", ""]
     reasons: Counter[str] = Counter()
     for row in whole:
-        reasons.update({re.sub(r" \(\d+\)| of \d+ maps", "", k): v for k, v in row["skipped"].items()})
+        for reason, count in row["skipped"].items():
+            reasons[re.sub(r" \(\d+\)| of \d+ maps", "", reason)] += count
     lines += ["| reason | convolutions |", "|---|---|", *(f"| {k} | {v:,} |" for k, v in reasons.most_common())]
     lines += ["", "Not good:", ""] if len(whole) < len(asked) else []
     lines += [f"- `{r['name']}`: {r['outcome']}" for r in asked if r["outcome"] != "good"]
