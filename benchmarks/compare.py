@@ -262,7 +262,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--only", nargs="+", default=[""], help="methods with one of these in their names")
     keys = list(dict.fromkeys(key for key, _ in LIMITS))
-    parser.add_argument("--limits", nargs="+", choices=keys, default=keys)
+    parser.add_argument("--limits", nargs="+", choices=keys, default=keys, help="what is limited")
     parser.add_argument("--training", type=int, default=1, help="which training of the network this is")
     parser.add_argument("--untimed", action="store_true", help="multiply-accumulates alone, for a machine not at rest")
     parser.add_argument("--summary", action="store_true", help="only show the means of the result file")

@@ -19,7 +19,8 @@ HEAD = """# Results
 
 Written by `python benchmarks/pages.py` from the files in `benchmarks/results/`. Each table names the command that
 measured it; data, seeds, images and training are told at the head of each script. Times are ratios of runs that took
-turns, on one machine of two cores but for the GPU's. Some comparisons of seeds 1 and 2 were trained on a GPU.
+turns, on one machine of two cores but for the GPU's. Of the comparisons' rows without milliseconds, most of
+seeds 1 and 2 and some of MobileNetV2's seed 0 were distilled on a GPU; in the files -2 by torch 2.11.
 """
 
 

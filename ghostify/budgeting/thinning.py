@@ -87,8 +87,8 @@ def _thinning(
     Places of a kernel count as if independent, and are brought to the size that outputs have in truth.
     """
     conv = program.conv(link.consumer.name)
-    taken_up = link.consumer.bias or norm_behind(program, link.consumer) is not None  # what is left out, on average
-    moments = Moments.centred if taken_up else Moments.raw
+    free_mean = link.consumer.bias or norm_behind(program, link.consumer) is not None  # takes up what is left out
+    moments = Moments.centred if free_mean else Moments.raw
     whole, spread = moments(halves[0] + halves[1])[0], moments(made)[0]
     metric = metric_of(felt[link.consumer.name]) if link.consumer.name in felt else None
     if metric is None:

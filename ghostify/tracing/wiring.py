@@ -56,7 +56,7 @@ def norm_after(wiring: Wiring, nodes: list[str]) -> str | None:
 
 
 def norm_behind(program: Program, conv: Convolution) -> str | None:
-    """The norm after one convolution of a program, for who asks of no other; a path in its part."""
+    """`norm_after` of one convolution of a program, as a path in its part; who asks of many keeps a `Wiring` a part."""
     return norm_after(Wiring(program.parts[conv.part]), [call.node for call in conv.calls])
 
 
