@@ -1,0 +1,1 @@
+"""Models as graphs: what their operators are."""

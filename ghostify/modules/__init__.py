@@ -1,0 +1,1 @@
+"""Modules of converted models; know no graphs."""
