@@ -25,6 +25,7 @@ from ghostify.budgeting.stopwatch import Stopwatch
 from ghostify.deploying.deploy import deploy
 from ghostify.fitting.starts import unfitted
 from ghostify.planning.plan import Plan
+from ghostify.runtimes.registry import RUNTIMES
 from ghostify.tracing.program import Program
 
 BUDGETS = (0.7, 0.8, 0.9, 0.95)
@@ -75,7 +76,7 @@ def rows(only: str, runtime: str, known: list[Row]) -> Iterator[Row]:
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--only", default="", help="models with this in their names")
-    parser.add_argument("--runtime", default="eager")
+    parser.add_argument("--runtime", default="eager", choices=RUNTIMES)
     arguments = parser.parse_args()
     name = f"budgets-{arguments.runtime}"
     publish(

@@ -1,4 +1,4 @@
-"""Milliseconds before and after, in four runtimes, both sides in their best form, beside two other methods.
+"""Milliseconds before and after, in every runtime, both sides in their best form, beside two other methods.
 
     python benchmarks/latency.py                                  the table of the README
     python benchmarks/latency.py --networks resnet50 --runtimes onnx --threads 1 --batch 8 --name other
@@ -6,8 +6,9 @@
 The original and the converted models, all by `deploy` (norms folded, channels last), each in a process of its own,
 take turns: medians of at least 30 forwards each, warmed up. Weights are random (time does not depend on them), fits
 data-free; plans by a budget are made with random weights, too. "0.55 of the time" is a budget of latency besides,
-planned for the very runtime by times measured there. Torch-Pruning cuts channels, low rank factors filters, both to
-half the multiply-accumulates. Images are 224 x 224. Goes on with the networks and runtimes that the result file lacks.
+planned for the very runtime by times measured there, where that does not take seconds of compilation a candidate.
+Torch-Pruning cuts channels, low rank factors filters, both to half the multiply-accumulates. Images are 224 x 224. Goes
+on with the networks and runtimes that the result file lacks.
 """
 
 from __future__ import annotations
@@ -28,12 +29,10 @@ from torch import Tensor, nn
 from ghostify import GhostifyError, ghostify, save
 from ghostify.budgeting.stopwatch import INPUTS, ask, start, stop, store
 from ghostify.deploying.deploy import deploy
-from ghostify.deploying.runtimes import RUNTIMES
 from ghostify.planning.cost import count_macs
+from ghostify.runtimes.registry import RUNTIMES
 
 NETWORKS = ("vgg16_bn", "resnet18", "resnet34", "resnet50", "densenet121", "mobilenet_v2")
-PYTORCH = ("eager", "compile")
-PLANNED = ("eager", "onnx", "openvino")  # torch.compile takes seconds a candidate
 HALF, QUICK = 0.5, 0.55
 FORMS: dict[str, Callable[[nn.Module, Tensor, str], nn.Module]] = {
     "original": lambda model, *_: ghostify(model, 1),
@@ -63,7 +62,7 @@ def build(network: str) -> nn.Module:
 def stored(model: nn.Module, runtime: str, x: Tensor, folder: Path) -> Path:
     """The model's inference form, as a process of that runtime opens it."""
     small = deploy(model, x)
-    if runtime not in PYTORCH:
+    if not RUNTIMES[runtime].loads_folders:
         return store(small, runtime, x, folder)
     folder.mkdir()
     np.savez(folder / INPUTS, x.numpy())
@@ -100,7 +99,7 @@ def rows(
         made = {form: FORMS[form](build(network), x[:1], "") for form in ("original", *forms) if form != TIMED}
         for runtime in missing:
             models = dict(made)
-            if TIMED in forms and runtime in PLANNED:
+            if TIMED in forms and not RUNTIMES[runtime].compiles_slowly:
                 try:
                     models[TIMED] = FORMS[TIMED](build(network), x[:1], runtime)
                 except GhostifyError as error:

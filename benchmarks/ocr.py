@@ -33,12 +33,12 @@ from torch import Tensor, nn
 from ghostify import ghostify
 from ghostify.deploying.deploy import deploy
 from ghostify.deploying.export import write
-from ghostify.deploying.runtimes import FORMAT_OF, RUNTIMES, channels_last, runner
 from ghostify.planning.cost import count_macs
+from ghostify.runtimes.registry import RUNTIMES, load_runner
+from ghostify.runtimes.tensors import to_channels_last
 
 PAGES, SIZE, SEED, TURNS = 12, 640, 0, 3
 QUICK = {"macs": 0.5, "latency": 0.55}
-PLANNED = ("onnx", "openvino")
 THRESHOLDS = {"text_threshold": 0.7, "link_threshold": 0.4, "low_text": 0.4}  # EasyOCR's own
 FITTED = {"images": 128, "size": 256}
 
@@ -55,10 +55,11 @@ class Detector(nn.Module):
 
 
 def opened(small: nn.Module, runtime: str, x: Tensor, folder: Path) -> Detector:
-    if runtime == "eager":
-        return Detector(lambda image: small(channels_last(image))[0])
+    if RUNTIMES[runtime].is_in_process:
+        return Detector(lambda image: small(to_channels_last(image))[0])
     folder.mkdir()
-    run = runner(write(small, (x,), folder, FORMAT_OF[runtime]), torch.get_num_threads(), alone=False)
+    file = write(small, (x,), folder, RUNTIMES[runtime])
+    run = load_runner(file, torch.get_num_threads(), runtime=runtime, exclusive=False)
     return Detector(lambda image: run(image)[0])
 
 
@@ -115,9 +116,9 @@ def rows() -> Iterator[Row]:
     reader = easyocr.Reader(["en"], gpu=False, model_storage_directory=folder, download_enabled=False, verbose=False)
     reference = judged(reader, {"as it comes": reader.detector}, pages)["as it comes"]
     yield _row("eager, as it comes", 1.0, reference, reference, reference)
-    for runtime in (r for r in RUNTIMES if r != "compile"):
+    for runtime in (name for name, r in RUNTIMES.items() if not r.compiles_slowly):
         models = {"original": model, "half the MACs": half}
-        if runtime in PLANNED:
+        if not RUNTIMES[runtime].is_in_process:
             planned = ghostify(model, budget=QUICK, runtime=runtime, example_inputs=x, **wish)
             models["half the MACs, 0.55 of the time"] = planned
         with tempfile.TemporaryDirectory() as place:

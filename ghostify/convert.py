@@ -45,9 +45,9 @@ def ghostify(
     `ratio`, `dw_size`, `cheap`, `activated`, `narrow`, `targets` and `ignore` make up one `Rule` (see there); `policy`
     replaces them. Without targets, every dense convolution but the first is rewritten. A `budget` such as
     {"macs": 0.5} - a share of the original's up to 1, a number above; also "params", and "latency", measured on this
-    machine in `runtime` ("eager", "compile", "onnx", "openvino") - replaces the ratio by one for each layer, and needs
-    `example_inputs`. With {"max_drop": 0.5} it is as cheap as `evaluate`, which says how good a model is, allows: at
-    most so far below the original (see `plan_for_drop`).
+    machine in `runtime` ("eager", "compile", "onnx", "openvino", "aotinductor") - replaces the ratio by one for each
+    layer, and needs `example_inputs`. With {"max_drop": 0.5} it is as cheap as `evaluate`, which says how good a model
+    is, allows: at most so far below the original (see `plan_for_drop`).
     `calibration` yields batches, in whatever form the model's forward takes; each layer is then fitted to the
     original's outputs on them, otherwise the fit is data-free. `reconstruct` then takes gradient steps, block by block,
     towards the original's outputs on the same batches. `example_inputs` adds shapes and MACs to the report. Raises

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from ghostify import load
+from ghostify.runtimes.registry import EXPORT_FORMATS, RUNTIMES
 from tests import nets
 
 ROOT = Path(__file__).parent.parent
@@ -192,8 +193,14 @@ def test_doctor_names_versions_and_runtimes():
     done = run("doctor")
     assert done.returncode == 0, done.stderr
     assert torch.__version__ in done.stdout
-    assert all(f"runtime {name}" in done.stdout for name in ("eager", "compile", "onnx", "openvino"))
+    assert all(f"runtime {name}" in done.stdout for name in RUNTIMES)
     assert json.loads(run("doctor", "--json").stdout)["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(("verb", "names"), [("plan", RUNTIMES), ("report", RUNTIMES), ("export", EXPORT_FORMATS)])
+def test_help_lists_runtimes_and_formats(verb, names):
+    text = "".join(run(verb, "--help").stdout.replace("│", "").split())
+    assert ",".join(names) in text
 
 
 BRANCHING = """

@@ -7,5 +7,5 @@ def test_what_is_missing_is_named_with_its_remedy(monkeypatch):
     found = doctor.findings()
     assert found["extra export"] == "no-such-package not installed: pip install 'ghostify[export]'"
     assert found["Fashion-MNIST"] == "not on this machine"
-    assert found["runtime onnx"].startswith("onnx 1.")
+    assert found["runtime onnx"].startswith("onnxruntime 1.")
     assert {"python", "torch", "timm", "accelerator", "threads of PyTorch"} <= set(found)

@@ -91,7 +91,7 @@ def test_time_is_that_of_the_gpu(monkeypatch, tmp_path):
 
 def test_a_runtime_of_the_cpu_is_refused():
     pytest.importorskip("onnxruntime")
-    with pytest.raises(GhostifyError, match="runtime 'onnx' is timed on the CPU"):
+    with pytest.raises(GhostifyError, match="runtime 'onnx': is timed on the CPU"):
         ghostify(on_gpu(nets.Straight), budget={"latency": 0.8}, runtime="onnx", example_inputs=X.cuda())
 
 

@@ -89,9 +89,9 @@ def plan_within(
 
     `budget` limits "macs", "params" and "latency", alone or together: as a share of the original's if at most 1, else
     as a number, of milliseconds for one forward of the example inputs. It takes the place of the rules' ratios.
-    Latencies are those of the inference form in `runtime` ("eager", "compile", "onnx" or "openvino"), layer by layer,
-    measured on this machine (see `measure`); with one, no layer is rewritten that does not get faster. `program` needs
-    shapes. Raises `GhostifyError` for a budget out of reach, saying what is within reach.
+    Latencies are those of the inference form in `runtime` (see `ghostify`), layer by layer, measured on this machine
+    (see `measure`); with one, no layer is rewritten that does not get faster. `program` needs shapes. Raises
+    `GhostifyError` for a budget out of reach, saying what is within reach.
     """
     check(budget)
     with Stopwatch(runtime) as clock:

@@ -20,25 +20,32 @@ from torch import nn
 
 from ghostify import evaluate
 from ghostify.deploying.export import write
-from ghostify.deploying.runtimes import FORMAT_OF, FORMATS, channels_last, known_runtime, runner
-from ghostify.deploying.sketch import sketch
 from ghostify.errors import GhostifyError
+from ghostify.runtimes.registry import (
+    Runtime,
+    check_supported,
+    get_runtime,
+    installed_version,
+    load_runner,
+    require_runtime,
+)
+from ghostify.runtimes.tensors import to_channels_last
 from ghostify.tracing.calls import as_arguments, tensors_of
 
 ROUNDS = 15
 INPUTS = "inputs.npz"
-UNSTORED = (torch.bfloat16,)  # what NumPy does not know
 
 
 class Stopwatch:
     """A context in which inference forms are timed in one runtime, with the present number of threads.
 
-    "eager" runs in this process, on the device of the example; "compile", "onnx" and "openvino" on the CPU, in one that
-    lives as long as the context, so that no runtime's threads disturb another's.
+    "eager" runs in this process, on the device of the example; all others on the CPU, in a process that lives as long
+    as the context, so that no runtime's threads disturb another's. `version` is part of the keys of measured latencies.
     """
 
     def __init__(self, runtime: str = "eager") -> None:
-        self.runtime, self.version = runtime, known_runtime(runtime)
+        self.runtime: Runtime = require_runtime(runtime)
+        self.version = f"{self.runtime.name} {installed_version(self.runtime)}"
         self.process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Stopwatch:
@@ -53,35 +60,25 @@ class Stopwatch:
 
     def milliseconds(self, small: Sequence[nn.Module], examples: Sequence[Any], rounds: int = ROUNDS) -> list[float]:
         """Median milliseconds of one forward of each inference form (see `deploy`) on its example, by turns."""
-        if self.runtime == "eager":
-            return evaluate.paired_milliseconds(small, channels_last(list(examples)), rounds=rounds)
-        if any(v.device.type != "cpu" for x in examples for v in tensors_of(x)):
-            raise GhostifyError(
-                f"runtime {self.runtime!r} is timed on the CPU: use runtime 'eager' on a GPU, or move model and "
-                f"example_inputs to the CPU"
-            )
-        if any(v.dtype in UNSTORED for x in examples for v in tensors_of(x)):
-            raise GhostifyError(f"runtime {self.runtime!r} is timed in float32: convert model.float() with such inputs")
+        for example in examples:
+            check_supported(self.runtime, example)
+        if self.runtime.is_in_process:
+            return evaluate.paired_milliseconds(small, [_laid_out(x, self.runtime) for x in examples], rounds=rounds)
         with tempfile.TemporaryDirectory() as folder:
             both = enumerate(zip(small, examples, strict=True))
-            files = [store(m, self.runtime, x, Path(folder) / str(k)) for k, (m, x) in both]
+            files = [store(m, self.runtime.name, x, Path(folder) / str(k)) for k, (m, x) in both]
             if self.process is None:
-                self.process = start(self.runtime, torch.get_num_threads())
+                self.process = start(self.runtime.name, torch.get_num_threads())
             return [statistics.median(own) for own in ask(self.process, files, rounds)]
 
 
 def store(small: nn.Module, runtime: str, example: Any, folder: Path) -> Path:
     """Write an inference form, and the example inputs beside it, for a process of `start`; returns the file."""
-    args, kwargs = as_arguments(example)
-    if kwargs:
-        raise GhostifyError(f"runtime {runtime!r} takes no keyword inputs: pass example_inputs as a tuple")
+    chosen, (args, _) = get_runtime(runtime), as_arguments(example)
+    check_supported(chosen, example)
     folder.mkdir(parents=True)
     np.savez(folder / INPUTS, *[x.numpy() for x in tensors_of(args)])
-    format = FORMAT_OF[runtime]
-    drawn = folder / FORMATS["onnx"]
-    if format in ("onnx", "openvino") and sketch(small, args, drawn):
-        return drawn
-    return write(small, args, folder, format)
+    return write(small, args, folder, chosen, for_timing=True)
 
 
 def start(runtime: str, threads: int) -> subprocess.Popen[str]:
@@ -135,10 +132,15 @@ def serve(runtime: str, threads: int, requests: Iterable[str]) -> None:
 
 
 def _open(file: Path, runtime: str, threads: int, alone: bool) -> partial[Any]:
-    forward = runner(file, threads, runtime=runtime, alone=alone)
+    forward = load_runner(file, threads, runtime=runtime, exclusive=alone)
     with np.load(file.with_name(INPUTS)) as found:
         inputs = [torch.from_numpy(found[name]) for name in found.files]
-    return partial(forward, *(inputs if runtime in ("onnx", "openvino") else channels_last(inputs)))
+    return partial(forward, *_laid_out(inputs, get_runtime(runtime)))
+
+
+def _laid_out(values: Any, runtime: Runtime) -> Any:
+    """Inputs in the memory format that the runtime is timed on."""
+    return to_channels_last(values) if runtime.is_channels_last else values
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from ghostify.command.options import (
     Calibration,
     Cheap,
     DwSize,
+    Format,
     Ignore,
     Images,
     Model,
@@ -60,6 +61,7 @@ from ghostify.reporting.present import write_report
 from ghostify.reporting.study import draw, study
 from ghostify.reporting.study import table as study_table
 from ghostify.reporting.verdict import judge
+from ghostify.runtimes.registry import RUNTIMES
 from ghostify.storing import checkpoint
 from ghostify.tracing.trace import trace
 from ghostify.training.finetune import finetune as tune
@@ -246,7 +248,7 @@ def finetune(
 @app.command(name="export")
 def export_command(
     folder: Annotated[Path, typer.Argument(help="a folder that `ghostify convert` wrote")],
-    format: Annotated[str, typer.Option(help="onnx, openvino, or pt2 (torch.export's file)")] = "onnx",
+    format: Format = "onnx",
     output: Annotated[Path | None, typer.Option(help="folder to write; absent: the same")] = None,
     input_size: Size = None,
     allow: Allow = None,
@@ -356,7 +358,7 @@ def report_command(
         list[str] | None, typer.Option(help="whose maps to show; absent: those that cost the most")
     ] = None,
     frontier: Annotated[Path | None, typer.Option(help="a curve that `ghostify plan --frontier` wrote")] = None,
-    runtime: Annotated[str, typer.Option(help="where to time: eager, compile, onnx, openvino, or none")] = "eager",
+    runtime: Annotated[str, typer.Option(help=f"runtime to time in: {', '.join(RUNTIMES)}, or none")] = "eager",
     allow: Allow = None,
     as_json: AsJson = False,
 ) -> None:

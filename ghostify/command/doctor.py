@@ -11,8 +11,8 @@ import torch
 
 from ghostify.budgeting.measure import cache_file, processor
 from ghostify.data.datasets import fashion_mnist_folder
-from ghostify.deploying.runtimes import RUNTIMES, known_runtime
 from ghostify.errors import GhostifyError
+from ghostify.runtimes.registry import RUNTIMES, installed_version, require_runtime
 from ghostify.storing.checkpoint import versions
 
 EXTRAS = {
@@ -41,7 +41,8 @@ def findings() -> dict[str, Any]:
 
 def _runtime(name: str) -> str:
     try:
-        return known_runtime(name)
+        runtime = require_runtime(name)
+        return f"{runtime.package} {installed_version(runtime)}"
     except GhostifyError as error:
         return str(error)
 

@@ -11,6 +11,7 @@ import typer
 from ghostify.data import sources
 from ghostify.errors import GhostifyError
 from ghostify.planning.policy import Policy, Rule
+from ghostify.runtimes.registry import EXPORT_FORMATS, RUNTIMES
 from ghostify.training.finetune import Recipe
 
 Model = Annotated[str, typer.Argument(help="timm:NAME, torchvision:NAME or module.path:callable")]
@@ -42,7 +43,8 @@ Budget = Annotated[
         "max_drop=0.5, in place of the ratio; best with --cheap auto"
     ),
 ]
-Runtime = Annotated[str, typer.Option(help="where latency is measured: eager, compile, onnx or openvino")]
+Runtime = Annotated[str, typer.Option(help=f"runtime that latency is measured in: {', '.join(RUNTIMES)}")]
+Format = Annotated[str, typer.Option(help=f"export format: {', '.join(EXPORT_FORMATS)}")]
 Calibration = Annotated[
     Path | None, typer.Option(help="folder of images, or .npy, .npz, .safetensors; absent: data-free")
 ]

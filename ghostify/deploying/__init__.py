@@ -1,1 +1,1 @@
-"""The inference form, its files, and the runtimes that run them."""
+"""The inference form and its files."""

@@ -1,9 +1,8 @@
-"""The inference form as a file for another runtime, checked there: ONNX, OpenVINO, or torch.export's own."""
+"""The inference form as a file for another runtime, checked there."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import logging
 import shutil
 import tempfile
@@ -13,30 +12,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch import nn
 
 from ghostify.deploying.deploy import deploy
-from ghostify.deploying.runtimes import FORMATS, runner
 from ghostify.errors import GhostifyError
+from ghostify.runtimes.registry import EXPORT_FORMATS, Runtime, check_supported
+from ghostify.runtimes.tensors import with_batch_of_two
 from ghostify.tracing.calls import as_arguments, tensors_of
 
 TOLERANCE = 1e-3
 
 
 def export(model: nn.Module, path: str | Path, *, format: str, example_inputs: Any) -> Path:
-    """Write the inference form of a model (see `deploy`) to a folder: "onnx", "openvino" or "pt2"; returns the file.
+    """Write the inference form of a model (see `deploy`) to a folder: "onnx", "openvino", "pt2" or "aotinductor";
+    returns the file.
 
     The size of a batch stays free; heights and widths are those of `example_inputs`. Every file is run by its own
     runtime and compared with PyTorch, to 1e-3 of the largest answer. Raises `GhostifyError` for a format whose packages
     are not installed (pip install 'ghostify[export]'), a model that cannot be exported, or a file that answers
     otherwise; nothing is written then.
     """
-    if format not in FORMATS:
-        raise GhostifyError(f"format {format!r} is unknown: use {', '.join(FORMATS)}")
+    if format not in EXPORT_FORMATS:
+        raise GhostifyError(f"format {format!r}: is unknown. Use {', '.join(EXPORT_FORMATS)}.")
+    runtime = EXPORT_FORMATS[format]
     args, kwargs = as_arguments(example_inputs)
     if kwargs:
-        raise GhostifyError("models with keyword inputs cannot be exported: pass example_inputs as a tuple")
+        raise GhostifyError("export: models with keyword inputs are not supported. Pass example_inputs as a tuple.")
+    check_supported(runtime, None)
     small = deploy(model, example_inputs)
     folder = Path(path)
     if folder.is_file():
@@ -44,64 +46,39 @@ def export(model: nn.Module, path: str | Path, *, format: str, example_inputs: A
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=".export-", dir=folder.parent))
     try:
-        _check(small, args, write(small, args, fresh, format), format)
+        file = write(small, args, fresh, runtime)
+        _check(small, args, file, runtime)
         folder.mkdir(exist_ok=True)
         for written in fresh.iterdir():
             written.replace(folder / written.name)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-    return folder / FORMATS[format]
+    return folder / file.name
 
 
-def write(small: nn.Module, args: tuple[Any, ...], folder: Path, format: str) -> Path:
-    """Write an inference form into a folder, unchecked; returns the file."""
-    file = folder / FORMATS[format]
+def write(small: nn.Module, args: tuple[Any, ...], folder: Path, runtime: Runtime, *, for_timing: bool = False) -> Path:
+    """Write an inference form for a runtime into a folder, unchecked; returns the file."""
     try:
         with _quiet():
-            _write(small, args, file, format)
+            return (runtime.write_for_timing if for_timing else runtime.write)(small, args, folder)
     except ImportError as error:
-        raise GhostifyError(f"{format} needs {error.name}: pip install 'ghostify[export]'") from error
+        missing = f"format {runtime.format!r}: needs {error.name}"
+        raise GhostifyError(f"{missing}. Run pip install 'ghostify[export]'.") from error
     except Exception as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise GhostifyError(f"the model cannot be exported as {format}: {reason}") from error
-    return file
+        raise GhostifyError(f"the model cannot be exported as {runtime.format}: {reason}") from error
 
 
-def _write(small: nn.Module, args: tuple[Any, ...], file: Path, format: str) -> None:
-    program = torch.export.export(small, _doubled(args), dynamic_shapes=_free_batch(args), strict=False)
-    if format == "pt2":
-        torch.export.save(program, file)
-        return
-    importlib.import_module("onnxscript")
-    onnx = file.with_suffix(".onnx")
-    torch.onnx.export(program, f=str(onnx), dynamo=True, verbose=False, external_data=False)
-    if format == "openvino":
-        openvino = importlib.import_module("openvino")
-        openvino.save_model(openvino.convert_model(str(onnx)), str(file), compress_to_fp16=False)
-        onnx.unlink()
-
-
-def _free_batch(args: tuple[Any, ...]) -> Any:
-    """The first dimension of every tensor is the batch."""
-    batch = torch.export.Dim("batch", min=1)
-    return tree_map_only(Tensor, lambda t: {0: batch} if t.dim() else {}, args)
-
-
-def _doubled(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A batch of one would be taken for a constant."""
-    return tuple(tree_map_only(Tensor, lambda t: torch.cat((t, t)) if t.dim() and len(t) == 1 else t, args))
-
-
-def _check(small: nn.Module, args: tuple[Any, ...], file: Path, format: str) -> None:
-    run = runner(file)
-    for given in (args, _doubled(args)):
+def _check(small: nn.Module, args: tuple[Any, ...], file: Path, runtime: Runtime) -> None:
+    run = runtime.load(file, None, True)
+    for given in (args, with_batch_of_two(args)):
         with torch.no_grad():
             wanted = tensors_of(small(*given))
         for a, b in zip(wanted, run(*given), strict=True):
             difference, largest = (a - b).abs().max().item(), a.abs().max().item()
             if not difference <= TOLERANCE * largest:
                 raise GhostifyError(
-                    f"the {format} file is {difference:.2g} off PyTorch's answers, which reach {largest:.2g}: "
+                    f"the {runtime.format} file is {difference:.2g} off PyTorch's answers, which reach {largest:.2g}: "
                     f"use another format, and report this"
                 )
 

@@ -22,11 +22,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from ghostify.data.lessons import Lessons, Order, Seeded
-from ghostify.deploying.runtimes import channels_last
 from ghostify.errors import GhostifyError
 from ghostify.ghost import GhostModule
 from ghostify.graph.batchnorm import has_running_statistics
 from ghostify.report import report
+from ghostify.runtimes.tensors import to_channels_last
 from ghostify.tracing.calls import tensors_of
 from ghostify.training.distill import answers_apart, features_apart
 from ghostify.training.records import Records
@@ -218,7 +218,7 @@ class _Training:
         torch.manual_seed(int(drawn[0]))
         np.random.seed(drawn)
         self.schedule.step_update(step)
-        images, labels = channels_last([v.to(self.accelerator.device) for v in batch])
+        images, labels = to_channels_last([v.to(self.accelerator.device) for v in batch])
         losses = self._losses(images, labels)
         self.optimizer.zero_grad()
         self.accelerator.backward(losses["loss"])

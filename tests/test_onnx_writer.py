@@ -6,9 +6,9 @@ from torch import nn
 
 from ghostify.budgeting.measure import _made
 from ghostify.deploying.deploy import deploy
-from ghostify.deploying.runtimes import runner
-from ghostify.deploying.sketch import sketch
 from ghostify.ghost import Layout
+from ghostify.runtimes.onnx_writer import write_onnx
+from ghostify.runtimes.registry import load_runner
 from tests import nets
 
 LAYOUTS = [None, Layout(80, 40, 1, 3), Layout(80, 70, 1, 5), Layout(80, 70, 70, 1), Layout(80, 20, 20, 1)]
@@ -18,14 +18,14 @@ LAYOUTS = [None, Layout(80, 40, 1, 3), Layout(80, 70, 1, 5), Layout(80, 70, 70, 
     st.sampled_from(LAYOUTS), st.integers(1, 2), st.integers(0, 2), st.integers(1, 2), st.sampled_from([1, 3, (1, 3)])
 )
 @settings(max_examples=25, deadline=None)
-def test_drawn_layers_answer_as_pytorch_does(tmp_path_factory, layout, stride, padding, dilation, kernel):
-    folder = tmp_path_factory.mktemp("drawn")
+def test_written_layers_compute_what_pytorch_does(tmp_path_factory, layout, stride, padding, dilation, kernel):
+    folder = tmp_path_factory.mktemp("written")
     conv = nn.Conv2d(6, 80, kernel, stride=stride, padding=padding, dilation=dilation)
     x = torch.randn(2, 6, 9, 9)
     small, _ = _made((conv, layout), tuple(x.shape))
-    assert sketch(small, (x,), folder / "model.onnx")
+    assert write_onnx(small, (x,), folder / "model.onnx")
     for runtime in ("onnx", "openvino"):
-        found = runner(folder / "model.onnx", 1, runtime=runtime)(x)[0]
+        found = load_runner(folder / "model.onnx", 1, runtime=runtime)(x)[0]
         torch.testing.assert_close(found, small(x), rtol=1e-3, atol=1e-4)
 
 
@@ -37,8 +37,8 @@ def test_drawn_layers_answer_as_pytorch_does(tmp_path_factory, layout, stride, p
         nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"),
     ],
 )
-def test_what_cannot_be_drawn_is_left_to_the_exporter(model, tmp_path):
+def test_other_graphs_are_left_to_the_exporter(model, tmp_path):
     x = nets.images(1)
-    assert not sketch(deploy(nn.Sequential(model).eval(), x), (x,), tmp_path / "model.onnx")
-    assert not sketch(nn.Identity(), (x,), tmp_path / "model.onnx")
+    assert not write_onnx(deploy(nn.Sequential(model).eval(), x), (x,), tmp_path / "model.onnx")
+    assert not write_onnx(nn.Identity(), (x,), tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Inference forms of a few layers as ONNX files, node by node: thousands of candidates are too many for an exporter."""
+"""Inference forms of a few layers as ONNX files, node by node: an exporter is too slow for thousands of candidates."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from ghostify.tracing.program import called
 OPSET = 18
 
 
-def sketch(small: nn.Module, example: tuple[Any, ...], file: Path) -> bool:
+def write_onnx(deployed: nn.Module, example: tuple[Any, ...], file: Path) -> bool:
     """Write an inference form of plain convolutions, ReLU, concatenation and the like as an ONNX file.
 
     Returns False, and writes nothing, for whatever has other nodes in it. Sizes are those of `example`.
     """
-    if not isinstance(small, fx.GraphModule) or not all(isinstance(x, Tensor) and x.dim() == 4 for x in example):
+    if not isinstance(deployed, fx.GraphModule) or not all(isinstance(x, Tensor) and x.dim() == 4 for x in example):
         return False
     onnx = importlib.import_module("onnx")
-    drawing = _Drawing(small, onnx)
-    if not all(drawing.draw(node) for node in small.graph.nodes):
+    builder = _OnnxBuilder(deployed, onnx)
+    if not all(builder.append(node) for node in deployed.graph.nodes):
         return False
     float32, helper = onnx.TensorProto.FLOAT, onnx.helper
     inputs = [
         helper.make_tensor_value_info(name, float32, list(x.shape))
-        for name, x in zip(drawing.inputs, example, strict=True)
+        for name, x in zip(builder.inputs, example, strict=True)
     ]
     with torch.no_grad():
-        shape = list(small(*example).shape)
-    outputs = [helper.make_tensor_value_info(drawing.output, float32, shape)]
-    graph = helper.make_graph(drawing.nodes, "layer", inputs, outputs, drawing.constants)
+        shape = list(deployed(*example).shape)
+    outputs = [helper.make_tensor_value_info(builder.output, float32, shape)]
+    graph = helper.make_graph(builder.nodes, "layer", inputs, outputs, builder.constants)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10), file)
     return True
 
 
-class _Drawing:
-    """ONNX nodes and constants of a graph, drawn one by one under the graph's own names."""
+class _OnnxBuilder:
+    """ONNX nodes and constants of a graph, added one by one under the graph's own names."""
 
     def __init__(self, module: fx.GraphModule, onnx: Any) -> None:
         self.module, self.onnx = module, onnx
@@ -50,8 +50,8 @@ class _Drawing:
         self.inputs: list[str] = []
         self.output = ""
 
-    def draw(self, node: fx.Node) -> bool:
-        """Whether the node could be drawn."""
+    def append(self, node: fx.Node) -> bool:
+        """Whether the node could be written."""
         if node.op == "placeholder":
             self.inputs.append(node.name)
         elif node.op == "output":

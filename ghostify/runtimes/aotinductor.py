@@ -1,0 +1,60 @@
+"""AOTInductor: compiled once by Inductor and the C++ compiler, into a file for this kind of processor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from ghostify.runtimes.pytorch import export_program, missing_compiler, module_runner
+from ghostify.runtimes.tensors import Runner, to_channels_last, unsupported_by_worker
+
+LAYOUT_KEY, CHANNELS_LAST, CONTIGUOUS = "ghostify_images", "channels_last", "contiguous"
+
+
+@dataclass(frozen=True)
+class AotInductor:
+    """See `Runtime`. A file reads images in the one memory layout that it was written for, without a check; the layout
+    is noted in it, and `load` converts to it."""
+
+    name: str = "aotinductor"
+    package: str = "torch"
+    format: str = "aotinductor"
+    suffix: str = ".aoti.pt2"
+    is_in_process: bool = False
+    is_channels_last: bool = True
+    loads_folders: bool = False
+    compiles_slowly: bool = True
+
+    def unsupported(self, example: Any) -> str | None:
+        return unsupported_by_worker(example) or missing_compiler()
+
+    def write(self, deployed: nn.Module, args: tuple[Any, ...], folder: Path) -> Path:
+        return _compile(deployed, _contiguous(args), folder / f"model{self.suffix}", CONTIGUOUS)
+
+    def write_for_timing(self, deployed: nn.Module, args: tuple[Any, ...], folder: Path) -> Path:
+        return _compile(deployed, to_channels_last(args), folder / f"model{self.suffix}", CHANNELS_LAST)
+
+    def load(self, file: Path, threads: int | None, _exclusive: bool) -> Runner:
+        package = torch._inductor.aoti_load_package(str(file))
+        layout = to_channels_last if package.get_metadata().get(LAYOUT_KEY) == CHANNELS_LAST else _contiguous
+        run = module_runner(package, threads)
+        return lambda *inputs: run(*layout(inputs))
+
+
+def _compile(deployed: nn.Module, args: tuple[Any, ...], file: Path, layout: str) -> Path:
+    """Compile for inputs laid out as `args` are; any number of threads may run it."""
+    settings = {"freezing": True, "cpp.dynamic_threads": True, "aot_inductor.metadata": {LAYOUT_KEY: layout}}
+    with torch.no_grad():
+        program = export_program(deployed, args)
+        torch._inductor.aoti_compile_and_package(program, package_path=str(file), inductor_configs=settings)
+    return file
+
+
+def _contiguous(values: Any) -> Any:
+    """The same values, all laid out in the order of their dimensions."""
+    return tree_map_only(Tensor, Tensor.contiguous, values)

@@ -1,0 +1,47 @@
+"""Eager PyTorch: node by node in this process, on any device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ghostify.runtimes.pytorch import export_program, module_runner
+from ghostify.runtimes.tensors import Runner
+from ghostify.storing.checkpoint import load
+
+
+@dataclass(frozen=True)
+class Eager:
+    """See `Runtime`. Its files are torch.export's, which PyTorch loads without ghostify."""
+
+    name: str = "eager"
+    package: str = "torch"
+    format: str = "pt2"
+    suffix: str = ".pt2"
+    is_in_process: bool = True
+    is_channels_last: bool = True
+    loads_folders: bool = True
+    compiles_slowly: bool = False
+
+    def unsupported(self, _: Any) -> str | None:
+        return None
+
+    def write(self, deployed: nn.Module, args: tuple[Any, ...], folder: Path) -> Path:
+        file = folder / f"model{self.suffix}"
+        torch.export.save(export_program(deployed, args), file)
+        return file
+
+    def write_for_timing(self, deployed: nn.Module, args: tuple[Any, ...], folder: Path) -> Path:
+        return self.write(deployed, args, folder)
+
+    def load(self, file: Path, threads: int | None, _exclusive: bool) -> Runner:
+        return module_runner(load_module(file), threads)
+
+
+def load_module(file: Path) -> nn.Module:
+    """The module in torch.export's file, or in a folder that `save` wrote."""
+    return load(file).eval() if file.is_dir() else torch.export.load(file).module()

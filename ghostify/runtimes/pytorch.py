@@ -1,0 +1,43 @@
+"""What the runtimes of PyTorch share: torch.export's program, running a module, the compiler that Inductor needs."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.utils._pytree import tree_map_only
+
+from ghostify.runtimes.tensors import Runner, with_batch_of_two
+from ghostify.tracing.calls import tensors_of
+
+
+def export_program(deployed: nn.Module, args: tuple[Any, ...]) -> ExportedProgram:
+    """The inference form as torch.export's program; the first dimension of every tensor is the batch, and free."""
+    batch = torch.export.Dim("batch", min=1)
+    free_batch = tree_map_only(Tensor, lambda t: {0: batch} if t.dim() else {}, args)
+    return torch.export.export(deployed, with_batch_of_two(args), dynamic_shapes=free_batch, strict=False)
+
+
+def module_runner(module: Callable[..., Any], threads: int | None) -> Runner:
+    """A function that runs a module without gradients; sets the threads of this whole process."""
+    if threads and threads != torch.get_num_threads():
+        torch.set_num_threads(threads)
+
+    def run(*inputs: Tensor) -> list[Tensor]:
+        with torch.no_grad():
+            return tensors_of(module(*inputs))
+
+    return run
+
+
+def missing_compiler() -> str | None:
+    """That Inductor finds no C++ compiler on this machine, and the remedy."""
+    try:
+        importlib.import_module("torch._inductor.cpp_builder").get_cpp_compiler()
+    except Exception as error:
+        return f"finds no C++ compiler ({type(error).__name__}). Install one, such as g++, or name it in CXX."
+    return None

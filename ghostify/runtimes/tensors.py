@@ -1,0 +1,40 @@
+"""Tensors on their way into a runtime: which ones can leave PyTorch's process, and their memory layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from ghostify.tracing.calls import as_arguments, tensors_of
+
+Runner = Callable[..., list[Tensor]]
+UNKNOWN_TO_NUMPY = (torch.bfloat16,)
+
+
+def unsupported_by_worker(example: Any) -> str | None:
+    """Why inputs cannot be stored for a worker process that runs on the CPU, and the remedy."""
+    args, kwargs = as_arguments(example)
+    tensors = tensors_of((args, kwargs))
+    if any(t.device.type != "cpu" for t in tensors):
+        remedy = "Use runtime 'eager' on a GPU, or move model and example_inputs to the CPU."
+        return f"is timed on the CPU. {remedy}"
+    if any(t.dtype in UNKNOWN_TO_NUMPY for t in tensors):
+        return "is timed in float32. Convert model.float() with such inputs."
+    if kwargs:
+        return "takes no keyword inputs. Pass example_inputs as a tuple."
+    return None
+
+
+def to_channels_last(values: Any) -> Any:
+    """The same values, images among them laid out N x H x W x C."""
+    last = torch.channels_last
+    return tree_map_only(Tensor, lambda t: t.contiguous(memory_format=last) if t.dim() == 4 else t, values)
+
+
+def with_batch_of_two(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same inputs, a batch of one repeated: exporters take a size of one for a constant."""
+    return tuple(tree_map_only(Tensor, lambda t: torch.cat((t, t)) if t.dim() and len(t) == 1 else t, args))
