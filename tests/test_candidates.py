@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from ghostify.budgeting import candidates, profile
 from ghostify.budgeting.candidates import _Losses
 from ghostify.budgeting.profile import Profile
-from ghostify.ghost import Layout, intrinsic_maps
+from ghostify.modules.layout import Depthwise, GhostLayout, intrinsic_count
 
 
 def test_few_images_are_not_taken_to_be_simple():
@@ -29,8 +29,8 @@ def test_a_depthwise_layout_loses_no_less_than_hoped(n, ratio, seed):
         def costs(self, weights):
             return torch.rand(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * weights
 
-    m = intrinsic_maps(n, ratio)
+    m = intrinsic_count(n, ratio)
     assume(m < n)
     losses = _Losses(Profile((torch.eye(n, dtype=torch.float64),), Maps(), torch.eye(n, dtype=torch.float64)), 3)
-    layout = Layout(n, m, 1, 3)
+    layout = GhostLayout(n, m, Depthwise(3))
     assert losses.least(layout) <= losses.of(layout) + 1e-12

@@ -8,12 +8,12 @@ from ghostify import trace
 from ghostify.budgeting import measure
 from ghostify.budgeting.measure import model_milliseconds, paired
 from ghostify.budgeting.stopwatch import Stopwatch
-from ghostify.ghost import Layout
+from ghostify.modules.layout import Depthwise, GhostLayout, Pointwise
 from ghostify.planning import cost
 from ghostify.planning.cost import count_macs
 from tests import nets
 
-FORMS = [None, Layout(16, 8, 1, 3), Layout(16, 4, 4, 1)]
+FORMS = [None, GhostLayout(16, 8, Depthwise(3)), GhostLayout(16, 4, Pointwise())]
 
 
 @pytest.fixture

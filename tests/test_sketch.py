@@ -8,10 +8,16 @@ from ghostify.budgeting.measure import _made
 from ghostify.deploying.deploy import deploy
 from ghostify.deploying.runtimes import runner
 from ghostify.deploying.sketch import sketch
-from ghostify.ghost import Layout
+from ghostify.modules.layout import Depthwise, GhostLayout, Pointwise
 from tests import nets
 
-LAYOUTS = [None, Layout(80, 40, 1, 3), Layout(80, 70, 1, 5), Layout(80, 70, 70, 1), Layout(80, 20, 20, 1)]
+LAYOUTS = [
+    None,
+    GhostLayout(80, 40, Depthwise(3)),
+    GhostLayout(80, 70, Depthwise(5)),
+    GhostLayout(80, 70, Pointwise()),
+    GhostLayout(80, 20, Pointwise()),
+]
 
 
 @given(

@@ -1,0 +1,1 @@
+"""What runs in a converted network, and its description; knows no graphs."""
