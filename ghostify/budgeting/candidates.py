@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 
@@ -239,8 +239,8 @@ class _Losses:
         self._known: dict[GhostLayout, float] = {}
 
     def of(self, layout: GhostLayout) -> float:
-        """That of the best directions for pointwise ghosts, of the chosen pairs for depthwise ones; for grouped ones no
-        less than theirs, see `_within_groups`. Raises `GhostifyError` where nothing is known of their kernels."""
+        """That of the best directions for pointwise ghosts, of the chosen pairs for depthwise ones; for grouped ones a
+        bound, see `_within_groups`. Raises `GhostifyError` where nothing is known of their kernels."""
         if layout not in self._known:
             self._known[layout] = self._found(layout)
         return self._known[layout]
@@ -255,7 +255,7 @@ class _Losses:
                 pairs = self._pairs(d)
                 return choose_groups(pairs, layout).total(pairs)
             case Grouped(_, d):
-                return self._within_groups(choose_groups(self._pairs(d), layout))
+                return self._within_groups(choose_groups(self._pairs(d), layout), d)
             case _:
                 assert_never(layout.form)
 
@@ -270,15 +270,18 @@ class _Losses:
             case _:
                 assert_never(layout.form)
 
-    def _within_groups(self, groups: Groups) -> float:
-        """The error of the best directions within each group, as if kernels had one pixel.
+    def _within_groups(self, groups: Groups, kernel_size: int) -> float:
+        """The error of the best directions within each group, as if kernels had one pixel; groups add up.
 
-        A larger kernel has that pixel at its centre, so that the fit, which starts from the same groups and directions,
-        errs no more: an upper bound where channels count apart (a diagonal metric), else close to one. The groups' own
-        errors are added up.
+        A larger kernel has that pixel at its centre, so each of its ghosts errs no more: an upper bound for the fit
+        where channels count apart (a diagonal metric), and what the fit reaches where kernels have one pixel. Larger
+        kernels are fitted ghost by ghost, so channels count apart for them here; where the metric is far from
+        diagonal, the fit, which chooses directions by all of it, can still err more.
         """
-        width = groups.intrinsic.shape[1]
-        return sum(float(_tails(self.profile.among(own))[len(own) - width]) for own in groups.members())
+        profile, width = self.profile, groups.intrinsic.shape[1]
+        if kernel_size > 1:
+            profile = replace(profile, metric=torch.diag(profile.metric.diagonal()))
+        return sum(float(_tails(profile.among(own))[len(own) - width]) for own in groups.members())
 
     def _knows_pairs(self, kernel_size: int) -> bool:
         return kernel_size == self.dw_size and self.profile.maps is not None
