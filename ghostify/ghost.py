@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,80 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ghostify.errors import GhostifyError
 from ghostify.modules.hooks import has_hooks
-
-
-@dataclass(frozen=True)
-class Block:
-    """A grouped convolution that makes `outputs` ghost maps from the intrinsic maps `start` to `stop`."""
-
-    start: int
-    stop: int
-    groups: int
-    outputs: int
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How `outputs` maps split into `intrinsic` ones and ghosts; every ghost sees `width` intrinsic maps.
-
-    Intrinsic and ghost maps are numbered in the order in which the module computes them.
-    """
-
-    outputs: int
-    intrinsic: int
-    width: int
-    dw_size: int
-
-    @property
-    def ghosts(self) -> int:
-        return self.outputs - self.intrinsic
-
-    @property
-    def blocks(self) -> tuple[Block, ...]:
-        """One grouped convolution where the ghosts divide evenly, else two: the first intrinsic maps feed one more."""
-        m, ghosts = self.intrinsic, self.ghosts
-        if self.width > 1:
-            return (Block(0, m, m // self.width, ghosts),)
-        each, more = divmod(ghosts, m)
-        blocks = (Block(0, more, more, more * (each + 1)), Block(more, m, m - more, (m - more) * each))
-        return tuple(b for b in blocks if b.outputs)
-
-    @property
-    def capacities(self) -> tuple[int, ...]:
-        """Ghosts fed by each group of `width` intrinsic maps."""
-        return tuple(b.outputs // b.groups if b.groups else 0 for b in self._group_blocks() for _ in range(b.groups))
-
-    def _group_blocks(self) -> tuple[Block, ...]:
-        covered = self.blocks[-1].stop
-        rest = self.intrinsic - covered
-        return self.blocks + ((Block(covered, self.intrinsic, rest, 0),) if rest else ())
-
-    @property
-    def macs_per_position(self) -> int:
-        """Multiply-accumulates of the cheap operation for one output position."""
-        return self.ghosts * self.width * self.dw_size**2
-
-
-def intrinsic_maps(outputs: int, ratio: float) -> int:
-    """m = ceil(n / ratio) (Han et al., 2020, section 3.1), proof against the rounding of n / ratio."""
-    return math.ceil(outputs / ratio - 1e-9)
-
-
-def feasible_width(outputs: int, intrinsic: int, width: int) -> int:
-    """The least width >= `width` whose groups divide intrinsic and ghost maps evenly; 1 always is."""
-    if width <= 1:
-        return 1
-    divisors = (g for g in range(max(1, intrinsic // width), 0, -1) if intrinsic % g == (outputs - intrinsic) % g == 0)
-    return intrinsic // next(divisors)
+from ghostify.modules.layout import CheapConvSpec, GhostLayout
 
 
 class CheapOperation(nn.Module):
     """The ghosts' convolutions where they do not divide evenly: each reads a run of the intrinsic maps."""
 
-    def __init__(self, blocks: tuple[Block, ...], convs: list[nn.Conv2d]) -> None:
+    def __init__(self, specs: tuple[CheapConvSpec, ...], convs: list[nn.Conv2d]) -> None:
         super().__init__()
-        self.ranges = tuple((b.start, b.stop) for b in blocks)
+        self.ranges = tuple((spec.start, spec.stop) for spec in specs)
         self.convs = nn.ModuleList(convs)
 
     def forward(self, intrinsic: Tensor) -> Tensor:
@@ -154,7 +90,31 @@ class GhostModule(nn.Module):
     def cheap_convs(self) -> tuple[nn.Conv2d, ...]:
         """The convolutions of the cheap operation, in the order of their maps."""
         cheap: Any = self.cheap_operation
-        return tuple(getattr(cheap, "convs", (cheap,)))
+        convs: Any = cheap.convs if isinstance(cheap, CheapOperation) else (cheap,)
+        return tuple(convs)
+
+    @property
+    def cheap_ranges(self) -> tuple[tuple[int, int], ...]:
+        """For each of these convolutions the intrinsic maps that it reads: the first, and the one after the last."""
+        cheap: Any = self.cheap_operation
+        return cheap.ranges if isinstance(cheap, CheapOperation) else ((0, cheap.in_channels),)
+
+    @property
+    def layout(self) -> GhostLayout | None:
+        """The layout that it was built from, read off its convolutions; None where these were replaced by others."""
+        convs, m = self.cheap_convs, self.primary_conv.out_channels
+        if any(not isinstance(conv, nn.Conv2d) or len(set(conv.kernel_size)) > 1 for conv in convs):
+            return None
+        size, width = convs[0].kernel_size[0], convs[0].in_channels // convs[0].groups
+        found = [
+            CheapConvSpec(start, stop, conv.groups, conv.out_channels, conv.kernel_size[0])
+            for (start, stop), conv in zip(self.cheap_ranges, convs, strict=True)
+        ]
+        try:
+            layout = GhostLayout.of_width(m + sum(spec.outputs for spec in found), m, width, size)
+        except GhostifyError:
+            return None
+        return layout if list(layout.conv_specs) == found else None
 
     def forward(self, x: Tensor) -> Tensor:
         intrinsic = self.primary_conv(x)
@@ -162,7 +122,7 @@ class GhostModule(nn.Module):
             inner = self.cheap_operation.modules()
             if self.activation is None and not torch.compiler.is_compiling() and all(map(_is_plain, inner)):
                 weights = [p for conv in self.cheap_convs for p in (conv.weight, conv.bias)]
-                made: Tensor = _Joined.apply(intrinsic, self.cheap_operation, self.order, *weights)
+                made: Tensor = _Joined.apply(intrinsic, (self.cheap_ranges, self.cheap_convs), self.order, *weights)
                 return made
         read = intrinsic if self.activation is None else self.activation(intrinsic)
         return join(intrinsic, self.cheap_operation(read), self.order)
@@ -180,11 +140,14 @@ def join(intrinsic: Tensor, ghosts: Tensor, order: Tensor | None) -> Tensor:
     return maps.contiguous(memory_format=torch.channels_last)
 
 
+_Cheap = tuple[Sequence[tuple[int, int]], Sequence[Any]]
+
+
 class _Joined(torch.autograd.Function):
     """Intrinsic maps and their ghosts, joined; the backward finds the former in what it made of them."""
 
     @staticmethod
-    def forward(ctx: Any, intrinsic: Tensor, cheap: nn.Module, order: Tensor | None, *weights: Tensor | None) -> Tensor:
+    def forward(ctx: Any, intrinsic: Tensor, cheap: _Cheap, order: Tensor | None, *weights: Tensor | None) -> Tensor:
         made = join(intrinsic, _ghosts(cheap, intrinsic, weights), order)
         ctx.cheap, ctx.count = cheap, intrinsic.shape[1]
         ctx.save_for_backward(made, order, *weights)
@@ -208,14 +171,12 @@ class _Joined(torch.autograd.Function):
         return (gradient[:, : ctx.count] + through, None, None, *(by_weight.get(k) for k in range(len(weights))))
 
 
-def _ghosts(cheap: Any, read: Tensor, weights: Sequence[Tensor | None]) -> Tensor:
+def _ghosts(cheap: _Cheap, read: Tensor, weights: Sequence[Tensor | None]) -> Tensor:
     """What the cheap operation makes with these weights and biases, in the type of what it reads."""
-    convs = getattr(cheap, "convs", (cheap,))
-    ranges = getattr(cheap, "ranges", ((0, read.shape[1]),))
     cast = [None if w is None else w.to(read.dtype) for w in weights]
     maps = [
         conv._conv_forward(read[:, a:b], cast[2 * k], cast[2 * k + 1])
-        for k, (conv, (a, b)) in enumerate(zip(convs, ranges, strict=True))
+        for k, ((a, b), conv) in enumerate(zip(*cheap, strict=True))
     ]
     return maps[0] if len(maps) == 1 else torch.cat(maps, 1)
 
@@ -226,7 +187,7 @@ def _is_plain(part: nn.Module) -> bool:
     return not has_hooks(part) and (convolves or type(part) in (CheapOperation, nn.ModuleList))
 
 
-def ghost_of(conv: nn.Conv2d, layout: Layout) -> GhostModule:
+def ghost_of(conv: nn.Conv2d, layout: GhostLayout) -> GhostModule:
     """An uninitialised ghost module with `conv`'s attributes: stride, padding, dilation, bias, dtype, device, flags."""
     primary = copy.copy(conv)
     primary._parameters, primary._buffers = dict(conv._parameters), dict(conv._buffers)
@@ -234,25 +195,26 @@ def ghost_of(conv: nn.Conv2d, layout: Layout) -> GhostModule:
     primary.weight = _like(conv.weight, (layout.intrinsic, *conv.weight.shape[1:]))
     if conv.bias is not None:
         primary.bias = _like(conv.bias, (layout.intrinsic,))
-    convs = [_cheap_conv(conv, block, layout.dw_size) for block in layout.blocks]
-    whole = len(convs) == 1 and layout.blocks[0].stop == layout.intrinsic
-    cheap = convs[0] if whole else CheapOperation(layout.blocks, convs)
+    specs = layout.conv_specs
+    convs = [_cheap_conv(conv, spec) for spec in specs]
+    whole = len(convs) == 1 and specs[0].stop == layout.intrinsic
+    cheap = convs[0] if whole else CheapOperation(specs, convs)
     return GhostModule(primary, cheap).train(conv.training)
 
 
-def _cheap_conv(conv: nn.Conv2d, block: Block, dw_size: int) -> nn.Conv2d:
+def _cheap_conv(conv: nn.Conv2d, spec: CheapConvSpec) -> nn.Conv2d:
     cheap = nn.Conv2d(
-        block.stop - block.start,
-        block.outputs,
-        dw_size,
-        padding=dw_size // 2,
-        groups=block.groups,
+        spec.stop - spec.start,
+        spec.outputs,
+        spec.kernel_size,
+        padding=spec.kernel_size // 2,
+        groups=spec.groups,
         bias=conv.bias is not None,
         device="meta",
     )
     cheap.weight = _like(conv.weight, tuple(cheap.weight.shape))
     if conv.bias is not None:
-        cheap.bias = _like(conv.bias, (block.outputs,))
+        cheap.bias = _like(conv.bias, (spec.outputs,))
     return cheap
 
 

@@ -9,9 +9,11 @@ from typing import Any
 from rich import box
 from rich.table import Table
 from torch import nn
+from typing_extensions import assert_never
 
 from ghostify.errors import GhostifyError
 from ghostify.fitting.fit import Fits
+from ghostify.modules.layout import Depthwise, GhostForm, GhostLayout, Grouped, Pointwise, form_of
 from ghostify.planning import cost
 from ghostify.planning.plan import Narrow, Plan, Rewrite, Skip
 from ghostify.reconstructing.reconstruct import Rebuilt, Reconstruction
@@ -29,7 +31,7 @@ class Line:
     `channels` names the original's channels in the order that the ghost module makes them, intrinsic ones first.
     `gather` says that the layer's output is put in order by an index, `activated` that its ghosts read activated maps.
     Where maps are left out, `makes` counts the outputs and `reads` the inputs that are left. A convolution that keeps
-    its form with fewer maps has as many intrinsic ones as it makes, and a `width` of 0.
+    its form with fewer maps has as many intrinsic ones as it makes, and a `width` of 0: no `form`.
     """
 
     name: str
@@ -54,9 +56,19 @@ class Line:
     reads: int | None = None
 
     @property
+    def form(self) -> GhostForm | None:
+        """The form of its ghosts; None where it has none, which `width` and `dw_size` store as 0."""
+        return form_of(self.intrinsic, self.width, self.dw_size) if self.width else None
+
+    @property
+    def layout(self) -> GhostLayout | None:
+        """The layout of its ghost module, or None."""
+        return None if self.form is None else GhostLayout(self.outputs, self.intrinsic, self.form)
+
+    @property
     def narrow(self) -> bool:
         """Whether it keeps its form, with fewer maps."""
-        return self.reads is not None and not self.width
+        return self.reads is not None and self.form is None
 
     @property
     def outputs(self) -> int:
@@ -179,11 +191,12 @@ def _line(entry: Rewrite | Narrow | Skip, fits: Fits | None) -> Line:
         return Line(**common, intrinsic=left.outputs, width=0, dw_size=0, gather=False)
     weights = None if fits is None else fits.ghost(conv.name)
     ordered = weights is not None and bool((weights.channels.diff() == 1).all())
+    stored = entry.layout.to_dict()
     return Line(
         **common,
-        intrinsic=entry.layout.intrinsic,
-        width=entry.layout.width,
-        dw_size=entry.layout.dw_size,
+        intrinsic=stored["intrinsic"],
+        width=stored["width"],
+        dw_size=stored["dw_size"],
         gather=entry.absorb is None and not ordered,
         activated=weights is not None and weights.activated,
         channels=() if weights is None else _originals(entry, weights.channels.tolist()),
@@ -247,8 +260,18 @@ def what(line: Line) -> str:
     shape = f"{line.intrinsic} + {line.outputs - line.intrinsic}, d={line.dw_size}"
     if line.reads is not None:
         shape = f"{line.reads} maps to {shape}"
-    wide = f", w={line.width}" if line.width > 1 else ""
-    return shape + wide + (", activated" if line.activated else "") + (", gather" if line.gather else "")
+    return shape + _width(line) + (", activated" if line.activated else "") + (", gather" if line.gather else "")
+
+
+def _width(line: Line) -> str:
+    """How many intrinsic maps each ghost sees, where it is more than one."""
+    match line.form:
+        case None | Depthwise():
+            return ""
+        case Grouped() | Pointwise():
+            return f", w={line.width}"
+        case _:
+            assert_never(line.form)
 
 
 def short(count: int | None) -> str:

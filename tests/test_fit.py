@@ -9,7 +9,7 @@ from torch import nn
 from ghostify import GhostifyError, Policy, Rule, fit, ghostify, plan, report, rewrite, trace
 from ghostify.evaluate import outputs, relative_error
 from ghostify.fitting import layer
-from ghostify.ghost import Layout, ghost_of
+from ghostify.ghost import ghost_of
 from tests import nets
 
 
@@ -29,14 +29,14 @@ def test_calibration_beats_the_data_free_fit(make, cheap):
 
 def dense_equivalent(ghost, layout, inputs):
     """One dense convolution that computes what a ghost module with an unpadded primary convolution and d = 1 does."""
-    primary, cheap = ghost.primary_conv, ghost.cheap_operation
+    primary = ghost.primary_conv
     mixing = torch.zeros(layout.ghosts, layout.intrinsic)
     position = 0
-    for conv, block in zip(getattr(cheap, "convs", [cheap]), layout.blocks, strict=True):
-        per = block.outputs // block.groups
-        size = (block.stop - block.start) // block.groups
-        for k in range(block.outputs):
-            first = block.start + (k // per) * size
+    for conv, spec in zip(ghost.cheap_convs, layout.conv_specs, strict=True):
+        per = spec.outputs // spec.groups
+        size = (spec.stop - spec.start) // spec.groups
+        for k in range(spec.outputs):
+            first = spec.start + (k // per) * size
             mixing[position, first : first + size] = conv.weight[k, :, 0, 0].detach()
             position += 1
     rows = torch.cat((torch.eye(layout.intrinsic), mixing))
@@ -215,7 +215,7 @@ def test_layouts_of_the_report_match_the_modules():
         if line.reason is None:
             ghost = converted.get_submodule(line.name)
             assert ghost.primary_conv.out_channels == line.intrinsic
-            assert Layout(line.filters[0], line.intrinsic, line.width, line.dw_size).ghosts == 2 * line.filters[0] // 3
+            assert line.layout.ghosts == 2 * line.filters[0] // 3
 
 
 @pytest.mark.parametrize("bias", [False, True])

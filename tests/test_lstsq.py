@@ -11,7 +11,7 @@ from ghostify.fitting.assign import Groups
 from ghostify.fitting.lstsq import Statistics
 from ghostify.fitting.moments import Moments, Pair
 from ghostify.fitting.systems import solve_ridge
-from ghostify.ghost import Layout
+from ghostify.modules.layout import Depthwise, GhostLayout, Pointwise
 
 
 def moments_of(u, y):
@@ -92,7 +92,7 @@ def test_errors_and_constants_are_those_of_the_prediction():
     maps = torch.randn(4, 6, 6, 6, dtype=torch.float64)
     targets = maps + 0.3 * maps.roll(1, 1) + 5
     stats, shifts, y = maps_statistics(maps, targets, 3)
-    solution = lstsq.solve(stats, Layout(6, 3, 1, 3), torch.eye(6, dtype=torch.float64))
+    solution = lstsq.solve(stats, GhostLayout(6, 3, Depthwise(3)), torch.eye(6, dtype=torch.float64))
     channels = solution.groups.channels
     prediction = torch.empty_like(y)
     prediction[:, channels[:3]] = shifts[:, 4] @ solution.intrinsic.T
@@ -109,7 +109,7 @@ def test_the_joint_refit_only_lowers_the_error():
     maps = torch.einsum("ij,njhw->nihw", mixing, torch.randn(8, 4, 10, 10, dtype=torch.float64))
     stats, _, _ = maps_statistics(maps, maps, 3)
     weights = torch.rand(10, dtype=torch.float64) + 0.1
-    groups = lstsq.choose_groups(lstsq.pair_costs(stats, weights), Layout(10, 5, 1, 3))
+    groups = lstsq.choose_groups(lstsq.pair_costs(stats, weights), GhostLayout(10, 5, Depthwise(3)))
     before = lstsq._with_kernels(stats, groups, stats.start[groups.intrinsic.flatten()])
     after = lstsq._alternate(stats, before, weights)
     assert (weights * lstsq.errors(stats, after)).sum() < 0.99 * (weights * lstsq.errors(stats, before)).sum()
@@ -119,7 +119,7 @@ def test_pointwise_ghosts_reach_the_error_of_low_rank():
     maps = torch.randn(4, 8, 8, 8, dtype=torch.float64)
     mixed = torch.einsum("ij,njhw->nihw", torch.randn(8, 8, dtype=torch.float64), maps)
     stats, _, _ = maps_statistics(mixed, mixed, 1)
-    solution = lstsq.solve(stats, Layout(8, 3, 3, 1), torch.eye(8, dtype=torch.float64))
+    solution = lstsq.solve(stats, GhostLayout(8, 3, Pointwise()), torch.eye(8, dtype=torch.float64))
     values = torch.linalg.eigvalsh(stats.gram[0, :, 0])
     assert lstsq.errors(stats, solution).sum().item() == pytest.approx(values[:5].sum().item(), rel=1e-2)
 
@@ -139,7 +139,7 @@ def test_ghosts_of_one_group_share_its_system():
     maps = torch.randn(8, n, 8, 8, dtype=torch.float64)
     stats, _, _ = maps_statistics(maps + maps.roll(1, 1), maps, 1)
     with Largest() as largest:
-        solution = lstsq.solve(stats, Layout(n, n // 2, n // 2, 1), torch.eye(n, dtype=torch.float64))
+        solution = lstsq.solve(stats, GhostLayout(n, n // 2, Pointwise()), torch.eye(n, dtype=torch.float64))
         lstsq.errors(stats, solution)
         lstsq.constants(stats, solution)
     assert n * n <= largest.elements <= 2 * n * n
@@ -150,7 +150,7 @@ def test_pointwise_ghosts_are_the_best_low_rank_by_the_metric():
     mixed = torch.einsum("ij,njhw->nihw", torch.randn(8, 8).double(), torch.randn(4, 8, 8, 8).double())
     stats, shifts, y = maps_statistics(mixed, mixed, 1)
     metric = torch.cov(torch.randn(8, 3, dtype=torch.float64)) + 0.05 * torch.eye(8, dtype=torch.float64)
-    solution = lstsq.solve(stats, Layout(8, 3, 3, 1), metric)
+    solution = lstsq.solve(stats, GhostLayout(8, 3, Pointwise()), metric)
     channels = solution.groups.channels
     prediction = torch.empty_like(y)
     prediction[:, channels[:3]] = shifts[:, 0] @ solution.intrinsic.T
@@ -166,7 +166,11 @@ def test_dead_and_duplicate_maps_are_survived():
     maps = torch.randn(3, 6, 5, 5, dtype=torch.float64)
     maps[:, 1] = 0
     maps[:, 3] = maps[:, 2]
-    for d, layout in ((3, Layout(6, 3, 1, 3)), (1, Layout(6, 3, 3, 1)), (1, Layout(6, 2, 1, 1))):
+    for d, layout in (
+        (3, GhostLayout(6, 3, Depthwise(3))),
+        (1, GhostLayout(6, 3, Pointwise())),
+        (1, GhostLayout(6, 2, Depthwise(1))),
+    ):
         stats, _, _ = maps_statistics(maps, maps, d)
         solution = lstsq.solve(stats, layout, torch.eye(6, dtype=torch.float64))
         assert solution.kernels.isfinite().all()

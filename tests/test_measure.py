@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import pytest
@@ -8,12 +9,12 @@ from ghostify import trace
 from ghostify.budgeting import measure
 from ghostify.budgeting.measure import model_milliseconds, paired
 from ghostify.budgeting.stopwatch import Stopwatch
-from ghostify.ghost import Layout
+from ghostify.modules.layout import Depthwise, GhostLayout, Grouped, Pointwise
 from ghostify.planning import cost
 from ghostify.planning.cost import count_macs
 from tests import nets
 
-FORMS = [None, Layout(16, 8, 1, 3), Layout(16, 4, 4, 1)]
+FORMS = [None, GhostLayout(16, 8, Depthwise(3)), GhostLayout(16, 4, Pointwise())]
 
 
 @pytest.fixture
@@ -61,6 +62,27 @@ def test_what_was_measured_is_kept_by_shape_and_layout(clock, tmp_path):
     assert clock == [2, 2, 2]
     (file,) = (tmp_path / "cache").iterdir()
     assert len(json.loads(file.read_text())) == 5
+
+
+@pytest.mark.parametrize(
+    ("layout", "text"),
+    [
+        (None, "None"),
+        (GhostLayout(16, 8, Depthwise(3)), "Layout(outputs=16, intrinsic=8, width=1, dw_size=3)"),
+        (GhostLayout(16, 8, Grouped(4, 3)), "Layout(outputs=16, intrinsic=8, width=4, dw_size=3)"),
+        (GhostLayout(16, 8, Pointwise()), "Layout(outputs=16, intrinsic=8, width=8, dw_size=1)"),
+    ],
+)
+def test_the_keys_on_disk_stay_what_they_were(layout, text, monkeypatch):
+    """Whatever the classes are called, so that what was measured once is found again."""
+    monkeypatch.setattr(measure, "processor", lambda: "Some CPU")
+    clock = Stopwatch()
+    conv = nn.Conv2d(8, 16, 3, padding=1, bias=False)
+    facts = (
+        "('Conv2d', 8, 16, (3, 3), (1, 1), (1, 1), 'zeros', (1, 1), 1, 2, 12, 11, "
+        f"{text}, {torch.get_num_threads()}, {clock.version!r}, 'Some CPU')"
+    )
+    assert measure._key((conv, layout), (2, 8, 12, 11), clock) == hashlib.sha256(facts.encode()).hexdigest()[:24]
 
 
 @pytest.mark.usefixtures("clock")

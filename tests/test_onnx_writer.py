@@ -6,12 +6,18 @@ from torch import nn
 
 from ghostify.budgeting.measure import _made
 from ghostify.deploying.deploy import deploy
-from ghostify.ghost import Layout
+from ghostify.modules.layout import Depthwise, GhostLayout, Pointwise
 from ghostify.runtimes.onnx_writer import write_onnx
 from ghostify.runtimes.registry import load_runner
 from tests import nets
 
-LAYOUTS = [None, Layout(80, 40, 1, 3), Layout(80, 70, 1, 5), Layout(80, 70, 70, 1), Layout(80, 20, 20, 1)]
+LAYOUTS = [
+    None,
+    GhostLayout(80, 40, Depthwise(3)),
+    GhostLayout(80, 70, Depthwise(5)),
+    GhostLayout(80, 70, Pointwise()),
+    GhostLayout(80, 20, Pointwise()),
+]
 
 
 @given(

@@ -5,9 +5,14 @@ from ghostify.fitting.assign import choose_groups, in_given_order
 from ghostify.fitting.moments import LinkMoments, MapMoments
 from ghostify.fitting.pairs import link_statistics, map_statistics, sources_of
 from ghostify.fitting.sight import neighbourhoods, rows
-from ghostify.ghost import Layout
+from ghostify.modules.layout import Depthwise, GhostLayout
 
-LAYOUTS = [Layout(6, 3, 1, 3), Layout(7, 3, 1, 3), Layout(8, 2, 1, 3), Layout(6, 5, 1, 3)]
+LAYOUTS = [
+    GhostLayout(6, 3, Depthwise(3)),
+    GhostLayout(7, 3, Depthwise(3)),
+    GhostLayout(8, 2, Depthwise(3)),
+    GhostLayout(6, 5, Depthwise(3)),
+]
 
 
 def seen(outputs):

@@ -45,8 +45,8 @@ def test_the_first_rule_that_matches_decides_the_ratio():
     model = nets.settle(nets.Straight())
     policy = Policy((Rule("a.*", ratio=4), Rule(ratio=2, dw_size=5)))
     layouts = {r.conv.name: r.layout for r in plan(trace(model), policy).rewrites}
-    assert (layouts["a.0"].intrinsic, layouts["a.0"].dw_size) == (4, 3)
-    assert (layouts["b.0"].intrinsic, layouts["b.0"].dw_size) == (8, 5)
+    assert (layouts["a.0"].intrinsic, layouts["a.0"].kernel_size) == (4, 3)
+    assert (layouts["b.0"].intrinsic, layouts["b.0"].kernel_size) == (8, 5)
 
 
 @pytest.mark.parametrize("key", ["targets", "ignore"])

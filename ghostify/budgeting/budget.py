@@ -16,7 +16,7 @@ from ghostify.budgeting.thinning import thinnings_of
 from ghostify.errors import GhostifyError, OutOfReachError
 from ghostify.fitting.sensitivity import Calibration, calibrate
 from ghostify.fitting.starts import unfitted
-from ghostify.ghost import Layout
+from ghostify.modules.layout import GhostLayout
 from ghostify.planning import cost
 from ghostify.planning.links import Link, links_of
 from ghostify.planning.plan import Plan, Skip, Target, may_narrow, plan_layouts, targets
@@ -231,7 +231,7 @@ def _out_of_reach(choices: Choices, budget: Mapping[str, float], limits: list[fl
     raise OutOfReachError("the budgets are out of reach together: relax one of them")
 
 
-def _decided(target: Target | Skip, layouts: dict[str, Layout | None]) -> tuple[Target, Layout] | Skip:
+def _decided(target: Target | Skip, layouts: dict[str, GhostLayout | None]) -> tuple[Target, GhostLayout] | Skip:
     if isinstance(target, Skip):
         return target
     layout = layouts[target.conv.name]

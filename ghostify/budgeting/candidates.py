@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 
 import torch
 from torch import Tensor
+from typing_extensions import assert_never
 
 from ghostify.budgeting.measure import Counts, layer_milliseconds, narrowed_milliseconds
 from ghostify.budgeting.profile import Profile
 from ghostify.budgeting.stopwatch import Stopwatch
 from ghostify.budgeting.thinning import Thinning
-from ghostify.fitting.assign import choose_groups
+from ghostify.errors import GhostifyError
+from ghostify.fitting.assign import Groups, choose_groups
 from ghostify.fitting.systems import root_of
-from ghostify.ghost import Layout, intrinsic_maps
+from ghostify.modules.layout import (
+    Depthwise,
+    GhostLayout,
+    Grouped,
+    Pointwise,
+    form_of,
+    intrinsic_count,
+    may_read_activated,
+)
 from ghostify.planning import cost
 from ghostify.planning.links import Member, left_of
 from ghostify.planning.plan import Target
@@ -38,7 +48,7 @@ class Candidate:
     a link: the maps kept (None: all), and costs beyond those of its convolutions that have candidates of their own.
     """
 
-    layout: Layout | None
+    layout: GhostLayout | None
     costs: tuple[float, ...]
     loss: float
     makes: int | None = None
@@ -124,8 +134,9 @@ def _worthwhile(
     spending = [_spent(program, conv, [None, *layouts], key, clock) for key in keys]
     if "params" in keys and target.rule.activated:
         copied = _copied(program, target.conv)  # by ghosts that read activated maps
-        own = zip(spending[keys.index("params")], [None, *layouts], strict=True)
-        spending[keys.index("params")] = [c + copied * o.intrinsic * (o.width == 1) if o else c for c, o in own]
+        read = [copied * o.intrinsic if o and may_read_activated(o.form) else 0 for o in (None, *layouts)]
+        own = zip(spending[keys.index("params")], read, strict=True)
+        spending[keys.index("params")] = [c + more for c, more in own]
     whole, *costs = zip(*spending, strict=True)
     found = [Candidate(None, whole, 0.0, makes, reads)]
     for layout, spent in zip(layouts, costs, strict=True):
@@ -159,7 +170,7 @@ def _dense_with_fewer(
 
 
 def _spent(
-    program: Program, conv: Convolution, layouts: list[Layout | None], key: str, clock: Stopwatch
+    program: Program, conv: Convolution, layouts: list[GhostLayout | None], key: str, clock: Stopwatch
 ) -> list[float]:
     """What each layout of a layer costs."""
     if key == "latency":
@@ -167,7 +178,7 @@ def _spent(
     return [_counted(conv, own, key) for own in layouts]
 
 
-def _counted(conv: Convolution, layout: Layout | None, key: str) -> float:
+def _counted(conv: Convolution, layout: GhostLayout | None, key: str) -> float:
     """Multiply-accumulates or parameters; each weight is used once a position."""
     weights = cost.dense_macs(conv) if layout is None else cost.ghost_macs(conv, layout)
     return float(weights * (cost.positions(conv.calls) or 0) if key == "macs" else weights + conv.outputs * conv.bias)
@@ -206,55 +217,92 @@ def _dominates(a: Candidate, b: Candidate) -> bool:
     return better and (a.loss, a.costs) != (b.loss, b.costs)
 
 
-def _layouts(rule: Rule, conv: Convolution, profile: Profile, steps: int, timed: bool) -> Iterator[Layout]:
+def _layouts(rule: Rule, conv: Convolution, profile: Profile, steps: int, timed: bool) -> Iterator[GhostLayout]:
     """Pointwise ones in so many steps, then depthwise ones; where they are timed, fewer, that fill vector registers."""
-    n, cheap = conv.outputs, rule.cheap
-    if cheap in ("auto", "pointwise"):
+    n = conv.outputs
+    if Pointwise in rule.forms:
         sizes = {max(1, round(n * k / steps)) for k in range(1, steps)}
         if timed:
             sizes = {max(LANES, LANES * round(m / LANES)) for m in sizes}
-        yield from (Layout(n, m, m, 1) for m in sorted(sizes) if m < n)
-    if profile.maps is not None:
-        for m in sorted({intrinsic_maps(n, ratio) for ratio in RATIOS} - {n}):
-            yield Layout(n, m, 1, rule.dw_size)
+        yield from (GhostLayout(n, m, form_of(m, m, 1)) for m in sorted(sizes) if m < n)
+    if Depthwise in rule.forms and profile.maps is not None:
+        for m in sorted({intrinsic_count(n, ratio) for ratio in RATIOS} - {n}):
+            yield GhostLayout(n, m, Depthwise(rule.dw_size))
 
 
 class _Losses:
-    """The error of the model's outputs that layouts of one convolution would add."""
+    """The error of the model's outputs that layouts of one convolution would add; pairs of maps are known for kernels
+    of `dw_size`."""
 
     def __init__(self, profile: Profile, dw_size: int) -> None:
         self.profile, self.dw_size = profile, dw_size
-        self._known: dict[Layout, float] = {}
+        self._known: dict[GhostLayout, float] = {}
 
-    def of(self, layout: Layout) -> float:
-        """That of the best directions for a pointwise layout, of the chosen pairs for a depthwise one."""
-        if not self._is_depthwise(layout):
-            return float(self._tails[layout.ghosts])
+    def of(self, layout: GhostLayout) -> float:
+        """That of the best directions for pointwise ghosts, of the chosen pairs for depthwise ones; for grouped ones a
+        bound, see `_within_groups`. Raises `GhostifyError` where nothing is known of their kernels."""
         if layout not in self._known:
-            self._known[layout] = choose_groups(self._pairs, layout).total(self._pairs)
+            self._known[layout] = self._found(layout)
         return self._known[layout]
 
-    def least(self, layout: Layout) -> float:
-        """No more than that: as if every ghost could choose its map, and the ghosts were those who lose least so."""
-        if not self._is_depthwise(layout):
-            return self.of(layout)
-        return float(self._cheapest[: layout.ghosts].sum())
+    def _found(self, layout: GhostLayout) -> float:
+        match layout.form:
+            case Pointwise():
+                return float(self._tails[layout.ghosts])
+            case Depthwise(d):
+                if layout.is_low_rank and not self._knows_pairs(d):
+                    return float(self._tails[layout.ghosts])
+                pairs = self._pairs(d)
+                return choose_groups(pairs, layout).total(pairs)
+            case Grouped(_, d):
+                return self._within_groups(choose_groups(self._pairs(d), layout), d)
+            case _:
+                assert_never(layout.form)
 
-    def _is_depthwise(self, layout: Layout) -> bool:
-        return layout.width == 1 and layout.dw_size == self.dw_size and self.profile.maps is not None
+    def least(self, layout: GhostLayout) -> float:
+        """No more than that, and sooner known for depthwise ghosts: as if every ghost could choose its map, and the
+        ghosts were those who lose least so."""
+        match layout.form:
+            case Depthwise(d) if self._knows_pairs(d):
+                return float(self._cheapest[: layout.ghosts].sum())
+            case Depthwise() | Grouped() | Pointwise():
+                return self.of(layout)
+            case _:
+                assert_never(layout.form)
+
+    def _within_groups(self, groups: Groups, kernel_size: int) -> float:
+        """The error of the best directions within each group, as if kernels had one pixel; groups add up.
+
+        A larger kernel has that pixel at its centre, so each of its ghosts errs no more: an upper bound for the fit
+        where channels count apart (a diagonal metric), and what the fit reaches where kernels have one pixel. Larger
+        kernels are fitted ghost by ghost, so channels count apart for them here; where the metric is far from
+        diagonal, the fit, which chooses directions by all of it, can still err more.
+        """
+        profile, width = self.profile, groups.intrinsic.shape[1]
+        if kernel_size > 1:
+            profile = replace(profile, metric=torch.diag(profile.metric.diagonal()))
+        return sum(float(_tails(profile.among(own))[len(own) - width]) for own in groups.members())
+
+    def _knows_pairs(self, kernel_size: int) -> bool:
+        return kernel_size == self.dw_size and self.profile.maps is not None
+
+    def _pairs(self, kernel_size: int) -> Tensor:
+        if not self._knows_pairs(kernel_size):
+            raise GhostifyError(f"kernel size {kernel_size}: pairs of maps are not known for it. Profile them first.")
+        return self._measured_pairs
 
     @cached_property
     def _tails(self) -> Tensor:
         return _tails(self.profile)
 
     @cached_property
-    def _pairs(self) -> Tensor:
+    def _measured_pairs(self) -> Tensor:
         assert self.profile.maps is not None
         return self.profile.maps.costs(self.profile.metric.diagonal())
 
     @cached_property
     def _cheapest(self) -> Tensor:
-        others = self._pairs.clone().fill_diagonal_(float("inf"))
+        others = self._measured_pairs.clone().fill_diagonal_(float("inf"))
         return others.amin(0).sort().values
 
 

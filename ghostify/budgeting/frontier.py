@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class Point:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings; layouts by layer, and, where maps are left out, those that are kept and read."""
-        layers: dict[str, Any] = {e.conv.name: asdict(e.layout) for e in self.plan.rewrites}
+        layers: dict[str, Any] = {e.conv.name: e.layout.to_dict() for e in self.plan.rewrites}
         for name, narrowing in self.plan.narrowed.items():
             layers[name] = {**layers.get(name, {}), "keeps": narrowing.keeps, "reads": narrowing.reads}
         return {"shares": dict(self.shares), "error": self.error, "drop": self.drop, "layers": layers}

@@ -20,14 +20,15 @@ from torch import Tensor, nn
 
 from ghostify.budgeting.stopwatch import Stopwatch
 from ghostify.deploying.deploy import deploy
-from ghostify.ghost import GhostModule, Layout, ghost_of
+from ghostify.ghost import GhostModule, ghost_of
+from ghostify.modules.layout import GhostLayout
 from ghostify.narrow import narrowed_conv
 from ghostify.storing.atomic import write_whole
 from ghostify.tracing.program import Convolution, Program
 from ghostify.tracing.trace import trace
 
 ROUNDS = 9
-Form = tuple[nn.Conv2d, Layout | None]
+Form = tuple[nn.Conv2d, GhostLayout | None]
 Counts = tuple[int | None, int | None]
 
 
@@ -42,7 +43,7 @@ def cache_file() -> Path:
 
 
 def layer_milliseconds(
-    conv: nn.Conv2d, seen: Convolution, layouts: Sequence[Layout | None], clock: Stopwatch
+    conv: nn.Conv2d, seen: Convolution, layouts: Sequence[GhostLayout | None], clock: Stopwatch
 ) -> list[float]:
     """Median milliseconds of all calls of a layer, norm and ReLU folded in, for each layout (None: as it is).
 
@@ -128,13 +129,21 @@ def _images(conv: nn.Conv2d, shape: tuple[int, ...]) -> Tensor:
 def _key(form: Form, shape: tuple[int, ...], clock: Stopwatch) -> str:
     conv, layout = form
     device, dtype = _timed_as(conv)
-    facts: tuple[Any, ...] = (
+    layer = (
         type(conv).__name__, conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,
-        conv.padding_mode, conv.dilation, conv.groups, shape[0], *shape[2:], layout,
+        conv.padding_mode, conv.dilation, conv.groups, shape[0], *shape[2:],
     )  # fmt: skip
     on_cpu = (torch.get_num_threads(), clock.version, processor())
-    facts = (*facts, *(on_cpu if device.type == "cpu" else (clock.version, dtype, gpu(device))))
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
+    machine = on_cpu if device.type == "cpu" else (clock.version, dtype, gpu(device))
+    facts = ", ".join([*map(repr, layer), layout_text(layout), *map(repr, machine)])
+    return hashlib.sha256(f"({facts})".encode()).hexdigest()[:24]
+
+
+def layout_text(layout: GhostLayout | None) -> str:
+    """What stands for a layout in the keys on disk: it must stay as it is for measurements to be found again."""
+    if layout is None:
+        return "None"
+    return f"Layout({', '.join(f'{name}={value}' for name, value in layout.to_dict().items())})"
 
 
 def gpu(device: torch.device) -> str:

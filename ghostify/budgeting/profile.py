@@ -18,6 +18,7 @@ from ghostify.fitting.pairs import MapStatistics, map_statistics
 from ghostify.fitting.sensitivity import Calibration, calibrate, metric_of
 from ghostify.fitting.systems import damping_for, solve_damped
 from ghostify.graph.batchnorm import batchnorm_at
+from ghostify.modules.layout import Depthwise, Grouped
 from ghostify.planning.plan import Target
 from ghostify.tracing.calls import run
 from ghostify.tracing.modes import evaluating
@@ -48,6 +49,11 @@ class Profile:
         predicted = solve_damped(own, whole[index], damping_for(own, POSITIONS))
         covariances = tuple(c[index][:, index] for c in self.covariances)
         return Profile(covariances, None, predicted @ self.metric @ predicted.T)
+
+    def among(self, maps: Tensor) -> Profile:
+        """That of some maps by themselves, without pairs."""
+        covariances = tuple(c[maps][:, maps] for c in self.covariances)
+        return Profile(covariances, None, self.metric[maps][:, maps])
 
 
 def profiles_of(
@@ -84,7 +90,8 @@ def _groups(wished: list[Target]) -> Iterator[list[Target]]:
 
 
 def _wants_maps(target: Target) -> bool:
-    return target.rule.cheap != "pointwise"
+    """Whether the losses of its forms follow from pairs of maps."""
+    return Depthwise in target.rule.forms or Grouped in target.rule.forms
 
 
 def _data_free(program: Program, wished: list[Target]) -> Iterator[Profile]:

@@ -69,8 +69,8 @@ def can_be_dense(module: nn.Module) -> bool:
     """Whether it is a ghost module whose ghosts are one-pixel combinations of all intrinsic maps."""
     if not isinstance(module, GhostModule) or module.activation is not None:
         return False
-    cheap = module.cheap_operation
-    return isinstance(cheap, nn.Conv2d) and cheap.kernel_size == (1, 1) and cheap.groups == 1
+    layout = module.layout
+    return layout is not None and layout.is_low_rank
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +182,7 @@ def _ghosts(module: fx.GraphModule, path: str, ghost: GhostModule, read: fx.Node
     if not isinstance(cheap, CheapOperation):
         return [module.graph.call_module(f"{path}.cheap_operation", (read,))]
     parts = []
-    for k, (start, stop) in enumerate(cheap.ranges):
+    for k, (start, stop) in enumerate(ghost.cheap_ranges):
         part = module.graph.call_function(torch.narrow, (read, 1, start, stop - start))
         parts.append(module.graph.call_module(f"{path}.cheap_operation.convs.{k}", (part,)))
     return parts
@@ -230,8 +230,7 @@ def _scale(ghost: GhostModule, scale: Tensor, shift: Tensor) -> None:
 def _scale_cheap(ghost: GhostModule, scale: Tensor, shift: Tensor, affine: _Affine) -> None:
     """Kernels for intrinsic maps with `scale` and `shift`; what they make goes through the norm's."""
     done = ghost.primary_conv.out_channels
-    ranges = getattr(ghost.cheap_operation, "ranges", ((0, done),))
-    for conv, (start, _) in zip(ghost.cheap_convs, ranges, strict=True):
+    for conv, (start, _) in zip(ghost.cheap_convs, ghost.cheap_ranges, strict=True):
         outputs, width = conv.out_channels, conv.in_channels // conv.groups
         group = torch.arange(outputs, device=scale.device) // (outputs // conv.groups)
         source = start + group[:, None] * width + torch.arange(width, device=scale.device)

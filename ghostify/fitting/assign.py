@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from typing_extensions import assert_never
 
-from ghostify.ghost import Layout
+from ghostify.errors import GhostifyError
+from ghostify.modules.layout import Depthwise, GhostLayout, Grouped, Pointwise
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,16 +37,24 @@ class Groups:
         return [torch.cat((own, self.ghosts[owner == g])) for g, own in enumerate(self.intrinsic)]
 
 
-def choose_groups(costs: Tensor, layout: Layout) -> Groups:
+def choose_groups(costs: Tensor, layout: GhostLayout) -> Groups:
     """Groups of the shape of `layout` with a small sum of costs[i, j], the error of output j as a ghost of i (n x n).
 
     One ghost each: matching, then pair exchanges. Several: facility location, then assignment and new centres by turns.
     For ghosts that see w > 1 maps, channels that predict each other well come together; the first w stand as intrinsic.
     """
-    costs = costs.clone()
-    if layout.width > 1:
-        return _wide(costs, layout)
-    costs.fill_diagonal_(0)
+    match layout.form:
+        case Depthwise():
+            return _one_map_each(costs, layout)
+        case Grouped() | Pointwise():
+            return _wide(_clusters(costs, layout), layout)
+        case _:
+            assert_never(layout.form)
+
+
+def _one_map_each(costs: Tensor, layout: GhostLayout) -> Groups:
+    """Groups for ghosts that see one map each; those with the most ghosts come first, as the layout wants it."""
+    costs = costs.clone().fill_diagonal_(0)
     capacities = layout.capacities
     centres, ghosts = _match(costs, layout) if max(capacities) == 1 else _assign(costs, capacities)
     by_size = sorted(range(len(centres)), key=lambda k: -len(ghosts[k]))
@@ -56,8 +66,10 @@ def choose_groups(costs: Tensor, layout: Layout) -> Groups:
     )
 
 
-def in_given_order(layout: Layout) -> Groups:
+def in_given_order(layout: GhostLayout) -> Groups:
     """The paper's arrangement for w = 1: the first m outputs are intrinsic, ghost j belongs to map j modulo m."""
+    if not isinstance(layout.form, Depthwise):
+        raise GhostifyError(f"{layout}: its ghosts have no order of their own. Only depthwise ones have.")
     counts = layout.capacities
     waiting = iter(range(layout.intrinsic, layout.outputs))
     flat = [(k, next(waiting)) for k, count in enumerate(counts) for _ in range(count)]
@@ -68,14 +80,18 @@ def in_given_order(layout: Layout) -> Groups:
     )
 
 
-def _wide(costs: Tensor, layout: Layout) -> Groups:
-    count, width = layout.intrinsic // layout.width, layout.width
-    size = layout.outputs // count
+def _clusters(costs: Tensor, layout: GhostLayout) -> list[list[int]]:
+    """Channels that predict each other well, in as many lists of one length as the layout has groups."""
+    count = len(layout.capacities)
     if count == 1:
-        members = [list(range(layout.outputs))]
-    else:
-        centres, ghosts = _assign((costs + costs.T) / 2, (size - 1,) * count)
-        members = [[centre, *own] for centre, own in zip(centres, ghosts, strict=True)]
+        return [list(range(layout.outputs))]
+    centres, ghosts = _assign((costs + costs.T) / 2, (layout.outputs // count - 1,) * count)
+    return [[centre, *own] for centre, own in zip(centres, ghosts, strict=True)]
+
+
+def _wide(members: list[list[int]], layout: GhostLayout) -> Groups:
+    """Groups of which the first channels stand as intrinsic: as many as each ghost sees."""
+    width = layout.kernel_shape[0]
     return Groups(
         torch.tensor([m[:width] for m in members]),
         torch.tensor([g for m in members for g in m[width:]]),
@@ -83,7 +99,7 @@ def _wide(costs: Tensor, layout: Layout) -> Groups:
     )
 
 
-def _match(costs: Tensor, layout: Layout) -> tuple[list[int], list[list[int]]]:
+def _match(costs: Tensor, layout: GhostLayout) -> tuple[list[int], list[list[int]]]:
     """Pairs with the better direction of each; with more intrinsic maps than ghosts, the costliest stay alone."""
     n, alone = layout.outputs, 2 * layout.intrinsic - layout.outputs
     both = torch.full((n + alone, n + alone), float("inf"), dtype=costs.dtype)

@@ -171,7 +171,7 @@ def data_free(conv: nn.Conv2d, entry: Rewrite, norm: BatchNorm | None, inputs: C
     """Ghost weights from the convolution's filters and the statistics of the BatchNorm behind it, without images."""
     layout = entry.layout
     apart = has_many_maps(layout)
-    stats: Any = statistics_of(conv, norm, layout.dw_size, inputs=inputs, map_by_map=apart)
+    stats: Any = statistics_of(conv, norm, layout.kernel_size, inputs=inputs, map_by_map=apart)
     weights = channel_weights(norm, conv.out_channels)
     if apart:
         stats = stats.linked(choose_groups(stats.costs(weights), layout), sight.filters_of(conv))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from typing_extensions import assert_never
 
 from ghostify.errors import GhostifyError
 from ghostify.fitting import lstsq, sight
@@ -24,8 +25,9 @@ from ghostify.fitting.sensitivity import metric_of
 from ghostify.fitting.sight import View
 from ghostify.fitting.systems import leading_vectors
 from ghostify.fitting.walk import Chunk, Walk
-from ghostify.ghost import GhostWeights, Layout
+from ghostify.ghost import GhostWeights
 from ghostify.graph.batchnorm import BatchNorm, batchnorm_affine, batchnorm_at, gamma_beta
+from ghostify.modules.layout import Depthwise, GhostLayout, Grouped, Pointwise
 from ghostify.planning.activation import activation_line, narrowed
 from ghostify.planning.plan import Narrow, Rewrite
 from ghostify.tracing.program import as_module
@@ -64,9 +66,9 @@ class Layer:
         self.free_mean = self.conv.bias is not None or norm is not None
         self.first = Pair.zero(self.conv.weight[0].numel(), self.conv.out_channels)
         layout = entry.layout
-        self.many = has_many_maps(layout) and layout.dw_size > 1
+        self.many = has_many_maps(layout) and layout.kernel_size > 1
         self.positions = rows_for(len(self.first.fitted.u), SUFFICE)
-        self.viewed = VIEWED if self.many else rows_for(layout.dw_size**2 * layout.outputs, VIEWED, 0.9)
+        self.viewed = VIEWED if self.many else rows_for(layout.kernel_size**2 * layout.outputs, VIEWED, 0.9)
         self.views: list[tuple[View, Tensor]] = []
         self.line = None if entry.activation is None else activation_line(standing, entry).float().cpu()
 
@@ -77,7 +79,7 @@ class Layer:
         if len(self.keeps) < target.shape[1]:
             target = target[:, self.keeps]
         held = judges(torch.arange(len(target)) + chunk.batch.first, min(HELD_OUT, self.images))
-        seed, d = self.seed * 1_000_003 + chunk.batch.first, self.entry.layout.dw_size
+        seed, d = self.seed * 1_000_003 + chunk.batch.first, self.entry.layout.kernel_size
         places = sight.choose_places(target.shape, self._share(chunk, target, self.positions), seed)
         u, y = sight.patches(self.conv, image, places), sight.values(target, places)
         refuse_strange((u, y), chunk, self.entry.conv.name)
@@ -108,7 +110,7 @@ class Layer:
 
     def _together(self, seen: Moments, filters: Tensor, bias: Tensor | None, clock: Clock) -> Any:
         """Statistics of the dense predictions, or of their principal maps, all with each other."""
-        d = self.entry.layout.dw_size
+        d = self.entry.layout.kernel_size
         constant = bias is not None and d > 1
         with clock("solving"):
             basis, start = self._basis(seen, filters, (COARSE if self.many else FEATURES) // d**2 - constant)
@@ -120,7 +122,7 @@ class Layer:
 
     def _linked(self, groups: Groups, filters: Tensor, bias: Tensor | None) -> Links:
         """Statistics of the chosen intrinsic maps, each with its ghosts."""
-        d, own, source = self.entry.layout.dw_size, groups.intrinsic[:, 0], sources_of(groups)
+        d, own, source = self.entry.layout.kernel_size, groups.intrinsic[:, 0], sources_of(groups)
         basis, mine = filters.T[own], None if bias is None else bias[own]
         moments = LinkMoments.zero(len(own), d * d, len(source))
         for view, _ in self.views:
@@ -132,13 +134,13 @@ class Layer:
 
     def _activated(self, line: nn.Sequential, seen: Moments, filters: Tensor, clock: Clock) -> GhostWeights:
         """The nonlinear form: filters of the dense prediction, ghosts fitted to what norm and activation make of it."""
-        layout, places = self.entry.layout, self.entry.layout.dw_size**2
+        layout, places = self.entry.layout, self.entry.layout.kernel_size**2
         constants = float(self.free_mean) * (seen.mean_y - filters.T @ seen.mean_u)
 
         def read(view: View, channels: Tensor) -> Tensor:
             maps = view.maps(self.conv, filters.T[channels]) + constants[channels].float()[:, None, None]
             through = narrowed(line, channels)
-            return sight.neighbourhoods(through(maps) * view.inside, layout.dw_size)
+            return sight.neighbourhoods(through(maps) * view.inside, layout.kernel_size)
 
         with clock("moments"):
             pairs = MapMoments.zero(layout.outputs, places)
@@ -162,7 +164,7 @@ class Layer:
             channels=groups.channels,
             primary_weight=sight.as_kernels(mine.T, self.conv),
             primary_bias=constants[own] if biased else None,
-            cheap_weight=kernels.reshape(len(source), 1, layout.dw_size, layout.dw_size),
+            cheap_weight=kernels.reshape(len(source), *layout.kernel_shape),
             cheap_bias=lacking if biased else None,
             shift=in_order(torch.cat((constants[own], lacking)), groups) if self.entry.norm and not biased else None,
             error=in_order(torch.cat((kept.clamp_min(0) / var, error)), groups),
@@ -201,7 +203,7 @@ class Layer:
 
     def _run(self, view: View, weights: GhostWeights) -> Tensor:
         """What the ghost module and the shift behind it make of the view's inputs, in the original's order."""
-        layout, reach = self.entry.layout, self.entry.layout.dw_size // 2
+        layout, reach = self.entry.layout, self.entry.layout.kernel_size // 2
         intrinsic = view.maps(self.conv, weights.primary_weight.permute(0, 2, 3, 1).flatten(1))
         if weights.primary_bias is not None:
             intrinsic = intrinsic + weights.primary_bias.float()[:, None, None] * view.inside
@@ -210,10 +212,9 @@ class Layer:
             own = weights.channels[: layout.intrinsic]
             held = 0.0 if weights.shift is None else weights.shift.float()[own][:, None, None]
             read = narrowed(self.line, own)(intrinsic + held) * view.inside
-        kernels = weights.cheap_weight.float().split([b.outputs for b in layout.blocks])
-        ghosts = [
-            F.conv2d(read[:, b.start : b.stop], k, groups=b.groups) for b, k in zip(layout.blocks, kernels, strict=True)
-        ]
+        specs = layout.conv_specs
+        kernels = weights.cheap_weight.float().split([spec.outputs for spec in specs])
+        ghosts = [F.conv2d(read[:, s.start : s.stop], k, groups=s.groups) for s, k in zip(specs, kernels, strict=True)]
         height, width = view.target.shape[2:]
         maps = torch.cat((intrinsic[:, :, reach : reach + height, reach : reach + width], *ghosts), 1)
         if weights.cheap_bias is not None:
@@ -285,9 +286,16 @@ def rows_for(features: int, least: int, share: float = 1.0) -> int:
     return min(POSITIONS, max(least, int(share * WORK / features**2)))
 
 
-def has_many_maps(layout: Layout) -> bool:
-    """Whether there are too many maps for the moments between all of them at all places of the cheap kernel."""
-    return layout.width == 1 and layout.outputs * layout.dw_size**2 > FEATURES
+def has_many_maps(layout: GhostLayout) -> bool:
+    """Whether the fit does without the moments between all maps at all places of the cheap kernel: where there are too
+    many, and ghosts of one map each need none between different maps."""
+    match layout.form:
+        case Depthwise(d):
+            return layout.outputs * d**2 > FEATURES
+        case Grouped() | Pointwise():
+            return False
+        case _:
+            assert_never(layout.form)
 
 
 def channel_weights(norm: BatchNorm | None, outputs: int) -> Tensor:
@@ -314,12 +322,11 @@ def emit(conv: nn.Conv2d, entry: Rewrite, stats: Statistics | Links, solution: S
         cheap_bias = lacking[channels[m:]] - seen
     elif entry.norm is not None:
         shift = lacking
-    d = entry.layout.dw_size
     return GhostWeights(
         channels=channels,
         primary_weight=sight.as_kernels(coordinates @ stats.basis, conv),
         primary_bias=primary_bias,
-        cheap_weight=solution.kernels.reshape(len(channels) - m, -1, d, d),
+        cheap_weight=solution.kernels.reshape(len(channels) - m, *entry.layout.kernel_shape),
         cheap_bias=cheap_bias,
         shift=shift,
         error=lstsq.errors(stats, solution) / stats.var.clamp_min(1e-30),

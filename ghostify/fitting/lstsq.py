@@ -13,12 +13,13 @@ from functools import cache
 import torch
 from scipy.linalg import qr
 from torch import Tensor
+from typing_extensions import assert_never
 
 from ghostify.fitting.assign import Groups, choose_groups
 from ghostify.fitting.moments import Moments, Pair, turns_of
 from ghostify.fitting.pairs import Links, costs_of, in_order
 from ghostify.fitting.systems import damping_for, root_of, solve_damped, solve_ridge
-from ghostify.ghost import Layout
+from ghostify.modules.layout import Depthwise, GhostLayout, Grouped, Pointwise
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 UNJUDGED = 0.1
@@ -123,7 +124,7 @@ def best_ridge(
     return RIDGES[k]
 
 
-def solve(stats: Statistics | Links, layout: Layout, metric: Tensor) -> Solution:
+def solve(stats: Statistics | Links, layout: GhostLayout, metric: Tensor) -> Solution:
     """The ghost layer of `layout` that predicts the outputs with the least error e' M e by the `metric` M (n x n).
 
     Grouping by pair errors, kernels by the normal equations; for w = 1 then the joint refit by alternating half-steps,
@@ -132,15 +133,23 @@ def solve(stats: Statistics | Links, layout: Layout, metric: Tensor) -> Solution
     groups that are chosen already, and without a joint refit.
     """
     if isinstance(stats, Links):
-        own = torch.eye(len(stats.auto), dtype=torch.float64)
-        start = own if stats.bias is None else torch.cat((own, stats.bias[:, None]), 1)
-        return Solution(stats.groups, start, stats.kernels())
+        return _of_links(stats)
     weights = metric.diagonal()
     groups = choose_groups(pair_costs(stats, weights), layout)
-    if layout.width == 1:
-        return _alternate(stats, _with_kernels(stats, groups, stats.start[groups.intrinsic.flatten()]), weights)
-    groups, coordinates = _reduced_rank(stats, groups, metric)
-    return _with_kernels(stats, groups, coordinates)
+    match layout.form:
+        case Depthwise():
+            return _alternate(stats, _with_kernels(stats, groups, stats.start[groups.intrinsic.flatten()]), weights)
+        case Grouped() | Pointwise():
+            return _with_kernels(stats, *_reduced_rank(stats, groups, metric))
+        case _:
+            assert_never(layout.form)
+
+
+def _of_links(links: Links) -> Solution:
+    """The dense predictions of the chosen intrinsic maps as they are, and the kernels on them."""
+    own = torch.eye(len(links.auto), dtype=torch.float64)
+    start = own if links.bias is None else torch.cat((own, links.bias[:, None]), 1)
+    return Solution(links.groups, start, links.kernels())
 
 
 def errors(stats: Statistics | Links, solution: Solution) -> Tensor:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ghostify.fitting.assign import in_given_order
 from ghostify.ghost import GhostWeights
 from ghostify.narrow import narrowed_conv
 from ghostify.planning.plan import Plan, Rewrite
@@ -25,8 +25,8 @@ def unfitted(
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(entry: Rewrite, _: Tensor) -> Tensor:
-        width, d = entry.layout.width, entry.layout.dw_size
-        return torch.randn(entry.layout.ghosts, width, d, d, generator=generator) * (2 / (width * d * d)) ** 0.5
+        shape = entry.layout.kernel_shape
+        return torch.randn(entry.layout.ghosts, *shape, generator=generator) * (2 / math.prod(shape)) ** 0.5
 
     weights = {}
     for entry in plan.rewrites:
@@ -38,7 +38,7 @@ def unfitted(
         if conv.bias is not None:
             primary, cheap = conv.bias.detach()[:m], conv.bias.detach()[m:]
         made = (kernels or drawn)(entry, whole)
-        given = in_given_order(layout).channels
-        channels = torch.randperm(len(given), generator=generator) if shuffled else given
+        n = layout.outputs
+        channels = torch.randperm(n, generator=generator) if shuffled else torch.arange(n)
         weights[entry.conv.name] = GhostWeights(channels, whole[:m], primary, made, cheap)
     return weights

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ghostify.ghost import Layout
+from ghostify.modules.layout import GhostLayout
 from ghostify.tracing.calls import as_arguments
 from ghostify.tracing.modes import evaluating
 from ghostify.tracing.program import Call, Convolution
@@ -29,7 +29,7 @@ def dense_macs(conv: Convolution) -> int:
     return conv.outputs * conv.taps
 
 
-def ghost_macs(conv: Convolution, layout: Layout) -> int:
+def ghost_macs(conv: Convolution, layout: GhostLayout) -> int:
     """MACs of its ghost module for one output position: m c k^2 + (n - m) w d^2 (Han et al., 2020, section 3.1)."""
     return layout.intrinsic * conv.taps + layout.macs_per_position
 

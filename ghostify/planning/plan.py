@@ -6,7 +6,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ghostify.errors import GhostifyError
-from ghostify.ghost import Layout, feasible_width, intrinsic_maps
+from ghostify.modules.layout import (
+    Depthwise,
+    GhostForm,
+    GhostLayout,
+    form_of,
+    intrinsic_count,
+    may_read_activated,
+    round_up_width,
+)
 from ghostify.planning import cost
 from ghostify.planning.links import Link, Narrowing, narrowings
 from ghostify.planning.order import Absorption, absorption
@@ -26,7 +34,7 @@ class Rewrite:
     """
 
     conv: Convolution
-    layout: Layout
+    layout: GhostLayout
     norm: str | None
     partner: str | None
     activation: str | None
@@ -106,7 +114,7 @@ def targets(program: Program, policy: Policy) -> list[Target | Skip]:
 
 def plan_layouts(
     program: Program,
-    decided: Iterable[tuple[Target, Layout] | Skip],
+    decided: Iterable[tuple[Target, GhostLayout] | Skip],
     kept: Mapping[Link, tuple[int, ...]] | None = None,
 ) -> Plan:
     """The plan that gives each target its layout, and each link the maps that it keeps; those that save nothing are
@@ -126,12 +134,19 @@ def may_narrow(program: Program, policy: Policy, conv: Convolution) -> bool:
     return isinstance(rule, Rule) and rule.narrow
 
 
-def layout_of(outputs: int, intrinsic: int, cheap: str | int, dw_size: int) -> Layout:
-    """The layout of `intrinsic` of `outputs` maps with ghosts of the form `cheap`."""
-    if cheap == "pointwise":
-        return Layout(outputs, intrinsic, intrinsic, 1)
-    width = 1 if cheap == "depthwise" else min(int(cheap), intrinsic)
-    return Layout(outputs, intrinsic, feasible_width(outputs, intrinsic, width), dw_size)
+def layout_of(outputs: int, intrinsic: int, cheap: str | int, dw_size: int) -> GhostLayout:
+    """The layout of `intrinsic` of `outputs` maps with ghosts of the form that a rule calls `cheap`."""
+    form: GhostForm
+    match cheap:
+        case "depthwise":
+            form = Depthwise(dw_size)
+        case "pointwise":
+            form = form_of(intrinsic, intrinsic, 1)
+        case int():
+            form = form_of(intrinsic, round_up_width(outputs, intrinsic, min(cheap, intrinsic)), dw_size)
+        case _:
+            raise GhostifyError(f"cheap {cheap!r}: is not one form of ghost. Use 'depthwise', 'pointwise' or a width.")
+    return GhostLayout(outputs, intrinsic, form)
 
 
 def _rule(program: Program, policy: Policy, conv: Convolution) -> Rule | Skip:
@@ -157,7 +172,7 @@ def _target(program: Program, policy: Policy, conv: Convolution, first: bool) ->
     return Target(conv, rule)
 
 
-def _with_ratio(target: Target | Skip) -> tuple[Target, Layout] | Skip:
+def _with_ratio(target: Target | Skip) -> tuple[Target, GhostLayout] | Skip:
     if isinstance(target, Skip):
         return target
     conv, rule = target.conv, target.rule
@@ -165,7 +180,7 @@ def _with_ratio(target: Target | Skip) -> tuple[Target, Layout] | Skip:
         raise GhostifyError("cheap 'auto' chooses by a budget: pass budget={'macs': 0.5}, or name the form")
     if rule.narrow:
         raise GhostifyError("narrow leaves out maps by a budget: pass budget={'macs': 0.5}")
-    intrinsic = intrinsic_maps(conv.outputs, rule.ratio)
+    intrinsic = intrinsic_count(conv.outputs, rule.ratio)
     if rule.ratio == 1:
         return Skip(conv, "ratio 1 keeps every map")
     if not 1 <= intrinsic < conv.outputs:
@@ -173,7 +188,7 @@ def _with_ratio(target: Target | Skip) -> tuple[Target, Layout] | Skip:
     return target, layout_of(conv.outputs, intrinsic, rule.cheap, rule.dw_size)
 
 
-def _rewrite(wiring: Wiring, target: Target, layout: Layout, narrowing: Narrowing | None) -> Rewrite | Skip:
+def _rewrite(wiring: Wiring, target: Target, layout: GhostLayout, narrowing: Narrowing | None) -> Rewrite | Skip:
     conv = target.conv
     left = conv if narrowing is None else narrowing.left_of(conv)
     dense, after = cost.dense_macs(left), cost.ghost_macs(left, layout)
@@ -182,13 +197,15 @@ def _rewrite(wiring: Wiring, target: Target, layout: Layout, narrowing: Narrowin
     nodes = [call.node for call in conv.calls]
     norm = norm_after(wiring, nodes)
     partner = partner_in_sum(wiring, nodes, norm)
-    activation = activation_after(wiring, nodes, norm) if target.rule.activated and layout.width == 1 else None
+    activation = (
+        activation_after(wiring, nodes, norm) if target.rule.activated and may_read_activated(layout.form) else None
+    )
     before, absorb = cost.dense_macs(conv), absorption(wiring, nodes)
     return Rewrite(conv, layout, norm, partner, activation, absorb, before, after, narrowing)
 
 
 def _entry(
-    wiring: Mapping[str, Wiring], decided: tuple[Target, Layout] | Skip, narrowed: Mapping[str, Narrowing]
+    wiring: Mapping[str, Wiring], decided: tuple[Target, GhostLayout] | Skip, narrowed: Mapping[str, Narrowing]
 ) -> Rewrite | Narrow | Skip:
     conv = decided.conv if isinstance(decided, Skip) else decided[0].conv
     own, narrowing = wiring[conv.part], narrowed.get(conv.name)

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from ghostify.errors import GhostifyError
+from ghostify.modules.layout import Depthwise, GhostForm, Grouped, Pointwise
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -69,6 +70,21 @@ class Rule:
         for key in ("activated", "narrow"):
             if not isinstance(getattr(self, key), bool):
                 raise GhostifyError(f"{key} {getattr(self, key)!r} is neither true nor false")
+
+    @property
+    def forms(self) -> tuple[type[GhostForm], ...]:
+        """The forms of ghosts that `cheap` allows."""
+        match self.cheap:
+            case "auto":
+                return Depthwise, Pointwise
+            case "depthwise" | 1:
+                return (Depthwise,)
+            case "pointwise":
+                return (Pointwise,)
+            case int():
+                return (Grouped,)
+            case _:
+                raise GhostifyError(f"cheap {self.cheap!r}: names no form of ghost. Use 'depthwise' or 'pointwise'.")
 
     def matches(self, name: str, module: nn.Module, kind: str) -> bool:
         """Whether this rule speaks of the convolution."""

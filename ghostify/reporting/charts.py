@@ -6,7 +6,10 @@ import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from typing_extensions import assert_never
+
 from ghostify.errors import GhostifyError
+from ghostify.modules.layout import Depthwise, Grouped, Pointwise
 from ghostify.report import Line, Report
 from ghostify.reporting.findings import costly
 
@@ -32,9 +35,15 @@ def kind_of(line: Line) -> str:
     """What happened to a convolution, in the words of the charts and the table."""
     if line.reason is not None:
         return "left as it is"
-    if line.narrow:
-        return "fewer maps"
-    return "depthwise ghosts" if line.width == 1 else "wider ghosts"
+    match line.form:
+        case None:
+            return "fewer maps"
+        case Depthwise():
+            return "depthwise ghosts"
+        case Grouped() | Pointwise():
+            return "wider ghosts"
+        case _:
+            assert_never(line.form)
 
 
 def layers_chart(found: Report) -> dict[str, Any]:

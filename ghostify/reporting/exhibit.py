@@ -65,7 +65,9 @@ def exhibit(module: nn.Module, original: nn.Module, line: Line, batches: Sequenc
     own, ghosts = line.channels[: line.intrinsic], line.channels[line.intrinsic :]
     ranked = sorted(range(len(ghosts)), key=lambda j: float(errors[ghosts[j]]))
     places = torch.linspace(0, len(ranked) - 1, min(count, len(ranked))).round().int().tolist()
-    kernels = kernels_of(module.get_submodule(line.name))
+    ghost = module.get_submodule(line.name)
+    assert isinstance(ghost, GhostModule)
+    kernels = kernels_of(ghost)
     shown = []
     for j in (ranked[k] for k in dict.fromkeys(places)):
         channel, strongest = ghosts[j], int(kernels[j].flatten(1).norm(dim=1).argmax())
@@ -84,13 +86,11 @@ def _squared(weights: Tensor) -> Tensor:
     return F.pad(weights, (0, side**2 - len(weights))).reshape(side, side)
 
 
-def kernels_of(ghost: Any) -> Tensor:
+def kernels_of(ghost: GhostModule) -> Tensor:
     """The cheap operation's weights, as every ghost's kernel on every intrinsic map (ghosts x m x d x d)."""
-    convs: tuple[nn.Conv2d, ...] = ghost.cheap_convs
-    m, d = ghost.primary_conv.out_channels, convs[0].kernel_size[0]
-    ranges = getattr(ghost.cheap_operation, "ranges", ((0, m),))
+    m, d = ghost.primary_conv.out_channels, ghost.cheap_convs[0].kernel_size[0]
     parts = []
-    for conv, (start, _) in zip(convs, ranges, strict=True):
+    for conv, (start, _) in zip(ghost.cheap_convs, ghost.cheap_ranges, strict=True):
         whole = torch.zeros(conv.out_channels, m, d, d)
         width, each = conv.weight.shape[1], conv.out_channels // conv.groups
         for j, kernel in enumerate(conv.weight.detach().float().cpu()):

@@ -77,7 +77,7 @@ def advice(found: Report, times: Times | None = None) -> list[Advice]:
     if slower:
         text = f"{', '.join(slower)} became slower here: leave them as they were, or let a budget of latency decide"
         said.append(Advice(text, "--cheap auto --budget latency=0.7"))
-    gathered = [line.name for line in found.lines if line.gather and line.width < line.intrinsic]
+    gathered = [x.name for x in found.lines if x.gather and x.layout is not None and not x.layout.is_low_rank]
     if gathered:
         text = (
             f"{', '.join(gathered)} put channels in order by an index, which costs a copy: pointwise ghosts need none"

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ghostify.budgeting.measure import layer_milliseconds, paired
 from ghostify.budgeting.stopwatch import Stopwatch
 from ghostify.errors import GhostifyError
-from ghostify.ghost import Layout
 from ghostify.planning import cost
 from ghostify.report import Line, Report, report, short
 from ghostify.reporting.exhibit import can_show, exhibit
@@ -68,8 +67,7 @@ def layer_times(original: nn.Module, found: Report, example_inputs: Any, clock: 
     convs = {conv.name: conv for conv in program.convolutions}
     for line in found.lines:
         if line.reason is None and line.reads is None and line.name in convs:
-            layout = Layout(line.filters[0], line.intrinsic, line.width, line.dw_size)
-            taken = layer_milliseconds(program.conv(line.name), convs[line.name], [None, layout], clock)
+            taken = layer_milliseconds(program.conv(line.name), convs[line.name], [None, line.layout], clock)
             times[line.name] = (taken[0], taken[1])
     return times
 

@@ -1,0 +1,202 @@
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ghostify import GhostifyError
+from ghostify.budgeting.candidates import _Losses
+from ghostify.fitting import assign, layer, lstsq
+from ghostify.ghost import ghost_of
+from ghostify.modules.layout import (
+    Depthwise,
+    GhostLayout,
+    Grouped,
+    Pointwise,
+    form_of,
+    intrinsic_count,
+    may_read_activated,
+    round_up_width,
+)
+from ghostify.planning import cost
+from ghostify.report import Line
+from ghostify.reporting.charts import kind_of
+
+
+@st.composite
+def layouts(draw):
+    """Layouts of every form, the border cases between them included."""
+    outputs = draw(st.integers(2, 24))
+    intrinsic = draw(st.integers(1, outputs - 1))
+    width = round_up_width(outputs, intrinsic, draw(st.sampled_from([1, 2, 3, 4, intrinsic])))
+    return GhostLayout.of_width(outputs, intrinsic, width, draw(st.sampled_from([1, 3, 5])))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "ratio", "maps"), [(64, 2, 32), (65, 2, 33), (64, 3, 22), (64, 1.5, 43), (30, 1.2, 25)]
+)
+def test_the_number_of_intrinsic_maps_is_rounded_up(outputs, ratio, maps):
+    assert intrinsic_count(outputs, ratio) == maps
+
+
+@given(st.integers(2, 40), st.data())
+def test_a_rounded_width_is_the_least_that_divides_evenly(outputs, data):
+    intrinsic = data.draw(st.integers(1, outputs - 1))
+    width = data.draw(st.integers(1, intrinsic))
+
+    def divides(w):
+        return intrinsic % w == 0 and (outputs - intrinsic) % (intrinsic // w) == 0
+
+    fitting = [w for w in range(width, intrinsic + 1) if w == 1 or divides(w)]
+    assert round_up_width(outputs, intrinsic, width) == fitting[0]
+
+
+@given(layouts())
+def test_every_ghost_is_made_once_and_groups_are_served_evenly(layout):
+    specs = layout.conv_specs
+    assert sum(spec.outputs for spec in specs) == layout.ghosts == sum(layout.capacities)
+    assert all((spec.stop - spec.start) % spec.groups == spec.outputs % spec.groups == 0 for spec in specs)
+    assert len(layout.capacities) * layout.kernel_shape[0] == layout.intrinsic
+    assert max(layout.capacities) - min(layout.capacities) <= 1
+
+
+@given(layouts(), st.booleans())
+@settings(deadline=None)
+def test_the_built_module_has_the_layouts_outputs_cost_and_parameters(layout, bias):
+    conv, x = nn.Conv2d(3, layout.outputs, 3, bias=bias), torch.randn(2, 3, 7, 6)
+    ghost = ghost_of(conv, layout)
+    assert ghost(x).shape == conv(x).shape
+    with FlopCounterMode(display=False) as counter:
+        ghost(x)
+    per_position = layout.intrinsic * 3 * 9 + layout.macs_per_position
+    assert counter.get_total_flops() // 2 == 2 * 5 * 4 * per_position
+    assert cost.parameters(ghost) == per_position + bias * layout.outputs
+    kernels = [conv.weight.shape[1:] for conv in ghost.cheap_convs]
+    assert set(kernels) == {layout.kernel_shape}
+
+
+@given(layouts())
+@settings(deadline=None)
+def test_the_layout_can_be_read_off_the_module_and_what_is_stored(layout):
+    assert ghost_of(nn.Conv2d(3, layout.outputs, 3), layout).layout == layout
+    outputs, intrinsic, width, kernel_size = layout.to_dict().values()
+    assert GhostLayout.of_width(outputs, intrinsic, width, kernel_size) == layout
+
+
+def test_what_the_forms_compute_by_hand():
+    """Ghosts of maps 1, 2, 3, 4 (constant, inside the border) by kernels of ones."""
+    for form, ghosts in (
+        (Depthwise(3), [9, 18, 27, 36]),
+        (Grouped(2, 3), [27, 27, 63, 63]),
+        (Grouped(4, 3), [90, 90, 90, 90]),
+        (Pointwise(), [10, 10, 10, 10]),
+    ):
+        ghost = ghost_of(nn.Conv2d(1, 8, 1, bias=False), GhostLayout(8, 4, form))
+        ghost.primary_conv.weight.data = torch.arange(1.0, 5)[:, None, None, None]
+        for conv in ghost.cheap_convs:
+            nn.init.ones_(conv.weight)
+        assert ghost(torch.ones(1, 1, 3, 3))[0, :, 1, 1].tolist() == [1, 2, 3, 4, *ghosts]
+
+
+@pytest.mark.parametrize(
+    ("cheap", "layout"),
+    [
+        (nn.Conv2d(4, 4, (1, 3), padding=(0, 1)), None),
+        (nn.Conv2d(2, 4, 1), None),
+        (nn.Identity(), None),
+        (nn.Conv2d(4, 3, 1), GhostLayout(7, 4, Pointwise())),
+    ],
+    ids=["oblong kernels", "other maps", "no convolution", "another layout"],
+)
+def test_the_layout_of_a_module_is_that_of_its_present_convolutions(cheap, layout):
+    ghost = ghost_of(nn.Conv2d(3, 8, 3), GhostLayout(8, 4, Grouped(2, 3)))
+    ghost.cheap_operation = cheap
+    assert ghost.layout == layout
+
+
+@pytest.mark.parametrize(
+    ("outputs", "intrinsic", "form", "message"),
+    [
+        (8, 8, Depthwise(3), "no ghosts"),
+        (8, 0, Depthwise(3), "no intrinsic maps"),
+        (8, 4, Depthwise(2), "odd kernel size"),
+        (8, 4, Grouped(0, 3), "width of at least 1"),
+        (8, 4, Grouped(3, 3), "do not divide the maps evenly"),
+        (8, 4, Grouped(8, 3), "do not divide the maps evenly"),
+        (9, 4, Grouped(2, 3), "do not divide the maps evenly"),
+        (8, 4, Grouped(1, 3), r"Use Depthwise\(kernel_size=3\)"),
+        (8, 4, Grouped(4, 1), r"Use Pointwise\(\)"),
+        (8, 1, Pointwise(), r"Use Depthwise\(kernel_size=1\)"),
+    ],
+)
+def test_layouts_that_build_nothing_or_have_a_simpler_form_are_refused(outputs, intrinsic, form, message):
+    with pytest.raises(GhostifyError, match=message):
+        GhostLayout(outputs, intrinsic, form)
+
+
+@given(layouts())
+def test_low_rank_is_one_pixel_of_all_intrinsic_maps(layout):
+    assert layout.is_low_rank == (layout.kernel_shape == (layout.intrinsic, 1, 1))
+    assert isinstance(layout.form, Pointwise) == (layout.is_low_rank and layout.intrinsic > 1)
+    assert form_of(layout.intrinsic, *layout.kernel_shape[:2]) == layout.form
+
+
+@dataclass(frozen=True)
+class Unheard:
+    """A form that nothing handles."""
+
+
+def unheard_layout():
+    layout = GhostLayout(8, 4, Depthwise(3))
+    object.__setattr__(layout, "form", Unheard())
+    return layout
+
+
+class UnheardLine(Line):
+    form = Unheard()
+
+
+LINE = Line("a", "Conv2d", (8, 3, 3, 3), None, None, 4, 1, 3, False, 1, 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "decide",
+    [
+        lambda layout: layout.kernel_shape,
+        lambda layout: layout.conv_specs,
+        lambda layout: layout.is_low_rank,
+        lambda layout: layout.to_dict(),
+        lambda layout: replace(layout),
+        lambda layout: may_read_activated(layout.form),
+        lambda layout: assign.choose_groups(torch.rand(8, 8), layout),
+        lambda layout: layer.has_many_maps(layout),
+        lambda layout: _Losses(None, 3).of(layout),
+        lambda layout: _Losses(None, 3).least(layout),
+        lambda _: kind_of(UnheardLine(**LINE.__dict__)),
+    ],
+)
+def test_a_form_that_nothing_handles_fails_instead_of_passing_for_another(decide):
+    with pytest.raises(AssertionError, match="Unheard"):
+        decide(unheard_layout())
+
+
+def test_the_solver_refuses_a_form_that_it_does_not_handle(monkeypatch):
+    """Even if its channels were grouped by then."""
+    monkeypatch.setattr(lstsq, "pair_costs", lambda *_: None)
+    monkeypatch.setattr(lstsq, "choose_groups", lambda *_: None)
+    with pytest.raises(AssertionError, match="Unheard"):
+        lstsq.solve(None, unheard_layout(), torch.eye(8))
+
+
+def test_pruned_and_skipped_layers_have_no_form():
+    assert LINE.layout == GhostLayout(8, 4, Depthwise(3))
+    assert not LINE.narrow
+    pruned = replace(LINE, width=0, dw_size=0, intrinsic=5, makes=5, reads=3)
+    assert (pruned.form, pruned.layout, pruned.narrow) == (None, None, True)
+    skipped = replace(LINE, width=0, dw_size=0, intrinsic=8, reason="no rule targets it")
+    assert (skipped.form, skipped.narrow) == (None, False)
+    assert [kind_of(x) for x in (LINE, pruned, skipped)] == ["depthwise ghosts", "fewer maps", "left as it is"]
+    assert kind_of(replace(LINE, width=2)) == kind_of(replace(LINE, width=4, dw_size=1)) == "wider ghosts"
