@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 from ghostify.deploying.deploy import deploy
 from ghostify.deploying.runtimes import FORMATS, runner
 from ghostify.errors import GhostifyError
+from ghostify.numerics import find_mismatch
 from ghostify.tracing.calls import as_arguments, tensors_of
 
 TOLERANCE = 1e-3
@@ -98,11 +99,11 @@ def _check(small: nn.Module, args: tuple[Any, ...], file: Path, format: str) -> 
         with torch.no_grad():
             wanted = tensors_of(small(*given))
         for a, b in zip(wanted, run(*given), strict=True):
-            difference, largest = (a - b).abs().max().item(), a.abs().max().item()
-            if not difference <= TOLERANCE * largest:
+            mismatch = find_mismatch(b, a, of_largest=TOLERANCE)
+            if mismatch is not None:
                 raise GhostifyError(
-                    f"the {format} file is {difference:.2g} off PyTorch's answers, which reach {largest:.2g}: "
-                    f"use another format, and report this"
+                    f"the {format} file is {mismatch.difference:.2g} off PyTorch's answers, which reach "
+                    f"{mismatch.largest:.2g}: use another format, and report this"
                 )
 
 

@@ -24,6 +24,7 @@ from ghostify.fitting.layer import (
 from ghostify.fitting.moments import Pair
 from ghostify.fitting.walk import Chunk, Walk
 from ghostify.narrow import DenseWeights
+from ghostify.numerics import derive_seed, relative_to_variance
 from ghostify.planning.plan import Narrow
 from ghostify.tracing.program import as_module
 
@@ -49,7 +50,7 @@ class Dense:
         image = chunk.value(node.all_input_nodes[0]).float().cpu()
         target = target_of(node, chunk, self.partner, self.gain)[:, self.keeps]
         held = judges(torch.arange(len(target)) + chunk.batch.first, min(HELD_OUT, self.images))
-        seed = self.seed * 1_000_003 + chunk.batch.first
+        seed = derive_seed(self.seed, chunk.batch.first)
         places = sight.choose_places(target.shape, positions_of(chunk, target, self.positions, self.images), seed)
         u, y = sight.patches(self.conv, image, places), sight.values(target, places)
         refuse_strange((u, y), chunk, self.entry.conv.name)
@@ -71,7 +72,7 @@ class Dense:
             weight=sight.as_kernels(filters.T, self.conv),
             bias=constants if biased else None,
             shift=constants if not biased and self.entry.norm is not None else None,
-            error=error / yy.clamp_min(1e-30),
+            error=relative_to_variance(error, yy),
             held_out=held_out,
             felt=felt,
         )
@@ -88,5 +89,7 @@ class Dense:
         if not count:
             return None, None
         products, mean, power = lost[:n] / count, lost[n] / count, lost[n + 1] / count
-        spread = (power - mean.square() if self.free_mean else power).clamp_min(1e-30)
-        return products.diagonal() / spread, None if self.felt is None else float((self.felt * products).sum())
+        variance = power - mean.square() if self.free_mean else power
+        return relative_to_variance(products.diagonal(), variance), None if self.felt is None else float(
+            (self.felt * products).sum()
+        )

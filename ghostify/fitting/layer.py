@@ -25,6 +25,7 @@ from ghostify.fitting.sight import View
 from ghostify.fitting.systems import leading_vectors
 from ghostify.fitting.walk import Chunk, Walk
 from ghostify.ghost import GhostWeights, Layout
+from ghostify.numerics import derive_seed, relative_to_variance
 from ghostify.planning.activation import activation_line, narrowed
 from ghostify.planning.plan import Narrow, Rewrite
 from ghostify.tracing.program import as_module
@@ -76,7 +77,7 @@ class Layer:
         if len(self.keeps) < target.shape[1]:
             target = target[:, self.keeps]
         held = judges(torch.arange(len(target)) + chunk.batch.first, min(HELD_OUT, self.images))
-        seed, d = self.seed * 1_000_003 + chunk.batch.first, self.entry.layout.dw_size
+        seed, d = derive_seed(self.seed, chunk.batch.first), self.entry.layout.dw_size
         places = sight.choose_places(target.shape, self._share(chunk, target, self.positions), seed)
         u, y = sight.patches(self.conv, image, places), sight.values(target, places)
         refuse_strange((u, y), chunk, self.entry.conv.name)
@@ -194,9 +195,9 @@ class Layer:
             count += len(y)
         lost, count = summed(lost, count)
         products, (mean, power) = lost[:n] / count, lost[n:] / count
-        spread = (power - mean.square() if self.free_mean else power).clamp_min(1e-30)
+        variance = power - mean.square() if self.free_mean else power
         felt = None if self.felt is None else float((self.felt * products).sum())
-        return replace(weights, held_out=products.diagonal() / spread, felt=felt)
+        return replace(weights, held_out=relative_to_variance(products.diagonal(), variance), felt=felt)
 
     def _run(self, view: View, weights: GhostWeights) -> Tensor:
         """What the ghost module and the shift behind it make of the view's inputs, in the original's order."""
@@ -322,7 +323,7 @@ def emit(conv: nn.Conv2d, entry: Rewrite, stats: Statistics | Links, solution: S
         cheap_weight=solution.kernels.reshape(len(channels) - m, -1, d, d),
         cheap_bias=cheap_bias,
         shift=shift,
-        error=lstsq.errors(stats, solution) / stats.var.clamp_min(1e-30),
+        error=relative_to_variance(lstsq.errors(stats, solution), stats.var),
     )
 
 

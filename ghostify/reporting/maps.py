@@ -10,8 +10,11 @@ from torch import Tensor, nn
 
 from ghostify.errors import GhostifyError
 from ghostify.ghost import GhostModule
+from ghostify.numerics import relative_squared_error
 from ghostify.tracing.calls import inputs_of, run
 from ghostify.tracing.modes import evaluating
+
+MIN_VARIANCE = 1e-12
 
 
 def maps_of(module: nn.Module, layer: str, batches: Sequence[Any]) -> Tensor:
@@ -41,6 +44,7 @@ def ghosted_maps(module: nn.Module, layer: str, batches: Sequence[Any], channels
 
 def errors_of(made: Tensor, wanted: Tensor) -> Tensor:
     """Squared error of each map by the variance of the wanted one, constants apart (n)."""
-    apart = made - wanted
-    apart = apart - apart.mean((0, 2, 3), keepdim=True)
-    return apart.square().mean((0, 2, 3)) / wanted.var((0, 2, 3), correction=0).clamp_min(1e-12)
+    count = wanted[:, 0].numel()
+    return relative_squared_error(
+        made, wanted, over=(0, 2, 3), ignore_mean=True, per_map=True, minimum=MIN_VARIANCE * count
+    )

@@ -7,9 +7,9 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import fx, nn
 
+from ghostify.numerics import outputs_match
 from ghostify.tracing.calls import Inputs, run, tensors_of
 from ghostify.tracing.modes import evaluating
 from ghostify.tracing.names import within
@@ -131,9 +131,4 @@ def answers_alike(a: nn.Module, a_inputs: Inputs, b: nn.Module, b_inputs: Inputs
     for module, inputs in ((a, a_inputs), (b, b_inputs)):
         with evaluating(module):
             answers.append(tensors_of(run(module, inputs)))
-    if len(answers[0]) != len(answers[1]):
-        return False
-    return all(
-        p.shape == q.shape and torch.allclose(p.double(), q.double(), TOLERANCE, TOLERANCE, equal_nan=True)
-        for p, q in zip(*answers, strict=True)
-    )
+    return outputs_match(answers[0], answers[1], TOLERANCE)
