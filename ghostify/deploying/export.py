@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +18,7 @@ from ghostify.deploying.deploy import deploy
 from ghostify.deploying.runtimes import FORMATS, runner
 from ghostify.errors import GhostifyError
 from ghostify.numerics import find_mismatch
+from ghostify.storing.atomic import staged_folder
 from ghostify.tracing.calls import as_arguments, tensors_of
 
 TOLERANCE = 1e-3
@@ -42,15 +41,8 @@ def export(model: nn.Module, path: str | Path, *, format: str, example_inputs: A
     folder = Path(path)
     if folder.is_file():
         raise GhostifyError(f"{folder}: is a file: name a folder to export into")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=".export-", dir=folder.parent))
-    try:
+    with staged_folder(folder, merge=True) as fresh:
         _check(small, args, write(small, args, fresh, format), format)
-        folder.mkdir(exist_ok=True)
-        for written in fresh.iterdir():
-            written.replace(folder / written.name)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
     return folder / FORMATS[format]
 
 
