@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ghostify.errors import GhostifyError
 from ghostify.ghost import GhostModule
+from ghostify.graph.hooks import on_calls
 from ghostify.numerics import relative_squared_error
 from ghostify.tracing.calls import inputs_of, run
 from ghostify.tracing.modes import evaluating
@@ -20,15 +21,10 @@ MIN_VARIANCE = 1e-12
 def maps_of(module: nn.Module, layer: str, batches: Sequence[Any]) -> Tensor:
     """What the module called `layer` makes of all images, N x n x H x W on the CPU; `GhostifyError` if nothing."""
     kept: list[Tensor] = []
-    hook = module.get_submodule(layer).register_forward_hook(
-        lambda _, __, made: kept.append(made.detach().float().cpu())
-    )
-    try:
-        with evaluating(module):
-            for batch in batches:
-                run(module, inputs_of(module, batch))
-    finally:
-        hook.remove()
+    hooks = on_calls([module.get_submodule(layer)], after=lambda _, made: kept.append(made.detach().float().cpu()))
+    with hooks, evaluating(module):
+        for batch in batches:
+            run(module, inputs_of(module, batch))
     if not kept:
         raise GhostifyError(f"{layer}: does not run on these images")
     return torch.cat(kept)

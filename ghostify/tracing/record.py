@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ghostify.tracing.calls import Inputs, bind_inputs, run_example, spread
+from ghostify.graph.executor import Values, execute
+from ghostify.tracing.calls import Inputs, bind_inputs, run_example
 from ghostify.tracing.functional import Called, Watch, is_functional
 from ghostify.tracing.modes import evaluating
 from ghostify.tracing.program import LONE, Call, Convolution, called
@@ -108,8 +109,7 @@ def looking(module: nn.Module, parts: Mapping[str, fx.GraphModule], look: Look) 
         for path, known in parts.items():
             part = module.get_submodule(path)
             if isinstance(part, fx.GraphModule):
-                interpreter = _Looking(part, partial(look, path))
-                part.forward = partial(_interpreted, interpreter)
+                part.forward = _intercepted(look, path, part)
                 undo.append(partial(delattr, part, "forward"))
             else:
                 node = next(n for n in known.graph.nodes if n.target == LONE)
@@ -125,21 +125,15 @@ def _hook(look: Look, path: str, node: fx.Node, _module: nn.Module, inputs: Any,
     return look(path, node, inputs[0] if inputs else None, made)
 
 
-def _interpreted(interpreter: fx.Interpreter, *args: Any, **kwargs: Any) -> Any:
-    module = interpreter.module
-    assert isinstance(module, fx.GraphModule)
-    return interpreter.run(*spread(module, bind_inputs(module, args, kwargs))[0], enable_io_processing=False)
+def _intercepted(look: Look, path: str, part: fx.GraphModule) -> Callable[..., Any]:
+    """A forward of a part in which what its convolutions make goes through `look`."""
 
-
-class _Looking(fx.Interpreter):
-    """Runs a graph; what its convolutions make goes through `look`."""
-
-    def __init__(self, module: fx.GraphModule, look: Callable[[fx.Node, Any, Any], Any]) -> None:
-        super().__init__(module)
-        self.look = look
-
-    def run_node(self, n: fx.Node) -> Any:
-        made = super().run_node(n)
-        if is_functional(n) or (n.op == "call_module" and isinstance(called(self.module, n), nn.Conv2d)):
-            return self.look(n, self.env.get(n.all_input_nodes[0]), made)
+    def on_node(node: fx.Node, made: Any, values: Values) -> Any:
+        if is_functional(node) or (node.op == "call_module" and isinstance(called(part, node), nn.Conv2d)):
+            return look(path, node, values[node.all_input_nodes[0]], made)
         return made
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return execute(part, bind_inputs(part, args, kwargs), on_node)
+
+    return forward

@@ -1,0 +1,1 @@
+"""Traced graphs: what their nodes compute, and how they are run."""
