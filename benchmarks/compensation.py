@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from ghostify.fitting.lstsq import dense_prediction
 from ghostify.fitting.moments import Moments, Pair
 from ghostify.fitting.sight import as_kernels, choose_places, filters_of, patches, share_of, values
+from ghostify.graph.executor import run_node
 
 POSITIONS = 40_000
 HELD_OUT = 4
@@ -59,16 +60,9 @@ class _Run:
         self.known[node.name] = [self._made(node, k) for k in range(len(self.batches))]
 
     def _made(self, node: fx.Node, k: int) -> Any:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.known[n.name][k])
         if node.op == "placeholder":
             return self.batches[k].clone()
-        if node.op == "call_module":
-            return self.module.get_submodule(str(node.target))(*args, **kwargs)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        if node.op == "get_attr":
-            return getattr(self.module, str(node.target))
-        return args[0] if node.op == "output" else node.target(*args, **kwargs)
+        return run_node(self.module, node, {n: self.known[n.name][k] for n in node.all_input_nodes})
 
     def forget(self, node: fx.Node) -> None:
         """What no node behind this one reads."""

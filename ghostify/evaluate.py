@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ghostify.numerics import relative_squared_error
 from ghostify.tracing.calls import example_of, run
 from ghostify.tracing.modes import evaluating
 
@@ -30,8 +31,7 @@ def top1(answers: Tensor, labels: Tensor) -> float:
 
 def relative_error(answers: Tensor, reference: Tensor) -> float:
     """||y^ - y||^2 / ||y - mean(y)||^2 over all outputs, the mean taken per output over the images."""
-    spread = (reference - reference.mean(0)).square().sum().clamp_min(1e-30)
-    return float((answers - reference).square().sum() / spread)
+    return float(relative_squared_error(answers, reference))
 
 
 def paired_milliseconds(models: Sequence[nn.Module], examples: Sequence[Any], *, rounds: int = 15) -> list[float]:

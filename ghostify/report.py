@@ -17,9 +17,11 @@ from ghostify.modules.layout import Depthwise, GhostForm, GhostLayout, Grouped, 
 from ghostify.planning import cost
 from ghostify.planning.plan import Narrow, Plan, Rewrite, Skip
 from ghostify.reconstructing.reconstruct import Rebuilt, Reconstruction
+from ghostify.text import format_shape
 from ghostify.tracing.program import Convolution
 
 META = "ghostify"
+UNCHANGED, DEPTHWISE, WIDER, PRUNED = "left as it is", "depthwise ghosts", "wider ghosts", "fewer maps"
 
 
 @dataclass(frozen=True)
@@ -235,10 +237,10 @@ def table(made: Report, title: str = "") -> Table:
 
 
 def _cells(line: Line, fitted: bool) -> list[str]:
-    filters = "x".join(map(str, line.filters))
-    output = "" if line.output is None else "x".join(map(str, line.output))
+    filters = format_shape(line.filters)
+    output = "" if line.output is None else format_shape(line.output)
     if line.reason is not None:
-        return [line.name, filters, output, short(line.macs_before), "", *[""] * fitted, what(line)]
+        return [line.name, filters, output, short(line.macs_before), "", *[""] * fitted, describe_outcome(line)]
     error = line.held_out if line.held_out is not None else line.error
     return [
         line.name,
@@ -247,19 +249,39 @@ def _cells(line: Line, fitted: bool) -> list[str]:
         short(line.macs_before),
         short(line.macs_after),
         *(["" if error is None else f"{error:.3f}"] if fitted else []),
-        what(line),
+        describe_outcome(line),
     ]
 
 
-def what(line: Line) -> str:
-    """What became of a convolution, in a few words."""
+def outcome_of(line: Line) -> str:
+    """What became of a convolution, as one of few kinds."""
+    if line.reason is not None:
+        return UNCHANGED
+    match line.form:
+        case None:
+            return PRUNED
+        case Depthwise():
+            return DEPTHWISE
+        case Grouped() | Pointwise():
+            return WIDER
+        case _:
+            assert_never(line.form)
+
+
+def describe_outcome(line: Line, *, counts: bool = True) -> str:
+    """What became of a convolution, in a few words: why it was skipped, or what it was replaced by.
+
+    Without `counts` the kind of outcome stands in place of the numbers of intrinsic maps and ghosts.
+    """
     if line.reason is not None:
         return line.reason
-    if line.narrow:
-        return f"{line.reads} maps to {line.makes}"
-    shape = f"{line.intrinsic} + {line.outputs - line.intrinsic}, d={line.dw_size}"
-    if line.reads is not None:
-        shape = f"{line.reads} maps to {shape}"
+    sizes = f"{line.intrinsic} + {line.outputs - line.intrinsic}, d={line.dw_size}"
+    if not counts:
+        shape = outcome_of(line) if line.reads is None else f"{outcome_of(line)}: {line.reads} to {line.makes}"
+    elif line.reads is None:
+        shape = sizes
+    else:
+        shape = f"{line.reads} maps to {line.makes if line.narrow else sizes}"
     return shape + _width(line) + (", activated" if line.activated else "") + (", gather" if line.gather else "")
 
 

@@ -1,7 +1,8 @@
 import pytest
 
 from ghostify import Policy, Rule, frontier, ghostify, report, trace
-from ghostify.reporting.charts import COLOURS, costs_chart, frontier_chart, kind_of, layers_chart
+from ghostify.report import outcome_of
+from ghostify.reporting.charts import COLOURS, costs_chart, frontier_chart, layers_chart
 from tests import nets
 
 
@@ -23,7 +24,7 @@ def test_every_convolution_has_its_bar(made):
     assert list(rows) == [line.name for line in found.lines]
     assert all(rows[x.name]["before"] == x.macs_before and rows[x.name]["after"] == x.macs_after for x in found.lines)
     assert {row["what"] for row in rows.values()} <= set(COLOURS)
-    assert rows["stem.0"]["what"] == kind_of(found.lines[0]) == "left as it is"
+    assert rows["stem.0"]["what"] == outcome_of(found.lines[0]) == "left as it is"
 
 
 def test_costs_add_up(made):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import assert_never
 
+from ghostify.budgeting.halves import mean_across_halves
 from ghostify.budgeting.measure import Counts, layer_milliseconds, narrowed_milliseconds
 from ghostify.budgeting.profile import Profile
 from ghostify.budgeting.stopwatch import Stopwatch
@@ -310,9 +311,10 @@ def _tails(profile: Profile) -> Tensor:
     """Weighted error of the best n - k directions for the outputs, for k = 0 ... n left out: the sum of the k smallest
     eigenvalues. Directions of one half of the images are judged on the other: few images look simpler than they are."""
     root = root_of(profile.metric)
-    halves = [root.T @ c @ root for c in profile.covariances]
-    lost = torch.zeros(len(root), dtype=root.dtype)
-    for own, other in zip(halves, reversed(halves), strict=True):
-        vectors = torch.linalg.eigh(own).eigenvectors
-        lost += ((vectors.T @ other) * vectors.T).sum(1).clamp_min(0) / len(halves)
+
+    def errors(fitted: Tensor, tested: Tensor) -> Tensor:
+        vectors = torch.linalg.eigh(fitted).eigenvectors
+        return ((vectors.T @ tested) * vectors.T).sum(1).clamp_min(0)
+
+    lost = mean_across_halves([root.T @ c @ root for c in profile.covariances], errors)
     return torch.cat((torch.zeros(1, dtype=lost.dtype), lost.cumsum(0)))

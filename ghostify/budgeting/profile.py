@@ -5,29 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from ghostify.budgeting.halves import POSITIONS, add_by_halves, covariances_of, error_metric, visit_convolutions
 from ghostify.fitting import sight
 from ghostify.fitting.datafree import statistics_of
 from ghostify.fitting.moments import MapMoments, Moments
 from ghostify.fitting.pairs import MapStatistics, map_statistics
-from ghostify.fitting.sensitivity import Calibration, calibrate, metric_of
+from ghostify.fitting.sensitivity import Calibration, calibrate
 from ghostify.fitting.systems import damping_for, solve_damped
 from ghostify.graph.batchnorm import batchnorm_at
 from ghostify.modules.layout import Depthwise, Grouped
 from ghostify.planning.plan import Target
-from ghostify.tracing.calls import run
-from ghostify.tracing.modes import evaluating
 from ghostify.tracing.program import Program
 from ghostify.tracing.propagate import input_channels
-from ghostify.tracing.record import looking
 from ghostify.tracing.wiring import Wiring, norm_after
 
-POSITIONS = 20_000
 MAP_POSITIONS = 8_000
 AT_ONCE = 3 * 2**30
 IDENTITY = nn.Conv2d(1, 1, 1, device="meta")
@@ -115,41 +111,30 @@ def _data_free(program: Program, wished: list[Target]) -> Iterator[Profile]:
 
 def _profiled(program: Program, wished: list[Target], calibration: Calibration, seed: int) -> dict[str, Profile]:
     """Profiles from one forward of the original over the calibration images, and what its outputs feel."""
-    felt, images = calibration.felt, calibration.batches.images
+    images = calibration.batches.images
     by_node = {(t.conv.part, call.node): t for t in wished for call in t.conv.calls}
     halves = {t.conv.name: [Moments.zero(t.conv.outputs, 0) for _ in range(2)] for t in wished}
     maps = {t.conv.name: MapMoments.zero(t.conv.outputs, t.rule.dw_size**2) for t in wished if _wants_maps(t)}
 
-    def look(first: int, part: str, node: fx.Node, _: Any, output: Tensor) -> Tensor:
+    def on_call(first: int, part: str, node: fx.Node, _: Any, output: Tensor) -> None:
         target = by_node.get((part, node.name))
         if target is None:
-            return output
-        name, seen = target.conv.name, output.float().cpu()
-        places = sight.choose_places(seen.shape, sight.share_of(POSITIONS, images), seed + first)
-        rows, odd = sight.values(seen, places), (places[0] + first) % 2
-        for half, moments in enumerate(halves[name]):
-            mine = rows[odd == half]
-            moments.add(mine, mine[:, :0])
+            return
+        name, size = target.conv.name, target.rule.dw_size
+        add_by_halves(halves[name], output, first, images, seed)
         if name in maps:
-            d, side = target.rule.dw_size, math.ceil(sight.share_of(MAP_POSITIONS, images) ** 0.5)
-            view = sight.view(IDENTITY, seen, seen, side, d, seed + first)
-            maps[name].add(sight.neighbourhoods(view.seen, d), sight.rows(view.target))
-        return output
+            outputs, side = output.float().cpu(), math.ceil(sight.share_of(MAP_POSITIONS, images) ** 0.5)
+            view = sight.view(IDENTITY, outputs, outputs, side, size, seed + first)
+            maps[name].add(sight.neighbourhoods(view.seen, size), sight.rows(view.target))
 
-    with evaluating(program.module):
-        for batch in calibration.batches.own:
-            with looking(program.module, program.parts, partial(look, batch.first)):
-                run(program.module, batch.inputs)
+    visit_convolutions(program, calibration, on_call)
     found = {name: [moments.of_all_processes() for moments in both] for name, both in halves.items()}
     unseen = [t for t in wished if not any(m.count for m in found[t.conv.name])]
     profiles = {t.conv.name: made for t, made in zip(unseen, _data_free(program, unseen), strict=True)}
     for name, parts in found.items():
         if name in profiles:
             continue
-        whole = (parts[0] + parts[1]).centred()[0]
-        covariances = tuple(p.centred()[0] for p in parts) if all(p.count for p in parts) else (whole,)
-        alike = 1 / whole.diagonal().clamp_min(1e-30).sum()
-        metric = metric_of(felt[name]) if name in felt else alike * torch.eye(len(whole), dtype=torch.float64)
+        whole, covariances = covariances_of(parts)
         pairs = map_statistics(maps[name].of_all_processes()) if name in maps else None
-        profiles[name] = Profile(covariances, pairs, metric)
+        profiles[name] = Profile(covariances, pairs, error_metric(calibration, name, whole))
     return profiles

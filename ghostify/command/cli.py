@@ -63,6 +63,7 @@ from ghostify.reporting.study import table as study_table
 from ghostify.reporting.verdict import judge
 from ghostify.runtimes.registry import RUNTIMES
 from ghostify.storing import checkpoint
+from ghostify.text import format_shape
 from ghostify.tracing.trace import trace
 from ghostify.training.finetune import finetune as tune
 from ghostify.training.records import metrics_of
@@ -110,7 +111,7 @@ def plan(
     program = trace(built, sources.example(prepared.size))
     wished, limits = policy_of(policy, ratio, dw_size, cheap, activated, narrow, target, ignore), budget_of(budget)
     data = None if calibration is None else sources.read_data(calibration, prepared, limit=images, batch=batch).batches
-    title = f"{model} at {'x'.join(map(str, prepared.size))}"
+    title = f"{model} at {format_shape(prepared.size)}"
     if frontier is not None:
         judged = None if validation is None else _judge(validation, prepared, batch)
         key = next(iter(limits or {"macs": 1.0}))
@@ -263,7 +264,7 @@ def export_command(
     if not size:
         raise GhostifyError(f"{folder}: does not say how large its images are: pass --input-size C,H,W")
     file = export(module, output or folder, format=format, example_inputs=sources.example(size))
-    say(f"{file}: {file.stat().st_size / 1e6:.1f} MB, any batch of {'x'.join(map(str, size))}")
+    say(f"{file}: {file.stat().st_size / 1e6:.1f} MB, any batch of {format_shape(size)}")
 
 
 def _source(model: str, arg: list[str] | None) -> Source:
@@ -384,7 +385,7 @@ def report_command(
         layers=layer,
         runtime=None if runtime == "none" else runtime,
         curve=() if frontier is None else read_curve(frontier),
-        title=f"{source['name']} at {'x'.join(map(str, prepared.size))}",
+        title=f"{source['name']} at {format_shape(prepared.size)}",
     )
     say(f"{html}: {html.stat().st_size / 1e6:.1f} MB, needs no network")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +20,8 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
 from ghostify.errors import GhostifyError
+from ghostify.imports import import_object
+from ghostify.text import format_shape
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 ARRAY_SUFFIXES = (".npy", ".npz", ".safetensors")
@@ -65,12 +66,9 @@ def _maker(full: str, kind: str, name: str) -> Callable[..., Any]:
             raise GhostifyError(f"torchvision has no model {name!r}: torchvision.models.list_models() lists them")
         return lambda **arguments: torchvision.models.get_model(name, weights=None, **arguments)
     try:
-        found: Any = importlib.import_module(kind)
-        for part in name.split("."):
-            found = getattr(found, part)
+        return import_object(full)
     except (ImportError, AttributeError) as error:
         raise GhostifyError(f"model {full!r}: {error}: is it on the Python path?") from error
-    return found
 
 
 def parse_arguments(pairs: list[str]) -> dict[str, Any]:
@@ -137,8 +135,8 @@ def read_data(path: str | Path, prepared: Preprocessing, *, limit: int | None = 
         raise GhostifyError(f"{path}: is neither a folder of images nor one of {', '.join(ARRAY_SUFFIXES)}")
     images, labels = _arrays(path)
     if images.dim() != 4 or tuple(images.shape[1:2]) != prepared.size[:1]:
-        expected = "x".join(map(str, ("N", *prepared.size)))
-        raise GhostifyError(f"{path}: holds {'x'.join(map(str, images.shape))}, the model takes {expected}")
+        expected = format_shape(("N", *prepared.size))
+        raise GhostifyError(f"{path}: holds {format_shape(images.shape)}, the model takes {expected}")
     chosen = _spread(list(range(len(images))), limit)
     kept = images[chosen].float()
     return Data(tuple(kept.split(batch)), None if labels is None else labels[chosen])

@@ -12,6 +12,7 @@ from ghostify.deploying.carry import Orders, record_shapes
 from ghostify.deploying.fold import can_be_dense, fold, freeze
 from ghostify.errors import GhostifyError
 from ghostify.fitting.arriving import calls_of
+from ghostify.numerics import find_mismatch
 from ghostify.tracing.calls import Inputs, example_of, run, run_example, tensors_of
 from ghostify.tracing.modes import evaluating
 from ghostify.tracing.trace import trace
@@ -92,12 +93,11 @@ def _check(answers: list[Tensor], made: nn.Module, example: Any) -> None:
     for wanted, found in zip(answers, again, strict=True):
         if wanted.shape != found.shape or not wanted.is_floating_point() or not wanted.numel():
             continue
-        difference = (wanted.double() - found.double()).abs().max().item()
-        largest = wanted.double().abs().max().item()
-        if difference > _tolerance(wanted) * max(largest, 1e-30):
+        mismatch = find_mismatch(found, wanted, of_largest=_tolerance(wanted))
+        if mismatch is not None:
             raise GhostifyError(
-                f"the inference form is {difference:.2g} off answers that reach {largest:.2g}: keep the model "
-                f"as it is, and report this"
+                f"the inference form is {mismatch.difference:.2g} off answers that reach {mismatch.largest:.2g}: keep "
+                f"the model as it is, and report this"
             )
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +14,10 @@ from torch import nn
 
 from ghostify.deploying.deploy import deploy
 from ghostify.errors import GhostifyError
+from ghostify.numerics import find_mismatch
 from ghostify.runtimes.registry import EXPORT_FORMATS, Runtime, check_supported
 from ghostify.runtimes.tensors import with_batch_of_two
+from ghostify.storing.atomic import staged_folder
 from ghostify.tracing.calls import as_arguments, tensors_of
 
 TOLERANCE = 1e-3
@@ -43,16 +43,9 @@ def export(model: nn.Module, path: str | Path, *, format: str, example_inputs: A
     folder = Path(path)
     if folder.is_file():
         raise GhostifyError(f"{folder}: is a file: name a folder to export into")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=".export-", dir=folder.parent))
-    try:
+    with staged_folder(folder, merge=True) as fresh:
         file = write(small, args, fresh, runtime)
         _check(small, args, file, runtime)
-        folder.mkdir(exist_ok=True)
-        for written in fresh.iterdir():
-            written.replace(folder / written.name)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
     return folder / file.name
 
 
@@ -75,11 +68,11 @@ def _check(small: nn.Module, args: tuple[Any, ...], file: Path, runtime: Runtime
         with torch.no_grad():
             wanted = tensors_of(small(*given))
         for a, b in zip(wanted, run(*given), strict=True):
-            difference, largest = (a - b).abs().max().item(), a.abs().max().item()
-            if not difference <= TOLERANCE * largest:
+            mismatch = find_mismatch(b, a, of_largest=TOLERANCE)
+            if mismatch is not None:
                 raise GhostifyError(
-                    f"the {runtime.format} file is {difference:.2g} off PyTorch's answers, which reach {largest:.2g}: "
-                    f"use another format, and report this"
+                    f"the {runtime.format} file is {mismatch.difference:.2g} off PyTorch's answers, which reach "
+                    f"{mismatch.largest:.2g}: use another format, and report this"
                 )
 
 

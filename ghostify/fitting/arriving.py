@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map
 from ghostify.fitting.batches import IN_MEMORY, Batch, Batches, images_of
 from ghostify.fitting.collective import summed
 from ghostify.fitting.shelf import Shelf
+from ghostify.graph.call_hooks import on_calls
 from ghostify.tracing.calls import Inputs, bind_inputs, run, tensors_of
 from ghostify.tracing.modes import evaluating
 from ghostify.tracing.program import Program
@@ -48,15 +49,11 @@ def calls_of(part: fx.GraphModule, module: nn.Module, path: str, inputs: Inputs)
     """What each call of the part at `path` of a module is fed in one forward, by the placeholders of `part`."""
     found: list[Inputs] = []
 
-    def note(_module: nn.Module, args: Any, kwargs: Any) -> None:
+    def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.append(tree_map(_kept, bind_inputs(part, args, kwargs)))
 
-    handle = module.get_submodule(path).register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        with evaluating(module):
-            run(module, inputs)
-    finally:
-        handle.remove()
+    with on_calls([module.get_submodule(path)], before=note), evaluating(module):
+        run(module, inputs)
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,14 +12,13 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from typing_extensions import assert_never
 
-from ghostify.errors import GhostifyError
 from ghostify.fitting import lstsq, sight
 from ghostify.fitting.assign import Groups, choose_groups
-from ghostify.fitting.batches import HELD_OUT, judges
 from ghostify.fitting.clock import Clock
-from ghostify.fitting.collective import summed
+from ghostify.fitting.holdout import HoldoutSums
+from ghostify.fitting.layer_samples import LayerSamples, rows_for
 from ghostify.fitting.lstsq import Solution, Statistics
-from ghostify.fitting.moments import LinkMoments, MapMoments, Moments, Pair
+from ghostify.fitting.moments import LinkMoments, MapMoments, Moments
 from ghostify.fitting.pairs import Links, in_order, link_statistics, map_statistics, served, sources_of
 from ghostify.fitting.sensitivity import metric_of
 from ghostify.fitting.sight import View
@@ -28,13 +27,11 @@ from ghostify.fitting.walk import Chunk, Walk
 from ghostify.ghost import GhostWeights
 from ghostify.graph.batchnorm import BatchNorm, batchnorm_affine, batchnorm_at, gamma_beta
 from ghostify.modules.layout import Depthwise, GhostLayout, Grouped, Pointwise
+from ghostify.numerics import relative_to_variance
 from ghostify.planning.activation import activation_line, narrowed
-from ghostify.planning.plan import Narrow, Rewrite
+from ghostify.planning.plan import Rewrite
 from ghostify.tracing.program import as_module
 
-POSITIONS = 40_000
-SUFFICE = 14_000
-WORK = 34e9
 VIEWED = 6_000
 FEATURES = 2304
 COARSE = 1152
@@ -49,48 +46,38 @@ class Layer:
     """
 
     def __init__(self, entry: Rewrite, walk: Walk, felt: Tensor | None, images: int, seed: int) -> None:
-        self.entry, self.seed, self.images = entry, seed, images
+        self.entry = entry
         standing = walk.original if entry.narrowing is None else walk.converted
-        self.conv, self.keeps = as_module(standing, entry.conv.local), kept_of(entry)
+        self.conv = as_module(standing, entry.conv.local)
         norm = batchnorm_at(walk.original, entry.norm)
+        gain = inverse_scale(norm, entry.conv.outputs)
+        self.samples = LayerSamples(entry, walk, self.conv, gain, images, seed)
+        kept_out = self.samples.kept_out
         self.shared = len(entry.conv.calls) > 1
         self.felt = felt if felt is not None and felt.isfinite().all() and felt.any() else None
         if self.felt is not None:
-            self.felt = self.felt[self.keeps][:, self.keeps]
+            self.felt = self.felt[kept_out][:, kept_out]
             self.metric = metric_of(self.felt)
         else:
-            self.metric = torch.diag(channel_weights(norm, entry.conv.outputs)[self.keeps])
+            self.metric = torch.diag(channel_weights(norm, entry.conv.outputs)[kept_out])
         self.weights = self.metric.diagonal()
-        self.partner = walk.node(entry.partner)
-        self.gain = inverse_scale(norm, entry.conv.outputs)
         self.free_mean = self.conv.bias is not None or norm is not None
-        self.first = Pair.zero(self.conv.weight[0].numel(), self.conv.out_channels)
         layout = entry.layout
         self.many = has_many_maps(layout) and layout.kernel_size > 1
-        self.positions = rows_for(len(self.first.fitted.u), SUFFICE)
         self.viewed = VIEWED if self.many else rows_for(layout.kernel_size**2 * layout.outputs, VIEWED, 0.9)
         self.views: list[tuple[View, Tensor]] = []
         self.line = None if entry.activation is None else activation_line(standing, entry).float().cpu()
 
     def look(self, node: fx.Node, chunk: Chunk) -> None:
         """Take up one batch: what the converted model feeds the convolution, and what the original made of it."""
-        image = chunk.value(node.all_input_nodes[0]).float().cpu()
-        target = target_of(node, chunk, self.partner, self.gain)
-        if len(self.keeps) < target.shape[1]:
-            target = target[:, self.keeps]
-        held = judges(torch.arange(len(target)) + chunk.batch.first, min(HELD_OUT, self.images))
-        seed, d = self.seed * 1_000_003 + chunk.batch.first, self.entry.layout.kernel_size
-        places = sight.choose_places(target.shape, self._share(chunk, target, self.positions), seed)
-        u, y = sight.patches(self.conv, image, places), sight.values(target, places)
-        refuse_strange((u, y), chunk, self.entry.conv.name)
-        self.first.add(u, y, held[places[0]])
-        side = math.ceil(self._share(chunk, target, self.viewed) ** 0.5)
-        view = sight.view(self.conv, image, target, side, d, seed)
+        sample, d = self.samples.take(node, chunk), self.entry.layout.kernel_size
+        side = math.ceil(self.samples.positions_per_map(chunk, sample.target, self.viewed) ** 0.5)
+        view, held = sight.view(self.conv, sample.image, sample.target, side, d, sample.seed), sample.holdout
         self.views.append((view, held) if d > 1 else (view[held], held[held]))
 
     def fit(self, clock: Clock, otherwise: Callable[[], GhostWeights]) -> GhostWeights:
         """Ghost weights from all that was seen, or those of `otherwise` if they do better on the held-out images."""
-        first, filters = self.first.of_all_processes(), sight.filters_of(self.conv).T
+        first, filters = self.samples.moments.of_all_processes(), sight.filters_of(self.conv).T
         if not self.shared:
             with clock("solving"):
                 filters = lstsq.dense_prediction(first, filters, self.weights, free_mean=self.free_mean)
@@ -186,20 +173,13 @@ class Layer:
     def _tried(self, weights: GhostWeights) -> GhostWeights:
         """With the relative error of each output channel on the held-out images, by running the layer there, and how
         far that moves the model's outputs: trace(G E), see `output_sensitivity`."""
-        n = self.conv.out_channels
-        lost = torch.zeros(n + 2, n, dtype=torch.float64)
-        count = torch.zeros((), dtype=torch.float64)
+        sums = HoldoutSums(self.conv.out_channels)
         for view, held in self.views:
             part = view[held]
-            y = sight.rows(part.target).double()
-            apart = sight.rows(self._run(part, weights)).double() - y
-            lost += torch.cat((apart.T @ apart, torch.stack((y.sum(0), y.square().sum(0)))))
-            count += len(y)
-        lost, count = summed(lost, count)
-        products, (mean, power) = lost[:n] / count, lost[n:] / count
-        spread = (power - mean.square() if self.free_mean else power).clamp_min(1e-30)
-        felt = None if self.felt is None else float((self.felt * products).sum())
-        return replace(weights, held_out=products.diagonal() / spread, felt=felt)
+            sums.add(sight.rows(self._run(part, weights)).double(), sight.rows(part.target).double())
+        errors = sums.errors(self.felt, free_mean=self.free_mean)
+        assert errors is not None
+        return replace(weights, held_out=errors.relative, felt=errors.output_error)
 
     def _run(self, view: View, weights: GhostWeights) -> Tensor:
         """What the ghost module and the shift behind it make of the view's inputs, in the original's order."""
@@ -245,46 +225,6 @@ class Layer:
             second.add(sight.neighbourhoods(maps, d).flatten(1), sight.rows(view.target))
         return second.of_all_processes()
 
-    def _share(self, chunk: Chunk, target: Tensor, limit: int) -> int:
-        return positions_of(chunk, target, limit, self.images)
-
-
-def kept_of(entry: Rewrite | Narrow) -> Tensor:
-    """The outputs of a convolution that are left."""
-    keeps = None if entry.narrowing is None else entry.narrowing.keeps
-    return torch.arange(entry.conv.outputs) if keeps is None else torch.tensor(keeps)
-
-
-def target_of(node: fx.Node, chunk: Chunk, partner: fx.Node | None, gain: Tensor) -> Tensor:
-    """The original's output of a convolution and, before a sum, what the other summand lacks in the converted model.
-
-    The sum of both is then the original sum less the converted other summand, seen through the norm's scale: `gain`.
-    """
-    output = chunk.original[node].float().cpu()
-    if partner is None or partner not in chunk.converted:
-        return output
-    lacks = (chunk.original[partner] - chunk.converted[partner]).float().cpu()
-    return torch.addcmul(output, lacks, gain[:, None, None])
-
-
-def positions_of(chunk: Chunk, target: Tensor, limit: int, images: int) -> int:
-    """Positions of each map to look at, for near `limit` in the whole set of `images`."""
-    return sight.share_of(limit * chunk.batch.size, images * len(target))
-
-
-def refuse_strange(rows: Sequence[Tensor], chunk: Chunk, name: str) -> None:
-    """Raises `GhostifyError` for values that are not finite, naming batch and layer."""
-    if not all(own.norm().square().isfinite() for own in rows):
-        raise GhostifyError(
-            f"calibration batch {chunk.batch.number}: {name} sees values that are not finite or near overflow: look at "
-            f"that batch, or at the model's dtype"
-        )
-
-
-def rows_for(features: int, least: int, share: float = 1.0) -> int:
-    """Rows to take moments of so many features from: as many as a share of WORK products allow, within limits."""
-    return min(POSITIONS, max(least, int(share * WORK / features**2)))
-
 
 def has_many_maps(layout: GhostLayout) -> bool:
     """Whether the fit does without the moments between all maps at all places of the cheap kernel: where there are too
@@ -329,7 +269,7 @@ def emit(conv: nn.Conv2d, entry: Rewrite, stats: Statistics | Links, solution: S
         cheap_weight=solution.kernels.reshape(len(channels) - m, *entry.layout.kernel_shape),
         cheap_bias=cheap_bias,
         shift=shift,
-        error=lstsq.errors(stats, solution) / stats.var.clamp_min(1e-30),
+        error=relative_to_variance(lstsq.errors(stats, solution), stats.var),
     )
 
 

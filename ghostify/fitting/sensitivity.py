@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from ghostify.fitting import sight
 from ghostify.fitting.batches import Batches, batches_of, images_of, split
 from ghostify.fitting.collective import summed
+from ghostify.numerics import derive_seed
 from ghostify.tracing.calls import run, tensors_of
 from ghostify.tracing.program import Program
 from ghostify.tracing.record import looking
@@ -77,7 +78,7 @@ def output_sensitivity(
             failed += 1
             break
         for probe in range(probes):
-            drawn = [_draw(o, (seed * probes + probe) * 1_000_003 + first) for o in outputs]
+            drawn = [_draw(o, derive_seed(seed * probes + probe, first)) for o in outputs]
             try:
                 total = torch.stack([(d * o).sum() / s for d, o, s in zip(drawn, outputs, spreads, strict=True)]).sum()
                 gradients = torch.autograd.grad(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import operator
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -14,9 +13,9 @@ from torch.utils._pytree import tree_map
 
 from ghostify.fitting.batches import Batch
 from ghostify.fitting.shelf import Shelf, loaded, tidy
+from ghostify.graph.executor import last_uses, run_node
 from ghostify.graph.op_queries import may_mutate_input
 from ghostify.tracing.calls import placeholders, tensors_of
-from ghostify.tracing.program import called
 
 ACTIVATIONS = 1 << 30
 FEW = 16
@@ -80,7 +79,7 @@ class Walk:
         self._twins = {n.name: n for n in self.converted.graph.nodes}
         self._named = {n.name: n for n in self.nodes}
         self._inputs = placeholders(self.original)
-        self._last_uses = _last_uses(self.original.graph)
+        self._last_uses = last_uses(self.original.graph)
         self._shelf = Shelf(limit)
 
     def node(self, name: str | None) -> fx.Node | None:
@@ -117,7 +116,7 @@ class Walk:
         if node.op == "placeholder":
             chunk.original[node] = chunk.batch.inputs[self._inputs.index(node)]
         else:
-            chunk.original[node] = _execute(self.original, node, chunk.original)
+            chunk.original[node] = run_node(self.original, node, chunk.original)
 
     def _run_converted(self, node: fx.Node, chunk: Chunk) -> None:
         if self._diverges(node, chunk):
@@ -126,7 +125,7 @@ class Walk:
             else:
                 twin = self._twins[node.name]
                 values = Values({source: chunk.value(self._named[source.name]) for source in twin.all_input_nodes})
-                chunk.converted[node] = _execute(self.converted, twin, values)
+                chunk.converted[node] = run_node(self.converted, twin, values)
         for old in self._last_uses.get(node, ()):
             chunk.original.pop(old, None)
             chunk.converted.pop(old, None)
@@ -135,29 +134,6 @@ class Walk:
         if node.op == "placeholder":
             return chunk.batch.otherwise is not None
         return node.name in self.changed or any(source in chunk.converted for source in node.all_input_nodes)
-
-
-def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """After which node each value is not read any more."""
-    order = {n: i for i, n in enumerate(graph.nodes)}
-    uses: dict[fx.Node, list[fx.Node]] = {}
-    for node in graph.nodes:
-        uses.setdefault(max(node.users, key=order.__getitem__, default=node), []).append(node)
-    return uses
-
-
-def _execute(module: fx.GraphModule, node: fx.Node, env: Values) -> Any:
-    target: Any = node.target
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
-    if node.op == "get_attr":
-        return operator.attrgetter(target)(module)
-    if node.op == "call_module":
-        return called(module, node)(*args, **kwargs)
-    if node.op == "call_function":
-        return target(*args, **kwargs)
-    if node.op == "call_method":
-        return getattr(args[0], target)(*args[1:], **kwargs)
-    return args[0]
 
 
 def _copied(value: Any) -> Any:

@@ -1,1 +1,1 @@
-"""Models as graphs: what their operators are."""
+"""Traced graphs: what their nodes compute, and how they are run."""

@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ghostify.modules.layout import GhostLayout
 from ghostify.tracing.calls import as_arguments
 from ghostify.tracing.modes import evaluating
 from ghostify.tracing.program import Call, Convolution
+from ghostify.tracing.record import MacCounter
 
 
 def positions(calls: Iterable[Call]) -> int | None:
@@ -40,11 +40,8 @@ def parameters(module: nn.Module) -> int:
 
 
 def count_macs(model: nn.Module, example_inputs: Any) -> int:
-    """MACs of one forward in evaluation mode, by torch's own flop counter; the mode is put back.
-
-    Convolutions, linear layers, matrix products and attention count; element-wise work does not.
-    """
+    """MACs of one forward in evaluation mode (see `MacCounter`); the mode is put back."""
     args, kwargs = as_arguments(example_inputs)
-    with evaluating(model), FlopCounterMode(display=False) as counter:
+    with evaluating(model), MacCounter() as counter:
         model(*args, **kwargs)
-    return counter.get_total_flops() // 2
+    return counter.macs

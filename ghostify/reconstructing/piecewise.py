@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ghostify.fitting.batches import Batch, judges
+from ghostify.graph.executor import run_node
 from ghostify.reconstructing.blocks import Block
 from ghostify.tracing.calls import placeholders
 
@@ -33,16 +34,13 @@ class Side:
     """A model that runs block by block."""
 
     def __init__(self, module: fx.GraphModule) -> None:
-        self.nodes = {n.name: n for n in module.graph.nodes}
-        self.interpreter = fx.Interpreter(module)
+        self.module, self.nodes = module, {n.name: n for n in module.graph.nodes}
 
     def run(self, block: Block, values: Values) -> Values:
         """What is live behind the block, from what is live before it, which stays as it is."""
         env = {self.nodes[name]: value for name, value in copy.deepcopy(values).items()}
-        self.interpreter.env = env
         for node in (self.nodes[name] for name in block.nodes if name in self.nodes):
-            env[node] = self.interpreter.run_node(node)
-        self.interpreter.env = {}
+            env[node] = run_node(self.module, node, env)
         return {name: env[self.nodes[name]] for name in block.live}
 
 

@@ -17,6 +17,7 @@ from ghostify.fitting.collective import mine
 from ghostify.fitting.fit import Fits, Progress
 from ghostify.ghost import GhostModule, GhostWeights
 from ghostify.graph.batchnorm import batchnorm_at
+from ghostify.numerics import derive_seed, relative_to_variance
 from ghostify.planning.plan import Plan, Rewrite
 from ghostify.reconstructing.blocks import Block, blocks_of
 from ghostify.reconstructing.descent import descend
@@ -88,7 +89,7 @@ def reconstruct_blocks(
                 if progress:
                     progress(sum(len(b.layers) for b in blocks), len(layers), f"block of {block.layers[0]}")
                 trained = [layers[name] for name in block.layers]
-                drawn = seed * 1_000_003 + len(blocks)
+                drawn = derive_seed(seed, len(blocks))
                 blocks.append(_rebuild(converted, block, trained, parts, targets, steps, drawn))
             for part, target in zip(parts, targets, strict=True):
                 part.original, part.converted = target, converted.run(block, part.converted)
@@ -168,7 +169,7 @@ class _Judge:
 
     def distance(self, made: Values, target: Values) -> Tensor:
         pairs = zip(self._tensors(made), self._tensors(target), self.spreads, strict=True)
-        each = [(m.float() - t.float()).square().mean() / spread for m, t, spread in pairs]
+        each = [relative_to_variance((m.float() - t.float()).square().mean(), spread) for m, t, spread in pairs]
         return torch.stack(each).mean() if each else torch.zeros(())
 
     def error(self, parts: list[Part], made: Iterable[Values]) -> float:
@@ -214,8 +215,9 @@ def _rebuild(
     return Rebuilt(block.layers, before, best, taken)
 
 
-def _variance(values: tuple[Tensor, ...]) -> float:
-    """Over images, value by value; over everything where shapes differ or there is one image. Never quite zero."""
+def _variance(values: tuple[Tensor, ...]) -> Tensor:
+    """Over images, value by value; over everything where shapes differ or there is one image; at least 1e-6 of the
+    mean square."""
     alike = len({v.shape[1:] for v in values}) == 1 and min(v.dim() for v in values) > 0
     lines = [v.double() if alike else v.double().reshape(-1, 1) for v in values]
     if sum(len(v) for v in lines) == 1:
@@ -223,4 +225,4 @@ def _variance(values: tuple[Tensor, ...]) -> float:
     mean = torch.stack([v.sum(0) for v in lines]).sum(0) / sum(len(v) for v in lines)
     count = sum(v.numel() for v in lines)
     spread, square = (float(torch.stack([(v - c).square().sum() for v in lines]).sum()) / count for c in (mean, 0))
-    return max(spread, 1e-6 * square, 1e-30)
+    return torch.tensor(max(spread, 1e-6 * square), device=values[0].device)

@@ -6,19 +6,11 @@ import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from typing_extensions import assert_never
-
 from ghostify.errors import GhostifyError
-from ghostify.modules.layout import Depthwise, Grouped, Pointwise
-from ghostify.report import Line, Report
+from ghostify.report import DEPTHWISE, PRUNED, UNCHANGED, WIDER, Report, outcome_of
 from ghostify.reporting.findings import costly
 
-COLOURS = {
-    "left as it is": "#9a9a9a",
-    "depthwise ghosts": "#0b6e99",
-    "wider ghosts": "#b45309",
-    "fewer maps": "#6d28d9",
-}
+COLOURS = {UNCHANGED: "#9a9a9a", DEPTHWISE: "#0b6e99", WIDER: "#b45309", PRUNED: "#6d28d9"}
 STEP = 15
 COSTLIEST = 15
 
@@ -31,26 +23,11 @@ def altair() -> Any:
         raise GhostifyError("a page needs altair and vl-convert: pip install 'ghostify[report]'") from error
 
 
-def kind_of(line: Line) -> str:
-    """What happened to a convolution, in the words of the charts and the table."""
-    if line.reason is not None:
-        return "left as it is"
-    match line.form:
-        case None:
-            return "fewer maps"
-        case Depthwise():
-            return "depthwise ghosts"
-        case Grouped() | Pointwise():
-            return "wider ghosts"
-        case _:
-            assert_never(line.form)
-
-
 def layers_chart(found: Report) -> dict[str, Any]:
     """A bar of multiply-accumulates for each convolution before, and in front of it one after, by what happened."""
     alt = altair()
     rows = [
-        {"layer": x.name, "before": x.macs_before, "after": x.macs_after, "what": kind_of(x), "why": x.reason or ""}
+        {"layer": x.name, "before": x.macs_before, "after": x.macs_after, "what": outcome_of(x), "why": x.reason or ""}
         for x in found.lines
     ]
     order = [x.name for x in found.lines]
@@ -69,7 +46,7 @@ def costs_chart(found: Report) -> dict[str, Any]:
     """A bar for each of the costliest layers: its share of the error to expect in the outputs."""
     alt = altair()
     rows = [
-        {"layer": c.line.name, "share": c.error_share, "saved": c.saved_share, "what": kind_of(c.line)}
+        {"layer": c.line.name, "share": c.error_share, "saved": c.saved_share, "what": outcome_of(c.line)}
         for c in costly(found)[:COSTLIEST]
     ]
     chart = (

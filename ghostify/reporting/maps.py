@@ -10,22 +10,21 @@ from torch import Tensor, nn
 
 from ghostify.errors import GhostifyError
 from ghostify.ghost import GhostModule
+from ghostify.graph.call_hooks import on_calls
+from ghostify.numerics import relative_squared_error
 from ghostify.tracing.calls import inputs_of, run
 from ghostify.tracing.modes import evaluating
+
+MIN_VARIANCE = 1e-12
 
 
 def maps_of(module: nn.Module, layer: str, batches: Sequence[Any]) -> Tensor:
     """What the module called `layer` makes of all images, N x n x H x W on the CPU; `GhostifyError` if nothing."""
     kept: list[Tensor] = []
-    hook = module.get_submodule(layer).register_forward_hook(
-        lambda _, __, made: kept.append(made.detach().float().cpu())
-    )
-    try:
-        with evaluating(module):
-            for batch in batches:
-                run(module, inputs_of(module, batch))
-    finally:
-        hook.remove()
+    hooks = on_calls([module.get_submodule(layer)], after=lambda _, made: kept.append(made.detach().float().cpu()))
+    with hooks, evaluating(module):
+        for batch in batches:
+            run(module, inputs_of(module, batch))
     if not kept:
         raise GhostifyError(f"{layer}: does not run on these images")
     return torch.cat(kept)
@@ -41,6 +40,7 @@ def ghosted_maps(module: nn.Module, layer: str, batches: Sequence[Any], channels
 
 def errors_of(made: Tensor, wanted: Tensor) -> Tensor:
     """Squared error of each map by the variance of the wanted one, constants apart (n)."""
-    apart = made - wanted
-    apart = apart - apart.mean((0, 2, 3), keepdim=True)
-    return apart.square().mean((0, 2, 3)) / wanted.var((0, 2, 3), correction=0).clamp_min(1e-12)
+    count = wanted[:, 0].numel()
+    return relative_squared_error(
+        made, wanted, over=(0, 2, 3), ignore_mean=True, per_map=True, minimum=MIN_VARIANCE * count
+    )

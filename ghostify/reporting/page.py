@@ -12,11 +12,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
-from ghostify.report import Report, short
-from ghostify.reporting.charts import altair, costs_chart, frontier_chart, kind_of, layers_chart
+from ghostify.report import Report, describe_outcome, short
+from ghostify.reporting.charts import altair, costs_chart, frontier_chart, layers_chart
 from ghostify.reporting.exhibit import Exhibit
 from ghostify.reporting.findings import Times, advice, costly, left_alone
 from ghostify.storing.atomic import write_whole
+from ghostify.text import format_shape
 
 TEMPLATE = "report.html.j2"
 
@@ -74,7 +75,8 @@ def render(page: Page) -> str:
     return surroundings.get_template(TEMPLATE).render(
         page=page,
         report=found,
-        kind_of=kind_of,
+        describe_outcome=describe_outcome,
+        format_shape=format_shape,
         left=left_alone(found),
         costly=[c for c in costly(found) if c.error_share > 0][:5],
         felt=any(line.felt is not None for line in found.lines),

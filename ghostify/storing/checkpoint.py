@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from torch import Tensor, nn
 
 from ghostify.errors import GhostifyError
 from ghostify.report import Report, attach, note, notes_of, report
+from ghostify.storing.atomic import staged_folder
 from ghostify.tracing.describe import describe, rebuild
 
 FORMAT = 1
@@ -35,9 +33,7 @@ def save(module: nn.Module, path: str | Path, *, source: dict[str, Any] | None =
     folder = Path(path)
     _refuse_foreign(folder)
     data, tensors = describe(module)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with staged_folder(folder) as fresh:
         save_file({k: _on_its_own(v) for k, v in tensors.items()}, fresh / TENSORS)
         content = {
             "format": FORMAT,
@@ -49,10 +45,6 @@ def save(module: nn.Module, path: str | Path, *, source: dict[str, Any] | None =
         }
         content["digest"] = _digest(_canonical(content))
         (fresh / DESCRIPTION).write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
-        os.chmod(fresh, 0o755)
-        _swap(fresh, folder)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
     return folder
 
 
@@ -150,22 +142,6 @@ def _refuse_foreign(folder: Path) -> None:
         raise GhostifyError(f"{folder}: is a file: name a folder to save into")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / DESCRIPTION).is_file():
         raise GhostifyError(f"{folder}: holds other files and no {DESCRIPTION}: name a new folder")
-
-
-def _swap(fresh: Path, folder: Path) -> None:
-    """Put `fresh` in the place of `folder`; what was there comes back if that fails."""
-    if not folder.exists():
-        fresh.rename(folder)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent)) / "was"
-    folder.rename(old)
-    try:
-        fresh.rename(folder)
-    except OSError:
-        old.rename(folder)
-        raise
-    finally:
-        shutil.rmtree(old.parent, ignore_errors=True)
 
 
 def _on_its_own(tensor: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import functools
-import importlib
 import math
 import types
 from collections import OrderedDict
@@ -16,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from ghostify.errors import GhostifyError
 from ghostify.ghost import is_channels_last
+from ghostify.imports import import_object
 from ghostify.modules.hooks import has_hooks
 from ghostify.tracing.names import within
 from ghostify.tracing.views import KEPT, RESULT, Traced, mark, marks_of, put_attributes
@@ -333,7 +333,7 @@ def _name(value: Any, where: str) -> str:
         name = next((k for k, v in vars(torch.nn.functional).items() if v is value), name)
     full = f"{module}:{name}"
     try:
-        found = _import(full)
+        found = import_object(full)
     except (ImportError, AttributeError, ValueError):
         found = None
     if found is not value:
@@ -342,14 +342,6 @@ def _name(value: Any, where: str) -> str:
             f"define it at the top level of a module"
         )
     return full
-
-
-def _import(full: str) -> Any:
-    module, _, name = full.partition(":")
-    found: Any = importlib.import_module(module)
-    for part in name.split("."):
-        found = getattr(found, part)
-    return found
 
 
 class _Names:
@@ -367,7 +359,7 @@ class _Names:
                 f"or --allow {root}"
             )
         try:
-            return _import(full)
+            return import_object(full)
         except (ImportError, AttributeError, ValueError) as error:
             raise GhostifyError(f"names {full}, which is not installed here: {error}") from error
 

@@ -7,9 +7,10 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import fx, nn
 
+from ghostify.graph.call_hooks import on_calls
+from ghostify.numerics import outputs_match
 from ghostify.tracing.calls import Inputs, run, tensors_of
 from ghostify.tracing.modes import evaluating
 from ghostify.tracing.names import within
@@ -110,18 +111,13 @@ def how_called(root: nn.Module, inputs: Inputs) -> dict[int, inspect.BoundArgume
     """
     found: dict[int, inspect.BoundArguments] = {}
 
-    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if id(module) not in found:
             found[id(module)] = inspect.signature(module.forward).bind(*args, **kwargs)
 
     holders = [m for m in root.modules() if not isinstance(m, nn.Conv2d) and (m is root or holds_convolutions(m))]
-    handles = [m.register_forward_pre_hook(note, with_kwargs=True) for m in holders]
-    try:
-        with evaluating(root), contextlib.suppress(Exception):
-            run(root, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with on_calls(holders, before=note), evaluating(root), contextlib.suppress(Exception):
+        run(root, inputs)
     return found
 
 
@@ -131,9 +127,4 @@ def answers_alike(a: nn.Module, a_inputs: Inputs, b: nn.Module, b_inputs: Inputs
     for module, inputs in ((a, a_inputs), (b, b_inputs)):
         with evaluating(module):
             answers.append(tensors_of(run(module, inputs)))
-    if len(answers[0]) != len(answers[1]):
-        return False
-    return all(
-        p.shape == q.shape and torch.allclose(p.double(), q.double(), TOLERANCE, TOLERANCE, equal_nan=True)
-        for p, q in zip(*answers, strict=True)
-    )
+    return outputs_match(answers[0], answers[1], TOLERANCE)

@@ -11,8 +11,9 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ghostify.graph.executor import Values, execute
 from ghostify.graph.op_queries import is_conv2d
-from ghostify.tracing.calls import Inputs, bind_inputs, run_example, spread
+from ghostify.tracing.calls import Inputs, bind_inputs, run_example
 from ghostify.tracing.functional import Called, Watch
 from ghostify.tracing.modes import evaluating
 from ghostify.tracing.program import LONE, Call, Convolution
@@ -34,6 +35,20 @@ class Record:
     beside: tuple[Convolution, ...] = ()
 
 
+class MacCounter(FlopCounterMode):
+    """Counts multiply-accumulates while it lasts, by torch's own flop counter, in which each is two operations.
+
+    Convolutions, linear layers, matrix products and attention count; element-wise work does not.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(display=False)
+
+    @property
+    def macs(self) -> int:
+        return self.get_total_flops() // 2
+
+
 def record(module: nn.Module, parts: Mapping[str, fx.GraphModule], inputs: Inputs) -> Record:
     """Run `inputs` once in evaluation mode. Raises `GhostifyError` where the model does not run."""
     calls: dict[tuple[str, str], Call] = {}
@@ -49,12 +64,12 @@ def record(module: nn.Module, parts: Mapping[str, fx.GraphModule], inputs: Input
 
     with (
         evaluating(module),
-        FlopCounterMode(display=False) as counter,
+        MacCounter() as counter,
         looking(module, parts, look),
         Watch(beside.note),
     ):
         run_example(module, inputs)
-    return Record(calls, counter.get_total_flops() // 2, tuple(beside.found.values()))
+    return Record(calls, counter.macs, tuple(beside.found.values()))
 
 
 class _Beside:
@@ -95,8 +110,7 @@ def looking(module: nn.Module, parts: Mapping[str, fx.GraphModule], look: Look) 
         for path, known in parts.items():
             part = module.get_submodule(path)
             if isinstance(part, fx.GraphModule):
-                interpreter = _Looking(part, partial(look, path))
-                part.forward = partial(_interpreted, interpreter)
+                part.forward = _intercepted(look, path, part)
                 undo.append(partial(delattr, part, "forward"))
             else:
                 node = next(n for n in known.graph.nodes if n.target == LONE)
@@ -112,21 +126,15 @@ def _hook(look: Look, path: str, node: fx.Node, _module: nn.Module, inputs: Any,
     return look(path, node, inputs[0] if inputs else None, made)
 
 
-def _interpreted(interpreter: fx.Interpreter, *args: Any, **kwargs: Any) -> Any:
-    module = interpreter.module
-    assert isinstance(module, fx.GraphModule)
-    return interpreter.run(*spread(module, bind_inputs(module, args, kwargs))[0], enable_io_processing=False)
+def _intercepted(look: Look, path: str, part: fx.GraphModule) -> Callable[..., Any]:
+    """A forward of a part in which what its convolutions make goes through `look`."""
 
-
-class _Looking(fx.Interpreter):
-    """Runs a graph; what its convolutions make goes through `look`."""
-
-    def __init__(self, module: fx.GraphModule, look: Callable[[fx.Node, Any, Any], Any]) -> None:
-        super().__init__(module)
-        self.look = look
-
-    def run_node(self, n: fx.Node) -> Any:
-        made = super().run_node(n)
-        if is_conv2d(self.module, n):
-            return self.look(n, self.env.get(n.all_input_nodes[0]), made)
+    def on_node(node: fx.Node, made: Any, values: Values) -> Any:
+        if is_conv2d(part, node):
+            return look(path, node, values[node.all_input_nodes[0]], made)
         return made
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return execute(part, bind_inputs(part, args, kwargs), on_node)
+
+    return forward

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ghostify.numerics import relative_squared_error
+
 
 def answers_apart(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """Logits (N x classes): T^2 KL(teacher || student) of the softened classes, averaged over images (Hinton et al.,
@@ -22,8 +24,7 @@ def maps_apart(student: Tensor, teacher: Tensor) -> Tensor:
     """||s - t||^2 / ||t||^2, both less their mean over images and positions, channel by channel."""
     s, t = student.float(), teacher.float()
     over = [d for d in range(t.dim()) if d != 1] if t.dim() > 1 else [0]
-    s, t = s - s.mean(over, keepdim=True), t - t.mean(over, keepdim=True)
-    return (s - t).square().sum() / t.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
+    return relative_squared_error(s, t, over=over, ignore_mean=True)
 
 
 def features_apart(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:

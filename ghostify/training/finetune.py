@@ -25,6 +25,7 @@ from ghostify.data.lessons import Lessons, Order, Seeded
 from ghostify.errors import GhostifyError
 from ghostify.ghost import GhostModule
 from ghostify.graph.batchnorm import has_running_statistics
+from ghostify.graph.call_hooks import AfterCall, on_calls
 from ghostify.report import report
 from ghostify.runtimes.tensors import to_channels_last
 from ghostify.tracing.calls import tensors_of
@@ -302,11 +303,14 @@ def _listen(student: nn.Module, teacher: nn.Module) -> tuple[list[Tensor], list[
         ghost: Any = _compared(student, line.name)
         moved = isinstance(ghost, GhostModule) and ghost.order is None and bool(line.channels)
         order = list(line.channels) if moved else slice(None)
-        ghost.register_forward_hook(lambda _, __, made: both[0].append(made))
-        _compared(teacher, line.name).register_forward_hook(
-            lambda _, __, made, order=order: both[1].append(made[:, order])
-        )
+        on_calls([ghost], after=lambda _, made: both[0].append(made))
+        on_calls([_compared(teacher, line.name)], after=_appending(both[1], order))
     return both
+
+
+def _appending(maps: list[Tensor], channels: list[int] | slice) -> AfterCall:
+    """Appends what a module makes, its channels in this order, to a list."""
+    return lambda _, made: maps.append(made[:, channels])
 
 
 def _compared(model: nn.Module, name: str) -> nn.Module:

@@ -6,6 +6,7 @@ import importlib
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ghostify.errors import GhostifyError
-from ghostify.storing.atomic import write_whole
+from ghostify.storing.atomic import staged_folder, write_whole
 
 FACTS, METRICS, BEST, STATE, PROGRESS = "training.json", "metrics.jsonl", "best.safetensors", "state-", "progress.json"
 
@@ -65,15 +66,12 @@ class Records:
     def save(self, accelerator: Any, progress: Progress) -> None:
         """Keep the state of all that takes part; the one before goes when this one stands."""
         fresh, place = self.folder / f".{STATE}", self.folder / f"{STATE}{progress.step:09d}"
-        if self.main:
-            shutil.rmtree(fresh, ignore_errors=True)
-            fresh.mkdir()
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(fresh))
-        accelerator.wait_for_everyone()
-        if self.main and not place.exists():
-            (fresh / PROGRESS).write_text(json.dumps(asdict(progress)))
-            fresh.replace(place)
+        with staged_folder(place, staging=fresh) if self.main else nullcontext():
+            accelerator.wait_for_everyone()
+            accelerator.save_state(str(fresh))
+            accelerator.wait_for_everyone()
+            if self.main:
+                (fresh / PROGRESS).write_text(json.dumps(asdict(progress)))
         if self.main:
             for old in sorted(self.folder.glob(f"{STATE}*[0-9]"))[:-1]:
                 shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,50 @@
+"""Errors of a fitted layer on the calibration images that were held out of its fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ghostify.fitting.collective import summed
+from ghostify.numerics import relative_to_variance
+
+
+@dataclass(frozen=True, eq=False)
+class HoldoutErrors:
+    """Relative squared error of each output channel (n), and what it adds to the model's, where that is known.
+
+    `output_error` is trace(G E) for the sensitivity G and the error's second moments E, see `output_sensitivity`.
+    """
+
+    relative: Tensor
+    output_error: float | None
+
+
+class HoldoutSums:
+    """Sums over held-out positions of the products of errors of n channels, and of the targets and their squares."""
+
+    def __init__(self, channels: int) -> None:
+        self._sums = torch.zeros(channels + 2, channels, dtype=torch.float64)
+        self._count = torch.zeros((), dtype=torch.float64)
+
+    def add(self, estimate: Tensor, target: Tensor) -> None:
+        """Positions of one batch (P x n, float64)."""
+        error = estimate - target
+        self._sums += torch.cat((error.T @ error, torch.stack((target.sum(0), target.square().sum(0)))))
+        self._count += len(target)
+
+    def errors(self, sensitivity: Tensor | None, *, free_mean: bool) -> HoldoutErrors | None:
+        """Over all processes, relative to the targets' variance, or to their mean square without a free mean.
+
+        None where no position was held out.
+        """
+        sums, count = summed(self._sums, self._count)
+        if not count:
+            return None
+        n = sums.shape[1]
+        products, (mean, power) = sums[:n] / count, sums[n:] / count
+        variance = power - mean.square() if free_mean else power
+        output_error = None if sensitivity is None else float((sensitivity * products).sum())
+        return HoldoutErrors(relative_to_variance(products.diagonal(), variance), output_error)

@@ -1,0 +1,77 @@
+"""Relative errors, tolerance checks and derived seeds, defined once for all packages; tensors only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MIN_VARIANCE = 1e-30
+SEED_STRIDE = 1_000_003
+
+
+def relative_to_variance(squared_error: Tensor, variance: Tensor, minimum: float = MIN_VARIANCE) -> Tensor:
+    """The squared error divided by the variance, both means or both sums; by `minimum` where that is larger."""
+    return squared_error / variance.clamp_min(minimum)
+
+
+def relative_squared_error(
+    estimate: Tensor,
+    reference: Tensor,
+    *,
+    over: Sequence[int] = (0,),
+    ignore_mean: bool = False,
+    per_map: bool = False,
+    minimum: float = MIN_VARIANCE,
+) -> Tensor:
+    """||x - y||^2 / ||y - mean(y)||^2 for an estimate x of a reference y, the mean taken over the dimensions `over`.
+
+    A scalar, or with `per_map` one value for each index of the other dimensions. With `ignore_mean` the mean of x is
+    subtracted from x as well, so that a constant offset is no error. `minimum` bounds the denominator from below.
+    """
+    dims = list(over)
+    centred = reference - reference.mean(dims, keepdim=True)
+    error = (estimate - estimate.mean(dims, keepdim=True)) - centred if ignore_mean else estimate - reference
+    squared_error, variance = (v.square().sum(dims if per_map else None) for v in (error, centred))
+    return relative_to_variance(squared_error, variance, minimum)
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """The largest absolute difference between two tensors, and the largest absolute value of the reference."""
+
+    difference: float
+    largest: float
+
+
+def find_mismatch(
+    output: Tensor, reference: Tensor, *, of_largest: float = 0.0, of_each: float = 0.0
+) -> Mismatch | None:
+    """None where |y - r| <= of_largest max|r| + of_each (1 + |r|) at every element, else how far y is from r.
+
+    NaN equals NaN, and an infinity equals itself. Tensors of different shapes differ by infinity.
+    """
+    wanted = reference.detach().double()
+    finite = wanted[wanted.isfinite()]
+    largest = finite.abs().max().item() if finite.numel() else 0.0
+    if output.shape != reference.shape:
+        return Mismatch(float("inf"), largest)
+    found = output.detach().double()
+    close = torch.isclose(found, wanted, rtol=of_each, atol=of_each + of_largest * largest, equal_nan=True)
+    if close.all():
+        return None
+    return Mismatch((found - wanted)[~close].abs().nan_to_num(nan=float("inf")).max().item(), largest)
+
+
+def outputs_match(outputs: Sequence[Tensor], reference: Sequence[Tensor], tolerance: float) -> bool:
+    """Whether two models gave as many tensors, each |y - r| <= tolerance (1 + |r|) at every element."""
+    if len(outputs) != len(reference):
+        return False
+    return all(find_mismatch(y, r, of_each=tolerance) is None for y, r in zip(outputs, reference, strict=True))
+
+
+def derive_seed(seed: int, number: int) -> int:
+    """The seed of the step or image `number` of work that the user seeded; far apart for neighbouring user seeds."""
+    return seed * SEED_STRIDE + number

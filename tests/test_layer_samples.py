@@ -1,0 +1,54 @@
+import pytest
+import torch
+
+from ghostify import GhostifyError, trace
+from ghostify.fitting import sight
+from ghostify.fitting.batches import batches_of, judges
+from ghostify.fitting.layer_samples import MAX_ROWS, LayerSamples, rows_for
+from ghostify.fitting.walk import Walk
+from ghostify.planning.plan import plan
+from ghostify.planning.policy import Policy, Rule
+from tests import nets
+
+
+def sampled(x, spoil=False):
+    """The samples of one convolution, and those that it takes batch by batch."""
+    program = trace(nets.settle(nets.Straight()))
+    (entry,) = plan(program, Policy((Rule(targets=("a.0",)),), keep_first=False)).rewrites
+    batches = batches_of(program.module, x.split(8))
+    walk = Walk(program.module, batches.own, {entry.conv.calls[0].node}, set())
+    conv = walk.original.get_submodule("a.0")
+    if spoil:
+        walk.original.get_submodule("stem.0").weight.data.mul_(1e30)
+    samples, taken = LayerSamples(entry, walk, conv, torch.ones(entry.conv.outputs), len(x), seed=0), []
+    with torch.no_grad():
+        for node, arriving in walk.steps():
+            taken += [samples.take(node, chunk) for chunk in arriving]
+    return samples, taken
+
+
+def test_rows_are_what_the_convolution_makes_of_its_patches():
+    samples, taken = sampled(nets.images(24))
+    for sample in taken:
+        made = sample.u @ sight.filters_of(samples.conv).T.float()
+        torch.testing.assert_close(made, sample.y, rtol=1e-3, atol=1e-4)
+
+
+def test_moments_are_those_of_all_rows_and_every_eighth_image_is_held_out():
+    samples, taken = sampled(nets.images(24))
+    assert torch.equal(torch.cat([s.holdout for s in taken]), judges(torch.arange(24)))
+    rows, held = torch.cat([s.y for s in taken]).double(), torch.cat([s.holdout_rows for s in taken])
+    assert samples.moments.fitted.count + samples.moments.held_out.count == len(rows)
+    assert samples.moments.held_out.count == held.sum()
+    torch.testing.assert_close(samples.moments.both.mean_y, rows.mean(0))
+
+
+def test_values_that_are_not_finite_name_batch_and_layer():
+    with pytest.raises(GhostifyError, match=r"calibration batch 0: a\.0 sees values that are not finite"):
+        sampled(nets.images(8), spoil=True)
+
+
+def test_more_features_take_fewer_rows_within_limits():
+    assert rows_for(1, 10) == MAX_ROWS
+    assert rows_for(10**6, 10) == 10
+    assert 10 < rows_for(2000, 10, 0.5) < rows_for(2000, 10) < MAX_ROWS
