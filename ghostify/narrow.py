@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ghostify.ghost import is_channels_last
+from ghostify.graph.op_queries import channel_tensors
 
 Norm = TypeVar("Norm", bound=nn.Module)
 
@@ -50,14 +51,16 @@ def narrowed_conv(conv: nn.Conv2d, keeps: Sequence[int] | None, reads: Sequence[
 
 @torch.no_grad()
 def narrowed_norm(norm: Norm, channels: Sequence[int] | Tensor) -> Norm:
-    """A copy of a BatchNorm for some `channels` only, in their order."""
-    made: Any = copy.deepcopy(norm)
+    """A copy for some `channels` only, in their order, of a BatchNorm, a PReLU or whatever is made of such."""
+    copied = copy.deepcopy(norm)
     index = torch.as_tensor(channels)
-    for name, parameter in norm.named_parameters(recurse=False):
-        setattr(made, name, nn.Parameter(parameter[index.to(parameter.device)].clone(), parameter.requires_grad))
-    for name, buffer in norm.named_buffers(recurse=False):
-        if buffer.dim():
-            setattr(made, name, buffer[index.to(buffer.device)].clone())
-    made.num_features = len(index)
-    found: Norm = made
-    return found
+    for inner in copied.modules():
+        for name in channel_tensors(inner):
+            value = getattr(inner, name)
+            chosen = value[index.to(value.device)].clone()
+            is_parameter = isinstance(value, nn.Parameter)
+            setattr(inner, name, nn.Parameter(chosen, value.requires_grad) if is_parameter else chosen)
+            for count in ("num_features", "num_parameters"):
+                if hasattr(inner, count):
+                    setattr(inner, count, len(index))
+    return copied
