@@ -109,7 +109,7 @@ def _profiled(program: Program, wished: list[Target], calibration: Calibration, 
     halves = {t.conv.name: [Moments.zero(t.conv.outputs, 0) for _ in range(2)] for t in wished}
     maps = {t.conv.name: MapMoments.zero(t.conv.outputs, t.rule.dw_size**2) for t in wished if _wants_maps(t)}
 
-    def on_call(first: int, part: str, node: fx.Node, _: Any, output: Tensor) -> None:
+    def on_call(first: int, part: str, node: fx.Node, _: Tensor, output: Tensor) -> None:
         target = by_node.get((part, node.name))
         if target is None:
             return

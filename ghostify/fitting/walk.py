@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from ghostify.fitting.batches import Batch
 from ghostify.fitting.shelf import Shelf, loaded, tidy
 from ghostify.graph.executor import last_uses, run_node
-from ghostify.tracing.calls import placeholders, tensors_of
+from ghostify.tracing.calls import placeholders, tensors_of, values_of
 from ghostify.tracing.program import called
 
 READ_ONLY = (nn.Conv2d, nn.Linear, nn.BatchNorm2d)
@@ -115,14 +115,14 @@ class Walk:
                 if _memory(chunk.value(source)) & _memory(chunk.original[source]):
                     chunk.converted[source] = _copied(chunk.value(source))
         if node.op == "placeholder":
-            chunk.original[node] = chunk.batch.inputs[self._inputs.index(node)]
+            chunk.original[node] = values_of(chunk.batch.inputs)[self._inputs.index(node)]
         else:
             chunk.original[node] = run_node(self.original, node, chunk.original)
 
     def _run_converted(self, node: fx.Node, chunk: Chunk) -> None:
         if self._diverges(node, chunk):
             if node.op == "placeholder":
-                chunk.converted[node] = chunk.batch.converted_inputs[self._inputs.index(node)]
+                chunk.converted[node] = values_of(chunk.batch.converted_inputs)[self._inputs.index(node)]
             else:
                 twin = self._twins[node.name]
                 values = Values({source: chunk.value(self._named[source.name]) for source in twin.all_input_nodes})
