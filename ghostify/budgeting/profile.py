@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from ghostify.budgeting.halves import POSITIONS, add_by_halves, covariances_of, error_metric, visit_convolutions
 from ghostify.fitting import sight
 from ghostify.fitting.datafree import statistics_of
+from ghostify.fitting.lstsq import Statistics
 from ghostify.fitting.moments import MapMoments, Moments
 from ghostify.fitting.pairs import MapStatistics, map_statistics
 from ghostify.fitting.sensitivity import Calibration, calibrate
@@ -92,12 +93,11 @@ def _data_free(program: Program, wished: list[Target]) -> Iterator[Profile]:
         norm: Any = None if behind is None else part.get_submodule(behind)
         inputs = known[target.conv.part].get(target.conv.calls[0].node)
         one = statistics_of(conv, norm, 1, inputs=inputs)
-        assert not isinstance(one, MapStatistics)
-        maps: Any = (
-            statistics_of(conv, norm, target.rule.dw_size, inputs=inputs, map_by_map=True)
-            if _wants_maps(target)
-            else None
-        )
+        assert isinstance(one, Statistics)
+        maps = None
+        if _wants_maps(target):
+            maps = statistics_of(conv, norm, target.rule.dw_size, inputs=inputs, map_by_map=True)
+        assert not isinstance(maps, Statistics)
         weights = 1 / one.var.clamp_min(1e-12 * one.var.max() + 1e-30) / len(one.var)
         yield Profile((one.gram[0, :, 0],), maps, torch.diag(weights))
 
