@@ -28,7 +28,8 @@ from ghostify.data.datasets import Images
 from ghostify.evaluate import outputs, relative_error, top1
 from ghostify.fitting import lstsq
 from ghostify.fitting.assign import Groups, in_given_order
-from ghostify.fitting.lstsq import Solution, Statistics
+from ghostify.fitting.ghost_statistics import Solution
+from ghostify.fitting.lstsq import Statistics
 from ghostify.fitting.moments import Pair
 from ghostify.fitting.sensitivity import Calibration, calibrate
 from ghostify.fitting.starts import unfitted
@@ -66,7 +67,7 @@ def by_adam(stats: Statistics, solution: Solution, weights: Tensor) -> Solution:
         now = replace(solution, intrinsic=intrinsic, kernels=kernels)
         for _ in range(ADAM_STEPS):
             optimizer.zero_grad()
-            loss = (weights * lstsq.errors(stats, now)).sum()
+            loss = (weights * stats.squared_errors(now)).sum()
             (loss / loss.detach()).backward()
             optimizer.step()
             schedule.step()

@@ -128,29 +128,34 @@ class Report:
         return cls(tuple(lines), **counts, reconstruction=done, lost=tuple(data.get("lost", ())))
 
 
+@dataclass(frozen=True)
+class ConversionInfo:
+    """What is kept with a converted model beside its layers: its report, and which model the original was.
+
+    `source` is as in the saved folder: `name`, `arguments` and `input_size`, or whatever the caller of `save` gave.
+    """
+
+    report: Report
+    source: dict[str, Any] | None = None
+
+
 def report(module: nn.Module) -> Report:
     """The report of a model that `ghostify` made or `load` read; raises `GhostifyError` for any other."""
-    found = notes_of(module).get(META)
-    if not isinstance(found, Report):
+    return conversion_info(module).report
+
+
+def conversion_info(module: nn.Module) -> ConversionInfo:
+    """What is kept with a model that `ghostify` made or `load` read; raises `GhostifyError` for any other."""
+    info = module.__dict__.get("meta", {}).get(META)
+    if not isinstance(info, ConversionInfo):
         raise GhostifyError(f"{type(module).__name__} carries no report: pass what ghostify() or load() returned")
-    return found
+    return info
 
 
-def attach(module: nn.Module, made: Report) -> nn.Module:
-    """The module, carrying its report."""
-    note(module, META, made)
+def attach(module: nn.Module, made: Report, source: dict[str, Any] | None = None) -> nn.Module:
+    """The module, carrying its report and source where torch.fx keeps what copies and pickles take along."""
+    module.__dict__.setdefault("meta", {})[META] = ConversionInfo(made, source)
     return module
-
-
-def notes_of(module: nn.Module) -> dict[str, Any]:
-    """What is kept with a module but is no part of it: a traced one's `meta`, and the same for others."""
-    notes: dict[str, Any] = module.__dict__.get("meta", {})
-    return notes
-
-
-def note(module: nn.Module, key: str, value: Any) -> None:
-    """Keep something with a module."""
-    module.__dict__.setdefault("meta", {})[key] = value
 
 
 def summarise(

@@ -20,11 +20,11 @@ def test_every_call_of_a_part_arrives_from_both_models():
     assert [b.size for b in found.own] == [6] * 4
     assert [b.first for b in found.own] == [0, 6, 12, 18]
     assert found.images == 24
-    assert all(torch.equal(b.inputs[0], b.converted_inputs[0]) for b in found.own)
+    assert all(torch.equal(b.inputs.values[0], b.converted_inputs.values[0]) for b in found.own)
     with torch.no_grad():
         converted.backbone.get_submodule("a.0").weight.mul_(1.05)
     changed = arriving(program, converted, "head", batches)
-    assert not torch.equal(changed.own[0].inputs[0], changed.own[0].converted_inputs[0])
+    assert not torch.equal(changed.own[0].inputs.values[0], changed.own[0].converted_inputs.values[0])
 
 
 def test_calls_that_have_little_in_common_are_fed_alike():

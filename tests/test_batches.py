@@ -4,6 +4,7 @@ from torch import nn
 
 from ghostify import GhostifyError, trace
 from ghostify.fitting.batches import VALUES, batches_of, split
+from ghostify.tracing.calls import PlaceholderValues
 from tests import nets
 
 
@@ -20,9 +21,9 @@ def test_batches_are_numbered_through_and_large_ones_cut():
 
 def test_a_list_is_not_copied_and_a_stream_survives_its_end():
     x = nets.images(4)
-    assert batches_of(module(), [x]).own[0].stored[0].data_ptr() == x.data_ptr()
+    assert batches_of(module(), [x]).own[0].stored.values[0].data_ptr() == x.data_ptr()
     streamed = batches_of(module(), (x * k for k in range(3)))
-    assert torch.equal(streamed.own[2].inputs[0], 2 * x)
+    assert torch.equal(streamed.own[2].inputs.values[0], 2 * x)
 
 
 def test_batches_pass_through():
@@ -31,13 +32,13 @@ def test_batches_pass_through():
 
 
 def test_inputs_that_disagree_on_the_number_of_images_stay_whole():
-    inputs = [torch.zeros(6, 3), torch.zeros(2, 2)]
+    inputs = PlaceholderValues((torch.zeros(6, 3), torch.zeros(2, 2)))
     assert split(inputs, 2) == [inputs]
-    assert [p[0].shape[0] for p in split([torch.zeros(5, 3), 7], 2)] == [2, 2, 1]
+    assert [p.values[0].shape[0] for p in split(PlaceholderValues((torch.zeros(5, 3), 7)), 2)] == [2, 2, 1]
 
 
 def test_labels_are_left_out():
-    assert len(batches_of(module(), [(nets.images(4), torch.zeros(4))]).own[0].inputs) == 1
+    assert len(batches_of(module(), [(nets.images(4), torch.zeros(4))]).own[0].inputs.values) == 1
 
 
 @pytest.mark.parametrize("bad", [torch.tensor(1.0), torch.zeros(0, 3, 8, 8), torch.zeros(2, 3, 0, 8)])
@@ -59,5 +60,5 @@ class Flattening(nn.Module):
 
 def test_images_lie_channels_last_where_the_model_bears_it():
     x = nets.images(4)
-    assert batches_of(module(), [x]).own[0].inputs[0].is_contiguous(memory_format=torch.channels_last)
-    assert batches_of(trace(Flattening().eval()).module, [x]).own[0].inputs[0].is_contiguous()
+    assert batches_of(module(), [x]).own[0].inputs.values[0].is_contiguous(memory_format=torch.channels_last)
+    assert batches_of(trace(Flattening().eval()).module, [x]).own[0].inputs.values[0].is_contiguous()

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import fx
 
 from ghostify import GhostifyError, ghostify, load, report, save
+from ghostify.report import conversion_info
 from ghostify.storing.checkpoint import load_weights
 from tests import nets
 
@@ -42,7 +43,7 @@ def test_everything_that_matters_survives(converted, tmp_path):
     save(converted, tmp_path / "out", source={"name": "timm:x", "arguments": {}})
     again = load(tmp_path / "out")
     assert report(again) == report(converted)
-    assert again.meta["ghostify_source"]["name"] == "timm:x"
+    assert conversion_info(again).source["name"] == "timm:x"
     flags = {n: p.requires_grad for n, p in converted.named_parameters()}
     assert {n: p.requires_grad for n, p in again.named_parameters()} == flags
     assert {n: m.training for n, m in again.named_modules()} == {n: m.training for n, m in converted.named_modules()}

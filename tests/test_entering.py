@@ -5,6 +5,7 @@ import torch
 from timm.layers import register_notrace_module
 from torch import fx, nn
 
+from ghostify.tracing.calls import CallArguments
 from ghostify.tracing.entering import answers_alike, enter, holds_convolutions, how_called, inputs_among
 from ghostify.tracing.tracer import UntraceableError
 from tests import nets
@@ -73,14 +74,14 @@ def test_only_single_convolutions_are_entered_on_demand():
 
 def test_calls_are_noted_as_far_as_the_forward_comes():
     model = nets.settle(nets.Wild())
-    found = how_called(model, [(nets.images(1),), {}])
+    found = how_called(model, CallArguments((nets.images(1),), {}))
     assert list(found[id(model.head)].arguments) == ["x"]
-    assert how_called(model, [(torch.zeros(1, 5, 4, 4),), {}])
+    assert how_called(model, CallArguments((torch.zeros(1, 5, 4, 4),), {}))
     assert not model.backbone._forward_pre_hooks
 
 
 def test_models_that_answer_otherwise_are_told_apart():
-    model, x = nets.settle(nets.Straight()), [(nets.images(2),), {}]
+    model, x = nets.settle(nets.Straight()), CallArguments((nets.images(2),), {})
     other = nets.settle(nets.Straight(), seed=5)
     assert answers_alike(model, x, model, x)
     assert not answers_alike(model, x, other, x)

@@ -12,7 +12,7 @@ from tests import nets
 def test_a_graph_run_node_by_node_answers_as_the_module_does(make):
     module, x = trace(nets.settle(make())).module, nets.images(3)
     with torch.no_grad():
-        assert torch.equal(execute(module, bind_inputs(module, (x,), {})), module(x))
+        assert torch.equal(execute(module, bind_inputs(module, (x,), {}).values), module(x))
 
 
 def test_the_callback_sees_every_node_in_order_and_decides_what_goes_on():

@@ -98,9 +98,9 @@ def test_errors_and_constants_are_those_of_the_prediction():
     prediction[:, channels[:3]] = shifts[:, 4] @ solution.intrinsic.T
     seen = torch.einsum("pdb,jb->pjd", shifts, solution.intrinsic[solution.groups.sources[:, 0]])
     prediction[:, channels[3:]] = (seen * solution.kernels[:, 0]).sum(2)
-    constants = lstsq.constants(stats, solution)
+    constants = stats.mean_residuals(solution)
     torch.testing.assert_close((y - prediction).mean(0), constants)
-    torch.testing.assert_close((y - prediction - constants).square().mean(0), lstsq.errors(stats, solution))
+    torch.testing.assert_close((y - prediction - constants).square().mean(0), stats.squared_errors(solution))
 
 
 def test_the_joint_refit_only_lowers_the_error():
@@ -112,7 +112,7 @@ def test_the_joint_refit_only_lowers_the_error():
     groups = lstsq.choose_groups(lstsq.pair_costs(stats, weights), GhostLayout(10, 5, Depthwise(3)))
     before = lstsq._with_kernels(stats, groups, stats.start[groups.intrinsic.flatten()])
     after = lstsq._alternate(stats, before, weights)
-    assert (weights * lstsq.errors(stats, after)).sum() < 0.99 * (weights * lstsq.errors(stats, before)).sum()
+    assert (weights * stats.squared_errors(after)).sum() < 0.99 * (weights * stats.squared_errors(before)).sum()
 
 
 def test_pointwise_ghosts_reach_the_error_of_low_rank():
@@ -121,7 +121,7 @@ def test_pointwise_ghosts_reach_the_error_of_low_rank():
     stats, _, _ = maps_statistics(mixed, mixed, 1)
     solution = lstsq.solve(stats, GhostLayout(8, 3, Pointwise()), torch.eye(8, dtype=torch.float64))
     values = torch.linalg.eigvalsh(stats.gram[0, :, 0])
-    assert lstsq.errors(stats, solution).sum().item() == pytest.approx(values[:5].sum().item(), rel=1e-2)
+    assert stats.squared_errors(solution).sum().item() == pytest.approx(values[:5].sum().item(), rel=1e-2)
 
 
 class Largest(TorchDispatchMode):
@@ -140,8 +140,8 @@ def test_ghosts_of_one_group_share_its_system():
     stats, _, _ = maps_statistics(maps + maps.roll(1, 1), maps, 1)
     with Largest() as largest:
         solution = lstsq.solve(stats, GhostLayout(n, n // 2, Pointwise()), torch.eye(n, dtype=torch.float64))
-        lstsq.errors(stats, solution)
-        lstsq.constants(stats, solution)
+        stats.squared_errors(solution)
+        stats.mean_residuals(solution)
     assert n * n <= largest.elements <= 2 * n * n
 
 
@@ -174,4 +174,4 @@ def test_dead_and_duplicate_maps_are_survived():
         stats, _, _ = maps_statistics(maps, maps, d)
         solution = lstsq.solve(stats, layout, torch.eye(6, dtype=torch.float64))
         assert solution.kernels.isfinite().all()
-        assert lstsq.errors(stats, solution)[1] < 1e-6
+        assert stats.squared_errors(solution)[1] < 1e-6

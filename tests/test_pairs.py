@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from ghostify.fitting.assign import choose_groups, in_given_order
+from ghostify.fitting.ghost_statistics import Solution
 from ghostify.fitting.moments import LinkMoments, MapMoments
 from ghostify.fitting.pairs import link_statistics, map_statistics, sources_of
 from ghostify.fitting.sight import neighbourhoods, rows
@@ -33,7 +34,8 @@ def test_kernels_errors_and_constants_are_those_of_least_squares(layout):
     moments.add(v[:, :, own], y[:, groups.channels], sources_of(groups))
     links = link_statistics(moments, groups, torch.eye(layout.outputs)[own], None, free_mean=True)
     kernels = links.kernels()
-    errors, constants = links.errors(kernels), links.constants(kernels)
+    found = Solution(groups, torch.eye(layout.intrinsic), kernels)
+    errors, constants = links.squared_errors(found), links.mean_residuals(found)
     for k, (ghost, source) in enumerate(zip(groups.ghosts, groups.sources[:, 0], strict=True)):
         u = torch.cat((v[:, :, own[source]], torch.ones(len(v), 1)), 1)
         solution = torch.linalg.lstsq(u, y[:, ghost, None]).solution[:, 0]
@@ -60,5 +62,5 @@ def test_links_cut_from_all_pairs_are_those_taken_one_by_one(layout):
     taken = link_statistics(moments, groups, cut.basis, None, free_mean=True)
     for name in ("auto", "cross", "var", "mean_v", "mean_y"):
         torch.testing.assert_close(getattr(cut, name), getattr(taken, name))
-    errors = cut.errors(cut.kernels())
+    errors = cut.squared_errors(Solution(groups, torch.eye(layout.intrinsic), cut.kernels()))
     assert errors[groups.ghosts].sum().item() == pytest.approx(groups.total(costs), rel=1e-3)

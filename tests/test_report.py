@@ -1,11 +1,14 @@
+import copy
 import json
+import pickle
 
+import pytest
 import torch
 from rich.console import Console
 
-from ghostify import Rule, ghostify, plan, report, trace
+from ghostify import GhostifyError, Rule, ghostify, plan, report, trace
 from ghostify.planning.policy import Policy
-from ghostify.report import Report, summarise, table
+from ghostify.report import ConversionInfo, Report, attach, conversion_info, summarise, table
 from tests import nets
 
 
@@ -40,3 +43,13 @@ def test_the_table_names_every_layer_and_reason_at_80_columns():
     flat = " ".join(text.replace("│", " ").split())
     assert "first" in flat
     assert "ignored" in flat
+
+
+def test_copies_and_pickles_take_the_report_and_the_source_along():
+    made = converted()
+    attach(made, report(made), {"name": "timm:x"})
+    info = ConversionInfo(report(made), {"name": "timm:x"})
+    assert conversion_info(copy.deepcopy(made)) == info
+    assert pickle.loads(pickle.dumps(conversion_info(made))) == info
+    with pytest.raises(GhostifyError, match="Conv2d carries no report"):
+        report(torch.nn.Conv2d(1, 1, 1))

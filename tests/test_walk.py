@@ -47,7 +47,7 @@ def test_both_sides_see_what_their_models_see(make, limit):
         for side, module in enumerate((walk.original, walk.converted)):
             for chunk in walk.chunks:
                 running = Inputs(module, stops)
-                running.run(*chunk.batch.inputs, enable_io_processing=False)
+                running.run(*chunk.batch.inputs.values, enable_io_processing=False)
                 assert set(running.found) == stops
                 for name, value in running.found.items():
                     torch.testing.assert_close(seen[name, chunk.batch.first][side], value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -23,7 +23,7 @@ Error = TypeVar("Error", Tensor, float)
 
 
 def visit_convolutions(
-    program: Program, calibration: Calibration, on_call: Callable[[int, str, fx.Node, Any, Tensor], None]
+    program: Program, calibration: Calibration, on_call: Callable[[int, str, fx.Node, Tensor, Tensor], None]
 ) -> None:
     """One forward of the original over the calibration images of this process.
 
@@ -31,7 +31,7 @@ def visit_convolutions(
     and its output.
     """
 
-    def look(first: int, part: str, node: fx.Node, image: Any, output: Tensor) -> Tensor:
+    def look(first: int, part: str, node: fx.Node, image: Tensor, output: Tensor) -> Tensor:
         on_call(first, part, node, image, output)
         return output
 

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from ghostify.budgeting.halves import POSITIONS, add_by_halves, covariances_of, error_metric, visit_convolutions
 from ghostify.fitting import sight
 from ghostify.fitting.datafree import statistics_of
+from ghostify.fitting.lstsq import Statistics
 from ghostify.fitting.moments import MapMoments, Moments
 from ghostify.fitting.pairs import MapStatistics, map_statistics
 from ghostify.fitting.sensitivity import Calibration, calibrate
@@ -99,12 +100,11 @@ def _data_free(program: Program, wished: list[Target]) -> Iterator[Profile]:
         norm = batchnorm_at(part, norm_after(wiring[target.conv.part], [call.node for call in target.conv.calls]))
         inputs = known[target.conv.part].get(target.conv.calls[0].node)
         one = statistics_of(conv, norm, 1, inputs=inputs)
-        assert not isinstance(one, MapStatistics)
-        maps: Any = (
-            statistics_of(conv, norm, target.rule.dw_size, inputs=inputs, map_by_map=True)
-            if _wants_maps(target)
-            else None
-        )
+        assert isinstance(one, Statistics)
+        maps = None
+        if _wants_maps(target):
+            maps = statistics_of(conv, norm, target.rule.dw_size, inputs=inputs, map_by_map=True)
+        assert not isinstance(maps, Statistics)
         weights = 1 / one.var.clamp_min(1e-12 * one.var.max() + 1e-30) / len(one.var)
         yield Profile((one.gram[0, :, 0],), maps, torch.diag(weights))
 
@@ -116,7 +116,7 @@ def _profiled(program: Program, wished: list[Target], calibration: Calibration, 
     halves = {t.conv.name: [Moments.zero(t.conv.outputs, 0) for _ in range(2)] for t in wished}
     maps = {t.conv.name: MapMoments.zero(t.conv.outputs, t.rule.dw_size**2) for t in wished if _wants_maps(t)}
 
-    def on_call(first: int, part: str, node: fx.Node, _: Any, output: Tensor) -> None:
+    def on_call(first: int, part: str, node: fx.Node, _: Tensor, output: Tensor) -> None:
         target = by_node.get((part, node.name))
         if target is None:
             return

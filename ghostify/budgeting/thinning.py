@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -54,7 +53,7 @@ def thinnings_of(program: Program, links: Iterable[Link], calibration: Calibrati
     inputs = {key: [Moments.zero(link.maps, 0) for _ in range(2)] for key, link in known.items()}
     outputs = {key: Moments.zero(link.consumer.outputs, 0) for key, link in known.items()}
 
-    def on_call(first: int, part: str, node: fx.Node, image: Any, output: Tensor) -> None:
+    def on_call(first: int, part: str, node: fx.Node, image: Tensor, output: Tensor) -> None:
         key = part, node.name
         if key in known:
             add_by_halves(inputs[key], image, first, calibration.batches.images, seed)

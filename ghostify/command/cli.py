@@ -56,7 +56,7 @@ from ghostify.evaluate import outputs, top1
 from ghostify.fitting.collective import mine
 from ghostify.planning import cost
 from ghostify.planning.plan import plan as make_plan
-from ghostify.report import notes_of, report, summarise
+from ghostify.report import conversion_info, report, summarise
 from ghostify.reporting.present import write_report
 from ghostify.reporting.study import draw, study
 from ghostify.reporting.study import table as study_table
@@ -259,7 +259,7 @@ def export_command(
     Example: ghostify export out/ --format onnx
     """
     module = checkpoint.load(folder, allow=allow or ())
-    source = notes_of(module)["ghostify_source"] or {}
+    source = conversion_info(module).source or {}
     size = size_of(input_size) or tuple(source.get("input_size", ()))
     if not size:
         raise GhostifyError(f"{folder}: does not say how large its images are: pass --input-size C,H,W")
@@ -284,7 +284,7 @@ def _both(
 ) -> tuple[Any, Any, sources.Preprocessing, dict[str, Any]]:
     """A converted model, its original with that checkpoint's weights, how images become inputs, and whence it came."""
     module = checkpoint.load(folder, allow=allow or ())
-    source = notes_of(module)["ghostify_source"]
+    source = conversion_info(module).source
     if not source:
         raise GhostifyError(f"{folder}: does not say which model it was: convert it by the command")
     named, size = Source(source["name"], source["arguments"]), tuple(source["input_size"])

@@ -13,7 +13,15 @@ from ghostify.deploying.fold import can_be_dense, fold, freeze
 from ghostify.errors import GhostifyError
 from ghostify.fitting.arriving import calls_of
 from ghostify.numerics import find_mismatch
-from ghostify.tracing.calls import Inputs, example_of, run, run_example, tensors_of
+from ghostify.tracing.calls import (
+    PlaceholderValues,
+    as_arguments,
+    bind_inputs,
+    example_of,
+    run,
+    run_example,
+    tensors_of,
+)
 from ghostify.tracing.modes import evaluating
 from ghostify.tracing.trace import trace
 
@@ -54,20 +62,20 @@ def _graphs(model: nn.Module, example: Any) -> nn.Module:
     return trace(model, example).module
 
 
-def _deploy_part(part: fx.GraphModule, inputs: Inputs) -> None:
+def _deploy_part(part: fx.GraphModule, inputs: PlaceholderValues) -> None:
     dense = _to_be_dense(part, inputs)
     _plain(part, dense, inputs).apply()
 
 
-def _plain(part: fx.GraphModule, dense: set[str], inputs: Inputs) -> Orders:
+def _plain(part: fx.GraphModule, dense: set[str], inputs: PlaceholderValues) -> Orders:
     freeze(part)
     fold(part, dense)
     part.recompile()
-    record_shapes(part, *inputs)
+    record_shapes(part, *inputs.values)
     return Orders(part)
 
 
-def _to_be_dense(part: fx.GraphModule, inputs: Inputs) -> set[str]:
+def _to_be_dense(part: fx.GraphModule, inputs: PlaceholderValues) -> set[str]:
     """Ghost modules of few intrinsic maps, and those whose order would have to be gathered: one more dense convolution
     costs less than the copying does."""
     able: dict[str, Any] = {path: m.primary_conv.out_channels for path, m in part.named_modules() if can_be_dense(m)}
@@ -79,10 +87,10 @@ def _to_be_dense(part: fx.GraphModule, inputs: Inputs) -> set[str]:
     return small | {p for p, count in able.items() if count <= WIDE and any(g.startswith(f"{p}.") for g in gathered)}
 
 
-def _arriving(made: nn.Module, path: str, example: Any) -> Inputs | None:
+def _arriving(made: nn.Module, path: str, example: Any) -> PlaceholderValues | None:
     """What the part at `path` gets when the example inputs run: None if nothing."""
     if not path and isinstance(made, fx.GraphModule):
-        return example_of(made, example)
+        return bind_inputs(made, *as_arguments(example))
     seen = calls_of(made.get_submodule(path), made, path, example_of(made, example))  # type: ignore[arg-type]
     return seen[0] if seen else None
 

@@ -12,7 +12,7 @@ from ghostify.fitting.batches import IN_MEMORY, Batch, Batches, images_of
 from ghostify.fitting.collective import summed
 from ghostify.fitting.shelf import Shelf
 from ghostify.graph.call_hooks import on_calls
-from ghostify.tracing.calls import Inputs, bind_inputs, run, tensors_of
+from ghostify.tracing.calls import Inputs, PlaceholderValues, bind_inputs, run, tensors_of
 from ghostify.tracing.modes import evaluating
 from ghostify.tracing.program import Program
 
@@ -37,17 +37,17 @@ def arriving(program: Program, converted: nn.Module, path: str, batches: Batches
                 continue
             other = others[k] if len(others) == len(originals) and _correspond(inputs, others[k]) else None
             size = images_of(inputs)
-            stored = [shelf.put(v) for v in inputs]
-            otherwise = None if other is None else [shelf.put(v) for v in other]
+            stored = tree_map(shelf.put, inputs)
+            otherwise = None if other is None else tree_map(shelf.put, other)
             found.append(Batch(batch.number, seen, size, stored, otherwise=otherwise))
             seen += size
     images = int(summed(torch.tensor(float(seen)))[0])
     return Batches(tuple(found), images) if images else None
 
 
-def calls_of(part: fx.GraphModule, module: nn.Module, path: str, inputs: Inputs) -> list[Inputs]:
+def calls_of(part: fx.GraphModule, module: nn.Module, path: str, inputs: Inputs) -> list[PlaceholderValues]:
     """What each call of the part at `path` of a module is fed in one forward, by the placeholders of `part`."""
-    found: list[Inputs] = []
+    found: list[PlaceholderValues] = []
 
     def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.append(tree_map(_kept, bind_inputs(part, args, kwargs)))

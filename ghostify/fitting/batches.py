@@ -15,7 +15,7 @@ from ghostify.errors import GhostifyError
 from ghostify.fitting.collective import mine
 from ghostify.fitting.shelf import Shelf, loaded
 from ghostify.numerics import outputs_match
-from ghostify.tracing.calls import Inputs, inputs_of, run, tensors_of
+from ghostify.tracing.calls import CallArguments, Inputs, PlaceholderValues, inputs_of, run, tensors_of
 from ghostify.tracing.modes import evaluating
 
 IN_MEMORY = 1 << 26
@@ -41,12 +41,12 @@ class Batch:
     @property
     def inputs(self) -> Inputs:
         """What the module takes, laid out in `form`."""
-        return in_form([loaded(v) for v in self.stored], self.form)
+        return in_form(tree_map(loaded, self.stored), self.form)
 
     @property
     def converted_inputs(self) -> Inputs:
         """What the converted module takes."""
-        return self.inputs if self.otherwise is None else in_form([loaded(v) for v in self.otherwise], self.form)
+        return self.inputs if self.otherwise is None else in_form(tree_map(loaded, self.otherwise), self.form)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +78,7 @@ def batches_of(module: nn.Module, calibration: Iterable[Any] | Batches) -> Batch
         for part in split(inputs, max(1, VALUES * len(first) // first.numel())):
             size = images_of(part)
             if parts % processes == rank:
-                own.append(Batch(number, seen, size, part if shelf is None else [shelf.put(v) for v in part]))
+                own.append(Batch(number, seen, size, part if shelf is None else tree_map(shelf.put, part)))
             parts, seen = parts + 1, seen + size
     if parts < processes:
         raise GhostifyError(
@@ -91,12 +91,15 @@ def batches_of(module: nn.Module, calibration: Iterable[Any] | Batches) -> Batch
 
 
 def split(inputs: Inputs, images: int) -> list[Inputs]:
-    """Inputs for up to `images` images each; whole where their tensors do not agree on how many there are."""
-    sizes = {len(v) if v.dim() else 0 for v in inputs if isinstance(v, Tensor)}
-    if len(sizes) != 1 or any(tensors_of(v) for v in inputs if not isinstance(v, Tensor)):
+    """Inputs for up to `images` images each; whole where their tensors do not agree on how many there are,
+    and where they are those of a module without a graph."""
+    if isinstance(inputs, CallArguments):
         return [inputs]
-    parts = [v.split(images) if isinstance(v, Tensor) else repeat(v) for v in inputs]
-    return [list(part) for part in zip(*parts, strict=False)]
+    sizes = {len(v) if v.dim() else 0 for v in inputs.values if isinstance(v, Tensor)}
+    if len(sizes) != 1 or any(tensors_of(v) for v in inputs.values if not isinstance(v, Tensor)):
+        return [inputs]
+    parts = [v.split(images) if isinstance(v, Tensor) else repeat(v) for v in inputs.values]
+    return [PlaceholderValues(part) for part in zip(*parts, strict=False)]
 
 
 def in_form(inputs: Inputs, form: torch.memory_format) -> Inputs:
@@ -105,7 +108,7 @@ def in_form(inputs: Inputs, form: torch.memory_format) -> Inputs:
     def laid_out(value: Any) -> Any:
         return value.to(memory_format=form) if isinstance(value, Tensor) and value.dim() == 4 else value
 
-    return [tree_map(laid_out, v) for v in inputs]
+    return tree_map(laid_out, inputs)
 
 
 def judges(numbers: Tensor, every: int = HELD_OUT) -> Tensor:
@@ -116,7 +119,8 @@ def judges(numbers: Tensor, every: int = HELD_OUT) -> Tensor:
 def images_of(inputs: Inputs) -> int:
     """How many images the inputs hold: the length of the first tensor that has one, or of a list of single images."""
     tensors = [v for v in tensors_of(inputs) if v.dim() > 0]
-    listed = not any(isinstance(v, Tensor) for v in inputs) and all(v.dim() == 3 for v in tensors)
+    apart = isinstance(inputs, PlaceholderValues) and any(isinstance(v, Tensor) for v in inputs.values)
+    listed = not apart and all(v.dim() == 3 for v in tensors)
     return len(tensors) if listed else len(tensors[0])
 
 

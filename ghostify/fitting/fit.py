@@ -21,6 +21,8 @@ from ghostify.fitting.clock import Clock
 from ghostify.fitting.datafree import statistics_of
 from ghostify.fitting.dense import Dense
 from ghostify.fitting.layer import Layer, channel_weights, emit, has_many_maps
+from ghostify.fitting.lstsq import Statistics
+from ghostify.fitting.pairs import Links, MapStatistics
 from ghostify.fitting.sensitivity import Calibration, Sensitivity, calibrate
 from ghostify.fitting.walk import Walk
 from ghostify.ghost import GhostWeights
@@ -171,10 +173,13 @@ def data_free(conv: nn.Conv2d, entry: Rewrite, norm: BatchNorm | None, inputs: C
     """Ghost weights from the convolution's filters and the statistics of the BatchNorm behind it, without images."""
     layout = entry.layout
     apart = has_many_maps(layout)
-    stats: Any = statistics_of(conv, norm, layout.kernel_size, inputs=inputs, map_by_map=apart)
+    known = statistics_of(conv, norm, layout.kernel_size, inputs=inputs, map_by_map=apart)
     weights = channel_weights(norm, conv.out_channels)
-    if apart:
-        stats = stats.linked(choose_groups(stats.costs(weights), layout), sight.filters_of(conv))
+    stats: Statistics | Links
+    if isinstance(known, MapStatistics):
+        stats = known.linked(choose_groups(known.costs(weights), layout), sight.filters_of(conv))
+    else:
+        stats = known
     solution = lstsq.solve(stats, layout, torch.diag(weights))
     emitted = emit(conv, entry, stats, solution)
     if conv.bias is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,9 +14,10 @@ from typing_extensions import assert_never
 from ghostify.fitting import lstsq, sight
 from ghostify.fitting.assign import Groups, choose_groups
 from ghostify.fitting.clock import Clock
+from ghostify.fitting.ghost_statistics import GhostStatistics, Solution
 from ghostify.fitting.holdout import HoldoutSums
 from ghostify.fitting.layer_samples import LayerSamples, rows_for
-from ghostify.fitting.lstsq import Solution, Statistics
+from ghostify.fitting.lstsq import Statistics
 from ghostify.fitting.moments import LinkMoments, MapMoments, Moments
 from ghostify.fitting.pairs import Links, in_order, link_statistics, map_statistics, served, sources_of
 from ghostify.fitting.sensitivity import metric_of
@@ -82,10 +82,11 @@ class Layer:
             with clock("solving"):
                 filters = lstsq.dense_prediction(first, filters, self.weights, free_mean=self.free_mean)
         bias = None if self.conv.bias is None else first.both.mean_y - filters.T @ first.both.mean_u
-        stats = self._together(first.both, filters, bias, clock)
+        joint = self._together(first.both, filters, bias, clock)
+        stats: Statistics | Links = joint
         if self.many:
             with clock("solving"):
-                groups = choose_groups(lstsq.pair_costs(stats, self.weights), self.entry.layout)
+                groups = choose_groups(lstsq.pair_costs(joint, self.weights), self.entry.layout)
             with clock("moments"):
                 stats = self._linked(groups, filters, bias)
         with clock("solving"):
@@ -95,7 +96,7 @@ class Layer:
         forms = [fitted] if self.line is None else [fitted, self._activated(self.line, first.both, filters, clock)]
         return self._judged(forms, otherwise)
 
-    def _together(self, seen: Moments, filters: Tensor, bias: Tensor | None, clock: Clock) -> Any:
+    def _together(self, seen: Moments, filters: Tensor, bias: Tensor | None, clock: Clock) -> Statistics:
         """Statistics of the dense predictions, or of their principal maps, all with each other."""
         d = self.entry.layout.kernel_size
         constant = bias is not None and d > 1
@@ -248,10 +249,10 @@ def channel_weights(norm: BatchNorm | None, outputs: int) -> Tensor:
     return weight.clamp_min(1e-6 * weight.mean()) if weight.any() else torch.ones_like(weight)
 
 
-def emit(conv: nn.Conv2d, entry: Rewrite, stats: Statistics | Links, solution: Solution) -> GhostWeights:
+def emit(conv: nn.Conv2d, entry: Rewrite, stats: GhostStatistics, solution: Solution) -> GhostWeights:
     """Filters, kernels and biases of a solution; a constant that no bias can hold goes to the norm behind."""
     coordinates, channels, m = solution.intrinsic, solution.groups.channels, entry.layout.intrinsic
-    lacking = lstsq.constants(stats, solution)
+    lacking = stats.mean_residuals(solution)
     primary_bias = cheap_bias = shift = None
     if stats.constant:
         primary_bias, cheap_bias = coordinates[:, -1], lacking[channels[m:]]
@@ -269,7 +270,7 @@ def emit(conv: nn.Conv2d, entry: Rewrite, stats: Statistics | Links, solution: S
         cheap_weight=solution.kernels.reshape(len(channels) - m, *entry.layout.kernel_shape),
         cheap_bias=cheap_bias,
         shift=shift,
-        error=relative_to_variance(lstsq.errors(stats, solution), stats.var),
+        error=relative_to_variance(stats.squared_errors(solution), stats.var),
     )
 
 

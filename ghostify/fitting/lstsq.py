@@ -16,6 +16,7 @@ from torch import Tensor
 from typing_extensions import assert_never
 
 from ghostify.fitting.assign import Groups, choose_groups
+from ghostify.fitting.ghost_statistics import Solution
 from ghostify.fitting.moments import Moments, Pair, turns_of
 from ghostify.fitting.pairs import Links, costs_of, in_order
 from ghostify.fitting.systems import damping_for, root_of, solve_damped, solve_ridge
@@ -53,6 +54,22 @@ class Statistics:
     def centre(self) -> int:
         return self.gram.shape[0] // 2
 
+    def squared_errors(self, solution: Solution) -> Tensor:
+        """See `GhostStatistics`."""
+        groups, centre, m = solution.groups, self.centre, len(solution.intrinsic)
+        own, ghosts = groups.channels[:m], groups.channels[m:]
+        kept = _loss(solution.intrinsic, self.gram[centre, :, centre], self.cross[centre][:, own], self.var[own])
+        size = self.gram.shape[0] * self.gram.shape[1]
+        gram, cross = self.gram.reshape(size, size), self.cross.reshape(size, -1)[:, ghosts]
+        made = _loss(_ghost_maps(solution).flatten(1), gram, cross, self.var[ghosts])
+        return in_order(torch.cat((kept, made)), groups).clamp_min(0)
+
+    def mean_residuals(self, solution: Solution) -> Tensor:
+        """See `GhostStatistics`."""
+        own = (solution.intrinsic * self.mean_v[self.centre]).sum(1)
+        means = torch.cat((own, (_ghost_maps(solution) * self.mean_v).sum((1, 2))))
+        return self.mean_y - in_order(means, solution.groups)
+
 
 def statistics(
     moments: Moments, places: int, basis: Tensor, start: Tensor, constant: bool, free_mean: bool
@@ -71,15 +88,6 @@ def statistics(
         rows=float(moments.count),
         constant=constant,
     )
-
-
-@dataclass(frozen=True, eq=False)
-class Solution:
-    """Coordinates of the intrinsic maps in the basis (m x b), kernels (ghosts x w x D), and the groups they serve."""
-
-    groups: Groups
-    intrinsic: Tensor
-    kernels: Tensor
 
 
 def dense_prediction(moments: Pair, prior: Tensor, weights: Tensor, *, free_mean: bool) -> Tensor:
@@ -152,31 +160,9 @@ def _of_links(links: Links) -> Solution:
     return Solution(links.groups, start, links.kernels())
 
 
-def errors(stats: Statistics | Links, solution: Solution) -> Tensor:
-    """Squared error of every output channel (n), less a free constant each if the statistics are centred."""
-    if isinstance(stats, Links):
-        return stats.errors(solution.kernels)
-    groups, centre, m = solution.groups, stats.centre, len(solution.intrinsic)
-    own, ghosts = groups.channels[:m], groups.channels[m:]
-    kept = _loss(solution.intrinsic, stats.gram[centre, :, centre], stats.cross[centre][:, own], stats.var[own])
-    size = stats.gram.shape[0] * stats.gram.shape[1]
-    gram, cross = stats.gram.reshape(size, size), stats.cross.reshape(size, -1)[:, ghosts]
-    made = _loss(_ghost_maps(solution).flatten(1), gram, cross, stats.var[ghosts])
-    return in_order(torch.cat((kept, made)), groups).clamp_min(0)
-
-
 def _loss(coordinates: Tensor, gram: Tensor, cross: Tensor, var: Tensor) -> Tensor:
     """Squared errors of predictions with these coordinates (k x b), given moments of the basis and the targets."""
     return var - 2 * (coordinates * cross.T).sum(1) + ((coordinates @ gram) * coordinates).sum(1)
-
-
-def constants(stats: Statistics | Links, solution: Solution) -> Tensor:
-    """What each output channel (n, original order) lacks in the mean."""
-    if isinstance(stats, Links):
-        return stats.constants(solution.kernels)
-    own = (solution.intrinsic * stats.mean_v[stats.centre]).sum(1)
-    means = torch.cat((own, (_ghost_maps(solution) * stats.mean_v).sum((1, 2))))
-    return stats.mean_y - in_order(means, solution.groups)
 
 
 def _ghost_maps(solution: Solution) -> Tensor:
@@ -223,10 +209,10 @@ def _by_group(groups: Groups, values: Tensor) -> tuple[tuple[Tensor, Tensor], Te
 
 def _alternate(stats: Statistics, solution: Solution, weights: Tensor) -> Solution:
     """Joint refit for w = 1: intrinsic coordinates and kernels by turns, each in closed form, while the error falls."""
-    best, least = solution, (weights * errors(stats, solution)).sum()
+    best, least = solution, (weights * stats.squared_errors(solution)).sum()
     for _ in range(JOINT_STEPS):
         solution = _with_kernels(stats, solution.groups, _with_coordinates(stats, best, weights))
-        error = (weights * errors(stats, solution)).sum()
+        error = (weights * stats.squared_errors(solution)).sum()
         if error >= least:
             break
         best, fell, least = solution, (least - error) / least.clamp_min(1e-30), error

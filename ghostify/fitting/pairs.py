@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ghostify.fitting.assign import Groups
+from ghostify.fitting.ghost_statistics import Solution
 from ghostify.fitting.moments import LinkMoments, MapMoments, turns_of
 from ghostify.fitting.systems import damping_for, explained, solve_damped
 
@@ -85,15 +86,16 @@ class Links:
         """The ghosts' kernels (ghosts x 1 x D) by the normal equations."""
         return kernels_of(self.auto, self.cross[len(self.auto) :], self.groups.sources[:, 0], self.rows)[:, None]
 
-    def errors(self, kernels: Tensor) -> Tensor:
-        """Squared error of every output channel (n, original order)."""
-        each = self._all(kernels)
+    def squared_errors(self, solution: Solution) -> Tensor:
+        """See `GhostStatistics`."""
+        each = self._all(solution.kernels)
         spent = torch.einsum("kd,kde,ke->k", each, self.auto[sources_of(self.groups)], each)
         return (self.var - in_order(2 * (self.cross * each).sum(1) - spent, self.groups)).clamp_min(0)
 
-    def constants(self, kernels: Tensor) -> Tensor:
-        """What each output channel (n, original order) lacks in the mean."""
-        return in_order(self.mean_y - (self.mean_v[sources_of(self.groups)] * self._all(kernels)).sum(1), self.groups)
+    def mean_residuals(self, solution: Solution) -> Tensor:
+        """See `GhostStatistics`."""
+        means = (self.mean_v[sources_of(self.groups)] * self._all(solution.kernels)).sum(1)
+        return in_order(self.mean_y - means, self.groups)
 
     def _all(self, kernels: Tensor) -> Tensor:
         """The kernels of all computed channels (n x D): an intrinsic map's is 1 at the centre."""

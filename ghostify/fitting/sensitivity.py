@@ -16,7 +16,7 @@ from ghostify.fitting import sight
 from ghostify.fitting.batches import Batches, batches_of, images_of, split
 from ghostify.fitting.collective import summed
 from ghostify.numerics import derive_seed
-from ghostify.tracing.calls import run, tensors_of
+from ghostify.tracing.calls import Inputs, run, tensors_of
 from ghostify.tracing.program import Program
 from ghostify.tracing.record import looking
 
@@ -118,7 +118,7 @@ def _tap(
     taps: list[tuple[str, Tensor]],
     part: str,
     node: fx.Node,
-    _: Any,
+    _: Tensor,
     output: Tensor,
 ) -> Tensor:
     """The output plus a zero by which gradients can be taken."""
@@ -129,7 +129,7 @@ def _tap(
     return output + zero
 
 
-def _first(batches: Batches, images: int) -> Iterator[tuple[int, float, list[Any]]]:
+def _first(batches: Batches, images: int) -> Iterator[tuple[int, float, Inputs]]:
     """Of this process, the images with numbers below `images`, few at a time: the first one's number, 1, the inputs.
 
     A process that has none of them yields a stand-in with a 0, so that all take part in the same sums.
@@ -148,7 +148,7 @@ def _tensors(outputs: Any) -> list[Tensor]:
     return [o for o in tensors_of(outputs) if o.is_floating_point()]
 
 
-def _spreads(module: nn.Module, batches: Iterable[tuple[int, float, list[Any]]]) -> list[Tensor]:
+def _spreads(module: nn.Module, batches: Iterable[tuple[int, float, Inputs]]) -> list[Tensor]:
     """The standard deviation of each output over images, all its values together; of one image, its size."""
     count, sums, squares = torch.zeros(()), [], []
     for _, counts, inputs in batches:

@@ -15,7 +15,7 @@ from ghostify.fitting.batches import Batch
 from ghostify.fitting.shelf import Shelf, loaded, tidy
 from ghostify.graph.executor import last_uses, run_node
 from ghostify.graph.op_queries import may_mutate_input
-from ghostify.tracing.calls import placeholders, tensors_of
+from ghostify.tracing.calls import placeholders, tensors_of, values_of
 
 ACTIVATIONS = 1 << 30
 FEW = 16
@@ -114,14 +114,14 @@ class Walk:
                 if _memory(chunk.value(source)) & _memory(chunk.original[source]):
                     chunk.converted[source] = _copied(chunk.value(source))
         if node.op == "placeholder":
-            chunk.original[node] = chunk.batch.inputs[self._inputs.index(node)]
+            chunk.original[node] = values_of(chunk.batch.inputs)[self._inputs.index(node)]
         else:
             chunk.original[node] = run_node(self.original, node, chunk.original)
 
     def _run_converted(self, node: fx.Node, chunk: Chunk) -> None:
         if self._diverges(node, chunk):
             if node.op == "placeholder":
-                chunk.converted[node] = chunk.batch.converted_inputs[self._inputs.index(node)]
+                chunk.converted[node] = values_of(chunk.batch.converted_inputs)[self._inputs.index(node)]
             else:
                 twin = self._twins[node.name]
                 values = Values({source: chunk.value(self._named[source.name]) for source in twin.all_input_nodes})

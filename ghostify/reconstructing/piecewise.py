@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from ghostify.fitting.batches import Batch, judges
 from ghostify.graph.executor import run_node
 from ghostify.reconstructing.blocks import Block
-from ghostify.tracing.calls import placeholders
+from ghostify.tracing.calls import placeholders, values_of
 
 IMAGES = 16
 
@@ -61,7 +61,7 @@ def parts_of(module: fx.GraphModule, batches: Iterable[Batch]) -> Iterator[Part]
     """Calibration batches cut to about IMAGES; one that is not all of one length stays whole, every eighth held out."""
     names = [n.name for n in placeholders(module)]
     for batch in batches:
-        inputs = batch.inputs
+        inputs = values_of(batch.inputs)
         batched = [isinstance(v, Tensor) and v.dim() > 0 for v in inputs]
         if any(b and len(v) != batch.size for v, b in zip(inputs, batched, strict=True)):
             values = dict(zip(names, copy.deepcopy(inputs), strict=True))

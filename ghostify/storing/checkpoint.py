@@ -17,7 +17,7 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from ghostify.errors import GhostifyError
-from ghostify.report import Report, attach, note, notes_of, report
+from ghostify.report import Report, attach, conversion_info
 from ghostify.storing.atomic import staged_folder
 from ghostify.tracing.describe import describe, rebuild
 
@@ -32,14 +32,15 @@ def save(module: nn.Module, path: str | Path, *, source: dict[str, Any] | None =
     """
     folder = Path(path)
     _refuse_foreign(folder)
+    info = conversion_info(module)
     data, tensors = describe(module)
     with staged_folder(folder) as fresh:
         save_file({k: _on_its_own(v) for k, v in tensors.items()}, fresh / TENSORS)
         content = {
             "format": FORMAT,
-            "source": source or notes_of(module).get("ghostify_source"),
+            "source": source or info.source,
             "model": data,
-            "report": report(module).to_dict(),
+            "report": info.report.to_dict(),
             "versions": versions(),
             "tensors": _digest_of(fresh / TENSORS),
         }
@@ -69,13 +70,11 @@ def load(path: str | Path, *, allow: Iterable[str] = (), device: str | torch.dev
         raise GhostifyError(f"{file}: is no safetensors file: {error}") from error
     try:
         module = rebuild(content["model"], tensors, allow)
-        attach(module, Report.from_dict(content["report"]))
+        return attach(module, Report.from_dict(content["report"]), content["source"])
     except GhostifyError as error:
         raise GhostifyError(f"{folder / DESCRIPTION}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise GhostifyError(f"{folder / DESCRIPTION}: is incomplete: {type(error).__name__}: {error}") from error
-    note(module, "ghostify_source", content["source"])
-    return module
 
 
 def read_description(folder: Path) -> dict[str, Any]:

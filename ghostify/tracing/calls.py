@@ -4,14 +4,38 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import register_pytree_node, tree_leaves
 
 from ghostify.errors import GhostifyError
 
-Inputs = list[Any]
+
+@dataclass(frozen=True, eq=False)
+class PlaceholderValues:
+    """What one forward feeds the placeholders of a traced module, in order."""
+
+    values: tuple[Any, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class CallArguments:
+    """Positional and keyword arguments of one forward of a module that has no graph."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+Inputs = PlaceholderValues | CallArguments
+
+register_pytree_node(
+    PlaceholderValues, lambda inputs: (list(inputs.values), None), lambda values, _: PlaceholderValues(tuple(values))
+)
+register_pytree_node(
+    CallArguments, lambda inputs: ([inputs.args, inputs.kwargs], None), lambda parts, _: CallArguments(*parts)
+)
 
 
 def as_arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -28,12 +52,13 @@ def placeholders(module: fx.GraphModule) -> list[fx.Node]:
     return [n for n in module.graph.nodes if n.op == "placeholder"]
 
 
-def bind_inputs(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Inputs:
+def bind_inputs(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> PlaceholderValues:
     """The values of a traced module's placeholders, in order, for one forward of `args` and `kwargs`.
 
     The rest of the positional arguments goes to a placeholder `*name`, as a tuple; that of the keywords to `**name`.
     """
-    positional, named, values = list(args), dict(kwargs), Inputs()
+    values: list[Any] = []
+    positional, named = list(args), dict(kwargs)
     for node in placeholders(module):
         name = str(node.target)
         if name.startswith("**"):
@@ -48,13 +73,13 @@ def bind_inputs(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[s
             values.append(node.args[0])
         else:
             raise GhostifyError(f"the model's input {name!r} is missing from the example or calibration inputs")
-    return values
+    return PlaceholderValues(tuple(values))
 
 
 def example_of(module: nn.Module, batch: Any) -> Inputs:
     """What one forward of `batch` feeds a module: a traced one's placeholders in order, or arguments and keywords."""
     args, kwargs = as_arguments(batch)
-    return bind_inputs(module, args, kwargs) if isinstance(module, fx.GraphModule) else [args, kwargs]
+    return bind_inputs(module, args, kwargs) if isinstance(module, fx.GraphModule) else CallArguments(args, kwargs)
 
 
 def inputs_of(module: nn.Module, batch: Any) -> Inputs:
@@ -64,12 +89,17 @@ def inputs_of(module: nn.Module, batch: Any) -> Inputs:
         count = sum(not str(n.target).startswith("*") for n in placeholders(module))
         return bind_inputs(module, args[:count], kwargs)
     asked = [p for p in inspect.signature(module.forward).parameters.values() if p.default is p.empty]
-    return [args if any(p.kind is p.VAR_POSITIONAL for p in asked) else args[: max(1, len(asked))], kwargs]
+    if not any(p.kind is p.VAR_POSITIONAL for p in asked):
+        args = args[: max(1, len(asked))]
+    return CallArguments(args, kwargs)
 
 
 def run(module: nn.Module, inputs: Inputs) -> Any:
     """One forward."""
-    args, kwargs = spread(module, inputs) if isinstance(module, fx.GraphModule) else inputs
+    if isinstance(inputs, CallArguments):
+        return module(*inputs.args, **inputs.kwargs)
+    assert isinstance(module, fx.GraphModule)
+    args, kwargs = spread(module, inputs)
     return module(*args, **kwargs)
 
 
@@ -83,11 +113,11 @@ def run_example(module: nn.Module, inputs: Inputs) -> Any:
         raise GhostifyError(f"the model does not run on example_inputs: {type(error).__name__}: {error}") from error
 
 
-def spread(module: fx.GraphModule, inputs: Inputs) -> tuple[list[Any], dict[str, Any]]:
+def spread(module: fx.GraphModule, inputs: PlaceholderValues) -> tuple[list[Any], dict[str, Any]]:
     """The arguments and keywords of a call that gives a traced module's placeholders these values."""
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
-    for node, value in zip(placeholders(module), inputs, strict=True):
+    for node, value in zip(placeholders(module), inputs.values, strict=True):
         name = str(node.target)
         if name.startswith("**"):
             kwargs |= value
@@ -96,6 +126,12 @@ def spread(module: fx.GraphModule, inputs: Inputs) -> tuple[list[Any], dict[str,
         else:
             args.append(value)
     return args, kwargs
+
+
+def values_of(inputs: Inputs) -> tuple[Any, ...]:
+    """The placeholders' values, of inputs that are a traced module's."""
+    assert isinstance(inputs, PlaceholderValues)
+    return inputs.values
 
 
 def tensors_of(values: Any) -> list[Tensor]:

@@ -18,7 +18,7 @@ from ghostify.ghost import is_channels_last
 from ghostify.imports import import_object
 from ghostify.modules.hooks import has_hooks
 from ghostify.tracing.names import within
-from ghostify.tracing.views import KEPT, RESULT, Traced, mark, marks_of, put_attributes
+from ghostify.tracing.views import KEPT, RESULT, Mark, Traced, mark, marks_of, put_attributes
 
 PACKAGES = ("torch", "torchvision", "timm", "ghostify")
 BUILTINS = ("getattr", "len", "min", "max", "sum", "abs", "int", "float", "bool", "round", "tuple", "list", "slice")
@@ -201,13 +201,13 @@ def _graph(items: list[dict[str, Any]], names: _Names) -> fx.Graph:
     return graph
 
 
-def _mark(pair: Any) -> tuple[str, str]:
+def _mark(pair: Any) -> Mark:
     """A mark that was saved; its names become those of a method and of its parameter."""
     name, part = pair
     fits = str(name).isidentifier() and not str(name).startswith("_") and not hasattr(nn.Module, str(name))
     if not fits or not (part == RESULT or str(part).isidentifier()):
         raise GhostifyError(f"marks a node as part of {name!r}, which can be no method of a model")
-    return name, part
+    return Mark(name, part)
 
 
 def _encode(value: Any, where: str, tensors: dict[str, Tensor] | None = None) -> Any:

@@ -20,7 +20,7 @@ from ghostify.tracing.program import LONE, Call, Convolution
 
 BESIDE = "it runs as a function in a forward that does not trace"
 
-Look = Callable[[str, fx.Node, Any, Any], Any]
+Look = Callable[[str, fx.Node, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ def record(module: nn.Module, parts: Mapping[str, fx.GraphModule], inputs: Input
     calls: dict[tuple[str, str], Call] = {}
     beside = _Beside(module)
 
-    def look(path: str, node: fx.Node, seen: Any, made: Any) -> Any:
-        if isinstance(seen, Tensor) and isinstance(made, Tensor) and made.dim() >= 3:
+    def look(path: str, node: fx.Node, seen: Tensor, made: Tensor) -> Tensor:
+        if made.dim() >= 3:
             places = made[..., 0, :, :].numel()
             first = calls.get((path, node.name), Call(node.name, tuple(seen.shape), tuple(made.shape), 0))
             calls[path, node.name] = replace(first, places=(first.places or 0) + places)
@@ -115,15 +115,22 @@ def looking(module: nn.Module, parts: Mapping[str, fx.GraphModule], look: Look) 
             else:
                 node = next(n for n in known.graph.nodes if n.target == LONE)
                 hook = partial(_hook, look, path, node)
-                undo.append(part.register_forward_hook(hook).remove)
+                undo.append(part.register_forward_hook(hook, with_kwargs=True).remove)
         yield
     finally:
         for step in undo:
             step()
 
 
-def _hook(look: Look, path: str, node: fx.Node, _module: nn.Module, inputs: Any, made: Any) -> Any:
-    return look(path, node, inputs[0] if inputs else None, made)
+def _hook(
+    look: Look, path: str, node: fx.Node, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], made: Any
+) -> Any:
+    return _through(look, path, node, next(iter((*args, *kwargs.values())), None), made)
+
+
+def _through(look: Look, path: str, node: fx.Node, image: Any, made: Any) -> Any:
+    """A subclass of `Conv2d` may take and return anything; only tensors are looked at."""
+    return look(path, node, image, made) if isinstance(image, Tensor) and isinstance(made, Tensor) else made
 
 
 def _intercepted(look: Look, path: str, part: fx.GraphModule) -> Callable[..., Any]:
@@ -131,10 +138,10 @@ def _intercepted(look: Look, path: str, part: fx.GraphModule) -> Callable[..., A
 
     def on_node(node: fx.Node, made: Any, values: Values) -> Any:
         if is_conv2d(part, node):
-            return look(path, node, values[node.all_input_nodes[0]], made)
+            return _through(look, path, node, values[node.all_input_nodes[0]], made)
         return made
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return execute(part, bind_inputs(part, args, kwargs), on_node)
+        return execute(part, bind_inputs(part, args, kwargs).values, on_node)
 
     return forward

@@ -7,7 +7,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import fx, nn
 
@@ -16,7 +16,13 @@ from ghostify.errors import GhostifyError
 MARKS = "ghostify_marks"
 RESULT, CLASSIFIER, PRE_LOGITS = "->", "get_classifier", "pre_logits"
 KEPT = "_user_preserved_attributes"  # in the meta of a traced module; torch.fx takes them over to copies
-Mark = tuple[str, str]
+
+
+class Mark(NamedTuple):
+    """What a node is to a method: the value of its `parameter`, or with RESULT in its place what it returns."""
+
+    method: str
+    parameter: str
 
 
 class Traced(fx.GraphModule):
@@ -40,7 +46,7 @@ def put_attributes(made: fx.GraphModule, values: dict[str, Any]) -> None:
 
 
 def marks_of(node: fx.Node) -> frozenset[Mark]:
-    """What the node is to the methods: (method, parameter) or (method, RESULT)."""
+    """What the node is to the methods."""
     found: frozenset[Mark] = node.meta.get(MARKS, frozenset())
     return found
 
@@ -76,12 +82,12 @@ def watching(root: nn.Module) -> Iterator[Callable[[fx.Graph], None]]:
     def put(graph: fx.Graph) -> None:
         for name, (inputs, result) in seen.items():
             if calls[name] == 1:
-                mark(result, (name, RESULT))
+                mark(result, Mark(name, RESULT))
                 for parameter, node in inputs.items():
-                    mark(node, (name, parameter))
+                    mark(node, Mark(name, parameter))
         for node in graph.nodes:
             if node.op == "call_module" and classifier and node.target == classifier:
-                mark(node, (CLASSIFIER, RESULT))
+                mark(node, Mark(CLASSIFIER, RESULT))
 
     for name in names:
         root.__dict__[name] = watched(name, getattr(root, name))
