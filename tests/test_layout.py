@@ -86,6 +86,11 @@ def test_the_layout_can_be_read_off_the_module_and_what_is_stored(layout):
     assert GhostLayout.of_width(outputs, intrinsic, width, kernel_size) == layout
 
 
+def test_what_is_stored_of_a_layout():
+    stored = GhostLayout(16, 8, Grouped(4, 3)).to_dict()
+    assert stored == {"outputs": 16, "intrinsic": 8, "width": 4, "dw_size": 3}
+
+
 def test_what_the_forms_compute_by_hand():
     """Ghosts of maps 1, 2, 3, 4 (constant, inside the border) by kernels of ones."""
     for form, ghosts in (

@@ -2,6 +2,7 @@ import pytest
 from torch import nn
 
 from ghostify import GhostifyError, Policy, Rule
+from ghostify.modules.layout import Depthwise, Grouped, Pointwise
 
 
 @pytest.mark.parametrize(
@@ -70,3 +71,17 @@ def test_toml_errors_name_file_and_key(tmp_path, text, message):
 def test_missing_policy_file(tmp_path):
     with pytest.raises(GhostifyError, match=r"none\.toml: not a readable policy"):
         Policy.from_toml(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize(
+    ("cheap", "forms"),
+    [
+        ("depthwise", {Depthwise}),
+        (1, {Depthwise}),
+        ("pointwise", {Pointwise}),
+        (4, {Grouped}),
+        ("auto", {Depthwise, Pointwise}),
+    ],
+)
+def test_cheap_names_forms_of_ghosts(cheap, forms):
+    assert set(Rule(cheap=cheap).forms) == forms
