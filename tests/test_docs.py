@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.main import get_command
 
+from benchmarks.experiments import pages
 from ghostify.command.cli import app
 from tests.nets import settle
 
@@ -77,7 +78,6 @@ def test_blocks_run(page, folder):
 
 
 def test_the_page_of_results_is_that_of_the_result_files():
-    pages = pytest.importorskip("pages")
     assert (ROOT / "docs/results.md").read_text() == pages.page()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ghostify.fitting import lstsq, sight
+from ghostify.fitting import sight
 from ghostify.fitting.batches import HELD_OUT, judges
 from ghostify.fitting.clock import Clock
 from ghostify.fitting.collective import summed
@@ -21,6 +21,7 @@ from ghostify.fitting.layer import (
     rows_for,
     target_of,
 )
+from ghostify.fitting.lstsq import DEFAULT_METHOD, FitMethod
 from ghostify.fitting.moments import Pair
 from ghostify.fitting.walk import Chunk, Walk
 from ghostify.narrow import DenseWeights
@@ -31,8 +32,16 @@ from ghostify.tracing.program import as_module
 class Dense:
     """Moments of one narrowed convolution, which stands in the converted model already."""
 
-    def __init__(self, entry: Narrow, walk: Walk, felt: Tensor | None, images: int, seed: int) -> None:
-        self.entry, self.images, self.seed = entry, images, seed
+    def __init__(
+        self,
+        entry: Narrow,
+        walk: Walk,
+        felt: Tensor | None,
+        images: int,
+        seed: int,
+        method: FitMethod = DEFAULT_METHOD,
+    ) -> None:
+        self.entry, self.images, self.seed, self.method = entry, images, seed, method
         self.conv = as_module(walk.converted, entry.conv.local)
         whole, self.keeps = entry.conv.outputs, kept_of(entry)
         norm: Any = None if entry.norm is None else walk.original.get_submodule(entry.norm)
@@ -60,7 +69,7 @@ class Dense:
         """Filters of least squares, ridge towards those that are left of the original's, and what they lose."""
         seen, prior = self.seen.of_all_processes(), sight.filters_of(self.conv).T
         with clock("solving"):
-            filters = lstsq.dense_prediction(seen, prior, self.weights, free_mean=self.free_mean)
+            filters = self.method.refit_filters(seen, prior, self.weights, free_mean=self.free_mean)
             both = seen.both
             uu, uy, yy = both.centred() if self.free_mean else both.raw()
             error = (yy - 2 * (filters * uy).sum(0) + (filters * (uu @ filters)).sum(0)).clamp_min(0)

@@ -7,6 +7,7 @@ intrinsic maps of their values at the D places times K_j, plus a constant.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -123,7 +124,7 @@ def best_ridge(
     return RIDGES[k]
 
 
-def solve(stats: Statistics | Links, layout: Layout, metric: Tensor) -> Solution:
+def solve(stats: Statistics | Links, layout: Layout, metric: Tensor, method: FitMethod | None = None) -> Solution:
     """The ghost layer of `layout` that predicts the outputs with the least error e' M e by the `metric` M (n x n).
 
     Grouping by pair errors, kernels by the normal equations; for w = 1 then the joint refit by alternating half-steps,
@@ -135,10 +136,11 @@ def solve(stats: Statistics | Links, layout: Layout, metric: Tensor) -> Solution
         own = torch.eye(len(stats.auto), dtype=torch.float64)
         start = own if stats.bias is None else torch.cat((own, stats.bias[:, None]), 1)
         return Solution(stats.groups, start, stats.kernels())
-    weights = metric.diagonal()
-    groups = choose_groups(pair_costs(stats, weights), layout)
+    method, weights = method or DEFAULT_METHOD, metric.diagonal()
+    groups = method.assign_ghosts(pair_costs(stats, weights), layout)
     if layout.width == 1:
-        return _alternate(stats, _with_kernels(stats, groups, stats.start[groups.intrinsic.flatten()]), weights)
+        first = _with_kernels(stats, groups, stats.start[groups.intrinsic.flatten()])
+        return method.refit_jointly(stats, first, weights)
     groups, coordinates = _reduced_rank(stats, groups, metric)
     return _with_kernels(stats, groups, coordinates)
 
@@ -285,3 +287,19 @@ def _reduced_rank(stats: Statistics, groups: Groups, metric: Tensor) -> tuple[Gr
         sources.append(torch.arange(g * width, (g + 1) * width).expand(int(others.sum()), width))
     chosen = replace(groups, intrinsic=torch.stack(intrinsic), ghosts=torch.cat(ghosts), sources=torch.cat(sources))
     return chosen, torch.cat(coordinates)
+
+
+@dataclass(frozen=True)
+class FitMethod:
+    """The steps of a fit that can be replaced, in order to measure what each contributes.
+
+    `refit_filters` has the signature of `dense_prediction`, `assign_ghosts` takes errors of pairs (n x n) and a layout,
+    `refit_jointly` takes statistics, a first solution and weights of the outputs (n).
+    """
+
+    refit_filters: Callable[..., Tensor] = dense_prediction
+    assign_ghosts: Callable[[Tensor, Layout], Groups] = choose_groups
+    refit_jointly: Callable[[Statistics, Solution, Tensor], Solution] = _alternate
+
+
+DEFAULT_METHOD = FitMethod()
