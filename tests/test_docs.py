@@ -77,6 +77,12 @@ def test_blocks_run(page, folder):
             assert done.returncode == 0, f"{page.name}, line {line}: {done.stderr}"
 
 
+def test_the_readme_is_short_and_begins_with_code():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.split()) <= 700
+    assert "```python" in "\n".join(text.split("\n")[:25])
+
+
 def test_the_page_of_results_is_that_of_the_result_files():
     assert (ROOT / "docs/results.md").read_text() == pages.page()
 

@@ -3,8 +3,8 @@
     python benchmarks/experiments/ablation.py
 
 ResNet-20 of width 32 on Fashion-MNIST (networks.py), ratio 2, depthwise d = 3, every dense convolution but the first,
-512 unlabelled training images (seed 0), no training. "layer error" is the mean over layers of the relative error on the
-images held out of the fit; "logit error" and top-1 are on all 10,000 test images. Adam stands for a gradient
+512 unlabelled training images (seed 0), no training. "layer error" is the mean over layers of the relative error on
+the images held out of the fit; "logit error" and top-1 are on all 10,000 test images. Adam stands for a gradient
 method on the same local error as the joint refit, 200 steps a layer from the same start. Results go to
 benchmarks/results/ablation.json.
 """

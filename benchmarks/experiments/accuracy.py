@@ -1,8 +1,8 @@
-"""Accuracy without training: what converting leaves of a trained network's top-1.
+"""Accuracy without training: the top-1 of a trained network before and after conversion.
 
     python benchmarks/experiments/accuracy.py --quick            ResNet-20 of width 32 on Fashion-MNIST, one seed
     python benchmarks/experiments/accuracy.py                    three seeds, more settings, fewer images
-    python benchmarks/experiments/accuracy.py --network vgg16    the form of VGG-16-BN
+    python benchmarks/experiments/accuracy.py --network vgg16    VGG-16-BN for small images
 
 The networks are trained here on the 60,000 training images (seed 0, once, then cached). Calibration takes unlabelled
 training images, picked by seed; no label and no gradient step is used. Top-1 is on all 10,000 test images, which

@@ -3,10 +3,10 @@
     python benchmarks/experiments/budgets.py
     python benchmarks/experiments/budgets.py --only mobilenet --runtime onnx
 
-The budgets are tried from the tightest on until one is in reach of the model's layers on this machine, pointwise,
-depthwise or left alone, layer by layer; where none is, the plan leaves the model as it is. Then original and result,
-both deployed, are timed anew: medians of 30 forwards each, by turns. Weights are random, since time does not depend on
-them; images are 224 x 224 (299 for Inception). Goes on where the last run ended; results go to
+The budgets are tried from the tightest on until one is feasible for the model's layers on this machine; each layer is
+pointwise, depthwise or unchanged. If none is, the plan leaves the model unchanged. Then original and result, both in
+inference form, are timed again: medians of 30 forwards each, interleaved. Weights are random, since time does not
+depend on them; images are 224 x 224 (299 for Inception). Resumes after an interruption; results go to
 benchmarks/results/budgets-RUNTIME.json.
 """
 

@@ -1,22 +1,22 @@
-"""ghostify beside its rivals, at equal multiply-accumulates and at equal measured milliseconds.
+"""ghostify and other methods, at equal multiply-accumulates and at equal measured milliseconds.
 
-    python benchmarks/experiments/compare.py --network resnet20      resnet56, vgg16, mobilenet; craft
+    python benchmarks/experiments/compare.py --network resnet20      or resnet56, vgg16, mobilenet, craft
 
-Fashion-MNIST: the networks are trained here on the 60,000 training images (networks.py). Every method may look at the
-same 512 unlabelled training images, drawn by seed; Taylor pruning, and it alone, reads their labels too. Nothing is
-trained at first; then each result learns from the original's answers for one epoch of 10,000 other unlabelled training
-images (78 steps of 128, SGD, cosine from 0.02, and again from 0.005: of the two, what is nearer to the original on 500
-more training images). Top-1 is on all 10,000 test images, which nothing else sees.
-BatchNorm's statistics are taken anew on the calibration images wherever no fit says what they should be; a rival keeps
-the old ones where it is then nearer to the original's answers on those images. CRAFT has no labels: F1 of its boxes
-against the original's on test pages, without training (craft.py).
+Fashion-MNIST: the networks are trained here on the 60,000 training images (networks.py). Every method sees the same
+512 unlabelled training images, drawn by seed; only Taylor pruning also reads their labels. Each result is evaluated
+without training, and after one epoch of distillation from the original on 10,000 other unlabelled training images (78
+steps of 128, SGD, cosine from 0.02, and again from 0.005; the one that is nearer to the original on 500 more training
+images is kept). Top-1 is on all 10,000 test images, which nothing else sees. BatchNorm's statistics are re-estimated
+on the calibration images where no fit sets them; other methods keep the old ones where that is nearer to the
+original's outputs on those images. CRAFT has no labels: F1 of its boxes compared with the original's on test pages,
+without training (craft.py).
 
-Every method gives the most that keeps within the limit: a share of the multiply-accumulates, or of the milliseconds of
-32 images (one page of 256 x 256) in eager PyTorch, both sides in inference form, median of 15 turns. A method that
-cannot reach a limit has no row there. Milliseconds, which seeds hardly change, are measured for the first seed alone,
-and left out by --untimed, so that networks can be compared side by side, one thread each; --limits latency measures
-nothing else. Goes on where the last run ended; results go to benchmarks/results/compare-NETWORK.json. Training differs
-from machine to machine in its last bits: rows of a network that was trained anew go to a file of their own,
+Every method gives the largest model within the limit: a share of the multiply-accumulates, or of the milliseconds of
+32 images (one page of 256 x 256) in eager PyTorch, both models in inference form, median of 15 rounds. A method for
+which a limit is infeasible has no row there. Milliseconds hardly depend on the seed: they are measured for the first
+seed only, and not at all with --untimed, so that networks can be compared in parallel with one thread each. --limits
+latency measures nothing else. Resumes after an interruption; results go to benchmarks/results/compare-NETWORK.json.
+Trainings differ between machines in the last bits: rows of another training of a network go to another file,
 --training 2.
 """
 

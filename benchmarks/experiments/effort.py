@@ -1,10 +1,10 @@
-"""What a fit costs: seconds against two forward passes of the calibration set, and memory as the set grows.
+"""Time and memory of a fit: seconds against two forward passes of the calibration set, memory as the set grows.
 
     python benchmarks/experiments/effort.py
 
-ResNet-50 at 224 x 224 with random weights whose BatchNorm statistics are settled on noise: what a fit costs does not
-depend on the weights. Each number of images is measured in a process of its own, from a stream of batches of 32; peak
-memory is that of the process, less what the model and one forward pass had taken before. Results go to
+ResNet-50 at 224 x 224 with random weights whose BatchNorm statistics are estimated on noise: time and memory do not
+depend on the weights. Each number of images is measured in its own process, from a stream of batches of 32. Peak
+memory is that of the process minus what the model and one forward pass took before. Results go to
 benchmarks/results/effort.json.
 """
 

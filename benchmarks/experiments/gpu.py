@@ -1,11 +1,11 @@
-"""Milliseconds on a GPU before and after, both sides by `deploy`, beside two other methods.
+"""Milliseconds on a GPU before and after conversion, both in inference form, compared with two other methods.
 
     python benchmarks/experiments/gpu.py
 
 torchvision's networks with random weights (time does not depend on them), 32 images of 224 x 224, in float16 and in
-float32 with TF32. Each model's forward is captured as a CUDA graph, so that launching kernels costs neither side
-anything, and replayed; the models take turns, medians of 20 turns between CUDA events. Goes on with what the result
-file lacks; results go to benchmarks/results/gpu.json.
+float32 with TF32. Each model's forward is captured as a CUDA graph and replayed, so that launching kernels costs
+nothing; the models are timed alternately, medians of 20 rounds between CUDA events. Resumes after an interruption;
+results go to benchmarks/results/gpu.json.
 """
 
 from __future__ import annotations

@@ -1,18 +1,18 @@
-"""What a start is worth: ghost networks trained on from different initialisations, beside training from scratch.
+"""Effect of the initialisation: ghost networks fine-tuned from different initialisations, and trained from scratch.
 
     python benchmarks/experiments/initialisation.py
     python benchmarks/experiments/initialisation.py --summary
 
 ResNet-20 of width 16 on Fashion-MNIST, trained 6 epochs (networks.py); ratio 2, depthwise d = 3, every dense
-convolution but the first; "auto" is a plan of as many multiply-accumulates, depthwise or pointwise. Random starts draw
-every ghost module's weights anew; "first filters kept" draws the cheap kernels alone; fits see no images, or 512
+convolution except the first. "auto" is a plan with as many multiply-accumulates, depthwise or pointwise. Random ghosts
+draw all weights of every ghost module; "first filters kept" draws only the cheap kernels; fits see no images, or 512
 unlabelled ones. All are then trained on the 60,000 labelled training images for 0, a quarter, 0.6 (a tenth of the
-original's schedule), 1 and 4 epochs (one-cycle SGD, batch 128), each start at whichever peak rate does best on 5,000
+original's schedule), 1 and 4 epochs (one-cycle SGD, batch 128). Each uses the peak learning rate that is best on 5,000
 held-out training images within a quarter of an epoch: of 0.005, 0.02 and 0.1 for less than an epoch, of 0.02, 0.1 and
-0.2 for longer. "Distilled" learns the original's answers besides, by `finetune`, for an epoch at the most. From
-scratch: the ghost network with everything random, for the original's whole 6 epochs at its rate, 0.2. Seeds draw
-calibration images, kernels and the order of training. Top-1 is on all 10,000 test images. Goes on where the last run
-ended; results go to benchmarks/results/initialisation.json.
+0.2 for longer. "Distilled" also learns the original's outputs, by `finetune`, for at most an epoch. From scratch: the
+ghost network with everything random, for the original's 6 epochs at its learning rate, 0.2. Seeds draw calibration
+images, kernels and the order of training. Top-1 is on all 10,000 test images. Resumes after an interruption; results
+go to benchmarks/results/initialisation.json.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Milliseconds before and after, in four runtimes, both sides in their best form, beside two other methods.
+"""Milliseconds before and after conversion, in four runtimes, compared with two other methods.
 
-    python benchmarks/experiments/latency.py                                  the table of the README
+    python benchmarks/experiments/latency.py
     python benchmarks/experiments/latency.py --networks resnet50 --runtimes onnx --threads 1 --batch 8 --name other
 
-The original and the converted models, all by `deploy` (norms folded, channels last), each in a process of its own,
-take turns: medians of at least 30 forwards each, warmed up. Weights are random (time does not depend on them), fits
-data-free; plans by a budget are made with random weights, too. "0.55 of the time" is a budget of latency besides,
-planned for the very runtime by times measured there. Torch-Pruning cuts channels, low rank factors filters, both to
-half the multiply-accumulates. Images are 224 x 224. Goes on with the networks and runtimes that the result file lacks.
+The original and the converted models are all in inference form (`deploy`: norms folded, channels last), each in its
+own process, and are timed alternately: medians of at least 30 forwards each after a warm-up. Weights are random, since
+time does not depend on them; fits are data-free, and plans for a budget are made with random weights too. "0.55 of the
+time" is an additional latency budget, planned for the runtime by times measured in it. Torch-Pruning prunes channels,
+low rank factors filters, both to half the multiply-accumulates. Images are 224 x 224. Resumes after an interruption.
 """
 
 from __future__ import annotations

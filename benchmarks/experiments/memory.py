@@ -1,8 +1,8 @@
-"""Peak memory of a training step before and after, parameters, gradients, optimizer and activations included.
+"""Peak memory of a training step before and after conversion: parameters, gradients, optimizer, activations.
 
     python benchmarks/experiments/memory.py
 
-A step of SGD with momentum on images of 224 x 224, in torch's own memory tracker, which counts every storage alive.
+A step of SGD with momentum on images of 224 x 224, in torch's own memory tracker, which counts every live storage.
 Weights are random: memory does not depend on them. Results go to benchmarks/results/memory.json.
 """
 

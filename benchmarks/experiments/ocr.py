@@ -1,14 +1,14 @@
-"""EasyOCR end to end with CRAFT as it comes, at half the multiply-accumulates, and planned for the runtime besides.
+"""EasyOCR end to end with CRAFT as EasyOCR ships it, at half the multiply-accumulates, and planned for the runtime.
 
     python benchmarks/experiments/ocr.py
 
 Pages of 640 x 640 (documents.py) go through Reader.detect - resizing, network, boxes - and through Reader.readtext,
-which then recognises the text of every box; the recogniser is the original throughout. Detectors of one runtime take
-turns page by page; both sides in their inference form (`deploy`): eager PyTorch, ONNX Runtime, OpenVINO; the first line
-is EasyOCR as it comes. Compared with the original detector's are the boxes of words that CRAFT finds (IoU 0.5), the
-lines that EasyOCR groups them to, where a gap that is a pixel wider parts a line in two, and the words that it then
-reads. The fit is that of craft.py: 128 unlabelled pages of typefaces and photographs that no test page holds. Results
-go to benchmarks/results/ocr.json.
+which also recognises the text of every box. The recogniser is always the original. The detectors of one runtime are
+interleaved page by page, all in inference form (`deploy`): eager PyTorch, ONNX Runtime, OpenVINO. The first row is
+EasyOCR as it is shipped. Compared with the original detector's are the boxes of words that CRAFT finds (IoU 0.5), the
+lines that EasyOCR groups them to (a gap one pixel wider splits a line), and the words that it then reads. The fit is
+that of craft.py: 128 unlabelled pages with typefaces and photographs that no test page has. Results go to
+benchmarks/results/ocr.json.
 """
 
 from __future__ import annotations

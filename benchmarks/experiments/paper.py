@@ -2,12 +2,11 @@
 
     python benchmarks/experiments/paper.py
 
-GhostNet (Han et al., CVPR 2020) counts by conventions that it does not tell; each row names one that gives its
-figures. "convolutions": every convolution is rewritten; MACs of convolutions alone, parameters with norms and
-classifiers. "intrinsic": the same, but the cheap operations' MACs, norms and classifier are left out. "all by s": the
-first convolution stays, MACs are the whole network's, and the classifier's parameters are counted as if divided by the
-ratio as well; the paper's 6.5 M are then 6.6.
-Results go to benchmarks/results/paper.json.
+GhostNet (Han et al., CVPR 2020) does not state how it counts. Each row names a convention that gives its figures.
+"convolutions": every convolution is rewritten; MACs of convolutions only, parameters with norms and classifiers.
+"intrinsic": the same without the cheap operations' MACs, norms and classifier. "all by s": the first convolution is
+kept, MACs are the whole network's, and the classifier's parameters are counted as if divided by the ratio too; the
+paper's 6.5 M are then 6.6. Results go to benchmarks/results/paper.json.
 """
 
 from __future__ import annotations

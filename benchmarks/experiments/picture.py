@@ -1,10 +1,10 @@
-"""The README's pictures: the report of CRAFT at half its multiply-accumulates, opened in a headless browser.
+"""Two pictures of the docs: the report of CRAFT at half its multiply-accumulates, opened in a headless browser.
 
     python benchmarks/experiments/picture.py
 
-The conversion is that of craft.py (auto, half the MACs, 128 calibration pages of 256 x 256, seed 0); the maps are those
-of its first test page. Writes docs/images/report.png (the top of the page) and docs/images/ghosts.png (the maps of one
-layer). Takes Chromium: apt-get install chromium.
+The conversion is that of craft.py (auto, half the MACs, 128 calibration pages of 256 x 256, seed 0); the maps are
+those of its first test page. Writes docs/images/report.png (the top of the page) and docs/images/ghosts.png (the maps
+of one layer). Needs Chromium: apt-get install chromium.
 """
 
 from __future__ import annotations

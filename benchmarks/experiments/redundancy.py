@@ -1,15 +1,15 @@
-"""How redundant feature maps are: each map made of another by one small kernel, in networks with trained weights.
+"""How redundant feature maps are: each predicted from another by one small kernel, in networks with trained weights.
 
     python benchmarks/experiments/redundancy.py
 
 GhostNet's table 1 (Han et al., 2020) fits pairs of maps of ResNet-50's first block by linear operations with d = 1, 3,
 5 and 7, and gives their mean squared errors. Here: the second convolution of CRAFT's VGG-16-BN (EasyOCR's weights) and
 the first blocks of EfficientNet-Lite0 (ImageNet weights) on 16 photographs, and those of ResNet-20 of width 32 on 64
-Fashion-MNIST images. ResNet-50's own weights come in no package: `ghostify study timm:resnet50 --layer layer1.0.conv1
---checkpoint ...` makes the same table of them. Beside the squared error, which is small for any map that hardly varies,
-stands the error relative to the map's variance: of the three best pairs, and the median over maps of each one's best.
-"Half ghosted" is the median relative error of the ghosts when the layer becomes a ghost module at ratio 2, depthwise
-d = 3. Nothing is trained. Results go to benchmarks/results/redundancy.json, pictures to build/redundancy/.
+Fashion-MNIST images. No package has ResNet-50's own weights: `ghostify study timm:resnet50 --layer layer1.0.conv1
+--checkpoint ...` makes the same table for it. The squared error is small for any map that hardly varies, so the table
+also has the error relative to the map's variance: of the three best pairs, and the median over maps of the best. "Half
+ghosted" is the median relative error of the ghosts if the layer becomes a ghost module at ratio 2, depthwise d = 3.
+Nothing is trained. Results go to benchmarks/results/redundancy.json, pictures to build/redundancy/.
 """
 
 from __future__ import annotations

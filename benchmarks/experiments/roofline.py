@@ -1,13 +1,12 @@
-"""What this machine allows: multiply-accumulates and bytes of every layer against its measured peaks.
+"""A lower bound of the latency: multiply-accumulates and bytes of every layer against this machine's measured peaks.
 
     python benchmarks/experiments/roofline.py
 
-A layer takes at least max(MACs / peak MACs a second, bytes / peak bytes a second); bytes are its weights, what it reads
-and what it makes, each once. The peaks are the best of large products of matrices (PyTorch, NumPy) and of a 3 x 3
-convolution, and that of reading a vector much larger than the caches, with the present threads. Summed over the
-inference forms (`deploy`) of original and ghosts: the ratio of the sums is what no kernel could exceed if all ran at
-the roofline; what is bound by memory, linear layers above all, does not become faster with fewer MACs. Results go to
-benchmarks/results/roofline.json.
+A layer takes at least max(MACs / peak MACs a second, bytes / peak bytes a second). Bytes are its weights, inputs and
+outputs, each once. The peaks are the best of large matrix products (PyTorch, NumPy) and of a 3 x 3 convolution, and
+that of reading a vector much larger than the caches, with the current number of threads. They are summed over the
+inference forms (`deploy`) of original and ghosts. No kernel can exceed the ratio of the sums. What is bound by memory,
+above all linear layers, does not become faster with fewer MACs. Results go to benchmarks/results/roofline.json.
 """
 
 from __future__ import annotations

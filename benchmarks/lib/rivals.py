@@ -1,7 +1,7 @@
-"""Other ways to make a network cheaper, each as its users get it.
+"""Other methods that make a network cheaper, each as its users get it.
 
-Each takes a model, example inputs and calibration data and gives a `Cut`: a function from a ratio between 0 and 1, the
-greater the smaller, to a smaller copy of the model. `least` searches the ratio that keeps within a limit of any cost.
+Each takes a model and calibration data and returns a `Cut`: a function from a ratio between 0 and 1 to a copy of the
+model, the smaller the greater the ratio. `least` searches the least ratio that keeps within a limit of any cost.
 """
 
 from __future__ import annotations
