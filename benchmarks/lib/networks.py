@@ -1,4 +1,4 @@
-"""The benchmarks' own networks: trained once by the script itself and cached outside the repository."""
+"""Networks of the Fashion-MNIST experiments: trained once on the first use and cached outside the repository."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def resnet56(data: Images, seed: int = 0) -> nn.Module:
 
 
 def mobilenet(data: Images, seed: int = 0) -> nn.Module:
-    """torchvision's MobileNetV2 of half its width, with the strides that small images bear."""
+    """torchvision's MobileNetV2 of half its width, with strides for small images."""
     setting = [[1, 16, 1, 1], [6, 24, 2, 1], [6, 32, 3, 2], [6, 64, 4, 2], [6, 96, 3, 1], [6, 160, 2, 1]]
 
     def build() -> nn.Module:
@@ -97,7 +97,7 @@ def mobilenet(data: Images, seed: int = 0) -> nn.Module:
 
 
 def unfitted_ghosts(program: Program, decided: Plan, seed: int, *, kept: bool) -> nn.Module:
-    """Where others start: cheap kernels at random, and the primary filters the first of the original's, or random."""
+    """The usual initialisation: random cheap kernels; primary filters are the first of the original's, or random."""
     module = rewrite(program, decided, unfitted(program, decided, seed=seed))
     torch.manual_seed(seed)
     for ghost in module.modules():
@@ -108,7 +108,7 @@ def unfitted_ghosts(program: Program, decided: Plan, seed: int, *, kept: bool) -
 
 @torch.no_grad()
 def reestimated(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
-    """A copy whose BatchNorm statistics are the averages over the batches, as others take them after conversion."""
+    """A copy whose BatchNorm statistics are averages over the batches, as other methods re-estimate them."""
     fresh = copy.deepcopy(model).eval()
     norms = [m for m in fresh.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
