@@ -27,8 +27,8 @@ check: $(VENV)/installed
 	$(BIN)/mypy
 
 bench: $(VENV)/bench             ## the tables of the README
-	$(BIN)/python benchmarks/accuracy.py --quick
-	$(BIN)/python benchmarks/craft.py --quick
+	$(BIN)/python benchmarks/experiments/accuracy.py --quick
+	$(BIN)/python benchmarks/experiments/craft.py --quick
 
 $(VENV)/bench: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet -e '.[bench]'

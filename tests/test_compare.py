@@ -2,12 +2,12 @@
 
 import copy
 
-import compare
 import pytest
-import rivals
 import torch
 from torch.utils.data import TensorDataset
 
+from benchmarks.experiments import compare
+from benchmarks.lib import rivals
 from ghostify.command.demo import ResidualNet
 from ghostify.data.lessons import Lessons
 from ghostify.evaluate import outputs
@@ -49,7 +49,9 @@ def test_every_method_keeps_within_its_limit(monkeypatch):
     *_, untimed = compare.rows(mine, found[:1], (0,), untimed=True, limits=both)
     for row, seed in ((further, 1), (untimed, 0)):
         assert (row["how"], row["latency"]) == (f"low rank, macs 0.5, seed {seed}", None)
-    assert f"| ghostify, auto and narrow | macs 0.5 | {100 * found[1]['macs']:.0f} | 50 |" in compare.summary(found)
+    assert f"| ghostify, auto with pruning | macs 0.5 | {100 * found[1]['macs']:.0f} | 50 |" in compare.comparison(
+        found
+    )
 
 
 @pytest.mark.parametrize("method", [m for m in compare.METHODS if m.startswith("ghost")])

@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.main import get_command
 
+from benchmarks.experiments import pages
 from ghostify.command.cli import app
 from tests.nets import settle
 
@@ -76,8 +77,13 @@ def test_blocks_run(page, folder):
             assert done.returncode == 0, f"{page.name}, line {line}: {done.stderr}"
 
 
+def test_the_readme_is_short_and_begins_with_code():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.split()) <= 700
+    assert "```python" in "\n".join(text.split("\n")[:25])
+
+
 def test_the_page_of_results_is_that_of_the_result_files():
-    pages = pytest.importorskip("pages")
     assert (ROOT / "docs/results.md").read_text() == pages.page()
 
 

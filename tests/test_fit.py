@@ -1,4 +1,5 @@
 import copy
+from dataclasses import fields
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from ghostify import GhostifyError, Policy, Rule, fit, ghostify, plan, report, rewrite, trace
 from ghostify.evaluate import outputs, relative_error
 from ghostify.fitting import layer
+from ghostify.fitting.lstsq import DEFAULT_METHOD, FitMethod
 from ghostify.ghost import ghost_of
 from tests import nets
 
@@ -255,3 +257,24 @@ def test_a_layer_that_its_norm_silences_is_fitted_all_the_same(images):
     made = ghostify(model, 2, example_inputs=x[:1], calibration=x.split(8) if images else None)
     assert all(p.isfinite().all() for p in made.state_dict().values())
     torch.testing.assert_close(made(x), model(x))
+
+
+def test_each_step_of_a_fit_can_be_replaced():
+    model, x = nets.settle(nets.Residual()), nets.images(32, 16)
+    program = trace(model, x[:1])
+    decided = plan(program, Policy((Rule(ratio=2),)))
+    called = []
+
+    def spy(name):
+        step = getattr(DEFAULT_METHOD, name)
+        return lambda *args, **options: called.append(name) or step(*args, **options)
+
+    steps = [f.name for f in fields(FitMethod)]
+    watched = fit(program, decided, x.split(8), method=FitMethod(**{name: spy(name) for name in steps}))
+    usual = fit(program, decided, x.split(8))
+    assert set(called) == set(steps)
+    for name, weights in usual.weights.items():
+        assert torch.equal(weights.primary_weight, watched.weights[name].primary_weight)
+    method = FitMethod(refit_filters=lambda _moments, prior, *_, **__: prior)
+    kept = fit(program, decided, x.split(8), method=method)
+    assert any(not torch.equal(w.primary_weight, kept.weights[n].primary_weight) for n, w in usual.weights.items())

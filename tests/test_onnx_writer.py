@@ -66,4 +66,6 @@ def test_functions_and_sums_in_place_are_drawn_too(tmp_path):
     x = nets.images(1)
     small = deploy(Added().eval(), x)
     assert write_onnx(small, (x,), tmp_path / "model.onnx")
-    torch.testing.assert_close(load_runner(tmp_path / "model.onnx", 1, runtime="onnx")(x)[0], small(x), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        load_runner(tmp_path / "model.onnx", 1, runtime="onnx")(x)[0], small(x), rtol=1e-3, atol=1e-4
+    )

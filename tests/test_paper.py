@@ -1,7 +1,8 @@
-"""The paper's counts, of the ordinary networks' plans (`benchmarks/paper.py`)."""
+"""The paper's counts, of the ordinary networks' plans (`benchmarks/experiments/paper.py`)."""
 
 import pytest
-from paper import rows
+
+from benchmarks.experiments.paper import rows
 
 ROWS = list(rows())
 

@@ -1,8 +1,10 @@
 """The comparison's pictures: what is drawn of which rows, and that it becomes an SVG with a mark for every method."""
 
-import compare
-import pareto
 import pytest
+
+from benchmarks.experiments import compare, pareto
+from benchmarks.lib.catalogue import label
+from benchmarks.lib.figures import family, shape
 
 
 def rows(methods, *, taught):
@@ -28,11 +30,9 @@ def test_what_was_not_trained_has_no_points_there():
 def test_the_picture_names_every_method():
     svg = pareto.picture(list(rows(compare.METHODS, taught=89.5)))
     assert svg.startswith("<svg")
-    assert all(method in svg for method in compare.METHODS)
+    assert all(label(method) in svg for method in compare.METHODS)
 
 
 def test_every_method_has_a_mark_of_its_own():
-    methods = list(compare.METHODS)
-    marks = [(pareto.kind(m), [o for o in methods if pareto.kind(o) == pareto.kind(m)].index(m)) for m in methods]
-    assert len(set(marks)) == len(methods)
-    assert max(index for _, index in marks) < len(pareto.SHAPES)
+    methods = [label(method) for method in compare.METHODS]
+    assert len({(family(m), shape(m, methods)) for m in methods}) == len(methods)

@@ -1,12 +1,12 @@
-"""The rivals of `benchmarks/compare.py`: each exact where it can be, each within the limit it is given."""
+"""The rivals of `benchmarks/experiments/compare.py`: each exact where it can be, each within the limit it is given."""
 
 import copy
 
 import pytest
-import rivals
 import torch
 from torch import nn
 
+from benchmarks.lib import rivals
 from ghostify.command.demo import ResidualNet
 from ghostify.evaluate import outputs, relative_error
 from ghostify.planning.cost import count_macs

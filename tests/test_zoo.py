@@ -1,7 +1,8 @@
-"""One network of each of forty families, as the whole zoo is examined by `benchmarks/zoo.py`."""
+"""One network of each of forty families, as the whole zoo is examined by `benchmarks/experiments/zoo.py`."""
 
 import pytest
-from zoo import examine
+
+from benchmarks.experiments.zoo import examine
 
 NAMES = (
     "timm:botnet26t_256", "timm:coat_tiny", "timm:convnext_atto", "timm:cspresnet50", "timm:densenet121",

@@ -1,4 +1,4 @@
-"""The same with Accelerate: any device, mixed precision, several processes.
+"""Fine-tune a converted model with Accelerate: any device, mixed precision, several processes.
 
 accelerate launch accelerate_loop.py converted/ resnet18 original.safetensors photos/ tuned/
 torchrun --nproc-per-node 2 accelerate_loop.py converted/ resnet18 original.safetensors photos/ tuned/

@@ -1,8 +1,8 @@
-"""Fine-tune a converted model in a plain PyTorch loop: towards the original's answers, without labels.
+"""Fine-tune a converted model in a plain PyTorch loop: towards the original's outputs, without labels.
 
     python plain_loop.py converted/ resnet18 original.safetensors photos/ tuned/
 
-Copy it and change what you like. `ghostify finetune` does the same, and goes on after an interruption.
+Copy it and change it. `ghostify finetune` does the same, and resumes after an interruption.
 """
 
 import sys

@@ -1,10 +1,10 @@
-"""Run timm's own train.py on a converted model, which it then knows by the name "ghostified".
+"""Run timm's own train.py on a converted model, under the name "ghostified".
 
     python timm_train.py converted/ pytorch-image-models/train.py --model ghostified --data-dir imagenet/ \
         --opt sgd --lr 0.01 --epochs 5 --amp
 
-Everything behind the path of train.py is timm's, distillation too (--kd-model-name resnet18). What it trained, its
-checkpoint holds; as a folder of ghostify again:
+All arguments after the path of train.py are timm's, distillation too (--kd-model-name resnet18). To turn the checkpoint
+that it writes into a folder of ghostify:
 
     from ghostify import load, load_weights, save
     save(load_weights(load("converted/"), "output/train/.../model_best.pth.tar"), "tuned/")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor, fx
 
-from ghostify.fitting import lstsq, sight
+from ghostify.fitting import sight
 from ghostify.fitting.clock import Clock
 from ghostify.fitting.holdout import HoldoutErrors, HoldoutSums
 from ghostify.fitting.layer import channel_weights, inverse_scale
 from ghostify.fitting.layer_samples import LayerSamples
+from ghostify.fitting.lstsq import DEFAULT_METHOD, FitMethod
 from ghostify.fitting.walk import Chunk, Walk
 from ghostify.graph.batchnorm import batchnorm_at
 from ghostify.narrow import DenseWeights
@@ -20,8 +21,16 @@ from ghostify.tracing.program import as_module
 class Dense:
     """Moments of one narrowed convolution, which stands in the converted model already."""
 
-    def __init__(self, entry: Narrow, walk: Walk, felt: Tensor | None, images: int, seed: int) -> None:
-        self.entry = entry
+    def __init__(
+        self,
+        entry: Narrow,
+        walk: Walk,
+        felt: Tensor | None,
+        images: int,
+        seed: int,
+        method: FitMethod = DEFAULT_METHOD,
+    ) -> None:
+        self.entry, self.method = entry, method
         self.conv = as_module(walk.converted, entry.conv.local)
         norm = batchnorm_at(walk.original, entry.norm)
         gain = inverse_scale(norm, entry.conv.outputs)
@@ -41,7 +50,7 @@ class Dense:
         """Filters of least squares, ridge towards those that are left of the original's, and what they lose."""
         seen, prior = self.samples.moments.of_all_processes(), sight.filters_of(self.conv).T
         with clock("solving"):
-            filters = lstsq.dense_prediction(seen, prior, self.weights, free_mean=self.free_mean)
+            filters = self.method.refit_filters(seen, prior, self.weights, free_mean=self.free_mean)
             both = seen.both
             uu, uy, yy = both.centred() if self.free_mean else both.raw()
             error = (yy - 2 * (filters * uy).sum(0) + (filters * (uu @ filters)).sum(0)).clamp_min(0)

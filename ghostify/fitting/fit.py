@@ -15,13 +15,12 @@ from torch import fx, nn
 from ghostify.errors import GhostifyError
 from ghostify.fitting import lstsq, sight
 from ghostify.fitting.arriving import arriving
-from ghostify.fitting.assign import choose_groups
 from ghostify.fitting.batches import Batches
 from ghostify.fitting.clock import Clock
 from ghostify.fitting.datafree import statistics_of
 from ghostify.fitting.dense import Dense
 from ghostify.fitting.layer import Layer, channel_weights, emit, has_many_maps
-from ghostify.fitting.lstsq import Statistics
+from ghostify.fitting.lstsq import DEFAULT_METHOD, FitMethod, Statistics
 from ghostify.fitting.pairs import Links, MapStatistics
 from ghostify.fitting.sensitivity import Calibration, Sensitivity, calibrate
 from ghostify.fitting.walk import Walk
@@ -61,15 +60,16 @@ def fit(
     *,
     seed: int = 0,
     progress: Progress | None = None,
+    method: FitMethod = DEFAULT_METHOD,
 ) -> Fits:
     """Fit every rewrite of `plan`: data-free without `calibration`, else to the original's outputs on its batches.
 
     `calibration` yields what `trace` takes as example inputs; further elements of a tuple, such as labels, are left
     out. In a `torch.distributed` process group every process passes the whole set, works on its share, and gets the
     same weights. Raises `GhostifyError` for an empty calibration, or one with values that are not finite; warns where
-    the error on images held out is much above that on the others.
+    the error on images held out is much above that on the others. `method` replaces steps of the fit in ablations.
     """
-    fitting = _Fitting(program, plan, seed, progress)
+    fitting = _Fitting(program, plan, seed, progress, method)
     if calibration is None:
         for name in plan.narrowed:
             raise GhostifyError(f"{name}: is to be narrow, which takes images: pass calibration")
@@ -87,8 +87,8 @@ def fit(
 class _Fitting:
     """The fits of a plan as they come, and the time they take."""
 
-    def __init__(self, program: Program, plan: Plan, seed: int, progress: Progress | None) -> None:
-        self.program, self.plan, self.seed = program, plan, seed
+    def __init__(self, program: Program, plan: Plan, seed: int, progress: Progress | None, method: FitMethod) -> None:
+        self.program, self.plan, self.seed, self.method = program, plan, seed, method
         self.progress: Progress = progress or (lambda *_: None)
         self.clock = Clock()
         self.weights: dict[str, Weights] = {}
@@ -105,7 +105,7 @@ class _Fitting:
             conv = narrowed_conv(conv, keeps, reads)
             norm = norm if norm is None or keeps is None else narrowed_norm(norm, keeps)
             inputs = inputs if reads is None else None
-        return data_free(conv, entry, norm, inputs)
+        return data_free(conv, entry, norm, inputs, self.method)
 
     def all_parts(self, calibration: Calibration) -> None:
         """One part after another, inner ones first; each sees what the parts before it have become."""
@@ -138,7 +138,7 @@ class _Fitting:
             name = entry.conv.name
             self.progress(len(self.weights), len(self.fitted), name)
             if name not in layers:
-                seen = walk, felt.get(name), batches.images, self.seed
+                seen = walk, felt.get(name), batches.images, self.seed, self.method
                 layers[name] = Layer(entry, *seen) if isinstance(entry, Rewrite) else Dense(entry, *seen)
             for chunk in clock.each("forward", coming):
                 with clock("moments"):
@@ -169,7 +169,13 @@ class _Fitting:
         }
 
 
-def data_free(conv: nn.Conv2d, entry: Rewrite, norm: BatchNorm | None, inputs: Channels | None) -> GhostWeights:
+def data_free(
+    conv: nn.Conv2d,
+    entry: Rewrite,
+    norm: BatchNorm | None,
+    inputs: Channels | None,
+    method: FitMethod = DEFAULT_METHOD,
+) -> GhostWeights:
     """Ghost weights from the convolution's filters and the statistics of the BatchNorm behind it, without images."""
     layout = entry.layout
     apart = has_many_maps(layout)
@@ -177,10 +183,10 @@ def data_free(conv: nn.Conv2d, entry: Rewrite, norm: BatchNorm | None, inputs: C
     weights = channel_weights(norm, conv.out_channels)
     stats: Statistics | Links
     if isinstance(known, MapStatistics):
-        stats = known.linked(choose_groups(known.costs(weights), layout), sight.filters_of(conv))
+        stats = known.linked(method.assign_ghosts(known.costs(weights), layout), sight.filters_of(conv))
     else:
         stats = known
-    solution = lstsq.solve(stats, layout, torch.diag(weights))
+    solution = lstsq.solve(stats, layout, torch.diag(weights), method)
     emitted = emit(conv, entry, stats, solution)
     if conv.bias is None:
         return emitted

@@ -12,12 +12,12 @@ from torch.nn import functional as F
 from typing_extensions import assert_never
 
 from ghostify.fitting import lstsq, sight
-from ghostify.fitting.assign import Groups, choose_groups
+from ghostify.fitting.assign import Groups
 from ghostify.fitting.clock import Clock
 from ghostify.fitting.ghost_statistics import GhostStatistics, Solution
 from ghostify.fitting.holdout import HoldoutSums
 from ghostify.fitting.layer_samples import LayerSamples, rows_for
-from ghostify.fitting.lstsq import Statistics
+from ghostify.fitting.lstsq import DEFAULT_METHOD, FitMethod, Statistics
 from ghostify.fitting.moments import LinkMoments, MapMoments, Moments
 from ghostify.fitting.pairs import Links, in_order, link_statistics, map_statistics, served, sources_of
 from ghostify.fitting.sensitivity import metric_of
@@ -45,8 +45,16 @@ class Layer:
     keeps the original filters as its basis, so that the moments of all its calls speak of the same maps.
     """
 
-    def __init__(self, entry: Rewrite, walk: Walk, felt: Tensor | None, images: int, seed: int) -> None:
-        self.entry = entry
+    def __init__(
+        self,
+        entry: Rewrite,
+        walk: Walk,
+        felt: Tensor | None,
+        images: int,
+        seed: int,
+        method: FitMethod = DEFAULT_METHOD,
+    ) -> None:
+        self.entry, self.method = entry, method
         standing = walk.original if entry.narrowing is None else walk.converted
         self.conv = as_module(standing, entry.conv.local)
         norm = batchnorm_at(walk.original, entry.norm)
@@ -80,17 +88,18 @@ class Layer:
         first, filters = self.samples.moments.of_all_processes(), sight.filters_of(self.conv).T
         if not self.shared:
             with clock("solving"):
-                filters = lstsq.dense_prediction(first, filters, self.weights, free_mean=self.free_mean)
+                filters = self.method.refit_filters(first, filters, self.weights, free_mean=self.free_mean)
         bias = None if self.conv.bias is None else first.both.mean_y - filters.T @ first.both.mean_u
         joint = self._together(first.both, filters, bias, clock)
         stats: Statistics | Links = joint
         if self.many:
             with clock("solving"):
-                groups = choose_groups(lstsq.pair_costs(joint, self.weights), self.entry.layout)
+                groups = self.method.assign_ghosts(lstsq.pair_costs(joint, self.weights), self.entry.layout)
             with clock("moments"):
                 stats = self._linked(groups, filters, bias)
         with clock("solving"):
-            fitted = emit(self.conv, self.entry, stats, lstsq.solve(stats, self.entry.layout, self.metric))
+            solution = lstsq.solve(stats, self.entry.layout, self.metric, self.method)
+            fitted = emit(self.conv, self.entry, stats, solution)
         if not first.held_out.count:
             return fitted
         forms = [fitted] if self.line is None else [fitted, self._activated(self.line, first.both, filters, clock)]
@@ -136,7 +145,7 @@ class Layer:
                 pairs.add(read(view, torch.arange(layout.outputs)), sight.rows(view.target))
             stats = map_statistics(pairs.of_all_processes(), self.free_mean)
         with clock("solving"):
-            groups = choose_groups(stats.costs(self.weights), layout)
+            groups = self.method.assign_ghosts(stats.costs(self.weights), layout)
         own, source = groups.intrinsic[:, 0], groups.sources[:, 0]
         with clock("moments"):
             links = LinkMoments.zero(len(own), places, len(source))

@@ -7,6 +7,7 @@ intrinsic maps of their values at the D places times K_j, plus a constant.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -132,7 +133,7 @@ def best_ridge(
     return RIDGES[k]
 
 
-def solve(stats: Statistics | Links, layout: GhostLayout, metric: Tensor) -> Solution:
+def solve(stats: Statistics | Links, layout: GhostLayout, metric: Tensor, method: FitMethod | None = None) -> Solution:
     """The ghost layer of `layout` that predicts the outputs with the least error e' M e by the `metric` M (n x n).
 
     Grouping by pair errors, kernels by the normal equations; for w = 1 then the joint refit by alternating half-steps,
@@ -142,11 +143,12 @@ def solve(stats: Statistics | Links, layout: GhostLayout, metric: Tensor) -> Sol
     """
     if isinstance(stats, Links):
         return _of_links(stats)
-    weights = metric.diagonal()
-    groups = choose_groups(pair_costs(stats, weights), layout)
+    method, weights = method or DEFAULT_METHOD, metric.diagonal()
+    groups = method.assign_ghosts(pair_costs(stats, weights), layout)
     match layout.form:
         case Depthwise():
-            return _alternate(stats, _with_kernels(stats, groups, stats.start[groups.intrinsic.flatten()]), weights)
+            first = _with_kernels(stats, groups, stats.start[groups.intrinsic.flatten()])
+            return method.refit_jointly(stats, first, weights)
         case Grouped() | Pointwise():
             return _with_kernels(stats, *_reduced_rank(stats, groups, metric))
         case _:
@@ -280,3 +282,19 @@ def _reduced_rank(stats: Statistics, groups: Groups, metric: Tensor) -> tuple[Gr
         sources.append(torch.arange(g * width, (g + 1) * width).expand(int(others.sum()), width))
     chosen = replace(groups, intrinsic=torch.stack(intrinsic), ghosts=torch.cat(ghosts), sources=torch.cat(sources))
     return chosen, torch.cat(coordinates)
+
+
+@dataclass(frozen=True)
+class FitMethod:
+    """The steps of a fit that can be replaced, in order to measure what each contributes.
+
+    `refit_filters` has the signature of `dense_prediction`, `assign_ghosts` takes errors of pairs (n x n) and a layout,
+    `refit_jointly` takes statistics, a first solution and weights of the outputs (n).
+    """
+
+    refit_filters: Callable[..., Tensor] = dense_prediction
+    assign_ghosts: Callable[[Tensor, GhostLayout], Groups] = choose_groups
+    refit_jointly: Callable[[Statistics, Solution, Tensor], Solution] = _alternate
+
+
+DEFAULT_METHOD = FitMethod()

@@ -1,0 +1,1 @@
+"""Experiments that measure ghostify, what they share, and their results."""

@@ -1,0 +1,161 @@
+"""Effect of the initialisation: ghost networks fine-tuned from different initialisations, and trained from scratch.
+
+    python benchmarks/experiments/initialisation.py
+    python benchmarks/experiments/initialisation.py --summary
+
+ResNet-20 of width 16 on Fashion-MNIST, trained 6 epochs (networks.py); ratio 2, depthwise d = 3, every dense
+convolution except the first. "auto" is a plan with as many multiply-accumulates, depthwise or pointwise. Random ghosts
+draw all weights of every ghost module; "first filters kept" draws only the cheap kernels; fits see no images, or 512
+unlabelled ones. All are then trained on the 60,000 labelled training images for 0, a quarter, 0.6 (a tenth of the
+original's schedule), 1 and 4 epochs (one-cycle SGD, batch 128). Each uses the peak learning rate that is best on 5,000
+held-out training images within a quarter of an epoch: of 0.005, 0.02 and 0.1 for less than an epoch, of 0.02, 0.1 and
+0.2 for longer. "Distilled" also learns the original's outputs, by `finetune`, for at most an epoch. From scratch: the
+ghost network with everything random, for the original's 6 epochs at its learning rate, 0.2. Seeds draw calibration
+images, kernels and the order of training. Top-1 is on all 10,000 test images. Resumes after an interruption; results
+go to benchmarks/results/initialisation.json.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import Subset, TensorDataset
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.lib import networks
+from benchmarks.lib.catalogue import EPOCHS, SCHEDULE, initialisations
+from benchmarks.lib.tables import Row, options, publish, recorded
+from ghostify import Policy, Recipe, Rule, finetune, fit, plan, rewrite, trace
+from ghostify.budgeting.budget import plan_within
+from ghostify.command.demo import train
+from ghostify.data.datasets import Images
+from ghostify.data.lessons import Lessons
+from ghostify.evaluate import outputs, top1
+from ghostify.fitting.sensitivity import calibrate
+from ghostify.tracing.program import Program
+
+SEEDS = (0, 1, 2)
+BRIEF, LONG = (0.005, 0.02, 0.1), (0.02, 0.1, 0.2)
+RATE, HELD_OUT, IMAGES = 0.2, 5_000, 512
+Start = Callable[[Program, Images, int], nn.Module]
+
+
+def drawn(program: Program, _: Images, seed: int, *, kept: bool) -> nn.Module:
+    return networks.unfitted_ghosts(program, plan(program, Policy((Rule(),))), seed, kept=kept)
+
+
+def without_images(program: Program, _: Images, __: int) -> nn.Module:
+    decided = plan(program, Policy((Rule(),)))
+    return rewrite(program, decided, fit(program, decided).weights)
+
+
+def calibrated(program: Program, data: Images, seed: int, *, cheap: str) -> nn.Module:
+    seen = calibrate(program, networks.calibration(data, IMAGES, seed).split(64), seed)
+    decided = plan(program, Policy((Rule(),)))
+    if cheap == "auto":
+        share = decided.macs_after / decided.macs_before
+        decided = plan_within(program, Policy((Rule(cheap=cheap),)), {"macs": share}, seen, seed)
+    return rewrite(program, decided, fit(program, decided, seen, seed=seed).weights)
+
+
+def scratch(program: Program, data: Images, seed: int) -> nn.Module:
+    module = drawn(program, data, seed, kept=False)
+    torch.manual_seed(seed)
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
+            part.reset_parameters()
+    return module
+
+
+STARTS: dict[str, Start] = {
+    "random ghosts": partial(drawn, kept=False),
+    "first filters kept": partial(drawn, kept=True),
+    "fitted without images": without_images,
+    "fitted to 512 images, depthwise": partial(calibrated, cheap="depthwise"),
+    "fitted to 512 images, auto": partial(calibrated, cheap="auto"),
+}
+DISTILLED, FROM_SCRATCH = "fitted to 512 images, auto, distilled and labelled", "from scratch"
+Training = Callable[[nn.Module, Images, float, float, int], nn.Module]
+
+
+def trained(module: nn.Module, data: Images, epochs: float, rate: float, seed: int) -> nn.Module:
+    """A copy after so many epochs of labelled training."""
+    own = copy.deepcopy(module)
+    if epochs:
+        train(own, data.train, data.train_labels, epochs=epochs, learning_rate=rate, seed=seed)
+    return own
+
+
+def distilled(original: nn.Module, module: nn.Module, data: Images, epochs: float, rate: float, seed: int) -> nn.Module:
+    """The same towards labels and the original's answers."""
+    images = TensorDataset(data.train, data.train_labels)
+    lessons = Lessons(images, Subset(images, range(128)), labelled=True)  # judged once, at the end
+    recipe = Recipe(epochs=epochs, learning_rate=rate, labels=1.0, precision="bf16", evaluate_every=epochs, seed=seed)
+    with tempfile.TemporaryDirectory() as folder:
+        return finetune(module, original, lessons, folder, recipe)
+
+
+def best_rate(training: Training, module: nn.Module, data: Images, rates: tuple[float, ...]) -> float:
+    """The rate that does best in a quarter of an epoch, judged on training images held out."""
+    order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(99))
+    judging, rest = order[:HELD_OUT], order[HELD_OUT:]
+    less = Images(data.name, data.train[rest], data.train_labels[rest], data.test, data.test_labels, data.classes)
+
+    def right(rate: float) -> float:
+        made = training(module, less, 0.25, rate, 0)
+        return top1(outputs(made, data.train[judging].split(500)), data.train_labels[judging])
+
+    return max(rates, key=right)
+
+
+def rates_for(epochs: float) -> tuple[float, ...]:
+    return BRIEF if epochs < 1 else LONG
+
+
+def rows(known: list[Row]) -> Iterator[Row]:
+    yield from known
+    done = {row["how"] for row in known}
+    best = {(row["start"], rates_for(row["epochs"])): row["rate"] for row in known if row.get("epochs")}
+    data = networks.images()
+    model = networks.resnet20(data, width=16)
+    program = trace(model, data.train[:1])
+    if "original" not in done:
+        yield {"how": "original", "top1": networks.accuracy(model, data)}
+    for seed in SEEDS:
+        others = {DISTILLED: STARTS["fitted to 512 images, auto"], FROM_SCRATCH: scratch}
+        for start, make in {**STARTS, **others}.items():
+            lengths = {DISTILLED: EPOCHS[1:4], FROM_SCRATCH: (SCHEDULE,)}.get(start, EPOCHS)
+            training = partial(distilled, model) if start == DISTILLED else trained
+            missing = [e for e in lengths if f"{start}, {e} epochs, seed {seed}" not in done]
+            module = make(program, data, seed) if missing else None
+            for epochs in missing:
+                assert module is not None
+                key = start, rates_for(epochs)
+                if epochs and key not in best:
+                    best[key] = RATE if start == FROM_SCRATCH else best_rate(training, module, data, key[1])
+                made = training(module, data, epochs, best.get(key, 0.0), seed)
+                facts = {"start": start, "epochs": epochs, "seed": seed, "rate": best.get(key)}
+                yield {"how": f"{start}, {epochs} epochs, seed {seed}", **facts, "top1": networks.accuracy(made, data)}
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("--summary", action="store_true", help="only show the means of the result file")
+    arguments = parser.parse_args()
+    known = recorded("initialisation")
+    if arguments.summary:
+        print(initialisations(known))
+        return
+    publish("initialisation", rows(known))
+
+
+if __name__ == "__main__":
+    main()

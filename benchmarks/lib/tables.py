@@ -1,0 +1,62 @@
+"""What every experiment does: read its options, print rows as they come, write its result as a table and as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.lib.catalogue import CATALOGUE, Columns, Row, section
+from ghostify.storing.checkpoint import versions
+
+ROOT = Path(__file__).parents[2]
+RESULTS, FIGURES = ROOT / "benchmarks/results", ROOT / "docs/images"
+
+
+def options(description: str | None, quick: str | None = None) -> argparse.ArgumentParser:
+    """A parser that shows the experiment's docstring; with --quick where `quick` says what that means."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if quick:
+        parser.add_argument("--quick", action="store_true", help=quick)
+    return parser
+
+
+def load_result(name: str) -> dict[str, Any]:
+    """The content of results/`name`.json; without rows if there is no such file."""
+    file = RESULTS / f"{name}.json"
+    return json.loads(file.read_text()) if file.exists() else {"rows": []}
+
+
+def recorded(name: str) -> list[Row]:
+    """The rows of results/`name`.json, for an experiment that resumes after an interruption."""
+    return load_result(name)["rows"]
+
+
+def publish(name: str, rows: Iterable[Row], columns: Columns | None = None, **facts: Any) -> None:
+    """Print `rows` as they come, and keep results/`name`.json and results/`name`.md up to date.
+
+    The JSON file holds the rows, `facts`, the command and the versions. The table has the columns of the catalogue's
+    entry `name`, or `columns` where it has none.
+    """
+    if name not in CATALOGUE:
+        assert columns is not None, f"{name} has no entry in the catalogue"
+    title, columns = CATALOGUE.get(name, (name, columns))
+    RESULTS.mkdir(exist_ok=True)
+    written: list[Row] = []
+    content = {"command": _command(), **facts, "versions": versions(), "rows": written}
+    for row in rows:
+        written.append(row)
+        (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+        (RESULTS / f"{name}.md").write_text(section(title, content, columns))
+        cells = [f"{key} {cell(row)}" for key, cell in columns.items()] if isinstance(columns, dict) else [str(row)]
+        print(f"{row['how']}: {', '.join(cells)}", flush=True)
+    print(RESULTS / f"{name}.md")
+
+
+def _command() -> str:
+    script = Path(sys.argv[0]).resolve()
+    return shlex.join(["python", str(script.relative_to(ROOT)), *sys.argv[1:]])
