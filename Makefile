@@ -1,14 +1,18 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PROCESSES ?= 2
 
-.PHONY: demo test test-slow test-oldest check docs bench clean
+.PHONY: demo test tests test-slow test-oldest check docs bench clean
 
 demo: $(VENV)/installed          ## train, convert, measure: the main job on a small network
 	$(BIN)/ghostify demo
 
-test: check                      ## lint, types and the tests, warnings as errors
-	$(BIN)/python -m pytest -q
+test: $(VENV)/installed          ## lint, types and the tests, warnings as errors
+	$(MAKE) --no-print-directory -j2 check tests
+
+tests: $(VENV)/installed         ## the tests by themselves
+	$(BIN)/python -m pytest -q -n $(PROCESSES) --dist worksteal
 
 test-slow: $(VENV)/installed     ## the sweeps that take minutes
 	$(BIN)/python -m pytest -q -m slow
@@ -16,12 +20,12 @@ test-slow: $(VENV)/installed     ## the sweeps that take minutes
 test-oldest:                     ## the tests on the oldest versions supported
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install --quiet -e '.[test]' -c tests/oldest.txt
-	$(VENV)-oldest/bin/python -m pytest -q
+	$(VENV)-oldest/bin/python -m pytest -q -n $(PROCESSES) --dist worksteal
 
 docs: $(VENV)/installed          ## the site, in build/site
 	$(BIN)/python -m mkdocs build -q
 
-check: $(VENV)/installed
+check: $(VENV)/installed         ## lint and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -1,5 +1,7 @@
 """ghostify: a compiler pass that rewrites a trained CNN's convolutions into ghost modules."""
 
+from importlib.metadata import PackageNotFoundError, version
+
 from ghostify.budgeting.budget import plan_within
 from ghostify.budgeting.frontier import frontier
 from ghostify.convert import ghostify
@@ -18,6 +20,11 @@ from ghostify.rewrite import rewrite
 from ghostify.storing.checkpoint import load, load_weights, save
 from ghostify.tracing.trace import trace
 from ghostify.training.finetune import Recipe, finetune
+
+try:
+    __version__ = version("ghostify")
+except PackageNotFoundError:  # a source tree that is not installed
+    __version__ = "0+unknown"
 
 __all__ = [
     "GhostModule",

@@ -1,6 +1,8 @@
 import os
 import sys
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes of tests run beside each other
+
 import pytest
 import torch
 from hypothesis import settings
@@ -8,6 +10,14 @@ from hypothesis import settings
 settings.register_profile("steady", derandomize=True, deadline=None)  # the same examples in every run
 settings.register_profile("explore", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_latencies(tmp_path_factory):
+    """Latencies measured before, or by another process of tests, decide nothing here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GHOSTIFY_CACHE", str(tmp_path_factory.mktemp("latencies")))
+        yield
 
 
 @pytest.fixture(autouse=True)

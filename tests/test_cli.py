@@ -1,4 +1,4 @@
-"""The command through a real process, once per verb, and its errors."""
+"""The command in processes of its own, once per verb, and its errors."""
 
 import json
 import subprocess
@@ -10,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import ghostify
 from ghostify import load
 from ghostify.runtimes.registry import EXPORT_FORMATS, RUNTIMES
 from tests import nets
+from tests.command import run_command
 
 ROOT = Path(__file__).parent.parent
 NET = "tests.nets:Straight"
@@ -21,12 +23,12 @@ SCRIPT = "import sys; sys.path.pop(0); from ghostify.command.cli import main; ma
 
 
 def run(*arguments, cwd=ROOT):
-    command = [
-        sys.executable,
-        "-c",
-        SCRIPT,
-        *map(str, arguments),
-    ]
+    return run_command(*arguments, cwd=cwd)
+
+
+def run_alone(*arguments, cwd=ROOT):
+    """In a new interpreter, which finds modules where a console script does."""
+    command = [sys.executable, "-c", SCRIPT, *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, timeout=300)
 
 
@@ -101,7 +103,7 @@ def test_convert_then_eval(files, tmp_path):
         "--output", tmp_path / "out", "--batch", 6, "--reconstruct",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "fitted to 24 images" in done.stdout
+    assert "fitted to 24 images" in " ".join(done.stdout.split())
     assert "2 convolutions rewritten, 1 left as they are" in done.stdout
     assert "of 1 blocks reconstructed, outputs' error on held-out images" in " ".join(done.stdout.split())
     assert load(tmp_path / "out")(torch.zeros(2, 3, 12, 12)).shape == (2, 5)
@@ -203,6 +205,11 @@ def test_help_lists_runtimes_and_formats(verb, names):
     assert ",".join(names) in text
 
 
+def test_the_version_is_printed():
+    done = run_alone("--version")
+    assert (done.returncode, done.stdout) == (0, f"ghostify {ghostify.__version__}\n")
+
+
 BRANCHING = """
 import torch
 from torch import nn
@@ -224,7 +231,7 @@ def test_a_class_of_the_users_comes_from_the_present_folder_and_is_allowed_by_na
     np.save(tmp_path / "x.npy", nets.images(4).numpy())
     shapes = {"a.weight": (8, 3, 3, 3), "a.bias": (8,), "b.weight": (8, 8, 3, 3), "b.bias": (8,)}
     save_file({name: torch.randn(shape) for name, shape in shapes.items()}, tmp_path / "w.safetensors")
-    made = run(
+    made = run_alone(
         "convert", "ours:Net", *SIZE, "--checkpoint", "w.safetensors", "--target", "b", "--output", "out", cwd=tmp_path
     )
     assert made.returncode == 0, made.stderr

@@ -1,11 +1,12 @@
-"""Every block of Python and of commands in README and docs runs as it stands, a tiny network in ResNet-18's place, and
-multiply-accumulates in the place of time, on which no two runs agree.
+"""Every block of Python and of commands in README and docs runs as it stands, tiny networks and images in the place of
+ResNet-18's and MobileNet's, and multiply-accumulates in the place of time, on which no two runs agree.
 
 Blocks of a page share their names and one folder, in which there are weights and photographs. What cannot run here, as
 it needs several machines or your own files, is marked as a console session.
 """
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -21,12 +22,14 @@ from typer.main import get_command
 
 from benchmarks.experiments import pages
 from ghostify.command.cli import app
+from tests.command import run_command
 from tests.nets import settle
 
 ROOT = Path(__file__).parent.parent
 GENERATED = ("results.md", "zoo.md")
 PAGES = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").rglob("*.md") if p.name not in GENERATED)]
-STAND_INS = {"resnet18": "test_resnet", "pretrained=True": "pretrained=False", "224, 224": "160, 160"}
+STAND_INS = {"resnet18": "test_resnet", "pretrained=True": "pretrained=False", "224, 224": "64, 64"}
+STAND_INS |= {"mobilenetv2_050": "test_efficientnet", "8, 3, 96, 96": "8, 3, 64, 64"}
 STAND_INS |= {'"latency": 0.95': '"macs": 0.95', "latency=0.95": "macs=0.95"}
 
 
@@ -42,6 +45,14 @@ def stood_in(text):
     return text
 
 
+def commands(text):
+    """The words after `ghostify` of each line, split as a shell does."""
+    for line in text.replace("\\\n", " ").splitlines():
+        program, *words = shlex.split(line, comments=True)
+        assert program == "ghostify"
+        yield words
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     torch.manual_seed(0)
@@ -55,6 +66,7 @@ def folder(tmp_path, monkeypatch):
                 Image.fromarray(pixels).resize((160, 160), Image.Resampling.BICUBIC).save(
                     tmp_path / place / kind / f"{k}.png"
                 )
+    monkeypatch.setenv("COLUMNS", "200")
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
         monkeypatch.setenv(name, value)  # as torchrun has it, of one process
     monkeypatch.chdir(tmp_path)
@@ -65,16 +77,14 @@ def folder(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore:calibration is thin")
 def test_blocks_run(page, folder):
     names = {"__name__": "block"}
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    surroundings = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
     for kind, text, line in blocks(page):
         assert kind in ("python", "bash", "console", "toml", "text", "")
         if kind == "python":
             exec(compile("\n" * line + stood_in(text), page.name, "exec"), names)
         elif kind == "bash":
-            command = ["bash", "-euo", "pipefail", "-c", stood_in(text)]
-            done = subprocess.run(command, env=surroundings, cwd=folder, capture_output=True, text=True, timeout=500)
-            assert done.returncode == 0, f"{page.name}, line {line}: {done.stderr}"
+            for command in commands(stood_in(text)):
+                done = run_command(*command, cwd=folder)
+                assert done.returncode == 0, f"{page.name}, line {line}: {' '.join(command)}: {done.stderr}"
 
 
 def test_the_readme_is_short_and_begins_with_code():

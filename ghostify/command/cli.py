@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from ghostify import __version__
 from ghostify.budgeting.budget import plan_within
 from ghostify.budgeting.frontier import POINTS, Evaluate, curve_table, read_curve, write_curve
 from ghostify.budgeting.frontier import frontier as curve_of
@@ -69,6 +70,14 @@ from ghostify.training.finetune import finetune as tune
 from ghostify.training.records import metrics_of
 
 app = typer.Typer(add_completion=True, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.callback(invoke_without_command=True)
+def options(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
+    """Rewrite the convolutions of a trained network into cheaper ones, and look at the result."""
+    if version:
+        print(f"ghostify {__version__}")
+        raise typer.Exit
 
 
 @app.command()

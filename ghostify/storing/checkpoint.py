@@ -126,10 +126,10 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
 
 def versions() -> dict[str, str]:
     """Versions of what a saved model depends on."""
-    from importlib.metadata import version
+    from ghostify import __version__  # late: the package imports this module before it knows its version
 
     return {
-        "ghostify": version("ghostify"),
+        "ghostify": __version__,
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "timm": timm.__version__,

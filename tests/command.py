@@ -1,0 +1,40 @@
+"""The `ghostify` command in processes of its own, forked from one that has the program in memory already."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from multiprocessing import get_context
+from pathlib import Path
+from subprocess import CompletedProcess
+
+FORKS = get_context("forkserver")
+FORKS.set_forkserver_preload(["ghostify.command.cli"])
+SECONDS = 300
+
+
+def run_command(*arguments: object, cwd: Path) -> CompletedProcess[str]:
+    """What `ghostify ARGUMENTS` prints in a folder, and its exit code; seconds faster than a new interpreter."""
+    words = [str(word) for word in arguments]
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        process = FORKS.Process(target=_main, args=(words, cwd, out, err, dict(os.environ)))
+        process.start()
+        process.join(SECONDS)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        return CompletedProcess(words, process.exitcode, out.read_text(), err.read_text())
+
+
+def _main(words: list[str], cwd: Path, out: Path, err: Path, environment: dict[str, str]) -> None:
+    for descriptor, file in ((1, out), (2, err)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), descriptor)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    from ghostify.command.cli import main
+
+    sys.argv = ["ghostify", *words]
+    main()
