@@ -1,6 +1,7 @@
 """The scripts that users copy run as they stand, in processes of their own."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,20 +29,27 @@ def run(*command):
     )
 
 
-@pytest.fixture
-def setting(tmp_path):
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
     """A converted model, its original's weights and some photographs, all as files."""
     torch.manual_seed(0)
-    model = settle(timm.create_model(NAME))
-    save_file(model.state_dict(), tmp_path / "original.safetensors")
-    (tmp_path / "photos").mkdir()
+    folder, model = tmp_path_factory.mktemp("made"), settle(timm.create_model(NAME))
+    save_file(model.state_dict(), folder / "original.safetensors")
+    (folder / "photos").mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (COUNT, 6, 6, 3), dtype=np.uint8)
     for k, own in enumerate(pixels):
-        Image.fromarray(own).resize((SIZE, SIZE), Image.Resampling.BICUBIC).save(tmp_path / f"photos/{k}.png")
+        Image.fromarray(own).resize((SIZE, SIZE), Image.Resampling.BICUBIC).save(folder / f"photos/{k}.png")
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).div(128).sub(1)
     images = torch.nn.functional.interpolate(images, (SIZE, SIZE), mode="bicubic")
-    save(ghostify(model, 2, example_inputs=images[:1]), tmp_path / "converted")
-    return tmp_path, model, images
+    save(ghostify(model, 2, example_inputs=images[:1]), folder / "converted")
+    return folder, model, images
+
+
+@pytest.fixture
+def setting(made, tmp_path):
+    """The same in a folder of the test's own."""
+    folder, model, images = made
+    return shutil.copytree(folder, tmp_path, dirs_exist_ok=True), model, images
 
 
 @pytest.mark.parametrize("launcher", [(), ("-m", "torch.distributed.run", "--nproc-per-node", "2")], ids=["one", "two"])
