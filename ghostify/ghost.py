@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ghostify.modules.hooks import has_hooks
+
 
 @dataclass(frozen=True)
 class Block:
@@ -220,9 +222,8 @@ def _ghosts(cheap: Any, read: Tensor, weights: Sequence[Tensor | None]) -> Tenso
 
 def _is_plain(part: nn.Module) -> bool:
     """Whether it is a convolution's own weight and bias that compute, or a container of such, and nobody looks on."""
-    hooks = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
     convolves = type(part) is nn.Conv2d and "weight" in part._parameters
-    return not any(hooks) and (convolves or type(part) in (CheapOperation, nn.ModuleList))
+    return not has_hooks(part) and (convolves or type(part) in (CheapOperation, nn.ModuleList))
 
 
 def ghost_of(conv: nn.Conv2d, layout: Layout) -> GhostModule:

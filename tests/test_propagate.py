@@ -29,7 +29,7 @@ class Paths(nn.Module):
         x = self.stem(x)
         a, b = self.a(x), self.b(x)
         joined = torch.cat((a, self.pool(b)), 1)
-        return self.added(F.dropout(a) + b) + self.both(joined) + self.raw(x * 2)
+        return self.added(F.dropout(a, training=self.training) + b) + self.both(joined) + self.raw(x * 2)
 
 
 def test_sums_and_joints_of_norms_are_followed():

@@ -17,6 +17,7 @@ from ghostify.fitting.moments import MapMoments, Moments
 from ghostify.fitting.pairs import MapStatistics, map_statistics
 from ghostify.fitting.sensitivity import Calibration, calibrate, metric_of
 from ghostify.fitting.systems import damping_for, solve_damped
+from ghostify.graph.batchnorm import batchnorm_at
 from ghostify.planning.plan import Target
 from ghostify.tracing.calls import run
 from ghostify.tracing.modes import evaluating
@@ -92,8 +93,7 @@ def _data_free(program: Program, wished: list[Target]) -> Iterator[Profile]:
     known = {path: input_channels(part) for path, part in program.parts.items()}
     for target in wished:
         conv, part = program.conv(target.conv.name), program.parts[target.conv.part]
-        behind = norm_after(wiring[target.conv.part], [call.node for call in target.conv.calls])
-        norm: Any = None if behind is None else part.get_submodule(behind)
+        norm = batchnorm_at(part, norm_after(wiring[target.conv.part], [call.node for call in target.conv.calls]))
         inputs = known[target.conv.part].get(target.conv.calls[0].node)
         one = statistics_of(conv, norm, 1, inputs=inputs)
         assert not isinstance(one, MapStatistics)

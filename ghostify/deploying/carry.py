@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from ghostify.deploying.fold import ORDER
-from ghostify.planning.order import BLIND_MODULES, blind_inside, is_blind_call, permute_inputs, permute_outputs
-from ghostify.tracing.kinds import is_plain
+from ghostify.graph.batchnorm import BatchNorm
+from ghostify.graph.op_queries import is_channel_independent, is_channel_independent_module, is_standard_conv
+from ghostify.modules.hooks import has_hooks
+from ghostify.planning.order import blind_inside, permute_inputs, permute_outputs
 from ghostify.tracing.program import called
-from ghostify.tracing.wiring import NORMS, Wiring, hooked
+from ghostify.tracing.wiring import Wiring
 
 SHAPE = "ghostify_shape"  # in a node's meta: the shape of what it makes of the example inputs
 PAIRWISE = (
@@ -178,12 +180,12 @@ class Orders:
     def _see_module(self, node: fx.Node, inner: nn.Module, known: list[fx.Node]) -> None:
         source: Any = node.args[0] if node.args else None
         alone = self.used[id(inner)] == 1 and all(self.held[id(p)] == 1 for p in inner.parameters(recurse=False))
-        if hooked(inner):
+        if has_hooks(inner):
             self._pin(known)
-        elif isinstance(inner, BLIND_MODULES) or _flattens_module(node, inner):
+        elif is_channel_independent_module(inner) or _flattens_module(node, inner):
             if known:
                 self._join(node, *known)
-        elif isinstance(inner, nn.Conv2d) and inner.groups == 1 and is_plain(inner) and alone:
+        elif isinstance(inner, nn.Conv2d) and inner.groups == 1 and is_standard_conv(inner) and alone:
             if source in self.parents:
                 self.families[self._root(source)].readers.append((node, 1))
             self._begin(node).makers.append(node)
@@ -199,7 +201,7 @@ class Orders:
     def _is_blind(self, node: fx.Node, known: list[fx.Node]) -> bool:
         """Whether each channel of the node is made of the same channel of all that it reads."""
         shape, inputs = node.meta[SHAPE], [n for n in node.all_input_nodes if n.meta.get(SHAPE) is not None]
-        if is_blind_call(node) or _flattens(node):
+        if is_channel_independent(self.module, node) or _flattens(node):
             return len(inputs) == 1
         if node.target in (PAIRWISE if node.op == "call_function" else PAIRWISE_METHODS):
             alike = {n.meta[SHAPE][1] for n in known} == {shape[1]} and {len(n.meta[SHAPE]) for n in known} == {MAPS}
@@ -261,4 +263,4 @@ def _is_rows(node: Any) -> bool:
 def _is_by_channel(inner: nn.Module) -> bool:
     """Whether it treats every channel by weights of that channel."""
     depthwise = isinstance(inner, nn.Conv2d) and inner.groups == inner.in_channels == inner.out_channels
-    return depthwise or (isinstance(inner, NORMS) and blind_inside(inner))
+    return depthwise or (isinstance(inner, BatchNorm) and blind_inside(inner))

@@ -11,14 +11,16 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ghostify.ghost import CheapOperation, GhostModule
+from ghostify.graph.batchnorm import BatchNorm, batchnorm_affine, batchnorm_at
+from ghostify.graph.op_queries import activation_module, is_channel_independent, is_identity_in_eval, is_standard_conv
+from ghostify.modules.hooks import has_hooks
 from ghostify.planning.activation import out_of_place
-from ghostify.tracing.kinds import is_plain, plain
+from ghostify.tracing.kinds import plain
 from ghostify.tracing.program import called
-from ghostify.tracing.tracer import Mode, fixed, same_mode, unused
+from ghostify.tracing.tracer import Mode, is_guard
 from ghostify.tracing.views import MARKS
-from ghostify.tracing.wiring import Wiring, activation_of, hooked, is_silent, norm_after, only_user
+from ghostify.tracing.wiring import Wiring, norm_after, only_user
 
-GUARDS = (fixed, unused, same_mode)
 ORDER = "ghostify_order"  # in a node's meta: which original channel each of its channels is
 FLOOR = 1e-6
 
@@ -36,11 +38,11 @@ def freeze(module: fx.GraphModule) -> None:
             user.kwargs = fx.node.map_arg(user.kwargs, lambda n: False if n in modes else n)
         module.graph.erase_node(node)
     for node in list(module.graph.nodes):
-        if node.op == "call_function" and node.target in GUARDS:
+        if is_guard(node):
             module.graph.erase_node(node)
         elif node.op == "call_method" and node.target == "view":
             node.target = "reshape"  # which maps with channels last allow as well
-        elif is_silent(module, node):
+        elif is_identity_in_eval(module, node):
             node.replace_all_uses_with(node.all_input_nodes[0])
             module.graph.erase_node(node)
 
@@ -56,7 +58,7 @@ def fold(module: fx.GraphModule, dense: set[str]) -> None:
         if node.op != "call_module":
             continue
         inner = called(module, node)
-        if isinstance(inner, nn.Conv2d) and not hooked(inner):
+        if isinstance(inner, nn.Conv2d) and not has_hooks(inner):
             _fold_conv(wiring, node, inner)
         elif isinstance(inner, GhostModule):
             _take_apart(wiring, node, inner, dense=str(node.target) in dense)
@@ -84,10 +86,10 @@ def _fold_conv(wiring: Wiring, node: fx.Node, conv: nn.Conv2d) -> None:
     norm_path = norm_after(wiring, [node.name])
     if norm_path is None or not wiring.used_once(node):
         return
-    made = conv if is_plain(conv) else plain(conv)
+    made = conv if is_standard_conv(conv) else plain(conv)
     if isinstance(made, str):
         return
-    norm: Any = module.get_submodule(norm_path)
+    norm: Any = batchnorm_at(module, norm_path)
     weight, bias = fuse_conv_bn_weights(
         made.weight, made.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
     )
@@ -118,12 +120,11 @@ def _take_apart(wiring: Wiring, node: fx.Node, ghost: GhostModule, dense: bool) 
     if not wiring.used_once(node):
         return
     norm_path = norm_after(wiring, [node.name])
-    order = _order_of(ghost)
-    shift = None
-    if ghost.activation is not None and not _same_line(module, ghost, norm_path, order):
+    norm, order, shift = batchnorm_at(module, norm_path), _order_of(ghost), None
+    if ghost.activation is not None and not _same_line(ghost, norm, order):
         return
-    if norm_path is not None:
-        shift = _fold_ghost(ghost, _affine(module.get_submodule(norm_path), order))
+    if norm is not None and norm_path is not None:
+        shift = _fold_ghost(ghost, _affine(norm, order))
         _without_norm(module, node, norm_path)
     with graph.inserting_before(node):
         intrinsic = graph.call_module(f"{path}.primary_conv", node.args)
@@ -139,7 +140,8 @@ def _take_apart(wiring: Wiring, node: fx.Node, ghost: GhostModule, dense: bool) 
             ghost.register_buffer("shift", shift[:, None, None].clone())
             maps[0] = graph.call_function(torch.add, (intrinsic, graph.get_attr(f"{path}.shift")))
         activation = only_user(node)
-        act = None if activation is None else activation_of(module, activation)
+        alike = activation is not None and is_channel_independent(module, activation)
+        act = activation_module(module, activation) if activation is not None and alike else None
         if act is not None:
             maps = [_activate(module, path, act, m) for m in maps]
         joined = graph.call_function(torch.cat, (maps, 1))
@@ -186,11 +188,9 @@ def _ghosts(module: fx.GraphModule, path: str, ghost: GhostModule, read: fx.Node
     return parts
 
 
-def _affine(norm: Any, order: Tensor) -> _Affine:
+def _affine(norm: BatchNorm, order: Tensor) -> _Affine:
     """Of a norm, by the channels as the ghost module computes them."""
-    one = torch.ones_like(norm.running_var)
-    scale = (norm.running_var.double() + norm.eps).rsqrt() * (one if norm.weight is None else norm.weight).double()
-    shift = (0 * one if norm.bias is None else norm.bias).double() - scale * norm.running_mean.double()
+    scale, shift = batchnorm_affine(norm)
     order = order.to(scale.device)
     return _Affine(scale[order], shift[order])
 
@@ -206,7 +206,7 @@ def _fold_ghost(ghost: GhostModule, affine: _Affine) -> Tensor | None:
     if ghost.activation is not None:
         _scale(ghost, scale, shift)
         _scale_cheap(ghost, torch.ones_like(scale), none, affine)
-        ghost.activation = nn.Sequential(*[c for c in ghost.activation.children() if not hasattr(c, "running_mean")])
+        ghost.activation = nn.Sequential(*[c for c in ghost.activation.children() if not isinstance(c, BatchNorm)])
         return None
     floor = FLOOR * scale.abs().max().clamp_min(1e-30)
     scale = torch.where(scale.abs() < floor, floor, scale)
@@ -258,12 +258,12 @@ def _densify(ghost: GhostModule, order: Tensor) -> None:
     ghost.cheap_operation = made
 
 
-def _same_line(module: fx.GraphModule, ghost: GhostModule, norm_path: str | None, order: Tensor) -> bool:
+def _same_line(ghost: GhostModule, norm: BatchNorm | None, order: Tensor) -> bool:
     """Whether the norm on the way to the cheap operation, if any, is still the one behind the ghost module."""
     assert ghost.activation is not None
-    norms = [c for c in ghost.activation.modules() if hasattr(c, "running_mean")]
-    if norm_path is None or len(norms) != 1 or any(not isinstance(c, nn.Identity) for c in norms[0].children()):
-        return norm_path is None and not norms
+    norms = [c for c in ghost.activation.modules() if isinstance(c, BatchNorm)]
+    if norm is None or len(norms) != 1 or any(not isinstance(c, nn.Identity) for c in norms[0].children()):
+        return norm is None and not norms
     m = ghost.primary_conv.out_channels
-    own, behind = _affine(norms[0], torch.arange(m)), _affine(module.get_submodule(norm_path), order)
+    own, behind = _affine(norms[0], torch.arange(m)), _affine(norm, order)
     return torch.allclose(own.scale, behind.scale[:m]) and torch.allclose(own.shift, behind.shift[:m])

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ghostify.graph.op_queries import activation_input, activation_module, concat_inputs, elementwise_operands, is_add
 from ghostify.tracing.program import called
 
 OPSET = 18
@@ -57,6 +58,8 @@ class _Drawing:
             if not isinstance(node.args[0], fx.Node):
                 return False
             self.output = node.args[0].name
+        elif isinstance(activation_module(self.module, node), nn.ReLU):
+            return self._add(node, "Relu", [activation_input(self.module, node).name])
         elif node.op == "call_module":
             return self._module(node, called(self.module, node))
         elif node.op == "get_attr":
@@ -66,12 +69,9 @@ class _Drawing:
         return True
 
     def _module(self, node: fx.Node, inner: nn.Module) -> bool:
-        source = [n.name for n in node.all_input_nodes]
-        if type(inner) is nn.ReLU:
-            return self._add(node, "Relu", source)
         if type(inner) is not nn.Conv2d or inner.padding_mode != "zeros" or isinstance(inner.padding, str):
             return False
-        given = [*source, self._constant(f"{node.name}_weight", inner.weight)]
+        given = [node.all_input_nodes[0].name, self._constant(f"{node.name}_weight", inner.weight)]
         if inner.bias is not None:
             given.append(self._constant(f"{node.name}_bias", inner.bias))
         shape: dict[str, Any] = {"strides": inner.stride, "dilations": inner.dilation, "group": inner.groups}
@@ -79,17 +79,14 @@ class _Drawing:
 
     def _function(self, node: fx.Node) -> bool:
         args: tuple[Any, ...] = node.args
-        if node.kwargs:
-            return False
-        if node.target is torch.cat and len(args) == 2 and args[1] == 1:
-            return self._add(node, "Concat", [n.name for n in args[0]], axis=1)
-        if node.target is torch.narrow and args[1] == 1:
+        if (joined := concat_inputs(node)) is not None:
+            return self._add(node, "Concat", [n.name for n in joined], axis=1)
+        if node.target is torch.narrow and not node.kwargs and args[1] == 1:
             bounds = {"start": args[2], "end": args[2] + args[3], "axis": 1}
             names = [self._constant(f"{node.name}_{k}", torch.tensor([v])) for k, v in bounds.items()]
             return self._add(node, "Slice", [args[0].name, *names])
-        if node.target in (operator.add, torch.add) and all(isinstance(a, fx.Node) for a in args):
-            return self._add(node, "Add", [a.name for a in args])
-        return False
+        operands = elementwise_operands(node)
+        return is_add(node) and operands is not None and self._add(node, "Add", [n.name for n in operands])
 
     def _add(self, node: fx.Node, kind: str, inputs: list[str], **attributes: Any) -> bool:
         self.nodes.append(self.onnx.helper.make_node(kind, inputs, [node.name], name=node.name, **attributes))

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from ghostify.fitting.lstsq import Statistics
 from ghostify.fitting.pairs import MapStatistics
+from ghostify.graph.batchnorm import BatchNorm
 from ghostify.tracing.propagate import Channels
 
 
 def statistics_of(
-    conv: nn.Conv2d, norm: Any, dw_size: int, *, inputs: Channels | None = None, map_by_map: bool = False
+    conv: nn.Conv2d, norm: BatchNorm | None, dw_size: int, *, inputs: Channels | None = None, map_by_map: bool = False
 ) -> Statistics | MapStatistics:
     """Statistics of a convolution under white inputs, with the running statistics of the BatchNorm behind, if any.
 
@@ -25,8 +26,8 @@ def statistics_of(
         input_variance=None if inputs is None or len(inputs.var) != conv.in_channels else inputs.var,
         stride=(conv.stride[0], conv.stride[1]),
         dilation=(conv.dilation[0], conv.dilation[1]),
-        mean=None if norm is None else norm.running_mean.cpu(),
-        variance=None if norm is None else norm.running_var.cpu(),
+        mean=None if norm is None or norm.running_mean is None else norm.running_mean.cpu(),
+        variance=None if norm is None or norm.running_var is None else norm.running_var.cpu(),
         map_by_map=map_by_map,
     )
 

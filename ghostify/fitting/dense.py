@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, fx
 
@@ -23,6 +21,7 @@ from ghostify.fitting.layer import (
 )
 from ghostify.fitting.moments import Pair
 from ghostify.fitting.walk import Chunk, Walk
+from ghostify.graph.batchnorm import batchnorm_at
 from ghostify.narrow import DenseWeights
 from ghostify.planning.plan import Narrow
 from ghostify.tracing.program import as_module
@@ -35,7 +34,7 @@ class Dense:
         self.entry, self.images, self.seed = entry, images, seed
         self.conv = as_module(walk.converted, entry.conv.local)
         whole, self.keeps = entry.conv.outputs, kept_of(entry)
-        norm: Any = None if entry.norm is None else walk.original.get_submodule(entry.norm)
+        norm = batchnorm_at(walk.original, entry.norm)
         self.weights = channel_weights(norm, whole)[self.keeps]
         self.felt = None if felt is None else felt.double()[self.keeps][:, self.keeps]
         self.partner, self.gain = walk.node(entry.partner), inverse_scale(norm, whole)

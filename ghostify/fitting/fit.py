@@ -24,6 +24,7 @@ from ghostify.fitting.layer import Layer, channel_weights, emit, has_many_maps
 from ghostify.fitting.sensitivity import Calibration, Sensitivity, calibrate
 from ghostify.fitting.walk import Walk
 from ghostify.ghost import GhostWeights
+from ghostify.graph.batchnorm import BatchNorm, batchnorm_at
 from ghostify.narrow import narrowed_conv, narrowed_norm
 from ghostify.planning.plan import Plan, Rewrite
 from ghostify.rewrite import Weights, put, put_narrow, rewrite_part
@@ -95,7 +96,7 @@ class _Fitting:
     def data_free(self, entry: Rewrite) -> GhostWeights:
         """The fit of one layer without images."""
         part, conv = self.program.parts[entry.conv.part], self.program.conv(entry.conv.name)
-        norm: Any = None if entry.norm is None else part.get_submodule(entry.norm)
+        norm = batchnorm_at(part, entry.norm)
         inputs = self.known(entry.conv.part).get(entry.conv.calls[0].node)
         if entry.narrowing is not None:
             keeps, reads = entry.narrowing.keeps, entry.narrowing.reads
@@ -166,7 +167,7 @@ class _Fitting:
         }
 
 
-def data_free(conv: nn.Conv2d, entry: Rewrite, norm: Any, inputs: Channels | None) -> GhostWeights:
+def data_free(conv: nn.Conv2d, entry: Rewrite, norm: BatchNorm | None, inputs: Channels | None) -> GhostWeights:
     """Ghost weights from the convolution's filters and the statistics of the BatchNorm behind it, without images."""
     layout = entry.layout
     apart = has_many_maps(layout)

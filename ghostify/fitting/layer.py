@@ -25,6 +25,7 @@ from ghostify.fitting.sight import View
 from ghostify.fitting.systems import leading_vectors
 from ghostify.fitting.walk import Chunk, Walk
 from ghostify.ghost import GhostWeights, Layout
+from ghostify.graph.batchnorm import BatchNorm, batchnorm_affine, batchnorm_at, gamma_beta
 from ghostify.planning.activation import activation_line, narrowed
 from ghostify.planning.plan import Narrow, Rewrite
 from ghostify.tracing.program import as_module
@@ -49,7 +50,7 @@ class Layer:
         self.entry, self.seed, self.images = entry, seed, images
         standing = walk.original if entry.narrowing is None else walk.converted
         self.conv, self.keeps = as_module(standing, entry.conv.local), kept_of(entry)
-        norm: Any = None if entry.norm is None else walk.original.get_submodule(entry.norm)
+        norm = batchnorm_at(walk.original, entry.norm)
         self.shared = len(entry.conv.calls) > 1
         self.felt = felt if felt is not None and felt.isfinite().all() and felt.any() else None
         if self.felt is not None:
@@ -289,14 +290,13 @@ def has_many_maps(layout: Layout) -> bool:
     return layout.width == 1 and layout.outputs * layout.dw_size**2 > FEATURES
 
 
-def channel_weights(norm: Any, outputs: int) -> Tensor:
+def channel_weights(norm: BatchNorm | None, outputs: int) -> Tensor:
     """How much a squared error of each output (n) counts: gamma^2 / sigma^2 where BatchNorm follows, else alike, as
     where it silences all."""
-    if norm is None:
+    if norm is None or norm.running_var is None:
         return torch.ones(outputs, dtype=torch.float64)
-    weight = 1 / (norm.running_var.double().cpu() + norm.eps)
-    if norm.weight is not None:
-        weight = weight * norm.weight.detach().double().cpu().square()
+    gamma, _ = gamma_beta(norm)
+    weight = 1 / (norm.running_var.double().cpu() + norm.eps) * gamma.double().cpu().square()
     return weight.clamp_min(1e-6 * weight.mean()) if weight.any() else torch.ones_like(weight)
 
 
@@ -326,12 +326,10 @@ def emit(conv: nn.Conv2d, entry: Rewrite, stats: Statistics | Links, solution: S
     )
 
 
-def inverse_scale(norm: Any, outputs: int) -> Tensor:
+def inverse_scale(norm: BatchNorm | None, outputs: int) -> Tensor:
     """sigma / gamma of the norm behind; 0 for channels that it all but silences, 1 where there is none."""
-    if norm is None:
+    if norm is None or norm.running_var is None:
         return torch.ones(outputs)
-    scale = (norm.running_var + norm.eps).rsqrt().cpu()
-    if norm.weight is not None:
-        scale = scale * norm.weight.detach().cpu()
+    scale = batchnorm_affine(norm, norm.running_var.dtype)[0].cpu()
     audible = scale.abs() > 0.01 * scale.abs().max()
     return torch.where(audible, 1 / scale, 0).float()

@@ -9,15 +9,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 
 from ghostify.fitting.batches import Batch
 from ghostify.fitting.shelf import Shelf, loaded, tidy
+from ghostify.graph.op_queries import may_mutate_input
 from ghostify.tracing.calls import placeholders, tensors_of
 from ghostify.tracing.program import called
 
-READ_ONLY = (nn.Conv2d, nn.Linear, nn.BatchNorm2d)
 ACTIVATIONS = 1 << 30
 FEW = 16
 
@@ -110,7 +110,7 @@ class Walk:
                 tidy()
 
     def _run_original(self, node: fx.Node, chunk: Chunk) -> None:
-        if self._diverges(node, chunk) and _may_write(self.original, node):
+        if self._diverges(node, chunk) and may_mutate_input(self.original, node):
             for source in node.all_input_nodes:
                 if _memory(chunk.value(source)) & _memory(chunk.original[source]):
                     chunk.converted[source] = _copied(chunk.value(source))
@@ -158,14 +158,6 @@ def _execute(module: fx.GraphModule, node: fx.Node, env: Values) -> Any:
     if node.op == "call_method":
         return getattr(args[0], target)(*args[1:], **kwargs)
     return args[0]
-
-
-def _may_write(module: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether running a node might change one of its inputs."""
-    if node.op == "call_module":
-        inner = called(module, node)
-        return not isinstance(inner, READ_ONLY) or any(getattr(m, "inplace", False) for m in inner.modules())
-    return node.op in ("call_function", "call_method")
 
 
 def _copied(value: Any) -> Any:

@@ -44,12 +44,12 @@ def activation_module(module: nn.Module, node: fx.Node) -> nn.Module | None:
     Of a `call_module` node its module; of other calls a new one that does not write in place, PReLU's with the graph's
     own weight. `x * sigmoid(x)` and its like are activations of x (see `activation_input`).
     """
-    op = op_of(module, node)
     if node.op == "call_module":
         inner = _called(module, node)
-        return inner if op is not None and op.activation is not None and not has_hooks(inner) else None
+        return inner if is_activation_module(inner) else None
     if (gate := _own_gate(module, node)) is not None:
         return gate[1]
+    op = op_of_call(node)
     if op is None or op.activation is None:
         return None
     if op.activation is nn.PReLU:
@@ -62,6 +62,12 @@ def activation_module(module: nn.Module, node: fx.Node) -> nn.Module | None:
     if hasattr(made, "inplace"):
         setattr(made, "inplace", False)  # noqa: B010
     return made
+
+
+def is_activation_module(module: nn.Module) -> bool:
+    """Whether a module is an activation, and runs no hooks."""
+    op = op_of_module(module)
+    return op is not None and op.activation is not None and not has_hooks(module)
 
 
 def activation_input(module: nn.Module, node: fx.Node) -> fx.Node:
@@ -127,6 +133,11 @@ def is_channelwise(module: nn.Module, node: fx.Node) -> bool:
     return op.channel_independent or (bool(op.channel_parameters) and _parameters_are_attributes(node))
 
 
+def is_channel_independent_module(module: nn.Module) -> bool:
+    """`is_channel_independent` of any call of a module."""
+    return is_channelwise_module(module) and not _channel_parameters(module)
+
+
 def is_channelwise_module(module: nn.Module) -> bool:
     """`is_channelwise` of any call of a module: of it, and of what it holds, such as a norm's activation."""
     op = op_of_module(module)
@@ -143,9 +154,13 @@ def channel_parameters(module: nn.Module, node: fx.Node) -> tuple[str, ...]:
         op = op_of_call(node)
         attributes = _attribute_arguments(node) if op is not None and op.channel_parameters else ()
         return tuple(path for path in attributes if _has_channels(operator.attrgetter(path)(module)))
+    return tuple(f"{node.target}.{path}" for path in _channel_parameters(_called(module, node)))
+
+
+def _channel_parameters(module: nn.Module) -> tuple[str, ...]:
     return tuple(
-        ".".join(filter(None, (str(node.target), path, name)))
-        for path, inner in _called(module, node).named_modules()
+        f"{path}.{name}" if path else name
+        for path, inner in module.named_modules()
         if (op := op_of_module(inner)) is not None
         for name in op.channel_parameters
         if _has_channels(getattr(inner, name))
@@ -261,7 +276,7 @@ def may_mutate_input(module: nn.Module, node: fx.Node) -> bool:
 def _may_write(module: nn.Module, node: fx.Node) -> bool:
     """Whether a known operator is spelled or set to write in place."""
     if node.op == "call_module":
-        return any(getattr(inner, "inplace", False) for inner in _called(module, node).modules())
+        return any(getattr(m, "inplace", False) or has_hooks(m) for m in _called(module, node).modules())
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     in_place = name.endswith("_") or node.target in IN_PLACE
     return in_place or "out" in node.kwargs or bool(node.kwargs.get("inplace")) or any(v is True for v in node.args[1:])

@@ -7,9 +7,9 @@ from typing import TypeVar
 
 from torch import Tensor, fx, nn
 
+from ghostify.graph.op_queries import activation_module
 from ghostify.narrow import narrowed_norm
 from ghostify.planning.plan import Rewrite
-from ghostify.tracing.wiring import activation_of
 
 Copied = TypeVar("Copied", bound=nn.Module)
 
@@ -19,7 +19,7 @@ def activation_line(module: fx.GraphModule, entry: Rewrite) -> nn.Sequential:
     node = next(n for n in module.graph.nodes if n.name == entry.activation)
     line = [] if entry.norm is None else [module.get_submodule(entry.norm)]
     if str(node.target) != entry.norm:
-        activation = activation_of(module, node)
+        activation = activation_module(module, node)
         assert activation is not None
         line.append(activation)
     return out_of_place(nn.Sequential(*line))

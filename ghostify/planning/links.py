@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import fx, nn
 
-from ghostify.planning.order import blind_inside, is_blind, only_reader
-from ghostify.tracing.kinds import is_plain
+from ghostify.graph.batchnorm import BatchNorm
+from ghostify.graph.op_queries import is_channel_independent, is_mul, is_standard_conv
+from ghostify.modules.hooks import has_hooks
+from ghostify.planning.order import blind_inside, only_reader
 from ghostify.tracing.program import Convolution, Program, called
 from ghostify.tracing.views import marks_of
-from ghostify.tracing.wiring import NORMS, Wiring, hooked, multiplies, only_user
+from ghostify.tracing.wiring import Wiring, only_user
 
 SPATIAL = ((2, 3), (-2, -1))
 POOLS = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
@@ -141,12 +144,12 @@ class _Following:
     def _scaled(self) -> fx.Node | None:
         """The product of the maps with a gate of their own means: pooled, reduced, expanded, activated."""
         users = list(self.node.users)
-        product = next((u for u in users if multiplies(u) and self.node in u.args), None)
+        product = next((u for u in users if is_mul(u) and self.node in u.args), None)
         if product is None or len(users) != 2 or marks_of(self.node):
             return None
         gate = next((a for a in product.args if isinstance(a, fx.Node) and a is not self.node), None)
-        module = self.wiring.module
-        while gate is not None and gate.name not in self.known and only_user(gate) and is_blind(module, gate):
+        alike = partial(is_channel_independent, self.wiring.module)
+        while gate is not None and gate.name not in self.known and only_user(gate) and alike(gate):
             gate = gate.all_input_nodes[0]
         if gate is None or gate.name not in self.known or only_user(gate) is None or marks_of(gate):
             return None
@@ -166,7 +169,7 @@ class _Following:
         """Whether a node pools every map by itself, as squeeze-excite blocks begin."""
         if node.op == "call_module":
             inner = called(self.wiring.module, node)
-            return isinstance(inner, POOLS) and not hooked(inner)
+            return isinstance(inner, POOLS) and not has_hooks(inner)
         over = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
         means = node.op == "call_method" and node.target == "mean" and bool(node.kwargs.get("keepdim"))
         return means and isinstance(over, tuple | list) and tuple(over) in SPATIAL
@@ -181,11 +184,11 @@ class _Following:
     def _treats_alike(self, node: fx.Node) -> bool:
         """Whether a node treats every map by itself; a norm is noted."""
         inner = called(self.wiring.module, node) if node.op == "call_module" else None
-        if not isinstance(inner, NORMS):
-            return is_blind(self.wiring.module, node)
+        if not isinstance(inner, BatchNorm):
+            return is_channel_independent(self.wiring.module, node)
         last = self.line[-1]
         self.line[-1] = replace(last, norms=(*last.norms, str(node.target)))
-        return self.wiring.used_once(node) and not hooked(inner) and blind_inside(inner)
+        return self.wiring.used_once(node) and not has_hooks(inner) and blind_inside(inner)
 
 
 def _can_lose_maps(wiring: Wiring, conv: Convolution) -> bool:
@@ -194,4 +197,4 @@ def _can_lose_maps(wiring: Wiring, conv: Convolution) -> bool:
         return False
     node = wiring.nodes[conv.calls[0].node]
     inner: Any = called(wiring.module, node)
-    return is_plain(inner) and wiring.used_once(node) and not hooked(inner)
+    return is_standard_conv(inner) and wiring.used_once(node) and not has_hooks(inner)

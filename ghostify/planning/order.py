@@ -6,27 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.layers import DropBlock2d, DropPath
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
 from ghostify.ghost import GhostModule
-from ghostify.tracing.kinds import is_plain
+from ghostify.graph.batchnorm import BatchNorm
+from ghostify.graph.op_queries import is_channel_independent, is_channel_independent_module, is_standard_conv
+from ghostify.modules.hooks import has_hooks
 from ghostify.tracing.program import called
 from ghostify.tracing.views import marks_of
-from ghostify.tracing.wiring import NORMS, Wiring, hooked, only_user
-
-BLIND_MODULES = (
-    nn.Identity, nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Sigmoid, nn.Tanh,
-    nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.Mish, nn.Softplus, nn.Dropout, nn.Dropout2d, nn.MaxPool2d, nn.AvgPool2d,
-    nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Upsample, DropPath, DropBlock2d,
-)  # fmt: skip
-BLIND_FUNCTIONS = (
-    F.relu, F.relu6, F.silu, F.gelu, F.hardswish, F.hardsigmoid, F.hardtanh, F.leaky_relu, F.elu, F.mish, F.softplus,
-    F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.dropout, F.dropout2d, F.interpolate,
-    torch.relu, torch.relu_, torch.sigmoid, torch.tanh,
-)  # fmt: skip
-BLIND_METHODS = ("relu", "relu_", "sigmoid", "sigmoid_", "tanh", "contiguous", "clone", "detach", "float", "half")
+from ghostify.tracing.wiring import Wiring, only_user
 
 
 @dataclass(frozen=True)
@@ -46,13 +34,13 @@ def absorption(wiring: Wiring, nodes: list[str]) -> Absorption | None:
     while (user := only_reader(node)) is not None:
         inner: Any = called(wiring.module, user) if user.op == "call_module" else None
         if isinstance(inner, nn.Conv2d):
-            dense = is_plain(inner) and inner.groups == 1 and wiring.used_once(user) and not hooked(inner)
+            dense = is_standard_conv(inner) and inner.groups == 1 and wiring.used_once(user) and not has_hooks(inner)
             return Absorption(tuple(norms), str(user.target)) if dense else None
-        if isinstance(inner, NORMS) and wiring.used_once(user) and not hooked(inner):
+        if isinstance(inner, BatchNorm) and wiring.used_once(user) and not has_hooks(inner):
             if not blind_inside(inner):
                 return None
             norms.append(str(user.target))
-        elif not is_blind(wiring.module, user):
+        elif not is_channel_independent(wiring.module, user):
             return None
         node = user
     return None
@@ -92,20 +80,6 @@ def permute_inputs(inner: nn.Module, order: Tensor, spread: int = 1) -> None:
     weight.copy_(weight[:, (order[:, None] * spread + torch.arange(spread, device=order.device)).flatten()])
 
 
-def is_blind(module: nn.Module, node: fx.Node) -> bool:
-    """Whether a node of the module's graph treats every channel alike, and no hook looks on."""
-    if node.op != "call_module":
-        return is_blind_call(node)
-    inner = called(module, node)
-    return isinstance(inner, BLIND_MODULES) and not hooked(inner)
-
-
-def is_blind_call(node: fx.Node) -> bool:
-    """Whether a function or method is called that treats every channel alike."""
-    known = {"call_function": BLIND_FUNCTIONS, "call_method": BLIND_METHODS}
-    return node.target in known.get(node.op, ())
-
-
 def blind_inside(norm: nn.Module) -> bool:
     """Whether what a norm holds, such as its activation, treats every channel alike, and no hook looks on."""
-    return all(isinstance(child, BLIND_MODULES) and not hooked(child) for child in norm.children())
+    return all(map(is_channel_independent_module, norm.children()))

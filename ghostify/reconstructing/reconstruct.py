@@ -16,6 +16,7 @@ from ghostify.fitting.batches import HELD_OUT, Batches, batches_of
 from ghostify.fitting.collective import mine
 from ghostify.fitting.fit import Fits, Progress
 from ghostify.ghost import GhostModule, GhostWeights
+from ghostify.graph.batchnorm import batchnorm_at
 from ghostify.planning.plan import Plan, Rewrite
 from ghostify.reconstructing.blocks import Block, blocks_of
 from ghostify.reconstructing.descent import descend
@@ -134,7 +135,7 @@ class _Layer:
             if conv.bias is not None:
                 self.rated.append((conv.bias, RATE * size * math.sqrt(conv.weight[0].numel())))
         if self.shift is not None:
-            norm: Any = module.get_submodule(str(entry.norm))
+            norm: Any = batchnorm_at(module, entry.norm)
             self.rated.append((self.shift, RATE * float(norm.running_var.float().mean().sqrt())))
             ghost.register_forward_hook(lambda _, inputs, made: made + self.shift[:, None, None])  # noqa: ARG005
             if ghost.activation is not None:

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from ghostify.errors import GhostifyError
 from ghostify.ghost import is_channels_last
+from ghostify.modules.hooks import has_hooks
 from ghostify.tracing.names import within
 from ghostify.tracing.views import KEPT, RESULT, Traced, mark, marks_of, put_attributes
 
@@ -30,7 +31,6 @@ TORCH_FUNCTIONS = ("_assert", "sym_int", "sym_float", "sym_max", "sym_min", "sym
 FORBIDDEN = ("from_file", "save", "load")
 OWN = frozenset(nn.Module().__dict__) - {"training"}
 DERIVED = ("_flat_weights", "_flat_weight_refs")  # what recurrent layers make of their parameters
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def describe(module: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -89,9 +89,8 @@ def is_sayable(value: Any) -> bool:
 
 
 def _describe_one(path: str, inner: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    for hook in HOOKS:
-        if getattr(inner, hook):
-            raise GhostifyError(f"{path or 'the model'} carries hooks, which cannot be saved: remove them first")
+    if has_hooks(inner):
+        raise GhostifyError(f"{path or 'the model'} carries hooks, which cannot be saved: remove them first")
     item: dict[str, Any] = {"training": inner.training, "parameters": {}, "buffers": {}}
     for name, parameter in inner._parameters.items():
         item["parameters"][name] = None if parameter is None else _tensor_facts(parameter)

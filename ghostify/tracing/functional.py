@@ -8,21 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from ghostify.graph.op_queries import is_conv2d_function
+
 Called = tuple[dict[str, Any], Tensor]
-CONV2D_FUNCTIONS = (F.conv2d, torch.conv2d)
-
-
-def is_functional(node: fx.Node) -> bool:
-    """Whether the node calls conv2d as a function."""
-    return node.op == "call_function" and node.target in CONV2D_FUNCTIONS
 
 
 def functional_weight(module: nn.Module, node: fx.Node) -> str | None:
     """Path of the parameter a functional convolution takes as weight, or None where it is computed."""
-    if not is_functional(node):
+    if not is_conv2d_function(node):
         return None
     bound = _bind(node)
     for key in ("weight", "bias"):

@@ -8,15 +8,9 @@ import torch
 from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
 
+from ghostify.graph.op_queries import is_standard_conv
 from ghostify.tracing.functional import Called, Watch
 from ghostify.tracing.modes import evaluating
-
-PLAIN = (nn.Conv2d, Conv2dSame)
-
-
-def is_plain(conv: nn.Conv2d) -> bool:
-    """Whether the convolution is what its class says, and its weight a parameter."""
-    return type(conv) in PLAIN
 
 
 def plain(conv: nn.Conv2d) -> nn.Conv2d | str:
@@ -26,12 +20,13 @@ def plain(conv: nn.Conv2d) -> nn.Conv2d | str:
     first, those that also pad by TensorFlow's rule to the second. A plain one is returned as it is; what is made for
     another holds copies.
     """
-    if is_plain(conv):
+    if is_standard_conv(conv):
         return conv
     calls, same = [], False
     for more in (0, 1):
-        extent = [
-            (k - 1) * d + 1 + 3 * s + more for k, s, d in zip(conv.kernel_size, conv.stride, conv.dilation, strict=True)
+        extent = [  # one position more than a multiple of the stride is where TensorFlow's rule pads most
+            ((k - 1) * d // s + 4) * s + 1 + more
+            for k, s, d in zip(conv.kernel_size, conv.stride, conv.dilation, strict=True)
         ]
         draw = torch.Generator().manual_seed(more)
         seen: list[Called] = []

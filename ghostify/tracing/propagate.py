@@ -7,15 +7,21 @@ independent ones.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from ghostify.tracing.program import called
-from ghostify.tracing.wiring import NORMS, activation_of, adds, is_silent
+from ghostify.graph.batchnorm import BatchNorm, batchnorm_of, gamma_beta
+from ghostify.graph.op_queries import (
+    activation_input,
+    activation_module,
+    concat_inputs,
+    elementwise_operands,
+    is_add,
+    is_identity_in_eval,
+    is_resampling,
+)
 
-POOLS = (nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Upsample)
 NODES = 64
 
 
@@ -40,28 +46,23 @@ def input_channels(module: fx.GraphModule) -> dict[str, Channels]:
 
 
 def _channels(module: fx.GraphModule, known: Known, node: fx.Node) -> Channels | None:
-    sources = node.all_input_nodes
-    if node.op == "call_module" and isinstance(called(module, node), NORMS):
-        return _normed(called(module, node))
-    if not sources:
-        return None
-    if node.target is torch.cat or adds(node):
-        parts = [known[source] for source in sources]
-        found = [p for p in parts if p is not None]
-        if len(found) < len(parts):
+    if (norm := batchnorm_of(module, node)) is not None:
+        return _normed(norm)
+    if (joined := concat_inputs(node)) is not None:
+        parts = [p for n in joined if (p := known[n]) is not None]
+        if len(parts) < len(joined):
             return None
-        if node.target is torch.cat:
-            dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-            joined = Channels(torch.cat([p.mean for p in found]), torch.cat([p.var for p in found]))
-            return joined if dim == 1 else None
-        if len(found) == 2 and found[0].mean.shape == found[1].mean.shape:
-            return Channels(found[0].mean + found[1].mean, found[0].var + found[1].var)
-        return None
-    if (activation := activation_of(module, node)) is not None:
-        source = known[sources[0]]
+        return Channels(torch.cat([p.mean for p in parts]), torch.cat([p.var for p in parts]))
+    if is_add(node):
+        one, other = (known[n] for n in elementwise_operands(node) or ())
+        if one is None or other is None or one.mean.shape != other.mean.shape:
+            return None
+        return Channels(one.mean + other.mean, one.var + other.var)
+    if (activation := activation_module(module, node)) is not None:
+        source = known[activation_input(module, node)]
         return None if source is None else activated(activation, source)
-    if is_silent(module, node) or (node.op == "call_module" and isinstance(called(module, node), POOLS)):
-        return known[sources[0]]
+    if is_identity_in_eval(module, node) or is_resampling(module, node):
+        return known[node.all_input_nodes[0]]
     return None
 
 
@@ -76,9 +77,8 @@ def activated(activation: nn.Module, source: Channels) -> Channels:
     return Channels(mean, (weights[:, None] * (values - mean).square()).sum(0))
 
 
-def _normed(norm: Any) -> Channels:
-    gamma = torch.ones(norm.num_features) if norm.weight is None else norm.weight.detach()
-    beta = torch.zeros(norm.num_features) if norm.bias is None else norm.bias.detach()
+def _normed(norm: BatchNorm) -> Channels:
+    gamma, beta = gamma_beta(norm)
     made = Channels(beta.double().cpu(), gamma.double().cpu().square())
     for child in (c for c in norm.children() if not isinstance(c, nn.Identity)):
         made = activated(child, made)

@@ -11,10 +11,11 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ghostify.graph.op_queries import is_conv2d
 from ghostify.tracing.calls import Inputs, bind_inputs, run_example, spread
-from ghostify.tracing.functional import Called, Watch, is_functional
+from ghostify.tracing.functional import Called, Watch
 from ghostify.tracing.modes import evaluating
-from ghostify.tracing.program import LONE, Call, Convolution, called
+from ghostify.tracing.program import LONE, Call, Convolution
 
 BESIDE = "it runs as a function in a forward that does not trace"
 
@@ -126,6 +127,6 @@ class _Looking(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         made = super().run_node(n)
-        if is_functional(n) or (n.op == "call_module" and isinstance(called(self.module, n), nn.Conv2d)):
+        if is_conv2d(self.module, n):
             return self.look(n, self.env.get(n.all_input_nodes[0]), made)
         return made

@@ -12,13 +12,15 @@ from typing import Any
 from torch import fx, nn
 
 from ghostify.errors import GhostifyError
+from ghostify.graph.op_queries import is_conv2d, is_standard_conv
+from ghostify.modules.hooks import has_hooks
 from ghostify.tracing.attributes import keep_attributes, lost_attributes
 from ghostify.tracing.calls import example_of, tensors_of
 from ghostify.tracing.entering import answers_alike, enter, how_called
-from ghostify.tracing.functional import attribute, functional_conv, functional_weight, is_functional, settings
-from ghostify.tracing.kinds import is_plain, plain
+from ghostify.tracing.functional import attribute, functional_conv, functional_weight, settings
+from ghostify.tracing.kinds import plain
 from ghostify.tracing.names import within
-from ghostify.tracing.program import Call, Convolution, Program, called
+from ghostify.tracing.program import Call, Convolution, Program
 from ghostify.tracing.record import Record, record
 
 Parts = dict[str, fx.GraphModule]
@@ -154,9 +156,9 @@ def _unreached(
 
 
 def _conv_name(part: fx.GraphModule, node: fx.Node) -> str | None:
-    if node.op == "call_module":
-        return str(node.target) if isinstance(called(part, node), nn.Conv2d) else None
-    return (functional_weight(part, node) or node.name) if is_functional(node) else None
+    if not is_conv2d(part, node):
+        return None
+    return str(node.target) if node.op == "call_module" else functional_weight(part, node) or node.name
 
 
 def _describe(
@@ -212,10 +214,9 @@ class _Readers:
 
 
 def _obstacle(readers: _Readers, conv: nn.Conv2d, own_uses: int = 0) -> str | None:
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if any(getattr(conv, h) for h in hooks):
+    if has_hooks(conv):
         return "it carries hooks: remove them, then convert"
-    if not is_plain(conv) and isinstance(why := plain(conv), str):
+    if not is_standard_conv(conv) and isinstance(why := plain(conv), str):
         return f"{type(conv).__module__}.{type(conv).__name__} is a Conv2d of its own kind: {why}"
     if conv.weight.is_complex() or not conv.weight.is_floating_point():
         return f"its weight is {conv.weight.dtype}"

@@ -55,6 +55,14 @@ def same_mode(mode: bool, traced: bool, name: str) -> None:
         )
 
 
+GUARDS = (fixed, unused, same_mode)
+
+
+def is_guard(node: fx.Node) -> bool:
+    """Whether the node only checks what was assumed when the model was traced."""
+    return node.op == "call_function" and node.target in GUARDS
+
+
 class UntraceableError(Exception):
     """A forward of which there is no graph; says why."""
 

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
-from typing import Any
 
-import torch
-from timm.layers import BatchNormAct2d, DropBlock2d, DropPath
 from torch import fx, nn
-from torch.nn import functional as F
-from torchvision.ops import StochasticDepth, stochastic_depth
 
+from ghostify.graph.batchnorm import batchnorm_of
+from ghostify.graph.op_queries import (
+    activation_input,
+    activation_module,
+    is_activation_module,
+    is_add,
+    is_identity_in_eval,
+)
+from ghostify.modules.hooks import has_hooks
 from ghostify.tracing.program import Convolution, Program, called
 from ghostify.tracing.views import marks_of
-
-NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d)
-SILENT_MODULES = (nn.Identity, nn.Dropout, nn.Dropout2d, DropPath, DropBlock2d, StochasticDepth)
-SILENT_FUNCTIONS = (F.dropout, F.dropout2d, stochastic_depth)
-ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.GELU, nn.LeakyReLU, nn.ELU, nn.Mish)
-ACTIVATION_FUNCTIONS: dict[Any, type[nn.Module]] = {
-    F.relu: nn.ReLU, torch.relu: nn.ReLU, torch.relu_: nn.ReLU, F.relu6: nn.ReLU6, F.silu: nn.SiLU,
-    F.hardswish: nn.Hardswish, F.gelu: nn.GELU, F.mish: nn.Mish,
-}  # fmt: skip
-ACTIVATION_METHODS: dict[Any, type[nn.Module]] = {"relu": nn.ReLU, "relu_": nn.ReLU}
-SUMS = (operator.add, operator.iadd, torch.add)
-SUM_METHODS = ("add", "add_")
-PRODUCTS = (operator.mul, operator.imul, torch.mul)
-PRODUCT_METHODS = ("mul", "mul_")
 
 
 class Wiring:
@@ -48,11 +37,10 @@ def norm_after(wiring: Wiring, nodes: list[str]) -> str | None:
     if len(nodes) != 1:
         return None
     node = None if marks_of(wiring.nodes[nodes[0]]) else only_user(wiring.nodes[nodes[0]])
-    if node is None or node.op != "call_module":
+    norm = None if node is None else batchnorm_of(wiring.module, node)
+    if node is None or norm is None or norm.running_mean is None:
         return None
-    norm: Any = called(wiring.module, node)
-    fits = isinstance(norm, NORMS) and norm.running_mean is not None and wiring.used_once(node) and not hooked(norm)
-    return str(node.target) if fits else None
+    return str(node.target) if wiring.used_once(node) and not has_hooks(norm) else None
 
 
 def norm_behind(program: Program, conv: Convolution) -> str | None:
@@ -69,19 +57,15 @@ def activation_after(wiring: Wiring, nodes: list[str], norm: str | None) -> str 
         node = next(iter(node.users))
         inner = [c for c in called(wiring.module, node).children() if not isinstance(c, nn.Identity)]
         if inner:
-            return node.name if all(isinstance(c, ACTIVATIONS) for c in inner) else None
-    user = only_user(node)
-    return user.name if user is not None and activation_of(wiring.module, user) is not None else None
+            return node.name if all(map(is_activation_module, inner)) else None
+    return next((user.name for user in node.users if _activates_alone(wiring.module, user, node)), None)
 
 
-def activation_of(module: nn.Module, node: fx.Node) -> nn.Module | None:
-    """A module that does what an activation node does, None for any other node."""
-    if node.op == "call_module":
-        inner = called(module, node)
-        return inner if isinstance(inner, ACTIVATIONS) and not hooked(inner) else None
-    plain = len(node.args) == 1 and not set(node.kwargs) - {"inplace"}
-    known = ACTIVATION_FUNCTIONS if node.op == "call_function" else ACTIVATION_METHODS
-    return known[node.target]() if plain and node.target in known else None
+def _activates_alone(module: fx.GraphModule, user: fx.Node, node: fx.Node) -> bool:
+    """Whether `user` is an activation of `node`, and nobody else reads that but the gate of the activation itself."""
+    if activation_module(module, user) is None or activation_input(module, user) is not node:
+        return False
+    return set(node.users) <= {user, *user.all_input_nodes}
 
 
 def partner_in_sum(wiring: Wiring, nodes: list[str], norm: str | None) -> str | None:
@@ -97,46 +81,23 @@ def partner_in_sum(wiring: Wiring, nodes: list[str], norm: str | None) -> str | 
             if not all(isinstance(c, nn.Identity) for c in inner.children()):
                 return None
             awaited = None
-        elif not is_silent(wiring.module, user):
+        elif not is_identity_in_eval(wiring.module, user):
             return None
         node = user
     return None
 
 
-def adds(node: fx.Node) -> bool:
-    """Whether the node is a sum."""
-    return node.target in (SUMS if node.op == "call_function" else SUM_METHODS if node.op == "call_method" else ())
-
-
-def multiplies(node: fx.Node) -> bool:
-    """Whether the node is a product of two values."""
-    known = PRODUCTS if node.op == "call_function" else PRODUCT_METHODS if node.op == "call_method" else ()
-    return node.target in known and len(node.all_input_nodes) == 2
-
-
 def _summand(user: fx.Node, node: fx.Node) -> fx.Node | None:
     """What `user` adds to `node`, if that is what it does."""
     others = [a for a in user.args if isinstance(a, fx.Node) and a is not node]
-    return others[0] if adds(user) and len(others) == 1 and not user.kwargs else None
+    return others[0] if is_add(user) and len(others) == 1 and not user.kwargs else None
 
 
 def _source(wiring: Wiring, node: fx.Node) -> fx.Node:
     """The node itself, or what it hands on unchanged in evaluation."""
-    while is_silent(wiring.module, node):
+    while is_identity_in_eval(wiring.module, node):
         node = node.all_input_nodes[0]
     return node
-
-
-def is_silent(module: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether the node hands its input on unchanged in evaluation."""
-    if node.op == "call_module":
-        return isinstance(called(module, node), SILENT_MODULES)
-    return node.op == "call_function" and node.target in SILENT_FUNCTIONS
-
-
-def hooked(inner: nn.Module) -> bool:
-    """Whether calling the module does more than its forward."""
-    return bool(inner._forward_hooks or inner._forward_pre_hooks)
 
 
 def only_user(node: fx.Node) -> fx.Node | None:

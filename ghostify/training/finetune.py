@@ -25,6 +25,7 @@ from ghostify.data.lessons import Lessons, Order, Seeded
 from ghostify.deploying.runtimes import channels_last
 from ghostify.errors import GhostifyError
 from ghostify.ghost import GhostModule
+from ghostify.graph.batchnorm import has_running_statistics
 from ghostify.report import report
 from ghostify.tracing.calls import tensors_of
 from ghostify.training.distill import answers_apart, features_apart
@@ -211,7 +212,7 @@ class _Training:
         self.student.train()
         if self.recipe.frozen_norms:
             for module in self.student.modules():
-                if isinstance(module, nn.modules.batchnorm._NormBase):
+                if has_running_statistics(module):
                     module.eval()
         drawn = np.random.SeedSequence((self.recipe.seed, step, self.accelerator.process_index)).generate_state(1)
         torch.manual_seed(int(drawn[0]))
