@@ -10,9 +10,8 @@ from typing import Any
 from torch import fx, nn
 
 from ghostify.graph.batchnorm import BatchNorm
-from ghostify.graph.op_queries import is_channel_independent, is_mul, is_standard_conv
+from ghostify.graph.op_queries import is_channel_independent, is_channel_independent_module, is_mul, is_standard_conv
 from ghostify.modules.hooks import has_hooks
-from ghostify.planning.order import blind_inside, only_reader
 from ghostify.tracing.program import Convolution, Program, called
 from ghostify.tracing.views import marks_of
 from ghostify.tracing.wiring import Wiring, only_user
@@ -189,6 +188,17 @@ class _Following:
         last = self.line[-1]
         self.line[-1] = replace(last, norms=(*last.norms, str(node.target)))
         return self.wiring.used_once(node) and not has_hooks(inner) and blind_inside(inner)
+
+
+def only_reader(node: fx.Node) -> fx.Node | None:
+    """The one node that reads this one, as its first argument, where no method ends."""
+    user = None if marks_of(node) else only_user(node)
+    return user if user is not None and user.args and user.args[0] is node else None
+
+
+def blind_inside(norm: nn.Module) -> bool:
+    """Whether what a norm holds, such as its activation, treats every channel alike, and no hook looks on."""
+    return all(map(is_channel_independent_module, norm.children()))
 
 
 def _can_lose_maps(wiring: Wiring, conv: Convolution) -> bool:

@@ -9,8 +9,9 @@ from ghostify.errors import GhostifyError
 from ghostify.ghost import Layout, feasible_width, intrinsic_maps
 from ghostify.planning import cost
 from ghostify.planning.links import Link, Narrowing, narrowings
-from ghostify.planning.order import Absorption, absorption
+from ghostify.planning.order import absorption
 from ghostify.planning.policy import Policy, Rule
+from ghostify.pruning.channel_groups import ChannelGroup, ChannelGroups, find_channel_groups
 from ghostify.tracing.program import Convolution, Program
 from ghostify.tracing.wiring import Wiring, activation_after, norm_after, partner_in_sum
 
@@ -21,8 +22,9 @@ class Rewrite:
 
     Names of modules and nodes are those within the convolution's part. `norm` names the BatchNorm behind it whose
     statistics take up constant shifts; `partner` the node that its output is added to; `activation` the node that
-    activates its maps, where ghosts may read them so; `absorb` says who takes up the order of its channels, None where
-    a gather remains. With a `narrowing`, `layout` is of the maps that it keeps. MACs are for one output position.
+    activates its maps, where ghosts may read them so; `absorb` is the group of its channels where the others in it take
+    up their order, None where a gather remains. With a `narrowing`, `layout` is of the maps that it keeps. MACs are for
+    one output position.
     """
 
     conv: Convolution
@@ -30,7 +32,7 @@ class Rewrite:
     norm: str | None
     partner: str | None
     activation: str | None
-    absorb: Absorption | None
+    absorb: ChannelGroup | None
     macs_before: int
     macs_after: int
     narrowing: Narrowing | None = None
@@ -111,9 +113,9 @@ def plan_layouts(
 ) -> Plan:
     """The plan that gives each target its layout, and each link the maps that it keeps; those that save nothing are
     skipped."""
-    wiring = {path: Wiring(part) for path, part in program.parts.items()}
+    subgraphs = {path: _Subgraph(Wiring(part), find_channel_groups(part)) for path, part in program.parts.items()}
     narrowed = narrowings(kept or {})
-    entries = [_entry(wiring, one, narrowed) for one in decided]
+    entries = [_entry(subgraphs, one, narrowed) for one in decided]
     saved = [_saved(e) for e in entries if not isinstance(e, Skip)]
     total = program.macs
     after = None if total is None or None in saved else total - sum(s for s in saved if s is not None)
@@ -173,27 +175,35 @@ def _with_ratio(target: Target | Skip) -> tuple[Target, Layout] | Skip:
     return target, layout_of(conv.outputs, intrinsic, rule.cheap, rule.dw_size)
 
 
-def _rewrite(wiring: Wiring, target: Target, layout: Layout, narrowing: Narrowing | None) -> Rewrite | Skip:
+@dataclass(frozen=True)
+class _Subgraph:
+    """What planning reads of a part's graph."""
+
+    wiring: Wiring
+    groups: ChannelGroups
+
+
+def _rewrite(subgraph: _Subgraph, target: Target, layout: Layout, narrowing: Narrowing | None) -> Rewrite | Skip:
     conv = target.conv
     left = conv if narrowing is None else narrowing.left_of(conv)
     dense, after = cost.dense_macs(left), cost.ghost_macs(left, layout)
     if after >= dense:
         return Skip(conv, f"nothing is saved: {dense} MACs a position before, {after} after")
-    nodes = [call.node for call in conv.calls]
+    nodes, wiring = [call.node for call in conv.calls], subgraph.wiring
     norm = norm_after(wiring, nodes)
     partner = partner_in_sum(wiring, nodes, norm)
     activation = activation_after(wiring, nodes, norm) if target.rule.activated and layout.width == 1 else None
-    before, absorb = cost.dense_macs(conv), absorption(wiring, nodes)
+    before, absorb = cost.dense_macs(conv), absorption(wiring.module, subgraph.groups, nodes)
     return Rewrite(conv, layout, norm, partner, activation, absorb, before, after, narrowing)
 
 
 def _entry(
-    wiring: Mapping[str, Wiring], decided: tuple[Target, Layout] | Skip, narrowed: Mapping[str, Narrowing]
+    subgraphs: Mapping[str, _Subgraph], decided: tuple[Target, Layout] | Skip, narrowed: Mapping[str, Narrowing]
 ) -> Rewrite | Narrow | Skip:
     conv = decided.conv if isinstance(decided, Skip) else decided[0].conv
-    own, narrowing = wiring[conv.part], narrowed.get(conv.name)
+    own, narrowing = subgraphs[conv.part], narrowed.get(conv.name)
     entry = decided if isinstance(decided, Skip) else _rewrite(own, *decided, narrowing)
-    return entry if narrowing is None or isinstance(entry, Rewrite) else _narrow(own, conv, narrowing)
+    return entry if narrowing is None or isinstance(entry, Rewrite) else _narrow(own.wiring, conv, narrowing)
 
 
 def _narrow(wiring: Wiring, conv: Convolution, narrowing: Narrowing) -> Narrow:
