@@ -46,7 +46,7 @@ class Dense:
     def look(self, node: fx.Node, chunk: Chunk) -> None:
         """Take up one batch: what the converted model feeds the convolution, and what the original made of it."""
         image = chunk.value(node.all_input_nodes[0]).float().cpu()
-        target = target_of(node, chunk, self.partner, self.gain)[:, self.keeps]
+        target = target_of(node, chunk, self.partner, self.gain, self.keeps)
         held = judges(torch.arange(len(target)) + chunk.batch.first, min(HELD_OUT, self.images))
         seed = self.seed * 1_000_003 + chunk.batch.first
         places = sight.choose_places(target.shape, positions_of(chunk, target, self.positions, self.images), seed)

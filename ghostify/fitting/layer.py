@@ -73,9 +73,7 @@ class Layer:
     def look(self, node: fx.Node, chunk: Chunk) -> None:
         """Take up one batch: what the converted model feeds the convolution, and what the original made of it."""
         image = chunk.value(node.all_input_nodes[0]).float().cpu()
-        target = target_of(node, chunk, self.partner, self.gain)
-        if len(self.keeps) < target.shape[1]:
-            target = target[:, self.keeps]
+        target = target_of(node, chunk, self.partner, self.gain, self.keeps)
         held = judges(torch.arange(len(target)) + chunk.batch.first, min(HELD_OUT, self.images))
         seed, d = self.seed * 1_000_003 + chunk.batch.first, self.entry.layout.dw_size
         places = sight.choose_places(target.shape, self._share(chunk, target, self.positions), seed)
@@ -250,20 +248,22 @@ class Layer:
 
 def kept_of(entry: Rewrite | Narrow) -> Tensor:
     """The outputs of a convolution that are left."""
-    keeps = None if entry.narrowing is None else entry.narrowing.keeps
+    keeps = None if entry.narrowing is None else entry.narrowing.kept_out
     return torch.arange(entry.conv.outputs) if keeps is None else torch.tensor(keeps)
 
 
-def target_of(node: fx.Node, chunk: Chunk, partner: fx.Node | None, gain: Tensor) -> Tensor:
+def target_of(node: fx.Node, chunk: Chunk, partner: fx.Node | None, gain: Tensor, kept: Tensor) -> Tensor:
     """The original's output of a convolution and, before a sum, what the other summand lacks in the converted model.
 
     The sum of both is then the original sum less the converted other summand, seen through the norm's scale: `gain`.
+    Of all channels, `kept` are left, in the other summand as well.
     """
-    output = chunk.original[node].float().cpu()
+    own = slice(None) if len(kept) == chunk.original[node].shape[1] else kept
+    output = chunk.original[node][:, own].float().cpu()
     if partner is None or partner not in chunk.converted:
         return output
-    lacks = (chunk.original[partner] - chunk.converted[partner]).float().cpu()
-    return torch.addcmul(output, lacks, gain[:, None, None])
+    lacks = (chunk.original[partner][:, own] - chunk.converted[partner]).float().cpu()
+    return torch.addcmul(output, lacks, gain[own, None, None])
 
 
 def positions_of(chunk: Chunk, target: Tensor, limit: int, images: int) -> int:

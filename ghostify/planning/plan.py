@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from ghostify.errors import GhostifyError
 from ghostify.ghost import Layout, feasible_width, intrinsic_maps
 from ghostify.planning import cost
-from ghostify.planning.links import Link, Narrowing, narrowings
 from ghostify.planning.order import absorption
 from ghostify.planning.policy import Policy, Rule
 from ghostify.pruning.channel_groups import ChannelGroup, ChannelGroups, find_channel_groups
+from ghostify.pruning.kept_channels import KeptChannels
+from ghostify.pruning.pruning_groups import PruningGroup, kept_by_conv, left_of
 from ghostify.tracing.program import Convolution, Program
 from ghostify.tracing.wiring import Wiring, activation_after, norm_after, partner_in_sum
 
@@ -35,15 +36,16 @@ class Rewrite:
     absorb: ChannelGroup | None
     macs_before: int
     macs_after: int
-    narrowing: Narrowing | None = None
+    narrowing: KeptChannels | None = None
 
 
 @dataclass(frozen=True)
 class Narrow:
-    """A convolution on a `Link` that keeps its form, not all its maps; `norm`, `partner` and MACs as in `Rewrite`."""
+    """A convolution of a `PruningGroup` that keeps its form, not all its channels; `norm`, `partner` and MACs as in
+    `Rewrite`."""
 
     conv: Convolution
-    narrowing: Narrowing
+    narrowing: KeptChannels
     norm: str | None
     partner: str | None
     macs_before: int
@@ -68,18 +70,22 @@ class Target:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every convolution of the program once, in order of first use. `macs_*` are whole-model totals where known."""
+    """Every convolution of the program once, in order of first use. `macs_*` are whole-model totals where known.
+
+    `notes` say what a rule allows and the plan could not do.
+    """
 
     entries: tuple[Rewrite | Narrow | Skip, ...]
     macs_before: int | None = None
     macs_after: int | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def rewrites(self) -> tuple[Rewrite, ...]:
         return tuple(e for e in self.entries if isinstance(e, Rewrite))
 
     @property
-    def narrowed(self) -> dict[str, Narrowing]:
+    def narrowed(self) -> dict[str, KeptChannels]:
         """What is left of the convolutions that lose maps, by name."""
         return {e.conv.name: e.narrowing for e in self.changes if e.narrowing is not None}
 
@@ -109,12 +115,12 @@ def targets(program: Program, policy: Policy) -> list[Target | Skip]:
 def plan_layouts(
     program: Program,
     decided: Iterable[tuple[Target, Layout] | Skip],
-    kept: Mapping[Link, tuple[int, ...]] | None = None,
+    kept: Mapping[PruningGroup, tuple[int, ...]] | None = None,
 ) -> Plan:
-    """The plan that gives each target its layout, and each link the maps that it keeps; those that save nothing are
+    """The plan that gives each target its layout, and each group the channels that it keeps; what saves nothing is
     skipped."""
     subgraphs = {path: _Subgraph(Wiring(part), find_channel_groups(part)) for path, part in program.parts.items()}
-    narrowed = narrowings(kept or {})
+    narrowed = kept_by_conv(program, kept or {})
     entries = [_entry(subgraphs, one, narrowed) for one in decided]
     saved = [_saved(e) for e in entries if not isinstance(e, Skip)]
     total = program.macs
@@ -183,9 +189,9 @@ class _Subgraph:
     groups: ChannelGroups
 
 
-def _rewrite(subgraph: _Subgraph, target: Target, layout: Layout, narrowing: Narrowing | None) -> Rewrite | Skip:
+def _rewrite(subgraph: _Subgraph, target: Target, layout: Layout, narrowing: KeptChannels | None) -> Rewrite | Skip:
     conv = target.conv
-    left = conv if narrowing is None else narrowing.left_of(conv)
+    left = conv if narrowing is None else left_of(conv, narrowing)
     dense, after = cost.dense_macs(left), cost.ghost_macs(left, layout)
     if after >= dense:
         return Skip(conv, f"nothing is saved: {dense} MACs a position before, {after} after")
@@ -198,7 +204,7 @@ def _rewrite(subgraph: _Subgraph, target: Target, layout: Layout, narrowing: Nar
 
 
 def _entry(
-    subgraphs: Mapping[str, _Subgraph], decided: tuple[Target, Layout] | Skip, narrowed: Mapping[str, Narrowing]
+    subgraphs: Mapping[str, _Subgraph], decided: tuple[Target, Layout] | Skip, narrowed: Mapping[str, KeptChannels]
 ) -> Rewrite | Narrow | Skip:
     conv = decided.conv if isinstance(decided, Skip) else decided[0].conv
     own, narrowing = subgraphs[conv.part], narrowed.get(conv.name)
@@ -206,10 +212,10 @@ def _entry(
     return entry if narrowing is None or isinstance(entry, Rewrite) else _narrow(own.wiring, conv, narrowing)
 
 
-def _narrow(wiring: Wiring, conv: Convolution, narrowing: Narrowing) -> Narrow:
+def _narrow(wiring: Wiring, conv: Convolution, narrowing: KeptChannels) -> Narrow:
     nodes = [conv.calls[0].node]
     norm = norm_after(wiring, nodes)
-    before, after = cost.dense_macs(conv), cost.dense_macs(narrowing.left_of(conv))
+    before, after = cost.dense_macs(conv), cost.dense_macs(left_of(conv, narrowing))
     return Narrow(conv, narrowing, norm, partner_in_sum(wiring, nodes, norm), before, after)
 
 

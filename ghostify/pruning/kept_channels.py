@@ -15,10 +15,14 @@ from ghostify.pruning.channel_groups import ChannelGroup
 
 @dataclass(frozen=True)
 class KeptChannels:
-    """The outputs, or entries of a tensor, and the inputs that are left; None where all are."""
+    """The outputs, or entries of a tensor, and the inputs that are left; None where all are.
+
+    `tensors` names what else a plan has lose channels together with a convolution, and the entries left of it.
+    """
 
     kept_out: tuple[int, ...] | None = None
     kept_in: tuple[int, ...] | None = None
+    tensors: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
 
 def kept_by_path(module: nn.Module, kept: Mapping[ChannelGroup, Sequence[int]]) -> dict[str, KeptChannels]:
