@@ -87,11 +87,11 @@ def _obstacle(channels: ChannelGroup, convs: Mapping[str, Convolution]) -> str |
 
 
 def _members(channels: ChannelGroup, convs: Mapping[str, Convolution]) -> Iterator[GroupMember]:
-    """The convolutions of a group, each once, in the order of their first calls."""
+    """The convolutions of a group, each once, in the order of their first calls, gates last."""
     between = [m for m in channels.parameters if m.node in convs]
     makes, reads = _nodes(channels.producers, between), _nodes(channels.consumers, between)
     gates = {m.node for m in (*channels.producers, *channels.consumers) if m.gate}
-    for node, conv in convs.items():
+    for node, conv in sorted(convs.items(), key=lambda item: item[0] in gates):
         if node in makes | reads:
             yield GroupMember(conv, node in makes, node in reads, node in gates)
 
