@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,30 @@ def narrowed_conv(conv: nn.Conv2d, keeps: Sequence[int] | None, reads: Sequence[
         made.bias = nn.Parameter(conv.bias[list(keeps)].clone(), conv.bias.requires_grad)
     made.out_channels, made.in_channels = len(weight), weight.shape[1] * made.groups
     return made
+
+
+@torch.no_grad()
+def narrowed_linear(layer: nn.Linear, kept_out: Sequence[int] | None, kept_in: Sequence[int] | None) -> nn.Linear:
+    """A copy of a linear layer that makes the outputs `kept_out` of the inputs `kept_in` (None: all)."""
+    made = copy.deepcopy(layer)
+    weight = layer.weight if kept_out is None else layer.weight[list(kept_out)]
+    weight = weight if kept_in is None else weight[:, list(kept_in)]
+    made.weight = nn.Parameter(weight.clone(), layer.weight.requires_grad)
+    if layer.bias is not None and kept_out is not None:
+        made.bias = nn.Parameter(layer.bias[list(kept_out)].clone(), layer.bias.requires_grad)
+    made.out_features, made.in_features = weight.shape
+    return made
+
+
+@torch.no_grad()
+def narrow_tensor(module: nn.Module, name: str, kept: Sequence[int]) -> None:
+    """Leave some entries of a parameter or buffer that a module holds, in place; the module's own count follows."""
+    tensor: Any = getattr(module, name)
+    own = tensor[torch.tensor(kept, device=tensor.device)].clone()
+    setattr(module, name, nn.Parameter(own, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else own)
+    for count in ("num_features", "num_parameters"):
+        if hasattr(module, count):
+            setattr(module, count, len(own))
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from ghostify.fitting.fit import Fits
 from ghostify.modules.layout import Depthwise, GhostForm, GhostLayout, Grouped, Pointwise, form_of
 from ghostify.planning import cost
 from ghostify.planning.plan import Narrow, Plan, Rewrite, Skip
+from ghostify.pruning.pruning_groups import left_of
 from ghostify.reconstructing.reconstruct import Rebuilt, Reconstruction
 from ghostify.text import format_shape
 from ghostify.tracing.program import Convolution
@@ -83,7 +84,7 @@ class Report:
     """All convolutions in order of use, whole-model MACs where known, images used, seconds of each part, and blocks.
 
     `lost` names methods and attributes of the original that the result has not. Errors of lines are those of the
-    closed-form fit, before any reconstruction.
+    closed-form fit, before any reconstruction. `notes` are those of the plan.
     """
 
     lines: tuple[Line, ...]
@@ -93,6 +94,7 @@ class Report:
     seconds: dict[str, float]
     reconstruction: Reconstruction | None = None
     lost: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def rewritten(self) -> int:
@@ -125,7 +127,13 @@ class Report:
         if done is not None:
             blocks = tuple(Rebuilt(**{**item, "layers": tuple(item["layers"])}) for item in done["blocks"])
             done = Reconstruction(**{**done, "blocks": blocks})
-        return cls(tuple(lines), **counts, reconstruction=done, lost=tuple(data.get("lost", ())))
+        return cls(
+            tuple(lines),
+            **counts,
+            reconstruction=done,
+            lost=tuple(data.get("lost", ())),
+            notes=tuple(data.get("notes", ())),
+        )
 
 
 @dataclass(frozen=True)
@@ -164,7 +172,7 @@ def summarise(
     """The report of a plan, with the errors of its fits, and of its blocks, where they are done."""
     lines = tuple(_line(entry, fits) for entry in plan.entries)
     images, seconds = (0, {}) if fits is None else (fits.images, fits.seconds)
-    return Report(lines, plan.macs_before, plan.macs_after, images, seconds, reconstruction, lost)
+    return Report(lines, plan.macs_before, plan.macs_after, images, seconds, reconstruction, lost, plan.notes)
 
 
 def _line(entry: Rewrite | Narrow | Skip, fits: Fits | None) -> Line:
@@ -183,7 +191,7 @@ def _line(entry: Rewrite | Narrow | Skip, fits: Fits | None) -> Line:
         same = {"macs_after": common["macs_before"], "params_after": common["params_before"]}
         return Line(**common, **same, reason=entry.reason, intrinsic=conv.outputs, width=0, dw_size=0, gather=False)
     fitted = None if fits is None else fits.weights.get(conv.name)
-    left = conv if entry.narrowing is None else entry.narrowing.left_of(conv)
+    left = conv if entry.narrowing is None else left_of(conv, entry.narrowing)
     if entry.narrowing is not None:
         common |= {"makes": left.outputs, "reads": left.inputs}
     common |= {
@@ -212,7 +220,7 @@ def _line(entry: Rewrite | Narrow | Skip, fits: Fits | None) -> Line:
 
 def _originals(entry: Rewrite, channels: list[int]) -> tuple[int, ...]:
     """The original's channels, from their places among those that are left."""
-    keeps = None if entry.narrowing is None else entry.narrowing.keeps
+    keeps = None if entry.narrowing is None else entry.narrowing.kept_out
     return tuple(channels) if keeps is None else tuple(keeps[k] for k in channels)
 
 
@@ -221,6 +229,7 @@ def table(made: Report, title: str = "") -> Table:
     longest = max((len(line.name) for line in made.lines), default=0)
     result = Table(
         title=title or None,
+        caption="\n".join(made.notes) or None,
         box=box.SIMPLE_HEAD,
         show_footer=made.macs_before is not None,
         footer_style="bold",

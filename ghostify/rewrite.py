@@ -11,10 +11,11 @@ from torch import Tensor, fx, nn
 
 from ghostify.ghost import GhostModule, GhostWeights, ghost_of
 from ghostify.graph.batchnorm import BatchNorm, batchnorm_at
-from ghostify.narrow import DenseWeights, narrowed_conv, narrowed_norm
+from ghostify.narrow import DenseWeights, narrowed_conv
 from ghostify.planning.activation import activation_line, narrowed
 from ghostify.planning.order import absorb
 from ghostify.planning.plan import Narrow, Plan, Rewrite
+from ghostify.pruning.kept_channels import KeptChannels, prune_channels
 from ghostify.tracing.program import Program, as_module, part_of, put_part
 
 Weights = GhostWeights | DenseWeights
@@ -66,15 +67,13 @@ def put(module: fx.GraphModule, entry: Rewrite | Narrow, weights: Weights) -> No
 
 
 def put_narrow(module: fx.GraphModule, entry: Rewrite | Narrow) -> None:
-    """Leave out the maps that `entry` has its convolution, and the norms behind it, lose, in place; what is left keeps
-    its weights."""
+    """Leave out the channels that `entry` has its convolution, and the tensors named beside it, lose, in place; what is
+    left keeps its weights."""
     if entry.narrowing is None:
         return
     conv: Any = module.get_submodule(entry.conv.local)
-    module.set_submodule(entry.conv.local, narrowed_conv(conv, entry.narrowing.keeps, entry.narrowing.reads))
-    for name in entry.narrowing.norms:
-        assert entry.narrowing.keeps is not None
-        module.set_submodule(name, narrowed_norm(module.get_submodule(name), entry.narrowing.keeps))
+    module.set_submodule(entry.conv.local, narrowed_conv(conv, entry.narrowing.kept_out, entry.narrowing.kept_in))
+    prune_channels(module, {path: KeptChannels(kept) for path, kept in entry.narrowing.tensors})
 
 
 @torch.no_grad()

@@ -1,11 +1,15 @@
+import sys
+
 import pytest
 import torch
+from torch import nn
 
 from ghostify import GhostifyError, Policy, Rule, deploy, fit, ghostify, load, report, rewrite, save, trace
 from ghostify.budgeting.budget import choices_of, choose, plan_within
 from ghostify.budgeting.stopwatch import Stopwatch
 from ghostify.evaluate import outputs, relative_error
 from ghostify.planning import cost
+from ghostify.pruning.pruning_groups import PruningGroup, find_pruning_groups
 from tests import nets
 
 
@@ -182,6 +186,39 @@ def test_ghosts_and_fewer_maps_meet_in_one_layer(tmp_path):
     assert torch.equal(again(x), made(x))
     assert report(again) == report(made)
     torch.testing.assert_close(deploy(made, x[:1])(x), made(x), atol=1e-4, rtol=1e-3)
+
+
+def test_residual_streams_are_pruned_where_that_loses_least(monkeypatch):
+    model, x, test = nets.settle(nets.Residual(16)), nets.images(64), nets.images(64, seed=9)
+    wish = {"targets": "*", "narrow": True, "cheap": "auto", "budget": {"macs": 0.35}, "calibration": x.split(16)}
+    made = ghostify(model, example_inputs=x[:1], **wish)
+    lines = {line.name: line for line in report(made).lines}
+    kept = lines["stem.0"].outputs
+    assert kept == lines["conv2"].outputs == lines["conv1"].reads == lines["head"].reads < 16
+    assert made.get_submodule("bn2").num_features == len(made.get_submodule("stem.1").running_var) == kept
+    assert cost.count_macs(made, x[:1]) == report(made).macs_after <= 0.35 * cost.count_macs(model, x[:1])
+    torch.testing.assert_close(deploy(made, x[:1])(x), made(x), atol=1e-4, rtol=1e-3)
+    budgets = sys.modules["ghostify.budgeting.budget"]
+    chains = [g for g in find_pruning_groups(trace(model, x[:1])) if isinstance(g, PruningGroup)]
+    monkeypatch.setattr(budgets, "find_pruning_groups", lambda _: [g for g in chains if not g.channels.residual])
+    without = ghostify(model, example_inputs=x[:1], **wish)
+    wanted = outputs(model, [test])
+    assert relative_error(outputs(made, [test]), wanted) < relative_error(outputs(without, [test]), wanted)
+
+
+@pytest.mark.parametrize(
+    ("model", "reasons"),
+    [
+        (nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.PixelShuffle(2)), ["0: no rule lets 0", "1: 2 may"]),
+        (nets.Shared(), ["stem.0: again is called several times"]),
+    ],
+)
+def test_the_report_says_why_nothing_can_be_pruned(model, reasons):
+    x = nets.images(16)
+    wish = {"narrow": True, "cheap": "auto", "budget": {"macs": 0.9}, "example_inputs": x[:1], "calibration": x}
+    (note,) = report(ghostify(nets.settle(model), **wish)).notes
+    assert note.startswith("no channel group can be pruned; channels of ")
+    assert all(reason in note for reason in reasons)
 
 
 def test_narrow_takes_a_budget_and_images():

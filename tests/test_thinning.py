@@ -7,14 +7,20 @@ from torch import nn
 from ghostify import trace
 from ghostify.budgeting.thinning import thinnings_of
 from ghostify.fitting.sensitivity import calibrate
-from ghostify.planning.links import links_of
+from ghostify.pruning.pruning_groups import PruningGroup, find_pruning_groups
 from tests import nets
+
+
+def groups_of(program):
+    """Those of one producer."""
+    found = (group for group in find_pruning_groups(program) if isinstance(group, PruningGroup))
+    return [group for group in found if not group.channels.residual]
 
 
 @pytest.fixture
 def thinning():
     program, x = trace(nets.settle(nets.Inverted()), nets.images(1)), nets.images(32)
-    (found,) = thinnings_of(program, links_of(program), calibrate(program, x.split(8)), 0)
+    (found,) = thinnings_of(program, groups_of(program), calibrate(program, x.split(8)), 0)
     return found
 
 
@@ -32,7 +38,7 @@ def test_maps_are_kept_in_the_originals_order(thinning):
     assert set(thinning.kept(7)) < set(thinning.kept(24))
 
 
-def test_a_link_that_no_image_reaches_is_left_out():
+def test_a_group_that_no_image_reaches_is_left_out():
     class Seldom(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -45,10 +51,10 @@ def test_a_link_that_no_image_reaches_is_left_out():
     program = trace(model, x + 100)
     reached = trace(model, x)
     for traced, part, count in ((program, "seldom", 0), (reached, "often", 2)):
-        links = list(links_of(traced))
-        assert {link.producer.part for link in links} == {part}
-        assert len(links) == 2
-        assert len(thinnings_of(traced, links, calibrate(traced, x), 0)) == count
+        groups = groups_of(traced)
+        assert {group.part for group in groups} == {part}
+        assert len(groups) == 2
+        assert len(thinnings_of(traced, groups, calibrate(traced, x), 0)) == count
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -59,7 +65,9 @@ def test_a_constant_is_free_only_where_something_takes_it_up(bias):
         first.weight[2], first.bias[2] = 0, 5
     program = trace(nn.Sequential(nn.Conv2d(3, 3, 1), first, last).eval(), nets.images(1))
     (found,) = [
-        t for t in thinnings_of(program, links_of(program), calibrate(program, nets.images(32)), 0) if t.link.maps == 6
+        t
+        for t in thinnings_of(program, groups_of(program), calibrate(program, nets.images(32)), 0)
+        if t.group.size == 6
     ]
     assert (found.order[0] == 2) is not bias
     assert (2 in found.kept(3)) is not bias
@@ -69,6 +77,15 @@ def test_without_sensitivities_the_consumers_outputs_count_alike():
     program, x = trace(nets.settle(nets.Inverted()), nets.images(1)), nets.images(16)
     seen = calibrate(program, x)
     blind = type(seen)(seen.batches, {}, 0.0)
-    (found,) = thinnings_of(program, links_of(program), blind, 0)
+    (found,) = thinnings_of(program, groups_of(program), blind, 0)
     assert 0 < found.loss(2) < 1
-    assert torch.isfinite(found.importance).all()
+    assert torch.isfinite(found.readings[0].importance).all()
+
+
+def test_a_residual_stream_adds_the_errors_of_all_its_consumers():
+    program, x = trace(nets.settle(nets.Residual()), nets.images(1)), nets.images(32)
+    (stream,) = [g for g in find_pruning_groups(program) if isinstance(g, PruningGroup) and g.channels.residual]
+    (found,) = thinnings_of(program, [stream], calibrate(program, x.split(8)), 0)
+    assert len(found.readings) == 2
+    assert found.loss(3) == pytest.approx(sum(reading.loss(found.kept(3)) for reading in found.readings))
+    assert found.loss(3) > max(reading.loss(found.kept(3)) for reading in found.readings) > 0

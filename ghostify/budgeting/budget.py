@@ -18,13 +18,14 @@ from ghostify.fitting.sensitivity import Calibration, calibrate
 from ghostify.fitting.starts import unfitted
 from ghostify.modules.layout import GhostLayout
 from ghostify.planning import cost
-from ghostify.planning.links import Link, links_of
 from ghostify.planning.plan import Plan, Skip, Target, may_narrow, plan_layouts, targets
 from ghostify.planning.policy import Policy
+from ghostify.pruning.pruning_groups import PruningGroup, Unprunable, find_pruning_groups
 from ghostify.rewrite import rewrite
 from ghostify.tracing.program import Program
 
 REVISIONS = 6
+SHOWN = 5
 TOLERATED = 1.01
 COSTS = ("macs", "params", "latency")
 
@@ -35,7 +36,7 @@ class Choices:
     the budget's names.
 
     `fixed` is what costs that no choice is about; `found` every convolution's target, or why it stays. By the `ties`, a
-    convolution makes, or reads, as many maps as its link keeps.
+    convolution makes, or reads, as many maps as its link keeps. `notes` go to the plan.
     """
 
     program: Program
@@ -43,8 +44,9 @@ class Choices:
     options: tuple[list[Candidate], ...]
     totals: Mapping[str, float]
     clock: Stopwatch
-    links: tuple[Link, ...] = ()
+    links: tuple[PruningGroup, ...] = ()
     ties: tuple[Tie, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def fixed(self) -> list[float]:
@@ -131,14 +133,15 @@ def choices_of(
     wished = [t for t in found if isinstance(t, Target)]
     totals = {key: _total(program, key, clock) for key in keys}
     seen = None if calibration is None else calibrate(program, calibration, seed)
-    thinnings = [] if seen is None or not narrow else thinnings_of(program, _thin(program, policy, wished), seen, seed)
+    groups, unprunable = _thin(program, policy, wished) if narrow else ([], [])
+    thinnings = [] if seen is None else thinnings_of(program, groups, seen, seed)
     numbers, ties, links = {t.conv.name: k for k, t in enumerate(wished)}, list[Tie](), list[list[Candidate]]()
     for link, thinning in enumerate(thinnings, len(wished)):
-        own = [m for m in thinning.link.members if m.conv.name in numbers]
-        others = [m for m in thinning.link.members if m not in own]
+        own = [m for m in thinning.group.members if m.conv.name in numbers]
+        others = [m for m in thinning.group.members if m not in own]
         links.append(thinned(program, thinning, others, keys, clock))
-        ties += [Tie(numbers[m.conv.name], link, "makes") for m in own if m.makes]
-        ties += [Tie(numbers[m.conv.name], link, "reads") for m in own if m.reads]
+        ties += [Tie(numbers[m.conv.name], link, "makes") for m in own if m.prunes_outputs]
+        ties += [Tie(numbers[m.conv.name], link, "reads") for m in own if m.prunes_inputs]
     options = []
     for k, (target, profile) in enumerate(zip(wished, profiles_of(program, wished, seen, seed), strict=True)):
         made, read = (
@@ -146,19 +149,33 @@ def choices_of(
             for key in ("makes", "reads")
         )
         options.append(candidates_of(program, target, profile, keys, clock, made, [len(kept) for kept in read]))
-    lines = tuple(thinning.link for thinning in thinnings)
-    return Choices(program, tuple(found), (*options, *links), totals, clock, lines, tuple(ties))
+    lines = tuple(thinning.group for thinning in thinnings)
+    notes = (_why_unpruned(groups, unprunable),) if narrow and not thinnings else ()
+    return Choices(program, tuple(found), (*options, *links), totals, clock, lines, tuple(ties), notes)
 
 
-def _thin(program: Program, policy: Policy, wished: list[Target]) -> list[Link]:
-    """Links whose convolutions may all lose maps."""
-    names = {target.conv.name for target in wished}
-    return [
-        link
-        for link in links_of(program)
-        if {link.producer.name, link.consumer.name} <= names
-        and all(may_narrow(program, policy, member.conv) for member in link.members)
-    ]
+def _thin(program: Program, policy: Policy, wished: list[Target]) -> tuple[list[PruningGroup], list[Unprunable]]:
+    """Channel groups whose convolutions may all lose channels, and the others with their reasons."""
+    names, groups, unprunable = {target.conv.name for target in wished}, list[PruningGroup](), list[Unprunable]()
+    for group in find_pruning_groups(program):
+        if isinstance(group, Unprunable):
+            unprunable.append(group)
+            continue
+        kept = [conv for conv in group.dense if conv.name not in names]
+        kept += [member.conv for member in group.members if not may_narrow(program, policy, member.conv)]
+        if kept:
+            unprunable.append(Unprunable(group.members[0].conv.name, f"no rule lets {kept[0].name} lose channels"))
+        else:
+            groups.append(group)
+    return groups, unprunable
+
+
+def _why_unpruned(groups: list[PruningGroup], unprunable: list[Unprunable]) -> str:
+    """Why no channel group is pruned, by the first groups."""
+    unreached = [Unprunable(g.members[0].conv.name, "no calibration image reaches all that read them") for g in groups]
+    reasons = [f"channels of {own.name}: {own.reason}" for own in (*unreached, *unprunable)]
+    more = [f"and {len(reasons) - SHOWN} more"] if len(reasons) > SHOWN else []
+    return "; ".join(["no channel group can be pruned", *reasons[:SHOWN], *more])
 
 
 def choose(choices: Choices, budget: Mapping[str, float]) -> Choice:
@@ -199,8 +216,9 @@ def _within(choices: Choices, limits: list[float]) -> Choice | None:
     thin = zip(choices.links, picked[len(wished) :], strict=True)
     kept = {link: c.kept for link, c in thin if c.kept is not None}
     spent = [own + sum(c.costs[k] for c in picked) for k, own in enumerate(rest)]
+    decided = [_decided(t, layouts) for t in choices.found]
     return Choice(
-        plan_layouts(choices.program, [_decided(t, layouts) for t in choices.found], kept),
+        replace(plan_layouts(choices.program, decided, kept), notes=choices.notes),
         {key: own / total for (key, total), own in zip(choices.totals.items(), spent, strict=True)},
         sum(c.loss for c in picked),
     )

@@ -29,9 +29,9 @@ from ghostify.modules.layout import (
     may_read_activated,
 )
 from ghostify.planning import cost
-from ghostify.planning.links import Member, left_of
 from ghostify.planning.plan import Target
 from ghostify.planning.policy import Rule
+from ghostify.pruning.pruning_groups import GroupMember, PruningGroup, pruned_conv
 from ghostify.tracing.program import Convolution, Program
 from ghostify.tracing.wiring import norm_behind
 
@@ -86,24 +86,24 @@ def candidates_of(
 
 
 def thinned(
-    program: Program, thinning: Thinning, others: Sequence[Member], keys: tuple[str, ...], clock: Stopwatch
+    program: Program, thinning: Thinning, others: Sequence[GroupMember], keys: tuple[str, ...], clock: Stopwatch
 ) -> list[Candidate]:
     """As it is, first, and fewer and fewer maps of a link; where they are to be timed, those that become faster.
 
     `others` are the members that have no candidates of their own.
     """
-    link = thinning.link
-    counts = {max(1, round(link.maps * k / THIN)) for k in range(1, THIN)}
+    group = thinning.group
+    counts = {max(1, round(group.size * k / THIN)) for k in range(1, THIN)}
     if "latency" in keys:
         counts = {max(LANES, LANES * round(count / LANES)) for count in counts}
-    ways = [thinning.kept(count) for count in sorted(counts) if count < link.maps]
+    ways = [thinning.kept(count) for count in sorted(counts) if count < group.size]
     if "latency" in keys:
-        whole, *fewer = _with_fewer(program, link.members, ways, "latency", clock)
+        whole, *fewer = _with_fewer(program, group.members, ways, "latency", clock)
         ways = [kept for kept, own in zip(ways, fewer, strict=True) if own < FASTER * whole]
     spent = {key: _with_fewer(program, others, ways, key, clock) for key in keys}
     if "params" in keys:
-        norms = sum(_per_map(program, m.conv, norm) for m in link.members for norm in m.norms)
-        sizes = [link.maps, *map(len, ways)]
+        norms = _parameters_per_channel(program, group)
+        sizes = [group.size, *map(len, ways)]
         spent["params"] = [own + norms * size for own, size in zip(spent["params"], sizes, strict=True)]
     costs = [tuple(spent[key][k] - spent[key][0] for key in keys) for k in range(len(ways) + 1)]
     losses = [thinning.loss(len(kept)) for kept in ways]
@@ -126,7 +126,7 @@ def _worthwhile(
     is beaten at the least error that it could have is not looked at.
     """
     timed, makes = "latency" in keys, None if kept is None else len(kept)
-    conv = left_of(target.conv, makes, reads)
+    conv = pruned_conv(target.conv, makes, reads)
     layouts = [
         o
         for o in _layouts(target.rule, conv, losses.profile, STEPS if conv == target.conv else COARSE, timed)
@@ -164,7 +164,7 @@ def _dense_with_fewer(
     ways: list[Counts] = [*((count, None) for count in outputs), *((None, count) for count in reads)]
     taken = dict(zip(ways, narrowed_milliseconds(program.conv(conv.name), conv, ways[1:], clock), strict=True))
     for way in list(product(outputs, inputs))[1:]:
-        left, share = left_of(conv, *way), taken[way[0], None] * taken[None, way[1]] / taken[None, None] ** 2
+        left, share = pruned_conv(conv, *way), taken[way[0], None] * taken[None, way[1]] / taken[None, None] ** 2
         both = zip(keys, whole.costs, strict=True)
         costs = (spent * share if key == "latency" else _counted(left, None, key) for key, spent in both)
         yield Candidate(None, tuple(costs), 0.0, *way)
@@ -186,17 +186,19 @@ def _counted(conv: Convolution, layout: GhostLayout | None, key: str) -> float:
 
 
 def _with_fewer(
-    program: Program, members: Sequence[Member], ways: Sequence[tuple[int, ...]], key: str, clock: Stopwatch
+    program: Program, members: Sequence[GroupMember], ways: Sequence[tuple[int, ...]], key: str, clock: Stopwatch
 ) -> list[float]:
     """What members of a link cost together as they are, first, and with fewer maps in each of `ways`."""
     total = [0.0] * (len(ways) + 1)
     for member in members:
-        counts = [(len(kept) if member.makes else None, len(kept) if member.reads else None) for kept in ways]
+        counts = [
+            (len(kept) if member.prunes_outputs else None, len(kept) if member.prunes_inputs else None) for kept in ways
+        ]
         if key == "latency":
             conv = program.conv(member.conv.name)
             own = narrowed_milliseconds(conv, member.conv, counts, clock)
         else:
-            forms = [member.conv, *(left_of(member.conv, *count) for count in counts)]
+            forms = [member.conv, *(pruned_conv(member.conv, *count) for count in counts)]
             own = [_counted(form, None, key) for form in forms]
         total = [spent + more for spent, more in zip(total, own, strict=True)]
     return total
@@ -206,6 +208,12 @@ def _copied(program: Program, conv: Convolution) -> int:
     """Parameters a map of the norm behind a convolution."""
     norm = norm_behind(program, conv)
     return 0 if norm is None else _per_map(program, conv, norm)
+
+
+def _parameters_per_channel(program: Program, group: PruningGroup) -> int:
+    """Parameters that norms and activations have for a channel of a group."""
+    own = dict(program.parts[group.part].named_parameters())
+    return sum(member.path in own for member in group.channels.parameters)
 
 
 def _per_map(program: Program, conv: Convolution, norm: str) -> int:

@@ -48,7 +48,7 @@ class Point:
         """Plain numbers and strings; layouts by layer, and, where maps are left out, those that are kept and read."""
         layers: dict[str, Any] = {e.conv.name: e.layout.to_dict() for e in self.plan.rewrites}
         for name, narrowing in self.plan.narrowed.items():
-            layers[name] = {**layers.get(name, {}), "keeps": narrowing.keeps, "reads": narrowing.reads}
+            layers[name] = {**layers.get(name, {}), "keeps": narrowing.kept_out, "reads": narrowing.kept_in}
         return {"shares": dict(self.shares), "error": self.error, "drop": self.drop, "layers": layers}
 
 

@@ -101,7 +101,7 @@ class _Fitting:
         norm = batchnorm_at(part, entry.norm)
         inputs = self.known(entry.conv.part).get(entry.conv.calls[0].node)
         if entry.narrowing is not None:
-            keeps, reads = entry.narrowing.keeps, entry.narrowing.reads
+            keeps, reads = entry.narrowing.kept_out, entry.narrowing.kept_in
             conv = narrowed_conv(conv, keeps, reads)
             norm = norm if norm is None or keeps is None else narrowed_norm(norm, keeps)
             inputs = inputs if reads is None else None
@@ -160,13 +160,20 @@ class _Fitting:
         """Nodes of a part whose modules a fit changes, or hold parts that are rewritten already."""
         changes = [e for e in self.plan.changes if e.conv.part == path]
         own = {e.norm for e in changes}
-        own |= {name for e in changes if e.narrowing for name in (e.conv.local, *e.narrowing.norms)}
+        own |= {e.conv.local for e in changes if e.narrowing}
+        tensors = [name for e in changes if e.narrowing for name, _ in e.narrowing.tensors]
         inner = [p.removeprefix(f"{path}.") for p in {e.conv.part for e in self.plan.changes} if p != path]
         return {
             n.name
             for n in self.program.parts[path].graph.nodes
-            if n.op == "call_module" and (n.target in own or any(f"{p}.".startswith(f"{n.target}.") for p in inner))
+            if (n.op == "get_attr" and n.target in tensors)
+            or (n.op == "call_module" and (n.target in own or any(_lies_in(p, n.target) for p in (*inner, *tensors))))
         }
+
+
+def _lies_in(path: str, target: Any) -> bool:
+    """Whether a path is that of a node's target, or of something in it."""
+    return f"{path}.".startswith(f"{target}.")
 
 
 def data_free(

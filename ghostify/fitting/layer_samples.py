@@ -56,9 +56,7 @@ class LayerSamples:
     def take(self, node: fx.Node, chunk: Chunk) -> Sample:
         """The sample of one batch, whose moments are added; raises `GhostifyError` for values that are not finite."""
         image = chunk.value(node.all_input_nodes[0]).float().cpu()
-        target = target_of(node, chunk, self.residual, self.gain)
-        if len(self.kept_out) < target.shape[1]:
-            target = target[:, self.kept_out]
+        target = target_of(node, chunk, self.residual, self.gain, self.kept_out)
         holdout = judges(torch.arange(len(target)) + chunk.batch.first, min(HELD_OUT, self.images))
         seed = derive_seed(self.seed, chunk.batch.first)
         positions = sight.choose_places(target.shape, self.positions_per_map(chunk, target, self.rows), seed)
@@ -75,20 +73,22 @@ class LayerSamples:
 
 def kept_out_of(entry: Rewrite | Narrow) -> Tensor:
     """The original's output channels that a convolution keeps."""
-    keeps = None if entry.narrowing is None else entry.narrowing.keeps
+    keeps = None if entry.narrowing is None else entry.narrowing.kept_out
     return torch.arange(entry.conv.outputs) if keeps is None else torch.tensor(keeps)
 
 
-def target_of(node: fx.Node, chunk: Chunk, residual: fx.Node | None, gain: Tensor) -> Tensor:
+def target_of(node: fx.Node, chunk: Chunk, residual: fx.Node | None, gain: Tensor, kept_out: Tensor) -> Tensor:
     """The original's output of a convolution and, before a residual sum, what the other operand lacks when converted.
 
     The sum of both is then the original sum less the converted other operand, seen through the norm's scale: `gain`.
+    Of all channels `kept_out` are left, in the other operand as well.
     """
-    output = chunk.original[node].float().cpu()
+    kept = slice(None) if len(kept_out) == chunk.original[node].shape[1] else kept_out
+    output = chunk.original[node][:, kept].float().cpu()
     if residual is None or residual not in chunk.converted:
         return output
-    lacks = (chunk.original[residual] - chunk.converted[residual]).float().cpu()
-    return torch.addcmul(output, lacks, gain[:, None, None])
+    lacks = (chunk.original[residual][:, kept] - chunk.converted[residual]).float().cpu()
+    return torch.addcmul(output, lacks, gain[kept, None, None])
 
 
 def check_finite(rows: Sequence[Tensor], chunk: Chunk, name: str) -> None:

@@ -32,7 +32,7 @@ def unfitted(
     for entry in plan.rewrites:
         conv, layout, narrowing = program.conv(entry.conv.name), entry.layout, entry.narrowing
         if narrowing is not None:
-            conv = narrowed_conv(conv, narrowing.keeps, narrowing.reads)
+            conv = narrowed_conv(conv, narrowing.kept_out, narrowing.kept_in)
         m, whole = layout.intrinsic, conv.weight.detach()
         primary = cheap = None
         if conv.bias is not None:

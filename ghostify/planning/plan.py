@@ -16,9 +16,11 @@ from ghostify.modules.layout import (
     round_up_width,
 )
 from ghostify.planning import cost
-from ghostify.planning.links import Link, Narrowing, narrowings
-from ghostify.planning.order import Absorption, absorption
+from ghostify.planning.order import absorption
 from ghostify.planning.policy import Policy, Rule
+from ghostify.pruning.channel_groups import ChannelGroup, ChannelGroups, find_channel_groups
+from ghostify.pruning.kept_channels import KeptChannels
+from ghostify.pruning.pruning_groups import PruningGroup, kept_by_conv, left_of
 from ghostify.tracing.program import Convolution, Program
 from ghostify.tracing.wiring import Wiring, activation_after, norm_after, partner_in_sum
 
@@ -29,8 +31,9 @@ class Rewrite:
 
     Names of modules and nodes are those within the convolution's part. `norm` names the BatchNorm behind it whose
     statistics take up constant shifts; `partner` the node that its output is added to; `activation` the node that
-    activates its maps, where ghosts may read them so; `absorb` says who takes up the order of its channels, None where
-    a gather remains. With a `narrowing`, `layout` is of the maps that it keeps. MACs are for one output position.
+    activates its maps, where ghosts may read them so; `absorb` is the group of its channels where the others in it take
+    up their order, None where a gather remains. With a `narrowing`, `layout` is of the maps that it keeps. MACs are for
+    one output position.
     """
 
     conv: Convolution
@@ -38,18 +41,19 @@ class Rewrite:
     norm: str | None
     partner: str | None
     activation: str | None
-    absorb: Absorption | None
+    absorb: ChannelGroup | None
     macs_before: int
     macs_after: int
-    narrowing: Narrowing | None = None
+    narrowing: KeptChannels | None = None
 
 
 @dataclass(frozen=True)
 class Narrow:
-    """A convolution on a `Link` that keeps its form, not all its maps; `norm`, `partner` and MACs as in `Rewrite`."""
+    """A convolution of a `PruningGroup` that keeps its form, not all its channels; `norm`, `partner` and MACs as in
+    `Rewrite`."""
 
     conv: Convolution
-    narrowing: Narrowing
+    narrowing: KeptChannels
     norm: str | None
     partner: str | None
     macs_before: int
@@ -74,18 +78,22 @@ class Target:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every convolution of the program once, in order of first use. `macs_*` are whole-model totals where known."""
+    """Every convolution of the program once, in order of first use. `macs_*` are whole-model totals where known.
+
+    `notes` say what a rule allows and the plan could not do.
+    """
 
     entries: tuple[Rewrite | Narrow | Skip, ...]
     macs_before: int | None = None
     macs_after: int | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def rewrites(self) -> tuple[Rewrite, ...]:
         return tuple(e for e in self.entries if isinstance(e, Rewrite))
 
     @property
-    def narrowed(self) -> dict[str, Narrowing]:
+    def narrowed(self) -> dict[str, KeptChannels]:
         """What is left of the convolutions that lose maps, by name."""
         return {e.conv.name: e.narrowing for e in self.changes if e.narrowing is not None}
 
@@ -115,13 +123,13 @@ def targets(program: Program, policy: Policy) -> list[Target | Skip]:
 def plan_layouts(
     program: Program,
     decided: Iterable[tuple[Target, GhostLayout] | Skip],
-    kept: Mapping[Link, tuple[int, ...]] | None = None,
+    kept: Mapping[PruningGroup, tuple[int, ...]] | None = None,
 ) -> Plan:
-    """The plan that gives each target its layout, and each link the maps that it keeps; those that save nothing are
+    """The plan that gives each target its layout, and each group the channels that it keeps; what saves nothing is
     skipped."""
-    wiring = {path: Wiring(part) for path, part in program.parts.items()}
-    narrowed = narrowings(kept or {})
-    entries = [_entry(wiring, one, narrowed) for one in decided]
+    subgraphs = {path: _Subgraph(Wiring(part), find_channel_groups(part)) for path, part in program.parts.items()}
+    narrowed = kept_by_conv(program, kept or {})
+    entries = [_entry(subgraphs, one, narrowed) for one in decided]
     saved = [_saved(e) for e in entries if not isinstance(e, Skip)]
     total = program.macs
     after = None if total is None or None in saved else total - sum(s for s in saved if s is not None)
@@ -188,35 +196,45 @@ def _with_ratio(target: Target | Skip) -> tuple[Target, GhostLayout] | Skip:
     return target, layout_of(conv.outputs, intrinsic, rule.cheap, rule.dw_size)
 
 
-def _rewrite(wiring: Wiring, target: Target, layout: GhostLayout, narrowing: Narrowing | None) -> Rewrite | Skip:
+@dataclass(frozen=True)
+class _Subgraph:
+    """What planning reads of a part's graph."""
+
+    wiring: Wiring
+    groups: ChannelGroups
+
+
+def _rewrite(
+    subgraph: _Subgraph, target: Target, layout: GhostLayout, narrowing: KeptChannels | None
+) -> Rewrite | Skip:
     conv = target.conv
-    left = conv if narrowing is None else narrowing.left_of(conv)
+    left = conv if narrowing is None else left_of(conv, narrowing)
     dense, after = cost.dense_macs(left), cost.ghost_macs(left, layout)
     if after >= dense:
         return Skip(conv, f"nothing is saved: {dense} MACs a position before, {after} after")
-    nodes = [call.node for call in conv.calls]
+    nodes, wiring = [call.node for call in conv.calls], subgraph.wiring
     norm = norm_after(wiring, nodes)
     partner = partner_in_sum(wiring, nodes, norm)
     activation = (
         activation_after(wiring, nodes, norm) if target.rule.activated and may_read_activated(layout.form) else None
     )
-    before, absorb = cost.dense_macs(conv), absorption(wiring, nodes)
+    before, absorb = cost.dense_macs(conv), absorption(wiring.module, subgraph.groups, nodes)
     return Rewrite(conv, layout, norm, partner, activation, absorb, before, after, narrowing)
 
 
 def _entry(
-    wiring: Mapping[str, Wiring], decided: tuple[Target, GhostLayout] | Skip, narrowed: Mapping[str, Narrowing]
+    subgraphs: Mapping[str, _Subgraph], decided: tuple[Target, GhostLayout] | Skip, narrowed: Mapping[str, KeptChannels]
 ) -> Rewrite | Narrow | Skip:
     conv = decided.conv if isinstance(decided, Skip) else decided[0].conv
-    own, narrowing = wiring[conv.part], narrowed.get(conv.name)
+    own, narrowing = subgraphs[conv.part], narrowed.get(conv.name)
     entry = decided if isinstance(decided, Skip) else _rewrite(own, *decided, narrowing)
-    return entry if narrowing is None or isinstance(entry, Rewrite) else _narrow(own, conv, narrowing)
+    return entry if narrowing is None or isinstance(entry, Rewrite) else _narrow(own.wiring, conv, narrowing)
 
 
-def _narrow(wiring: Wiring, conv: Convolution, narrowing: Narrowing) -> Narrow:
+def _narrow(wiring: Wiring, conv: Convolution, narrowing: KeptChannels) -> Narrow:
     nodes = [conv.calls[0].node]
     norm = norm_after(wiring, nodes)
-    before, after = cost.dense_macs(conv), cost.dense_macs(narrowing.left_of(conv))
+    before, after = cost.dense_macs(conv), cost.dense_macs(left_of(conv, narrowing))
     return Narrow(conv, narrowing, norm, partner_in_sum(wiring, nodes, norm), before, after)
 
 

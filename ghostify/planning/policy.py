@@ -33,8 +33,8 @@ class Rule:
     kernel size. `cheap` is "depthwise" (every ghost sees one intrinsic map), "pointwise" (all of them, kernel size 1),
     a number in between, or "auto": whichever loses less, given a budget. With `activated`, depthwise ghosts may read
     the intrinsic maps behind norm and activation, as in the paper, where that loses less on held-out images. With
-    `narrow`, a budget may also leave maps out between two dense convolutions where the second can do without (see
-    `Link`). Raises `GhostifyError` for values that mean nothing.
+    `narrow`, a budget may also leave out channels that the convolutions which read them can do without (see
+    `PruningGroup`). Raises `GhostifyError` for values that mean nothing.
     """
 
     targets: tuple[Pattern, ...] = ("*",)

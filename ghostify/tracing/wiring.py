@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 
 from torch import fx
 
@@ -73,7 +74,7 @@ def partner_in_sum(wiring: Wiring, nodes: list[str], norm: str | None) -> str | 
     if len(nodes) != 1:
         return None
     node, awaited = wiring.nodes[nodes[0]], norm
-    while (user := only_user(node)) is not None:
+    for user in sole_consumers(node):
         if awaited is None and (summand := _summand(user, node)) is not None:
             return _source(wiring, summand).name
         if awaited is not None and user.target == awaited:
@@ -97,6 +98,13 @@ def _source(wiring: Wiring, node: fx.Node) -> fx.Node:
     while is_identity_in_eval(wiring.module, node):
         node = node.all_input_nodes[0]
     return node
+
+
+def sole_consumers(node: fx.Node) -> Iterator[fx.Node]:
+    """The one node that reads this one, the one that reads that, and so on, up to where several read, or nobody."""
+    while (user := only_user(node)) is not None:
+        yield user
+        node = user
 
 
 def only_user(node: fx.Node) -> fx.Node | None:

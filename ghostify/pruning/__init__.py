@@ -1,0 +1,1 @@
+"""Channel groups: which channels of a network must be permuted or pruned together."""
