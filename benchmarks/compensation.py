@@ -11,10 +11,10 @@ from torch import Tensor, fx, nn
 from ghostify.fitting.lstsq import dense_prediction
 from ghostify.fitting.moments import Moments, Pair
 from ghostify.fitting.sight import as_kernels, choose_places, filters_of, patches, share_of, values
+from ghostify.graph.op_queries import is_add
 
 POSITIONS = 40_000
 HELD_OUT = 4
-SUMS = ("add", "iadd")
 
 
 @torch.no_grad()
@@ -80,7 +80,7 @@ def _lacks(node: fx.Node, runs: tuple[_Run, _Run], channels: Tensor) -> list[Ten
     """What the shortcut lacks to which this convolution's norm is added, as the norm's input; nothing where none is."""
     norm = _only(node)
     total = None if norm is None else _only(norm)
-    if norm is None or total is None or norm.op != "call_module" or getattr(total.target, "__name__", "") not in SUMS:
+    if norm is None or total is None or norm.op != "call_module" or not is_add(total):
         return []
     module = runs[1].module.get_submodule(str(norm.target))
     shorts = [n.name for n in total.args if n is not norm]

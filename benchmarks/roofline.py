@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ghostify.deploying.deploy import deploy
+from ghostify.graph.op_queries import is_concat
 
 ROUNDS = 40
 SIDE, LONG = 2048, 2**27
@@ -70,7 +71,7 @@ class Layers(fx.Interpreter):
                 each = inner.weight[0].numel()
                 size = 4 * (inner.weight.numel() + read.numel() + made.numel())
                 self.found.append((KINDS[type(inner)], made.numel() * each, size))
-        elif n.target is torch.cat:
+        elif is_concat(n):
             self.found.append(("concatenations", 0, 8 * made.numel()))
         return made
 

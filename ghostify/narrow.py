@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ghostify.ghost import is_channels_last
+from ghostify.graph.op_queries import channel_tensors
 
 Norm = TypeVar("Norm", bound=nn.Module)
 
@@ -62,10 +63,10 @@ def narrowed_linear(layer: nn.Linear, kept_out: Sequence[int] | None, kept_in: S
 
 
 @torch.no_grad()
-def narrow_tensor(module: nn.Module, name: str, kept: Sequence[int]) -> None:
+def narrow_tensor(module: nn.Module, name: str, kept: Sequence[int] | Tensor) -> None:
     """Leave some entries of a parameter or buffer that a module holds, in place; the module's own count follows."""
-    tensor: Any = getattr(module, name)
-    own = tensor[torch.tensor(kept, device=tensor.device)].clone()
+    tensor = getattr(module, name)
+    own = tensor[torch.as_tensor(kept, device=tensor.device)].clone()
     setattr(module, name, nn.Parameter(own, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else own)
     for count in ("num_features", "num_parameters"):
         if hasattr(module, count):
@@ -74,14 +75,9 @@ def narrow_tensor(module: nn.Module, name: str, kept: Sequence[int]) -> None:
 
 @torch.no_grad()
 def narrowed_norm(norm: Norm, channels: Sequence[int] | Tensor) -> Norm:
-    """A copy of a BatchNorm for some `channels` only, in their order."""
-    made: Any = copy.deepcopy(norm)
-    index = torch.as_tensor(channels)
-    for name, parameter in norm.named_parameters(recurse=False):
-        setattr(made, name, nn.Parameter(parameter[index.to(parameter.device)].clone(), parameter.requires_grad))
-    for name, buffer in norm.named_buffers(recurse=False):
-        if buffer.dim():
-            setattr(made, name, buffer[index.to(buffer.device)].clone())
-    made.num_features = len(index)
-    found: Norm = made
-    return found
+    """A copy for some `channels` only, in their order, of a BatchNorm, a PReLU or whatever is made of such."""
+    copied = copy.deepcopy(norm)
+    for inner in copied.modules():
+        for name in channel_tensors(inner):
+            narrow_tensor(inner, name, channels)
+    return copied

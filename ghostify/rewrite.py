@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ghostify.ghost import GhostModule, GhostWeights, ghost_of
+from ghostify.graph.batchnorm import BatchNorm, batchnorm_at
 from ghostify.narrow import DenseWeights, narrowed_conv
 from ghostify.planning.activation import activation_line, narrowed
 from ghostify.planning.order import absorb
@@ -82,11 +83,13 @@ def _put_dense(module: fx.GraphModule, entry: Narrow, weights: DenseWeights) -> 
     if weights.bias is not None:
         conv.bias.copy_(weights.bias)
     if weights.shift is not None:
-        _take_up(module.get_submodule(str(entry.norm)), weights.shift)
+        _take_up(batchnorm_at(module, entry.norm), weights.shift)
 
 
-def _take_up(norm: Any, shift: Tensor) -> None:
+def _take_up(norm: BatchNorm | None, shift: Tensor) -> None:
     """Let a norm hold constants that what it reads lacks."""
+    assert norm is not None
+    assert norm.running_mean is not None
     with torch.no_grad():
         norm.running_mean.sub_(shift.to(norm.running_mean))
 
@@ -109,7 +112,7 @@ def put_ghost(module: fx.GraphModule, entry: Rewrite, weights: GhostWeights) -> 
         _call_instead(module, entry)
     setattr(owner, leaf, ghost)
     if entry.norm is not None and weights.shift is not None:
-        _take_up(module.get_submodule(entry.norm), weights.shift)
+        _take_up(batchnorm_at(module, entry.norm), weights.shift)
     if weights.activated:
         ghost.activation = narrowed(activation_line(module, entry), weights.channels[: entry.layout.intrinsic])
 

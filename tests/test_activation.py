@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ghostify import GhostifyError, GhostModule, Policy, Rule, ghostify, load, plan, report, save, trace
+from ghostify.deploying.deploy import deploy
 from ghostify.evaluate import outputs, relative_error
 from ghostify.planning.activation import activation_line, narrowed
 from tests import nets
@@ -40,6 +41,39 @@ def test_the_activation_behind_a_convolution_is_found():
     assert not any(e.activation for e in plan(trace(nets.settle(Functional()))).rewrites)
 
 
+class Slopes(nn.Module):
+    """Activations with arguments or parameters, as functions and as a module, and one written out."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.a, self.b, self.c, self.d = (nn.Conv2d(width, width, 3, padding=1) for _ in range(4))
+        self.norm, self.act = nn.BatchNorm2d(width), nn.PReLU(width)
+        self.slopes = nn.Parameter(torch.linspace(0.1, 0.9, width))
+        nn.init.uniform_(self.act.weight, 0.1, 0.9)
+
+    def forward(self, x):
+        x = F.leaky_relu(self.a(self.stem(x)), 0.3)
+        x = self.act(self.norm(self.b(x)))
+        x = F.prelu(self.c(x), self.slopes)
+        x = self.d(x)
+        return x * torch.sigmoid(x)
+
+
+def test_activations_with_arguments_and_parameters_are_found():
+    model = nets.settle(Slopes())
+    assert targets(model) == {"a": "leaky_relu", "b": "act", "c": "prelu", "d": "mul"}
+
+
+def test_the_slopes_of_the_chosen_channels_are_kept():
+    model = nets.settle(Slopes())
+    program = trace(model)
+    entry = next(e for e in plan(program, Policy((Rule(activated=True),))).rewrites if e.conv.name == "b")
+    line, kept = activation_line(program.parts[""], entry), torch.tensor([5, 0, 3])
+    x = torch.randn(2, 8, 5, 5)
+    torch.testing.assert_close(narrowed(line, kept)(x[:, kept]), line(x)[:, kept])
+
+
 def test_it_loses_no_more_than_the_linear_form_on_held_out_images():
     for make in (nets.Straight, nets.Residual, Functional):
         model, x = nets.settle(make()), nets.images(64, 16)
@@ -66,6 +100,30 @@ class Rectified(nn.Module):
     def forward(self, x):
         x = self.stem(x)
         return self.last(self.relu(self.norm(self.conv(torch.cat((x, x.relu()), 1)))))
+
+
+class Sloped(Rectified):
+    """The same with slopes that differ between the channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.relu = nn.PReLU(8)
+        with torch.no_grad():
+            self.relu.weight.copy_(torch.tensor([0.1, 0.3, 0.5, 0.7] * 2))
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.last(self.relu(self.norm(self.conv(torch.cat((x, F.prelu(x, self.relu.weight[:4])), 1)))))
+
+
+def test_ghosts_read_through_the_slopes_of_their_own_channels():
+    torch.manual_seed(0)
+    model, test = Sloped().eval(), [nets.images(16, 16, seed=3)]
+    gm = ghostify(model, targets="conv", activated=True, calibration=nets.images(64, 16).split(16))
+    assert chosen(gm)
+    assert relative_error(outputs(gm, test), outputs(model, test)) < 1e-6
+    small = deploy(gm, test[0])
+    torch.testing.assert_close(outputs(small, test), outputs(gm, test), rtol=1e-4, atol=1e-5)
 
 
 def activated_ghost():

@@ -44,6 +44,14 @@ def test_a_norm_of_some_maps_shares_nothing_with_the_whole():
     assert small.num_batches_tracked.dim() == 0
 
 
+def test_what_a_channel_has_of_its_own_goes_with_it():
+    act, x = nn.PReLU(6), torch.randn(2, 6, 4, 4)
+    nn.init.uniform_(act.weight)
+    small = narrowed_norm(nn.Sequential(nn.BatchNorm2d(6), act, nn.PReLU()).eval(), KEPT)
+    torch.testing.assert_close(small[1](x[:, KEPT]), act(x)[:, KEPT])
+    assert (small[0].num_features, small[1].num_parameters, small[2].num_parameters) == (3, 3, 1)
+
+
 def test_the_layout_of_weights_stays():
     conv = nn.Conv2d(8, 12, 3).to(memory_format=torch.channels_last)
     for keeps, reads in (([1, 3], None), (None, [0, 2, 5]), ([1, 3], [0, 2, 5])):

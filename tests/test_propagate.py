@@ -45,3 +45,25 @@ def test_sums_and_joints_of_norms_are_followed():
 def test_what_is_not_known_is_said_so():
     module = trace(nets.settle(Paths())).module
     assert not {"raw", "stem"} & set(input_channels(module))
+
+
+class Spelled(nn.Module):
+    """The same operations as modules and as functions."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.pool, self.up, self.act = nn.BatchNorm2d(3), nn.AvgPool2d(2), nn.Upsample(None, 2), nn.ELU(0.5)
+        self.modules_conv, self.functions_conv = nn.Conv2d(6, 4, 1), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x):
+        x = self.norm(x)
+        modules = self.act(self.up(self.pool(x)))
+        functions = F.elu(F.interpolate(F.avg_pool2d(x, 2), None, 2), 0.5)
+        both = torch.cat((modules, modules), 1), torch.cat((functions, functions), dim=-3)
+        return self.modules_conv(both[0]) + self.functions_conv(both[1])
+
+
+def test_functions_are_followed_as_modules_are():
+    found = input_channels(trace(nets.settle(Spelled())).module)
+    assert torch.equal(found["modules_conv"].var, found["functions_conv"].var)
+    assert torch.equal(found["modules_conv"].mean, found["functions_conv"].mean)

@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F
 
 from ghostify.budgeting.measure import _made
 from ghostify.deploying.deploy import deploy
@@ -42,3 +43,21 @@ def test_what_cannot_be_drawn_is_left_to_the_exporter(model, tmp_path):
     assert not sketch(deploy(nn.Sequential(model).eval(), x), (x,), tmp_path / "model.onnx")
     assert not sketch(nn.Identity(), (x,), tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
+
+
+class Added(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x):
+        y = self.conv(x)
+        y += x
+        return F.relu(torch.cat((y, y), dim=1))
+
+
+def test_functions_and_sums_in_place_are_drawn_too(tmp_path):
+    x = nets.images(1)
+    small = deploy(Added().eval(), x)
+    assert sketch(small, (x,), tmp_path / "model.onnx")
+    torch.testing.assert_close(runner(tmp_path / "model.onnx", 1, runtime="onnx")(x)[0], small(x), rtol=1e-3, atol=1e-4)

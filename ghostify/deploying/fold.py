@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ghostify.ghost import CheapOperation, GhostModule
-from ghostify.graph.batchnorm import BatchNorm, batchnorm_affine, batchnorm_at
+from ghostify.graph.batchnorm import BatchNorm, batchnorm_affine, batchnorm_at, inner_modules
 from ghostify.graph.op_queries import activation_module, is_channel_independent, is_identity_in_eval, is_standard_conv
 from ghostify.modules.hooks import has_hooks
 from ghostify.planning.activation import out_of_place
@@ -105,9 +105,8 @@ def _without_norm(module: fx.GraphModule, node: fx.Node, norm_path: str) -> None
     norm = module.get_submodule(norm_path)
     last = node
     with module.graph.inserting_after(reader):
-        for name, child in norm.named_children():
-            if not isinstance(child, nn.Identity):
-                last = module.graph.call_module(f"{norm_path}.{name}", (last,))
+        for name in inner_modules(norm):
+            last = module.graph.call_module(f"{norm_path}.{name}", (last,))
     reader.replace_all_uses_with(last, delete_user_cb=lambda user: user is not last)
     module.graph.erase_node(reader)
 
@@ -262,7 +261,7 @@ def _same_line(ghost: GhostModule, norm: BatchNorm | None, order: Tensor) -> boo
     """Whether the norm on the way to the cheap operation, if any, is still the one behind the ghost module."""
     assert ghost.activation is not None
     norms = [c for c in ghost.activation.modules() if isinstance(c, BatchNorm)]
-    if norm is None or len(norms) != 1 or any(not isinstance(c, nn.Identity) for c in norms[0].children()):
+    if norm is None or len(norms) != 1 or inner_modules(norms[0]):
         return norm is None and not norms
     m = ghost.primary_conv.out_channels
     own, behind = _affine(norms[0], torch.arange(m)), _affine(norm, order)

@@ -25,6 +25,11 @@ def batchnorm_at(module: nn.Module, path: str | None) -> BatchNorm | None:
     return norm
 
 
+def inner_modules(norm: nn.Module) -> dict[str, nn.Module]:
+    """What a norm applies to its normalised values, by name, such as its activation; nothing for a plain norm."""
+    return {name: child for name, child in norm.named_children() if not isinstance(child, nn.Identity)}
+
+
 def gamma_beta(norm: BatchNorm) -> tuple[Tensor, Tensor]:
     """The learned factor and constant of each channel (n), which are one and zero where the norm has none."""
     like = norm.running_var if norm.running_var is not None else torch.empty(norm.num_features)

@@ -159,12 +159,14 @@ def channel_parameters(module: nn.Module, node: fx.Node) -> tuple[str, ...]:
 
 def _channel_parameters(module: nn.Module) -> tuple[str, ...]:
     return tuple(
-        f"{path}.{name}" if path else name
-        for path, inner in module.named_modules()
-        if (op := op_of_module(inner)) is not None
-        for name in op.channel_parameters
-        if _has_channels(getattr(inner, name))
+        f"{path}.{name}" if path else name for path, inner in module.named_modules() for name in channel_tensors(inner)
     )
+
+
+def channel_tensors(module: nn.Module) -> tuple[str, ...]:
+    """Names of a module's own parameters and buffers that have one entry for each channel, as `channel_parameters`."""
+    op = op_of_module(module)
+    return () if op is None else tuple(n for n in op.channel_parameters if _has_channels(getattr(module, n)))
 
 
 def _parameters_are_attributes(node: fx.Node) -> bool:
@@ -278,8 +280,10 @@ def _may_write(module: nn.Module, node: fx.Node) -> bool:
     if node.op == "call_module":
         return any(getattr(m, "inplace", False) or has_hooks(m) for m in _called(module, node).modules())
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    in_place = name.endswith("_") or node.target in IN_PLACE
-    return in_place or "out" in node.kwargs or bool(node.kwargs.get("inplace")) or any(v is True for v in node.args[1:])
+    in_place = name.endswith("_") or node.target in IN_PLACE or "out" in node.kwargs
+    op = op_of_call(node)
+    told = op is not None and op.activation is not None and any(value is True for value in node.args[1:])
+    return in_place or told or bool(node.kwargs.get("inplace"))
 
 
 def _called(module: nn.Module, node: fx.Node) -> nn.Module:

@@ -10,7 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.layers import AvgPool2dSame, BatchNormAct2d, Conv2dSame, DropBlock2d, DropPath, Linear, SyncBatchNormAct
+from timm.layers import (
+    AvgPool2dSame,
+    BatchNormAct2d,
+    Conv2dSame,
+    DropBlock2d,
+    DropPath,
+    Linear,
+    SyncBatchNormAct,
+    activations,
+)
 from timm.layers.drop import drop_path
 from timm.layers.pool2d_same import MaxPool2dSame
 from torch import fx, nn
@@ -106,9 +115,11 @@ class Op:
 
 
 def _activation(
-    name: str, module: type[nn.Module], functions: tuple[Any, ...] = (), methods: tuple[str, ...] = ()
-) -> Op:
-    return Op(name, (module,), functions, methods, True, pointwise=True, activation=module, allocates=True)
+    name: str, module: type[nn.Module], functions: tuple[Any, ...] = (), methods: tuple[str, ...] = (),
+    same: tuple[type[nn.Module], ...] = (),
+) -> Op:  # fmt: skip
+    """`module` computes what the functions do with the same arguments; `same` are other classes of this operator."""
+    return Op(name, (module, *same), functions, methods, True, pointwise=True, activation=module, allocates=True)
 
 
 def _unary(name: str, functions: tuple[Any, ...], methods: tuple[str, ...], when: Condition = _always) -> Op:
@@ -139,14 +150,15 @@ OPS = (
     _activation("elu", nn.ELU, (F.elu, F.elu_)),
     _activation("celu", nn.CELU, (F.celu, F.celu_, torch.celu, torch.celu_)),
     _activation("selu", nn.SELU, (F.selu, F.selu_, torch.selu, torch.selu_)),
-    _activation("gelu", nn.GELU, (F.gelu,)),
-    _activation("silu", nn.SiLU, (F.silu,)),
-    _activation("mish", nn.Mish, (F.mish,)),
-    _activation("hardswish", nn.Hardswish, (F.hardswish,)),
-    _activation("hardsigmoid", nn.Hardsigmoid, (F.hardsigmoid,)),
+    _activation("gelu", nn.GELU, (F.gelu,), same=(activations.GELU,)),
+    _activation("silu", nn.SiLU, (F.silu,), same=(activations.Swish,)),
+    _activation("mish", nn.Mish, (F.mish,), same=(activations.Mish,)),
+    _activation("hardswish", nn.Hardswish, (F.hardswish,), same=(activations.HardSwish,)),
+    _activation("hardsigmoid", nn.Hardsigmoid, (F.hardsigmoid,), same=(activations.HardSigmoid,)),
     _activation("hardtanh", nn.Hardtanh, (F.hardtanh, F.hardtanh_)),
-    _activation("sigmoid", nn.Sigmoid, (F.sigmoid, torch.sigmoid, torch.sigmoid_), ("sigmoid", "sigmoid_")),
-    _activation("tanh", nn.Tanh, (F.tanh, torch.tanh, torch.tanh_), ("tanh", "tanh_")),
+    _activation("sigmoid", nn.Sigmoid, (F.sigmoid, torch.sigmoid, torch.sigmoid_), ("sigmoid", "sigmoid_"),
+                (activations.Sigmoid,)),
+    _activation("tanh", nn.Tanh, (F.tanh, torch.tanh, torch.tanh_), ("tanh", "tanh_"), (activations.Tanh,)),
     _activation("softplus", nn.Softplus, (F.softplus,)),
     _activation("softsign", nn.Softsign, (F.softsign,)),
     _activation("logsigmoid", nn.LogSigmoid, (F.logsigmoid,)),
@@ -156,8 +168,8 @@ OPS = (
     _activation("threshold", nn.Threshold, (F.threshold, torch.threshold, torch.threshold_)),
     Op("clamp", (), (torch.clamp, torch.clamp_, torch.clip, torch.clip_), ("clamp", "clamp_", "clip", "clip_"), True,
        pointwise=True, activation=_clamp, allocates=True, when=_clamps_to_interval),
-    Op("prelu", (nn.PReLU,), (F.prelu, torch.prelu), ("prelu",), channel_parameters=("weight",), pointwise=True,
-       activation=nn.PReLU, allocates=True),
+    Op("prelu", (nn.PReLU, activations.PReLU), (F.prelu, torch.prelu), ("prelu",), channel_parameters=("weight",),
+       pointwise=True, activation=nn.PReLU, allocates=True),
     Op("batch_norm", (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d, SyncBatchNormAct), (F.batch_norm,),
        channel_parameters=NORM, allocates=True),
     Op("batch_norm_1d", (nn.BatchNorm1d,), channel_parameters=NORM, allocates=True),
@@ -180,7 +192,7 @@ OPS = (
     Op("pad", (nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d), (F.pad,),
        channel_independent=True, when=_pads_positions),
     Op("cast", (), (torch.clone, torch.detach),
-       ("contiguous", "clone", "detach", "float", "half", "double", "bfloat16", "to", "type_as"), True, pointwise=True),
+       ("contiguous", "clone", "detach", "float", "half", "double", "bfloat16", "to"), True, pointwise=True),
     _unary("neg", (operator.neg, torch.neg), ("neg", "neg_")),
     _unary("abs", (builtins.abs, operator.abs, torch.abs), ("abs", "abs_")),
     _unary("exp", (torch.exp,), ("exp", "exp_")),

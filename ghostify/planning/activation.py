@@ -36,7 +36,4 @@ def out_of_place(module: Copied) -> Copied:
 
 def narrowed(line: nn.Sequential, channels: Tensor) -> nn.Sequential:
     """A copy of the line for some `channels` only, in their order."""
-    line = copy.deepcopy(line)
-    if getattr(line[0], "running_mean", None) is not None:
-        line[0] = narrowed_norm(line[0], channels)
-    return line
+    return narrowed_norm(line, channels)

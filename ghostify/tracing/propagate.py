@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from ghostify.graph.batchnorm import BatchNorm, batchnorm_of, gamma_beta
+from ghostify.graph.batchnorm import BatchNorm, batchnorm_of, gamma_beta, inner_modules
 from ghostify.graph.op_queries import (
     activation_input,
     activation_module,
@@ -80,6 +80,6 @@ def activated(activation: nn.Module, source: Channels) -> Channels:
 def _normed(norm: BatchNorm) -> Channels:
     gamma, beta = gamma_beta(norm)
     made = Channels(beta.double().cpu(), gamma.double().cpu().square())
-    for child in (c for c in norm.children() if not isinstance(c, nn.Identity)):
+    for child in inner_modules(norm).values():
         made = activated(child, made)
     return made

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from torch import fx, nn
+from torch import fx
 
-from ghostify.graph.batchnorm import batchnorm_of
+from ghostify.graph.batchnorm import batchnorm_of, inner_modules
 from ghostify.graph.op_queries import (
     activation_input,
     activation_module,
@@ -56,7 +56,7 @@ def activation_after(wiring: Wiring, nodes: list[str], norm: str | None) -> str 
     node = wiring.nodes[nodes[0]]
     if norm is not None:
         node = next(iter(node.users))
-        inner = [c for c in called(wiring.module, node).children() if not isinstance(c, nn.Identity)]
+        inner = inner_modules(called(wiring.module, node)).values()
         if inner:
             return node.name if all(map(is_activation_module, inner)) else None
     return next((user.name for user in node.users if _activates_alone(wiring.module, user, node)), None)
@@ -78,8 +78,7 @@ def partner_in_sum(wiring: Wiring, nodes: list[str], norm: str | None) -> str | 
         if awaited is None and (summand := _summand(user, node)) is not None:
             return _source(wiring, summand).name
         if awaited is not None and user.target == awaited:
-            inner = called(wiring.module, user)
-            if not all(isinstance(c, nn.Identity) for c in inner.children()):
+            if inner_modules(called(wiring.module, user)):
                 return None
             awaited = None
         elif not is_identity_in_eval(wiring.module, user):
