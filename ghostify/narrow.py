@@ -63,10 +63,10 @@ def narrowed_linear(layer: nn.Linear, kept_out: Sequence[int] | None, kept_in: S
 
 
 @torch.no_grad()
-def narrow_tensor(module: nn.Module, name: str, kept: Sequence[int]) -> None:
+def narrow_tensor(module: nn.Module, name: str, kept: Sequence[int] | Tensor) -> None:
     """Leave some entries of a parameter or buffer that a module holds, in place; the module's own count follows."""
-    tensor: Any = getattr(module, name)
-    own = tensor[torch.tensor(kept, device=tensor.device)].clone()
+    tensor = getattr(module, name)
+    own = tensor[torch.as_tensor(kept, device=tensor.device)].clone()
     setattr(module, name, nn.Parameter(own, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else own)
     for count in ("num_features", "num_parameters"):
         if hasattr(module, count):
@@ -77,14 +77,7 @@ def narrow_tensor(module: nn.Module, name: str, kept: Sequence[int]) -> None:
 def narrowed_norm(norm: Norm, channels: Sequence[int] | Tensor) -> Norm:
     """A copy for some `channels` only, in their order, of a BatchNorm, a PReLU or whatever is made of such."""
     copied = copy.deepcopy(norm)
-    index = torch.as_tensor(channels)
     for inner in copied.modules():
         for name in channel_tensors(inner):
-            value = getattr(inner, name)
-            chosen = value[index.to(value.device)].clone()
-            is_parameter = isinstance(value, nn.Parameter)
-            setattr(inner, name, nn.Parameter(chosen, value.requires_grad) if is_parameter else chosen)
-            for count in ("num_features", "num_parameters"):
-                if hasattr(inner, count):
-                    setattr(inner, count, len(index))
+            narrow_tensor(inner, name, channels)
     return copied
