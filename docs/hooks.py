@@ -3,7 +3,7 @@
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from ghostify.command.cli import app
+from ghostify.cli.commands import app
 
 MARK = "<!-- help -->"
 

@@ -2,24 +2,24 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from ghostify.budgeting.budget import plan_within
-from ghostify.budgeting.frontier import frontier
-from ghostify.convert import ghostify
-from ghostify.data.lessons import lessons
+from ghostify.api import ghostify
 from ghostify.data.sources import preprocessing, read_data
-from ghostify.deploying.deploy import deploy
-from ghostify.deploying.export import export
+from ghostify.data.training_data import lessons
+from ghostify.deployment.exporter import export
+from ghostify.deployment.inference_form import deploy
 from ghostify.errors import GhostifyError
-from ghostify.fitting.fit import fit
-from ghostify.ghost import GhostModule
-from ghostify.planning.plan import plan
+from ghostify.fitting.driver import fit
+from ghostify.graph.tracing import trace
+from ghostify.io.checkpoint import load, load_weights, save
+from ghostify.modules.ghost import GhostModule
+from ghostify.planning.planner import plan
 from ghostify.planning.policy import Policy, Rule
-from ghostify.report import report
-from ghostify.reporting.present import write_report
-from ghostify.rewrite import rewrite
-from ghostify.storing.checkpoint import load, load_weights, save
-from ghostify.tracing.trace import trace
-from ghostify.training.finetune import Recipe, finetune
+from ghostify.reporting.builder import write_report
+from ghostify.rewriting.apply import rewrite
+from ghostify.search.budget import plan_within
+from ghostify.search.pareto import frontier
+from ghostify.summary import report
+from ghostify.training.trainer import Recipe, finetune
 
 try:
     __version__ = version("ghostify")

@@ -1,5 +1,5 @@
 """`python -m ghostify`, which launchers of several processes need."""
 
-from ghostify.command.cli import main
+from ghostify.cli.commands import main
 
 main()

@@ -10,7 +10,7 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 FORKS = get_context("forkserver")
-FORKS.set_forkserver_preload(["ghostify.command.cli"])
+FORKS.set_forkserver_preload(["ghostify.cli.commands"])
 SECONDS = 300
 
 
@@ -34,7 +34,7 @@ def _main(words: list[str], cwd: Path, out: Path, err: Path, environment: dict[s
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
-    from ghostify.command.cli import main
+    from ghostify.cli.commands import main
 
     sys.argv = ["ghostify", *words]
     main()

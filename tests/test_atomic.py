@@ -1,6 +1,6 @@
 import pytest
 
-from ghostify.storing.atomic import staged_folder
+from ghostify.io.atomic import staged_folder
 
 
 def names(folder):

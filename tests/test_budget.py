@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from ghostify import GhostifyError, Policy, Rule, deploy, fit, ghostify, load, report, rewrite, save, trace
-from ghostify.budgeting.budget import choices_of, choose, plan_within
-from ghostify.budgeting.stopwatch import Stopwatch
-from ghostify.evaluate import outputs, relative_error
+from ghostify.evaluation.metrics import outputs, relative_error
 from ghostify.planning import cost
 from ghostify.pruning.pruning_groups import PruningGroup, find_pruning_groups
+from ghostify.search.budget import choices_of, choose, plan_within
+from ghostify.timing.timer import Stopwatch
 from tests import nets
 
 
@@ -198,7 +198,7 @@ def test_residual_streams_are_pruned_where_that_loses_least(monkeypatch):
     assert made.get_submodule("bn2").num_features == len(made.get_submodule("stem.1").running_var) == kept
     assert cost.count_macs(made, x[:1]) == report(made).macs_after <= 0.35 * cost.count_macs(model, x[:1])
     torch.testing.assert_close(deploy(made, x[:1])(x), made(x), atol=1e-4, rtol=1e-3)
-    budgets = sys.modules["ghostify.budgeting.budget"]
+    budgets = sys.modules["ghostify.search.budget"]
     chains = [g for g in find_pruning_groups(trace(model, x[:1])) if isinstance(g, PruningGroup)]
     monkeypatch.setattr(budgets, "find_pruning_groups", lambda _: [g for g in chains if not g.channels.residual])
     without = ghostify(model, example_inputs=x[:1], **wish)

@@ -3,13 +3,13 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ghostify.budgeting import candidates, profile
-from ghostify.budgeting.candidates import _Losses
-from ghostify.budgeting.profile import Profile
 from ghostify.errors import GhostifyError
 from ghostify.fitting import lstsq
-from ghostify.fitting.datafree import white_statistics
+from ghostify.fitting.data_free import white_statistics
 from ghostify.modules.layout import Depthwise, GhostLayout, Grouped, Pointwise, intrinsic_count
+from ghostify.search import candidates, layer_statistics
+from ghostify.search.candidates import _Losses
+from ghostify.search.layer_statistics import Profile
 
 
 def test_few_images_are_not_taken_to_be_simple():
@@ -17,8 +17,8 @@ def test_few_images_are_not_taken_to_be_simple():
     rows = torch.randn(12, 8, generator=torch.Generator().manual_seed(0)).double()
     halves = tuple(h.T @ h / len(h) for h in rows.split(6))
     eye = torch.eye(8, dtype=torch.float64)
-    crossed = candidates._tails(profile.Profile(halves, None, eye))
-    own = [candidates._tails(profile.Profile((h,), None, eye)) for h in halves]
+    crossed = candidates._tails(layer_statistics.Profile(halves, None, eye))
+    own = [candidates._tails(layer_statistics.Profile((h,), None, eye)) for h in halves]
     torch.testing.assert_close(own[0], torch.cat((torch.zeros(1), torch.linalg.eigvalsh(halves[0]).cumsum(0))))
     assert (crossed[1:-1] > (own[0] + own[1])[1:-1] / 2).all()
     assert crossed[-1] == pytest.approx(float((own[0] + own[1])[-1] / 2))

@@ -1,8 +1,8 @@
 import pytest
 
 from ghostify import Policy, Rule, frontier, ghostify, report, trace
-from ghostify.report import outcome_of
 from ghostify.reporting.charts import COLOURS, costs_chart, frontier_chart, layers_chart
+from ghostify.summary import outcome_of
 from tests import nets
 
 

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from torch import fx
 
 from ghostify import GhostifyError, ghostify, load, report, save
-from ghostify.report import conversion_info
-from ghostify.storing.checkpoint import load_weights
+from ghostify.io.checkpoint import load_weights
+from ghostify.summary import conversion_info
 from tests import nets
 
 
@@ -70,7 +70,7 @@ def test_a_failed_save_leaves_what_was_there(converted, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr("ghostify.storing.checkpoint.save_file", full)
+    monkeypatch.setattr("ghostify.io.checkpoint.save_file", full)
     with pytest.raises(OSError, match="disk full"):
         save(converted, tmp_path / "out")
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before

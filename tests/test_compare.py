@@ -8,9 +8,9 @@ from torch.utils.data import TensorDataset
 
 from benchmarks.experiments import compare
 from benchmarks.lib import rivals
-from ghostify.command.demo import ResidualNet
-from ghostify.data.lessons import Lessons
-from ghostify.evaluate import outputs
+from ghostify.cli.demo import ResidualNet
+from ghostify.data.training_data import Lessons
+from ghostify.evaluation.metrics import outputs
 from tests.nets import settle
 
 

@@ -3,9 +3,9 @@ import json
 import torch
 from rich.console import Console
 
-from ghostify.command import demo
+from ghostify.cli import demo
 from ghostify.data import datasets
-from ghostify.evaluate import outputs, top1
+from ghostify.evaluation.metrics import outputs, top1
 
 
 def test_digits_split_and_scale():

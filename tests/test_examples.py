@@ -14,8 +14,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ghostify import ghostify, load, load_weights, save
-from ghostify.evaluate import outputs
-from ghostify.training.distill import answers_apart
+from ghostify.evaluation.metrics import outputs
+from ghostify.training.losses import answers_apart
 from tests.nets import settle
 
 EXAMPLES = Path(__file__).parent.parent / "docs/examples"

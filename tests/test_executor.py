@@ -4,7 +4,7 @@ from torch import Tensor, fx
 
 from ghostify import trace
 from ghostify.graph.executor import execute, last_uses
-from ghostify.tracing.calls import bind_inputs
+from ghostify.graph.inputs import bind_inputs
 from tests import nets
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from ghostify.ghost import GhostModule, ghost_of, is_channels_last
+from ghostify.modules.ghost import GhostModule, ghost_of, is_channels_last
 from ghostify.modules.layout import Depthwise, GhostLayout, Grouped, Pointwise
 
 

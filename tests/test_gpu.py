@@ -5,12 +5,12 @@ import torch
 from torch.utils.data import TensorDataset
 
 from ghostify import GhostifyError, finetune, ghostify, load, save, trace, write_report
-from ghostify.data.lessons import Lessons
-from ghostify.deploying.deploy import deploy
-from ghostify.evaluate import outputs, paired_milliseconds, relative_error
-from ghostify.reporting.study import study
-from ghostify.training.distill import answers_apart
-from ghostify.training.finetune import Recipe
+from ghostify.data.training_data import Lessons
+from ghostify.deployment.inference_form import deploy
+from ghostify.evaluation.metrics import outputs, paired_milliseconds, relative_error
+from ghostify.reporting.redundancy import study
+from ghostify.training.losses import answers_apart
+from ghostify.training.trainer import Recipe
 from tests import nets
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")

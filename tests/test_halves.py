@@ -2,15 +2,9 @@ import pytest
 import torch
 
 from ghostify import trace
-from ghostify.budgeting.halves import (
-    add_by_halves,
-    covariances_of,
-    error_metric,
-    mean_across_halves,
-    visit_convolutions,
-)
 from ghostify.fitting.moments import Moments
 from ghostify.fitting.sensitivity import calibrate
+from ghostify.search.halves import add_by_halves, covariances_of, error_metric, mean_across_halves, visit_convolutions
 from tests import nets
 
 

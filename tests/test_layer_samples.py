@@ -2,11 +2,11 @@ import pytest
 import torch
 
 from ghostify import GhostifyError, trace
-from ghostify.fitting import sight
-from ghostify.fitting.batches import batches_of, judges
+from ghostify.fitting import patches
+from ghostify.fitting.calibration import batches_of, judges
 from ghostify.fitting.layer_samples import MAX_ROWS, LayerSamples, rows_for
-from ghostify.fitting.walk import Walk
-from ghostify.planning.plan import plan
+from ghostify.fitting.lockstep import Walk
+from ghostify.planning.planner import plan
 from ghostify.planning.policy import Policy, Rule
 from tests import nets
 
@@ -30,7 +30,7 @@ def sampled(x, spoil=False):
 def test_rows_are_what_the_convolution_makes_of_its_patches():
     samples, taken = sampled(nets.images(24))
     for sample in taken:
-        made = sample.u @ sight.filters_of(samples.conv).T.float()
+        made = sample.u @ patches.filters_of(samples.conv).T.float()
         torch.testing.assert_close(made, sample.y, rtol=1e-3, atol=1e-4)
 
 

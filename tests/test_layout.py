@@ -8,9 +8,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ghostify import GhostifyError
-from ghostify.budgeting.candidates import _Losses
-from ghostify.fitting import assign, layer, lstsq
-from ghostify.ghost import ghost_of
+from ghostify.fitting import assignment, ghost_fit, lstsq
+from ghostify.modules.ghost import ghost_of
 from ghostify.modules.layout import (
     Depthwise,
     GhostLayout,
@@ -22,8 +21,9 @@ from ghostify.modules.layout import (
     round_up_width,
 )
 from ghostify.planning import cost
-from ghostify.report import Line
 from ghostify.reporting.charts import kind_of
+from ghostify.search.candidates import _Losses
+from ghostify.summary import Line
 
 
 @st.composite
@@ -176,8 +176,8 @@ LINE = Line("a", "Conv2d", (8, 3, 3, 3), None, None, 4, 1, 3, False, 1, 1, 1, 1)
         lambda layout: layout.to_dict(),
         lambda layout: replace(layout),
         lambda layout: may_read_activated(layout.form),
-        lambda layout: assign.choose_groups(torch.rand(8, 8), layout),
-        lambda layout: layer.has_many_maps(layout),
+        lambda layout: assignment.choose_groups(torch.rand(8, 8), layout),
+        lambda layout: ghost_fit.has_many_maps(layout),
         lambda layout: _Losses(None, 3).of(layout),
         lambda layout: _Losses(None, 3).least(layout),
         lambda _: kind_of(UnheardLine(**LINE.__dict__)),

@@ -7,10 +7,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ghostify.fitting import lstsq
-from ghostify.fitting.assign import Groups
+from ghostify.fitting.assignment import Groups
+from ghostify.fitting.linear_solvers import solve_ridge
 from ghostify.fitting.lstsq import Statistics
 from ghostify.fitting.moments import Moments, Pair
-from ghostify.fitting.systems import solve_ridge
 from ghostify.modules.layout import Depthwise, GhostLayout, Pointwise
 
 

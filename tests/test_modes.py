@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from ghostify.evaluate import outputs
-from ghostify.tracing.modes import evaluating
+from ghostify.evaluation.metrics import outputs
+from ghostify.graph.modes import evaluating
 
 
 def test_modes_come_back_even_after_an_error():

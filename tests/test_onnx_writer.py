@@ -5,11 +5,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from ghostify.budgeting.measure import _made
-from ghostify.deploying.deploy import deploy
+from ghostify.deployment.inference_form import deploy
 from ghostify.modules.layout import Depthwise, GhostLayout, Pointwise
 from ghostify.runtimes.onnx_writer import write_onnx
 from ghostify.runtimes.registry import load_runner
+from ghostify.timing.latency import _made
 from tests import nets
 
 LAYOUTS = [

@@ -1,38 +1,110 @@
-"""The comparison's pictures: what is drawn of which rows, and that it becomes an SVG with a mark for every method."""
-
 import pytest
+import torch
 
-from benchmarks.experiments import compare, pareto
-from benchmarks.lib.catalogue import label
-from benchmarks.lib.figures import family, shape
+from ghostify import GhostifyError, Policy, Rule, ghostify, report, trace
+from ghostify.evaluation.metrics import outputs, relative_error
+from ghostify.planning import cost
+from ghostify.search.budget import plan_within
+from ghostify.search.pareto import frontier, plan_for_drop
+from tests import nets
 
-
-def rows(methods, *, taught):
-    yield {"how": "original", "score": 90.0, "macs": 1.0, "latency": 1.0}
-    for method in methods:
-        for seed, score in enumerate((89.0, 88.0)):
-            limit = {"limit": ["macs", 0.5], "seed": seed, "macs": 0.5, "latency": 0.6 + seed / 10}
-            yield {"how": f"{method}, seed {seed}", "method": method, "score": score, "taught": taught, **limit}
+AUTO = Policy((Rule(cheap="auto"),))
 
 
-def test_a_point_is_the_mean_of_the_seeds_with_their_range():
-    drawn = list(pareto.points(list(rows(["low rank"], taught=90.5))))
-    untaught, by_time, taught, _ = drawn
-    assert (untaught["lost"], untaught["least"], untaught["most"]) == (1.5, 1.0, 2.0)
-    assert by_time["share"] == pytest.approx(0.65)
-    assert taught["lost"] == 0  # better than the original: on the edge
+def settled():
+    return nets.settle(nets.Residual(16)), nets.images(16)
 
 
-def test_what_was_not_trained_has_no_points_there():
-    assert {p["stage"] for p in pareto.points(list(rows(["Tucker"], taught=None)))} == {"not trained"}
+def likeness(model, x):
+    """An evaluation: 100 for the original's own outputs, less by their relative error in percent."""
+    wanted = outputs(model, [x])
+    return lambda other: 100 * (1 - relative_error(outputs(other, [x]), wanted))
 
 
-def test_the_picture_names_every_method():
-    svg = pareto.picture(list(rows(compare.METHODS, taught=89.5)))
-    assert svg.startswith("<svg")
-    assert all(label(method) in svg for method in compare.METHODS)
+def test_the_curve_goes_from_the_original_down_to_what_is_within_reach():
+    model, x = settled()
+    program = trace(model, x[:1])
+    curve = frontier(program, AUTO, calibration=x, points=5, evaluate=likeness(model, x))
+    assert [len(p.shares) for p in curve] == [2] * 5
+    macs, errors = [p.shares["macs"] for p in curve], [p.error for p in curve]
+    assert macs == sorted(macs, reverse=True)
+    assert errors == sorted(errors)
+    assert (macs[0], errors[0], curve[0].drop) == (1, 0, 0)
+    assert not curve[0].plan.rewrites
+    assert all(p.plan.macs_after == round(p.shares["macs"] * program.macs) for p in curve)
+    assert curve[-1].drop > curve[0].drop
+    with pytest.raises(GhostifyError, match=f"these rules reach {macs[-1]:.2f}"):
+        plan_within(program, AUTO, {"macs": macs[-1] / 2}, x)
 
 
-def test_every_method_has_a_mark_of_its_own():
-    methods = [label(method) for method in compare.METHODS]
-    assert len({(family(m), shape(m, methods)) for m in methods}) == len(methods)
+def test_a_point_of_the_curve_is_what_its_budget_gives():
+    model, x = settled()
+    program = trace(model, x[:1])
+    point = frontier(program, AUTO, "params", x, points=4)[2]
+    assert point.drop is None
+    assert plan_within(program, AUTO, {"params": point.shares["params"] + 1e-6}, x) == point.plan
+    layers = point.to_dict()["layers"]
+    assert set(layers) == {e.conv.name for e in point.plan.rewrites}
+
+
+@pytest.mark.parametrize("others", [{}, {"macs": 0.9}, {"params": 0.8, "macs": 0.9}])
+def test_the_cheapest_model_within_a_drop(others):
+    model, x = settled()
+    score = likeness(model, x)
+    made = ghostify(
+        model, cheap="auto", budget={"max_drop": 5, **others}, example_inputs=x[:1], calibration=x, evaluate=score
+    )
+    assert score(made) >= 95
+    found = report(made)
+    assert found.macs_after < others.get("macs", 1) * found.macs_before
+    assert cost.parameters(made) <= others.get("params", 1) * cost.parameters(model)
+    stricter = (
+        ghostify(
+            model, cheap="auto", budget={"max_drop": 0.1, **others}, example_inputs=x[:1], calibration=x, evaluate=score
+        )
+        if not others
+        else None
+    )
+    assert stricter is None or (score(stricter) >= 99.9 and report(stricter).macs_after > found.macs_after)
+
+
+def test_a_limit_that_the_original_keeps_changes_nothing():
+    model, x = settled()
+    given = {"cheap": "auto", "example_inputs": x[:1], "calibration": x, "evaluate": likeness(model, x)}
+    whole = trace(model, x[:1]).macs
+    made = [ghostify(model, budget={"max_drop": 5, "macs": limit}, **given) for limit in (1.0, 3 * whole)]
+    assert report(made[0]).macs_after == report(made[1]).macs_after < whole
+
+
+def test_no_drop_at_all_leaves_the_model_as_it_is():
+    model, x = settled()
+    decided, fits = plan_for_drop(trace(model, x[:1]), AUTO, {"max_drop": 0}, likeness(model, x), x)
+    assert not decided.rewrites
+    assert not fits.weights
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ({"max_drop": 0.1, "macs": 0.5}, r"max_drop=0.1 is out of reach: at macs=0.5 the drop is \d"),
+        ({"max_drop": -1}, "max_drop=-1 is not a number of at least 0"),
+        ({"max_drop": 1, "flops": 0.5}, "budget 'flops' is unknown"),
+    ],
+)
+def test_drops_that_cannot_be(budget, message):
+    model, x = settled()
+    with pytest.raises(GhostifyError, match=message):
+        plan_for_drop(trace(model, x[:1]), AUTO, budget, likeness(model, x), x)
+
+
+def test_a_drop_needs_an_evaluation():
+    model, x = settled()
+    with pytest.raises(GhostifyError, match="pass evaluate"):
+        ghostify(model, cheap="auto", budget={"max_drop": 1}, example_inputs=x)
+
+
+def test_the_curve_is_the_same_each_time():
+    model, x = settled()
+    one, two = (frontier(trace(model, x[:1]), AUTO, calibration=x, points=3) for _ in range(2))
+    assert one == two
+    assert all(torch.isfinite(torch.tensor(p.error)) for p in one)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from benchmarks.lib import rivals
-from ghostify.command.demo import ResidualNet
-from ghostify.evaluate import outputs, relative_error
+from ghostify.cli.demo import ResidualNet
+from ghostify.evaluation.metrics import outputs, relative_error
 from ghostify.planning.cost import count_macs
 from tests.nets import settle
 

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from ghostify import GhostifyError, ghostify, save
-from ghostify.budgeting.stopwatch import Stopwatch
-from ghostify.deploying.deploy import deploy
-from ghostify.deploying.export import export
+from ghostify.deployment.exporter import export
+from ghostify.deployment.inference_form import deploy
 from ghostify.runtimes.registry import (
     EXPORT_FORMATS,
     RUNTIMES,
@@ -18,6 +17,7 @@ from ghostify.runtimes.registry import (
     require_runtime,
 )
 from ghostify.runtimes.tensors import to_channels_last
+from ghostify.timing.timer import Stopwatch
 from tests import nets
 
 pytestmark = pytest.mark.filterwarnings("default")  # the exporters' own

@@ -4,7 +4,7 @@ from torch import nn
 
 import ghostify.fitting.sensitivity as module
 from ghostify import trace
-from ghostify.fitting.batches import batches_of
+from ghostify.fitting.calibration import batches_of
 from ghostify.fitting.sensitivity import metric_of, output_sensitivity
 from tests import nets
 

@@ -2,7 +2,7 @@ import importlib
 from importlib import metadata
 
 import ghostify
-from ghostify.storing.checkpoint import versions
+from ghostify.io.checkpoint import versions
 
 
 def test_the_version_is_that_of_the_installed_package():

@@ -26,15 +26,15 @@ from benchmarks.lib.networks import calibration, images, reestimated, resnet20
 from benchmarks.lib.tables import Row, options, publish
 from ghostify import Policy, Rule, fit, plan, rewrite, trace
 from ghostify.data.datasets import Images
-from ghostify.evaluate import outputs, relative_error, top1
-from ghostify.fitting.assign import Groups, in_given_order
+from ghostify.evaluation.metrics import outputs, relative_error, top1
+from ghostify.fitting.assignment import Groups, in_given_order
 from ghostify.fitting.ghost_statistics import Solution
+from ghostify.fitting.initialization import unfitted
 from ghostify.fitting.lstsq import DEFAULT_METHOD, FitMethod, Statistics
 from ghostify.fitting.moments import Pair
 from ghostify.fitting.sensitivity import Calibration, calibrate
-from ghostify.fitting.starts import unfitted
 from ghostify.modules.layout import GhostLayout
-from ghostify.planning.plan import Plan, Rewrite
+from ghostify.planning.planner import Plan, Rewrite
 
 IMAGES = 512
 ADAM_STEPS = 200

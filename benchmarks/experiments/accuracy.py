@@ -24,11 +24,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.lib.networks import accuracy, calibration, images, resnet20, vgg16
 from benchmarks.lib.tables import Row, options, publish
 from ghostify import Policy, Rule, fit, plan, rewrite, trace
-from ghostify.budgeting.budget import plan_within
 from ghostify.data.datasets import Images
+from ghostify.fitting.initialization import unfitted
 from ghostify.fitting.sensitivity import calibrate
-from ghostify.fitting.starts import unfitted
 from ghostify.planning.cost import count_macs
+from ghostify.search.budget import plan_within
 
 
 @dataclass(frozen=True)

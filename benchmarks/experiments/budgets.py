@@ -25,13 +25,13 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.lib.catalogue import BUDGETS as COLUMNS
 from benchmarks.lib.tables import Row, options, publish, recorded
 from ghostify import GhostifyError, Policy, Rule, plan, rewrite, trace
-from ghostify.budgeting.budget import choices_of, choose
-from ghostify.budgeting.stopwatch import Stopwatch
-from ghostify.deploying.deploy import deploy
-from ghostify.fitting.starts import unfitted
-from ghostify.planning.plan import Plan
+from ghostify.deployment.inference_form import deploy
+from ghostify.fitting.initialization import unfitted
+from ghostify.graph.program import Program
+from ghostify.planning.planner import Plan
 from ghostify.runtimes.registry import RUNTIMES
-from ghostify.tracing.program import Program
+from ghostify.search.budget import choices_of, choose
+from ghostify.timing.timer import Stopwatch
 
 BUDGETS = (0.7, 0.8, 0.9, 0.95)
 POLICY = Policy((Rule(cheap="auto"),))

@@ -40,15 +40,15 @@ from benchmarks.lib import networks, rivals
 from benchmarks.lib.catalogue import LIMITS, comparison
 from benchmarks.lib.tables import Row, options, publish, recorded
 from ghostify import GhostifyError, Policy, Recipe, Rule, finetune, fit, rewrite, trace
-from ghostify.budgeting.budget import plan_within
-from ghostify.budgeting.measure import paired
-from ghostify.data.lessons import Lessons
-from ghostify.evaluate import outputs
+from ghostify.data.training_data import Lessons
+from ghostify.evaluation.metrics import outputs
 from ghostify.fitting.sensitivity import calibrate
+from ghostify.graph.inputs import tensors_of
+from ghostify.graph.modes import evaluating
 from ghostify.planning.cost import count_macs
-from ghostify.tracing.calls import tensors_of
-from ghostify.tracing.modes import evaluating
-from ghostify.training.distill import answers_apart
+from ghostify.search.budget import plan_within
+from ghostify.timing.latency import paired
+from ghostify.training.losses import answers_apart
 
 IMAGES, TAUGHT, JUDGING, TIMED, PAGES = 512, 10_000, 500, 32, 128
 SEEDS = (0, 1, 2)

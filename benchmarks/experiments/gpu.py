@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.lib import forms as timed
 from benchmarks.lib.tables import Row, options, publish, recorded
-from ghostify.deploying.deploy import deploy
+from ghostify.deployment.inference_form import deploy
 from ghostify.planning.cost import count_macs
 
 NETWORKS = ("resnet18", "resnet34", "resnet50", "mobilenet_v2")

@@ -34,13 +34,13 @@ from benchmarks.lib import networks
 from benchmarks.lib.catalogue import EPOCHS, SCHEDULE, initialisations
 from benchmarks.lib.tables import Row, options, publish, recorded
 from ghostify import Policy, Recipe, Rule, finetune, fit, plan, rewrite, trace
-from ghostify.budgeting.budget import plan_within
-from ghostify.command.demo import train
+from ghostify.cli.demo import train
 from ghostify.data.datasets import Images
-from ghostify.data.lessons import Lessons
-from ghostify.evaluate import outputs, top1
+from ghostify.data.training_data import Lessons
+from ghostify.evaluation.metrics import outputs, top1
 from ghostify.fitting.sensitivity import calibrate
-from ghostify.tracing.program import Program
+from ghostify.graph.program import Program
+from ghostify.search.budget import plan_within
 
 SEEDS = (0, 1, 2)
 BRIEF, LONG = (0.005, 0.02, 0.1), (0.02, 0.1, 0.2)

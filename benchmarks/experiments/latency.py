@@ -29,10 +29,10 @@ from benchmarks.lib.catalogue import LATENCY
 from benchmarks.lib.forms import FORMS, NETWORKS, TIMED, build
 from benchmarks.lib.tables import Row, options, publish, recorded
 from ghostify import GhostifyError, save
-from ghostify.budgeting.stopwatch import INPUTS, ask, start, stop, store
-from ghostify.deploying.deploy import deploy
+from ghostify.deployment.inference_form import deploy
 from ghostify.planning.cost import count_macs
 from ghostify.runtimes.registry import RUNTIMES
+from ghostify.timing.timer import INPUTS, ask, start, stop, store
 
 TURNS, EACH, PAUSE = 8, 5, 0.05
 

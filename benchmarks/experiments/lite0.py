@@ -25,7 +25,7 @@ from benchmarks.lib.lite0 import crops, lite0
 from benchmarks.lib.photographs import CALIBRATION, TEST
 from benchmarks.lib.tables import Row, options, publish
 from ghostify import ghostify
-from ghostify.evaluate import outputs, relative_error, top1
+from ghostify.evaluation.metrics import outputs, relative_error, top1
 from ghostify.planning.cost import count_macs
 
 QUICK: list[tuple[str, dict[str, Any], bool]] = [

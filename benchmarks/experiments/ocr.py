@@ -34,8 +34,8 @@ from benchmarks.lib.craft import HALF, WEIGHTS, craft, matches, narrow
 from benchmarks.lib.documents import calibration_pages, test_images
 from benchmarks.lib.tables import Row, options, publish
 from ghostify import ghostify
-from ghostify.deploying.deploy import deploy
-from ghostify.deploying.export import write
+from ghostify.deployment.exporter import write
+from ghostify.deployment.inference_form import deploy
 from ghostify.planning.cost import count_macs
 from ghostify.runtimes.registry import RUNTIMES, load_runner
 from ghostify.runtimes.tensors import to_channels_last

@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.lib.tables import Row, options, publish
 from ghostify import Policy, Rule, plan, trace
-from ghostify.command.demo import ResidualNet
+from ghostify.cli.demo import ResidualNet
 from ghostify.planning.cost import parameters
-from ghostify.planning.plan import Plan
+from ghostify.planning.planner import Plan
 
 VGG = {(2, 3): (7.7, 158), (3, 3): (5.2, 107), (4, 3): (4.0, 80), (5, 3): (3.3, 65)}
 VGG_KERNELS = {(2, 1): (None, 157), (2, 5): (None, 160), (2, 7): (None, 163)}

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.lib.networks import calibration, images, resnet20
 from benchmarks.lib.tables import Row, options, publish
 from ghostify import Policy, Rule, ghostify, report
-from ghostify.evaluate import outputs, relative_error, top1
+from ghostify.evaluation.metrics import outputs, relative_error, top1
 from ghostify.planning.cost import count_macs
 
 FORMS: list[tuple[str, Rule, dict[str, float] | None]] = [

@@ -28,7 +28,7 @@ from benchmarks.lib.lite0 import crops, lite0
 from benchmarks.lib.photographs import CALIBRATION
 from benchmarks.lib.tables import ROOT, Row, options, publish
 from ghostify import trace
-from ghostify.reporting.study import draw, study
+from ghostify.reporting.redundancy import draw, study
 
 PICTURES = ROOT / "build/redundancy"
 PHOTOGRAPHS, SMALL, SEED = 16, 64, 0

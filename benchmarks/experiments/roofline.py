@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.lib.forms import FORMS, NETWORKS, build
 from benchmarks.lib.tables import Row, options, publish
-from ghostify.deploying.deploy import deploy
+from ghostify.deployment.inference_form import deploy
 from ghostify.graph.op_queries import is_concat
 
 ROUNDS = 40

@@ -41,11 +41,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.lib.tables import RESULTS, ROOT, Row, options
 from ghostify import Policy, Rule, fit, load, plan, rewrite, save, trace
-from ghostify.fitting.starts import unfitted
+from ghostify.fitting.initialization import unfitted
+from ghostify.graph.inputs import tensors_of
+from ghostify.io.checkpoint import versions
 from ghostify.planning.cost import count_macs
-from ghostify.report import attach, summarise
-from ghostify.storing.checkpoint import versions
-from ghostify.tracing.calls import tensors_of
+from ghostify.summary import attach, summarise
 
 FILE, COMMAND = RESULTS / "zoo.json", "python benchmarks/experiments/zoo.py"
 SIZES = (64, 96, 128, 160, 224, 256, 288, 320, 384, 448, 512)

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from ghostify.fitting.lstsq import dense_prediction
 from ghostify.fitting.moments import Moments, Pair
-from ghostify.fitting.sight import as_kernels, choose_places, filters_of, patches, share_of, values
+from ghostify.fitting.patches import as_kernels, choose_places, filters_of, patches, share_of, values
 
 POSITIONS = 40_000
 HELD_OUT = 4

@@ -12,7 +12,7 @@ from easyocr.craft import CRAFT
 from easyocr.craft_utils import getDetBoxes
 from torch import Tensor, nn
 
-from ghostify.tracing.modes import evaluating
+from ghostify.graph.modes import evaluating
 
 WEIGHTS = Path(easyocr_en_models.__file__).parent / "models" / "craft_mlt_25k.pth"
 TEXT_THRESHOLD, LINK_THRESHOLD, LOW_TEXT = 0.7, 0.4, 0.4

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torchvision.models import MobileNetV2, vgg16_bn
 
 from ghostify import GhostModule, rewrite
-from ghostify.budgeting.measure import cache_folder
-from ghostify.command.demo import ResidualNet, train
+from ghostify.cli.demo import ResidualNet, train
 from ghostify.data.datasets import Images, fashion_mnist
-from ghostify.evaluate import outputs, top1
-from ghostify.fitting.starts import unfitted
-from ghostify.planning.plan import Plan
-from ghostify.tracing.program import Program
+from ghostify.evaluation.metrics import outputs, top1
+from ghostify.fitting.initialization import unfitted
+from ghostify.graph.program import Program
+from ghostify.planning.planner import Plan
+from ghostify.timing.latency import cache_folder
 
 CACHE = cache_folder()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.lib.catalogue import CATALOGUE, Columns, Row, section
-from ghostify.storing.checkpoint import versions
+from ghostify.io.checkpoint import versions
 
 ROOT = Path(__file__).parents[2]
 RESULTS, FIGURES = ROOT / "benchmarks/results", ROOT / "docs/images"

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ghostify.fitting.assign import Groups
+from ghostify.fitting.assignment import Groups
 
 
 @dataclass(frozen=True, eq=False)

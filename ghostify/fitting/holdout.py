@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ghostify.fitting.collective import summed
+from ghostify.fitting.distributed import summed
 from ghostify.numerics import relative_to_variance
 
 

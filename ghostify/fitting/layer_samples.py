@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from ghostify.errors import GhostifyError
-from ghostify.fitting import sight
-from ghostify.fitting.batches import HELD_OUT, judges
+from ghostify.fitting import patches
+from ghostify.fitting.calibration import HELD_OUT, judges
+from ghostify.fitting.lockstep import Chunk, Walk
 from ghostify.fitting.moments import Pair
-from ghostify.fitting.walk import Chunk, Walk
 from ghostify.numerics import derive_seed
-from ghostify.planning.plan import Narrow, Rewrite
+from ghostify.planning.planner import Narrow, Rewrite
 
 MAX_ROWS = 40_000
 MIN_ROWS = 14_000
@@ -59,8 +59,8 @@ class LayerSamples:
         target = target_of(node, chunk, self.residual, self.gain, self.kept_out)
         holdout = judges(torch.arange(len(target)) + chunk.batch.first, min(HELD_OUT, self.images))
         seed = derive_seed(self.seed, chunk.batch.first)
-        positions = sight.choose_places(target.shape, self.positions_per_map(chunk, target, self.rows), seed)
-        u, y = sight.patches(self.conv, image, positions), sight.values(target, positions)
+        positions = patches.choose_places(target.shape, self.positions_per_map(chunk, target, self.rows), seed)
+        u, y = patches.patches(self.conv, image, positions), patches.values(target, positions)
         check_finite((u, y), chunk, self.name)
         holdout_rows = holdout[positions[0]]
         self.moments.add(u, y, holdout_rows)
@@ -68,7 +68,7 @@ class LayerSamples:
 
     def positions_per_map(self, chunk: Chunk, target: Tensor, rows: int) -> int:
         """Positions of each map of a batch to look at, for near so many rows in the whole set of images."""
-        return sight.share_of(rows * chunk.batch.size, self.images * len(target))
+        return patches.share_of(rows * chunk.batch.size, self.images * len(target))
 
 
 def kept_out_of(entry: Rewrite | Narrow) -> Tensor:

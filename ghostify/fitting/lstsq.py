@@ -16,11 +16,11 @@ from scipy.linalg import qr
 from torch import Tensor
 from typing_extensions import assert_never
 
-from ghostify.fitting.assign import Groups, choose_groups
+from ghostify.fitting.assignment import Groups, choose_groups
+from ghostify.fitting.depthwise_statistics import Links, costs_of, in_order
 from ghostify.fitting.ghost_statistics import Solution
+from ghostify.fitting.linear_solvers import damping_for, root_of, solve_damped, solve_ridge
 from ghostify.fitting.moments import Moments, Pair, turns_of
-from ghostify.fitting.pairs import Links, costs_of, in_order
-from ghostify.fitting.systems import damping_for, root_of, solve_damped, solve_ridge
 from ghostify.modules.layout import Depthwise, GhostLayout, Grouped, Pointwise
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)

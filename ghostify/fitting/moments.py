@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ghostify.fitting.collective import summed
+from ghostify.fitting.distributed import summed
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ghostify.fitting import sight
-from ghostify.fitting.batches import Batches, batches_of, images_of, split
-from ghostify.fitting.collective import summed
+from ghostify.fitting import patches
+from ghostify.fitting.calibration import Batches, batches_of, images_of, split
+from ghostify.fitting.distributed import summed
+from ghostify.graph.inputs import Inputs, run, tensors_of
+from ghostify.graph.observation import looking
+from ghostify.graph.program import Program
 from ghostify.numerics import derive_seed
-from ghostify.tracing.calls import Inputs, run, tensors_of
-from ghostify.tracing.program import Program
-from ghostify.tracing.record import looking
 
 SHARE = 8
 LEAST_IMAGES = 16
@@ -108,7 +108,7 @@ def metric_of(felt: Tensor) -> Tensor:
 
 def _products(gradient: Tensor, seed: int) -> Tensor:
     """The sum over positions of products between channels (n x n), from some places where the maps are large."""
-    places = sight.choose_places(gradient[:1].shape, POSITIONS, seed)
+    places = patches.choose_places(gradient[:1].shape, POSITIONS, seed)
     rows = gradient[:, :, places[1], places[2]].transpose(0, 1).flatten(1)
     return (rows @ rows.T).double().cpu() * (gradient[0, 0].numel() / len(places[1]))
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from ghostify.graph.inputs import as_arguments
+from ghostify.graph.modes import evaluating
+from ghostify.graph.observation import MacCounter
+from ghostify.graph.program import Call, Convolution
 from ghostify.modules.layout import GhostLayout
-from ghostify.tracing.calls import as_arguments
-from ghostify.tracing.modes import evaluating
-from ghostify.tracing.program import Call, Convolution
-from ghostify.tracing.record import MacCounter
 
 
 def positions(calls: Iterable[Call]) -> int | None:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ghostify.narrow import narrow_tensor, narrowed_conv, narrowed_linear
 from ghostify.pruning.channel_groups import ChannelGroup
+from ghostify.pruning.slicing import narrow_tensor, narrowed_conv, narrowed_linear
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import operator
 import torch
 from torch import Tensor, nn
 
-from ghostify.ghost import GhostModule
+from ghostify.modules.ghost import GhostModule
 from ghostify.pruning.channel_groups import ChannelGroup, Member
 
 

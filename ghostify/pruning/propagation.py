@@ -12,6 +12,8 @@ from enum import Enum
 import timm.layers
 from torch import Tensor, fx, nn
 
+from ghostify.graph.functional_conv import functional_conv, functional_weight
+from ghostify.graph.methods import marks_of
 from ghostify.graph.op_queries import (
     channel_parameters,
     concat_inputs,
@@ -23,12 +25,10 @@ from ghostify.graph.op_queries import (
     is_standard_conv,
     reads_metadata,
 )
+from ghostify.graph.program import called
 from ghostify.modules.hooks import has_hooks
+from ghostify.pruning.channel_layout import Layout, names_channel_count, reads_channel_count, resampled, reshaped
 from ghostify.pruning.channel_runs import ChannelRun, join_runs, pieces_of
-from ghostify.pruning.layouts import Layout, names_channel_count, reads_channel_count, resampled, reshaped
-from ghostify.tracing.functional import functional_conv, functional_weight
-from ghostify.tracing.program import called
-from ghostify.tracing.views import marks_of
 
 STANDARD_LINEARS = (nn.Linear, timm.layers.Linear)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from ghostify.graph.program import Convolution, Program
 from ghostify.pruning.channel_groups import ChannelGroup, Member, find_channel_groups
 from ghostify.pruning.kept_channels import KeptChannels, kept_by_path
-from ghostify.tracing.program import Convolution, Program
 
 
 @dataclass(frozen=True)

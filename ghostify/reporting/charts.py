@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ghostify.errors import GhostifyError
-from ghostify.report import DEPTHWISE, PRUNED, UNCHANGED, WIDER, Report, outcome_of
-from ghostify.reporting.findings import costly
+from ghostify.reporting.analysis import costly
+from ghostify.summary import DEPTHWISE, PRUNED, UNCHANGED, WIDER, Report, outcome_of
 
 COLOURS = {UNCHANGED: "#9a9a9a", DEPTHWISE: "#0b6e99", WIDER: "#b45309", PRUNED: "#6d28d9"}
 STEP = 15

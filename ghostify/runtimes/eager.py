@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ghostify.io.checkpoint import load
 from ghostify.runtimes.pytorch import export_program, module_runner
 from ghostify.runtimes.tensors import Runner
-from ghostify.storing.checkpoint import load
 
 
 @dataclass(frozen=True)

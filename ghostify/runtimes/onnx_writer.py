@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ghostify.graph.op_queries import activation_input, activation_module, concat_inputs, elementwise_operands, is_add
-from ghostify.tracing.program import called
+from ghostify.graph.program import called
 
 OPSET = 18
 

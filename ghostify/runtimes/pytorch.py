@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map_only
 
+from ghostify.graph.inputs import tensors_of
 from ghostify.runtimes.tensors import Runner, with_batch_of_two
-from ghostify.tracing.calls import tensors_of
 
 
 def export_program(deployed: nn.Module, args: tuple[Any, ...]) -> ExportedProgram:

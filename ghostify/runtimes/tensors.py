@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ghostify.tracing.calls import as_arguments, tensors_of
+from ghostify.graph.inputs import as_arguments, tensors_of
 
 Runner = Callable[..., list[Tensor]]
 UNKNOWN_TO_NUMPY = (torch.bfloat16,)

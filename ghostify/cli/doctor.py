@@ -1,0 +1,62 @@
+"""What ghostify finds on this machine: versions, threads, devices, runtimes, extras, data."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+import torch
+
+from ghostify.data.datasets import fashion_mnist_folder
+from ghostify.errors import GhostifyError
+from ghostify.io.checkpoint import versions
+from ghostify.runtimes.registry import RUNTIMES, installed_version, require_runtime
+from ghostify.timing.latency import cache_file, processor
+
+EXTRAS = {
+    "export": ("onnx", "onnxscript", "onnxruntime", "openvino"),
+    "finetune": ("accelerate", "tensorboard"),
+    "report": ("altair", "vl-convert-python"),
+    "demo": ("scikit-learn",),
+}
+
+
+def findings() -> dict[str, Any]:
+    """Names and what was found, in words."""
+    facts: dict[str, Any] = {"python": platform.python_version(), **versions()}
+    facts["processor"] = f"{processor() or platform.machine()}, {os.cpu_count()} cores"
+    facts["threads of PyTorch"] = torch.get_num_threads()
+    facts["accelerator"] = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "none"
+    for runtime in RUNTIMES:
+        facts[f"runtime {runtime}"] = _runtime(runtime)
+    for extra, packages in EXTRAS.items():
+        facts[f"extra {extra}"] = _extra(extra, packages)
+    folder = fashion_mnist_folder()
+    facts["Fashion-MNIST"] = "not on this machine" if folder is None else str(folder)
+    facts["measured milliseconds"] = f"{cache_file()}, {'there' if cache_file().exists() else 'none yet'}"
+    return facts
+
+
+def _runtime(name: str) -> str:
+    try:
+        runtime = require_runtime(name)
+        return f"{runtime.package} {installed_version(runtime)}"
+    except GhostifyError as error:
+        return str(error)
+
+
+def _extra(extra: str, packages: tuple[str, ...]) -> str:
+    found = {package: _version(package) for package in packages}
+    missing = [package for package, version in found.items() if version is None]
+    if missing:
+        return f"{', '.join(missing)} not installed: pip install 'ghostify[{extra}]'"
+    return ", ".join(f"{package} {version}" for package, version in found.items())
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,1 +1,0 @@
-"""The `ghostify` command and the demo."""

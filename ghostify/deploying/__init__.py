@@ -1,1 +1,0 @@
-"""The inference form and its files."""

@@ -1,0 +1,89 @@
+"""The inference form as a file for another runtime, checked there."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ghostify.deployment.inference_form import deploy
+from ghostify.errors import GhostifyError
+from ghostify.graph.inputs import as_arguments, tensors_of
+from ghostify.io.atomic import staged_folder
+from ghostify.numerics import find_mismatch
+from ghostify.runtimes.registry import EXPORT_FORMATS, Runtime, check_supported
+from ghostify.runtimes.tensors import with_batch_of_two
+
+TOLERANCE = 1e-3
+
+
+def export(model: nn.Module, path: str | Path, *, format: str, example_inputs: Any) -> Path:
+    """Write the inference form of a model (see `deploy`) to a folder: "onnx", "openvino", "pt2" or "aotinductor";
+    returns the file.
+
+    The size of a batch stays free; heights and widths are those of `example_inputs`. Every file is run by its own
+    runtime and compared with PyTorch, to 1e-3 of the largest answer. Raises `GhostifyError` for a format whose packages
+    are not installed (pip install 'ghostify[export]'), a model that cannot be exported, or a file that answers
+    otherwise; nothing is written then.
+    """
+    if format not in EXPORT_FORMATS:
+        raise GhostifyError(f"format {format!r}: is unknown. Use {', '.join(EXPORT_FORMATS)}.")
+    runtime = EXPORT_FORMATS[format]
+    args, kwargs = as_arguments(example_inputs)
+    if kwargs:
+        raise GhostifyError("export: models with keyword inputs are not supported. Pass example_inputs as a tuple.")
+    check_supported(runtime, None)
+    small = deploy(model, example_inputs)
+    folder = Path(path)
+    if folder.is_file():
+        raise GhostifyError(f"{folder}: is a file: name a folder to export into")
+    with staged_folder(folder, merge=True) as fresh:
+        file = write(small, args, fresh, runtime)
+        _check(small, args, file, runtime)
+    return folder / file.name
+
+
+def write(small: nn.Module, args: tuple[Any, ...], folder: Path, runtime: Runtime, *, for_timing: bool = False) -> Path:
+    """Write an inference form for a runtime into a folder, unchecked; returns the file."""
+    try:
+        with _quiet():
+            return (runtime.write_for_timing if for_timing else runtime.write)(small, args, folder)
+    except ImportError as error:
+        missing = f"format {runtime.format!r}: needs {error.name}"
+        raise GhostifyError(f"{missing}. Run pip install 'ghostify[export]'.") from error
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise GhostifyError(f"the model cannot be exported as {runtime.format}: {reason}") from error
+
+
+def _check(small: nn.Module, args: tuple[Any, ...], file: Path, runtime: Runtime) -> None:
+    run = runtime.load(file, None, True)
+    for given in (args, with_batch_of_two(args)):
+        with torch.no_grad():
+            wanted = tensors_of(small(*given))
+        for a, b in zip(wanted, run(*given), strict=True):
+            mismatch = find_mismatch(b, a, of_largest=TOLERANCE)
+            if mismatch is not None:
+                raise GhostifyError(
+                    f"the {runtime.format} file is {mismatch.difference:.2g} off PyTorch's answers, which reach "
+                    f"{mismatch.largest:.2g}: use another format, and report this"
+                )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what exporters tell their own developers."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(None):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,260 @@
+"""What will be done: every convolution exactly once, rewritten or skipped with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from ghostify.errors import GhostifyError
+from ghostify.graph.neighbours import Wiring, activation_after, norm_after, partner_in_sum
+from ghostify.graph.program import Convolution, Program
+from ghostify.modules.layout import (
+    Depthwise,
+    GhostForm,
+    GhostLayout,
+    form_of,
+    intrinsic_count,
+    may_read_activated,
+    round_up_width,
+)
+from ghostify.planning import cost
+from ghostify.planning.policy import Policy, Rule
+from ghostify.pruning.channel_groups import ChannelGroup, ChannelGroups, find_channel_groups
+from ghostify.pruning.kept_channels import KeptChannels
+from ghostify.pruning.permutation_target import absorption
+from ghostify.pruning.pruning_groups import PruningGroup, kept_by_conv, left_of
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """A convolution that becomes a ghost module.
+
+    Names of modules and nodes are those within the convolution's part. `norm` names the BatchNorm behind it whose
+    statistics take up constant shifts; `partner` the node that its output is added to; `activation` the node that
+    activates its maps, where ghosts may read them so; `absorb` is the group of its channels where the others in it take
+    up their order, None where a gather remains. With a `narrowing`, `layout` is of the maps that it keeps. MACs are for
+    one output position.
+    """
+
+    conv: Convolution
+    layout: GhostLayout
+    norm: str | None
+    partner: str | None
+    activation: str | None
+    absorb: ChannelGroup | None
+    macs_before: int
+    macs_after: int
+    narrowing: KeptChannels | None = None
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """A convolution of a `PruningGroup` that keeps its form, not all its channels; `norm`, `partner` and MACs as in
+    `Rewrite`."""
+
+    conv: Convolution
+    narrowing: KeptChannels
+    norm: str | None
+    partner: str | None
+    macs_before: int
+    macs_after: int
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A convolution that stays as it is, and why."""
+
+    conv: Convolution
+    reason: str
+
+
+@dataclass(frozen=True)
+class Target:
+    """A convolution that may be rewritten, and the rule that speaks of it."""
+
+    conv: Convolution
+    rule: Rule
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every convolution of the program once, in order of first use. `macs_*` are whole-model totals where known.
+
+    `notes` say what a rule allows and the plan could not do.
+    """
+
+    entries: tuple[Rewrite | Narrow | Skip, ...]
+    macs_before: int | None = None
+    macs_after: int | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def rewrites(self) -> tuple[Rewrite, ...]:
+        return tuple(e for e in self.entries if isinstance(e, Rewrite))
+
+    @property
+    def narrowed(self) -> dict[str, KeptChannels]:
+        """What is left of the convolutions that lose maps, by name."""
+        return {e.conv.name: e.narrowing for e in self.changes if e.narrowing is not None}
+
+    @property
+    def changes(self) -> tuple[Rewrite | Narrow, ...]:
+        return tuple(e for e in self.entries if not isinstance(e, Skip))
+
+    @property
+    def skips(self) -> tuple[Skip, ...]:
+        return tuple(e for e in self.entries if isinstance(e, Skip))
+
+
+def plan(program: Program, policy: Policy | None = None) -> Plan:
+    """Decide for every convolution of `program` what becomes of it under `policy` (default: all dense ones at ratio 2).
+
+    Raises `GhostifyError` for a pattern that matches no convolution.
+    """
+    return plan_layouts(program, [_with_ratio(t) for t in targets(program, policy or Policy())])
+
+
+def targets(program: Program, policy: Policy) -> list[Target | Skip]:
+    """For every convolution the rule that may rewrite it, or why none may."""
+    _refuse_idle_patterns(program, policy)
+    return [_target(program, policy, conv, i == 0) for i, conv in enumerate(program.convolutions)]
+
+
+def plan_layouts(
+    program: Program,
+    decided: Iterable[tuple[Target, GhostLayout] | Skip],
+    kept: Mapping[PruningGroup, tuple[int, ...]] | None = None,
+) -> Plan:
+    """The plan that gives each target its layout, and each group the channels that it keeps; what saves nothing is
+    skipped."""
+    subgraphs = {path: _Subgraph(Wiring(part), find_channel_groups(part)) for path, part in program.parts.items()}
+    narrowed = kept_by_conv(program, kept or {})
+    entries = [_entry(subgraphs, one, narrowed) for one in decided]
+    saved = [_saved(e) for e in entries if not isinstance(e, Skip)]
+    total = program.macs
+    after = None if total is None or None in saved else total - sum(s for s in saved if s is not None)
+    return Plan(tuple(entries), total, after)
+
+
+def may_narrow(program: Program, policy: Policy, conv: Convolution) -> bool:
+    """Whether the rule that speaks of a convolution lets maps be left out."""
+    rule = _rule(program, policy, conv)
+    return isinstance(rule, Rule) and rule.narrow
+
+
+def layout_of(outputs: int, intrinsic: int, cheap: str | int, dw_size: int) -> GhostLayout:
+    """The layout of `intrinsic` of `outputs` maps with ghosts of the form that a rule calls `cheap`."""
+    form: GhostForm
+    match cheap:
+        case "depthwise":
+            form = Depthwise(dw_size)
+        case "pointwise":
+            form = form_of(intrinsic, intrinsic, 1)
+        case int():
+            form = form_of(intrinsic, round_up_width(outputs, intrinsic, min(cheap, intrinsic)), dw_size)
+        case _:
+            raise GhostifyError(f"cheap {cheap!r}: is not one form of ghost. Use 'depthwise', 'pointwise' or a width.")
+    return GhostLayout(outputs, intrinsic, form)
+
+
+def _rule(program: Program, policy: Policy, conv: Convolution) -> Rule | Skip:
+    """The first rule that targets a convolution, or why none changes it."""
+    if conv.obstacle:
+        return Skip(conv, conv.obstacle)
+    module = program.conv(conv.name)
+    rule = next((r for r in policy.rules if r.matches(conv.name, module, conv.kind)), None)
+    if rule is None:
+        return Skip(conv, "no rule targets it")
+    return Skip(conv, "ignored by the rule that targets it") if rule.ignores(conv.name, module, conv.kind) else rule
+
+
+def _target(program: Program, policy: Policy, conv: Convolution, first: bool) -> Target | Skip:
+    rule = _rule(program, policy, conv)
+    if isinstance(rule, Skip):
+        return rule
+    if first and policy.keep_first:
+        return Skip(conv, "the first convolution is kept")
+    if conv.groups > 1:
+        kind = "depthwise" if conv.groups == conv.inputs else f"grouped ({conv.groups})"
+        return Skip(conv, f"{kind}: only dense convolutions are rewritten")
+    return Target(conv, rule)
+
+
+def _with_ratio(target: Target | Skip) -> tuple[Target, GhostLayout] | Skip:
+    if isinstance(target, Skip):
+        return target
+    conv, rule = target.conv, target.rule
+    if rule.cheap == "auto":
+        raise GhostifyError("cheap 'auto' chooses by a budget: pass budget={'macs': 0.5}, or name the form")
+    if rule.narrow:
+        raise GhostifyError("narrow leaves out maps by a budget: pass budget={'macs': 0.5}")
+    intrinsic = intrinsic_count(conv.outputs, rule.ratio)
+    if rule.ratio == 1:
+        return Skip(conv, "ratio 1 keeps every map")
+    if not 1 <= intrinsic < conv.outputs:
+        return Skip(conv, f"ratio {rule.ratio:g} leaves no ghosts of {conv.outputs} maps")
+    return target, layout_of(conv.outputs, intrinsic, rule.cheap, rule.dw_size)
+
+
+@dataclass(frozen=True)
+class _Subgraph:
+    """What planning reads of a part's graph."""
+
+    wiring: Wiring
+    groups: ChannelGroups
+
+
+def _rewrite(
+    subgraph: _Subgraph, target: Target, layout: GhostLayout, narrowing: KeptChannels | None
+) -> Rewrite | Skip:
+    conv = target.conv
+    left = conv if narrowing is None else left_of(conv, narrowing)
+    dense, after = cost.dense_macs(left), cost.ghost_macs(left, layout)
+    if after >= dense:
+        return Skip(conv, f"nothing is saved: {dense} MACs a position before, {after} after")
+    nodes, wiring = [call.node for call in conv.calls], subgraph.wiring
+    norm = norm_after(wiring, nodes)
+    partner = partner_in_sum(wiring, nodes, norm)
+    activation = (
+        activation_after(wiring, nodes, norm) if target.rule.activated and may_read_activated(layout.form) else None
+    )
+    before, absorb = cost.dense_macs(conv), absorption(wiring.module, subgraph.groups, nodes)
+    return Rewrite(conv, layout, norm, partner, activation, absorb, before, after, narrowing)
+
+
+def _entry(
+    subgraphs: Mapping[str, _Subgraph], decided: tuple[Target, GhostLayout] | Skip, narrowed: Mapping[str, KeptChannels]
+) -> Rewrite | Narrow | Skip:
+    conv = decided.conv if isinstance(decided, Skip) else decided[0].conv
+    own, narrowing = subgraphs[conv.part], narrowed.get(conv.name)
+    entry = decided if isinstance(decided, Skip) else _rewrite(own, *decided, narrowing)
+    return entry if narrowing is None or isinstance(entry, Rewrite) else _narrow(own.wiring, conv, narrowing)
+
+
+def _narrow(wiring: Wiring, conv: Convolution, narrowing: KeptChannels) -> Narrow:
+    nodes = [conv.calls[0].node]
+    norm = norm_after(wiring, nodes)
+    before, after = cost.dense_macs(conv), cost.dense_macs(left_of(conv, narrowing))
+    return Narrow(conv, narrowing, norm, partner_in_sum(wiring, nodes, norm), before, after)
+
+
+def _saved(entry: Rewrite | Narrow) -> int | None:
+    places = cost.positions(entry.conv.calls)
+    return None if places is None else places * (entry.macs_before - entry.macs_after)
+
+
+def _refuse_idle_patterns(program: Program, policy: Policy) -> None:
+    convs = [(c, program.conv(c.name)) for c in program.convolutions if not c.obstacle]
+    for rule in policy.rules:
+        for key in ("targets", "ignore"):
+            for pattern in getattr(rule, key):
+                single = Rule(targets=(pattern,))
+                if pattern == "*" or any(single.matches(c.name, m, c.kind) for c, m in convs):
+                    continue
+                if isinstance(pattern, str) and any(pattern == c.name for c in program.convolutions):
+                    continue
+                names = ", ".join(c.name for c, _ in convs[:3]) or "none"
+                raise GhostifyError(
+                    f"{key} {pattern!r} matches no convolution of {type(program.module).__name__}: "
+                    f"its {len(convs)} convolutions are {names}, ... (ghostify plan lists them)"
+                )

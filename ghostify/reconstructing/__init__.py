@@ -1,1 +1,0 @@
-"""Optional gradient steps, block by block."""

@@ -1,0 +1,79 @@
+"""Covariances on either half of the calibration images, for predictions fitted to one half and tested on the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor, fx
+
+from ghostify.fitting import patches
+from ghostify.fitting.moments import Moments
+from ghostify.fitting.sensitivity import Calibration, metric_of
+from ghostify.graph.inputs import run
+from ghostify.graph.modes import evaluating
+from ghostify.graph.observation import looking
+from ghostify.graph.program import Program
+
+POSITIONS = 20_000
+
+Error = TypeVar("Error", Tensor, float)
+
+
+def visit_convolutions(
+    program: Program, calibration: Calibration, on_call: Callable[[int, str, fx.Node, Tensor, Tensor], None]
+) -> None:
+    """One forward of the original over the calibration images of this process.
+
+    `on_call` gets the number of a batch's first image, the path of the subgraph, the node of a convolution, its input
+    and its output.
+    """
+
+    def look(first: int, part: str, node: fx.Node, image: Tensor, output: Tensor) -> Tensor:
+        on_call(first, part, node, image, output)
+        return output
+
+    with evaluating(program.module):
+        for batch in calibration.batches.own:
+            with looking(program.module, program.parts, partial(look, batch.first)):
+                run(program.module, batch.inputs)
+
+
+def add_by_halves(halves: Sequence[Moments], maps: Tensor, first: int, images: int, seed: int) -> None:
+    """Add maps (N x n x H x W) at sampled positions: those of even image numbers to `halves[0]`, of odd to `halves[1]`.
+
+    `first` is the number of the first image, `images` the size of the whole set.
+    """
+    maps = maps.float().cpu()
+    positions = patches.choose_places(maps.shape, patches.share_of(POSITIONS, images), seed + first)
+    rows, odd = patches.values(maps, positions), (positions[0] + first) % 2
+    for half, moments in enumerate(halves):
+        own = rows[odd == half]
+        moments.add(own, own[:, :0])
+
+
+def covariances_of(halves: Sequence[Moments], *, free_mean: bool = True) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The covariance on all images (n x n), and those on either half; without a free mean, mean products instead.
+
+    Where one half is empty there is only the whole.
+    """
+    second = Moments.centred if free_mean else Moments.raw
+    whole = second(halves[0] + halves[1])[0]
+    return whole, tuple(second(m)[0] for m in halves) if all(m.count for m in halves) else (whole,)
+
+
+def error_metric(calibration: Calibration, name: str, covariance: Tensor) -> Tensor:
+    """How errors of a convolution's outputs count (n x n): by its sensitivity, else all alike, relative to the sum of
+    its outputs' variances."""
+    if name in calibration.felt:
+        return metric_of(calibration.felt[name])
+    total = covariance.diagonal().clamp_min(1e-30).sum()
+    return torch.eye(len(covariance), dtype=torch.float64) / total
+
+
+def mean_across_halves(halves: Sequence[Tensor], error: Callable[[Tensor, Tensor], Error]) -> Error:
+    """The mean of `error(fitted, tested)` with each half fitted to and the other one tested on."""
+    each = [error(fitted, tested) for fitted, tested in zip(halves, reversed(halves), strict=True)]
+    return sum(each[1:], each[0]) / len(each)

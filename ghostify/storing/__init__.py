@@ -1,1 +1,0 @@
-"""The folder on disk, without pickle."""

@@ -1,0 +1,69 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ghostify import trace
+from ghostify.fitting.bn_statistics import Channels, activated, input_channels
+from tests import nets
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.SiLU(), nn.Hardswish(), nn.LeakyReLU(0.2)])
+def test_activations_of_normal_values(activation):
+    mean, deviation = torch.tensor([-2.0, 0.0, 1.5]).double(), torch.tensor([1.0, 0.5, 2.0]).double()
+    values = activation(mean + deviation * torch.randn(200_000, 3, generator=torch.Generator().manual_seed(0)))
+    found = activated(activation, Channels(mean, deviation.square()))
+    torch.testing.assert_close(found.mean, values.mean(0), atol=0.02, rtol=0.02)
+    torch.testing.assert_close(found.var, values.var(0), atol=0.03, rtol=0.03)
+
+
+class Paths(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.a, self.b = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.pool = nn.MaxPool2d(1)
+        self.added, self.both, self.raw = nn.Conv2d(4, 4, 1), nn.Conv2d(8, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        x = self.stem(x)
+        a, b = self.a(x), self.b(x)
+        joined = torch.cat((a, self.pool(b)), 1)
+        return self.added(F.dropout(a, training=self.training) + b) + self.both(joined) + self.raw(x * 2)
+
+
+def test_sums_and_joints_of_norms_are_followed():
+    model = nets.settle(Paths())
+    module = trace(model).module
+    a, b = [(n.weight.detach().double().square(), n.bias.detach().double()) for n in (model.a, model.b)]
+    found = input_channels(module)["added"]
+    torch.testing.assert_close(found.var, a[0] + b[0])
+    torch.testing.assert_close(found.mean, a[1] + b[1])
+    torch.testing.assert_close(input_channels(module)["both"].var, torch.cat((a[0], b[0])))
+
+
+def test_what_is_not_known_is_said_so():
+    module = trace(nets.settle(Paths())).module
+    assert not {"raw", "stem"} & set(input_channels(module))
+
+
+class Spelled(nn.Module):
+    """The same operations as modules and as functions."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.pool, self.up, self.act = nn.BatchNorm2d(3), nn.AvgPool2d(2), nn.Upsample(None, 2), nn.ELU(0.5)
+        self.modules_conv, self.functions_conv = nn.Conv2d(6, 4, 1), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x):
+        x = self.norm(x)
+        modules = self.act(self.up(self.pool(x)))
+        functions = F.elu(F.interpolate(F.avg_pool2d(x, 2), None, 2), 0.5)
+        both = torch.cat((modules, modules), 1), torch.cat((functions, functions), dim=-3)
+        return self.modules_conv(both[0]) + self.functions_conv(both[1])
+
+
+def test_functions_are_followed_as_modules_are():
+    found = input_channels(trace(nets.settle(Spelled())).module)
+    assert torch.equal(found["modules_conv"].var, found["functions_conv"].var)
+    assert torch.equal(found["modules_conv"].mean, found["functions_conv"].mean)

@@ -1,0 +1,64 @@
+import pytest
+import torch
+from torch import nn
+
+from ghostify import GhostifyError, trace
+from ghostify.fitting.calibration import VALUES, batches_of, split
+from ghostify.graph.inputs import PlaceholderValues
+from tests import nets
+
+
+def module():
+    return trace(nets.Straight().eval()).module
+
+
+def test_batches_are_numbered_through_and_large_ones_cut():
+    images = VALUES // (3 * 64 * 64)
+    found = batches_of(module(), [torch.zeros(5, 3, 64, 64), torch.zeros(images + 2, 3, 64, 64)])
+    assert [(b.number, b.first, b.size) for b in found.own] == [(0, 0, 5), (1, 5, images), (1, images + 5, 2)]
+    assert found.images == images + 7
+
+
+def test_a_list_is_not_copied_and_a_stream_survives_its_end():
+    x = nets.images(4)
+    assert batches_of(module(), [x]).own[0].stored.values[0].data_ptr() == x.data_ptr()
+    streamed = batches_of(module(), (x * k for k in range(3)))
+    assert torch.equal(streamed.own[2].inputs.values[0], 2 * x)
+
+
+def test_batches_pass_through():
+    found = batches_of(module(), nets.images(4))
+    assert batches_of(module(), found) is found
+
+
+def test_inputs_that_disagree_on_the_number_of_images_stay_whole():
+    inputs = PlaceholderValues((torch.zeros(6, 3), torch.zeros(2, 2)))
+    assert split(inputs, 2) == [inputs]
+    assert [p.values[0].shape[0] for p in split(PlaceholderValues((torch.zeros(5, 3), 7)), 2)] == [2, 2, 1]
+
+
+def test_labels_are_left_out():
+    assert len(batches_of(module(), [(nets.images(4), torch.zeros(4))]).own[0].inputs.values) == 1
+
+
+@pytest.mark.parametrize("bad", [torch.tensor(1.0), torch.zeros(0, 3, 8, 8), torch.zeros(2, 3, 0, 8)])
+def test_no_images(bad):
+    with pytest.raises(GhostifyError, match="calibration batch 0: holds no images"):
+        batches_of(module(), [bad])
+
+
+class Flattening(nn.Module):
+    """Its view needs contiguous maps."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return self.conv(x).view(x.shape[0], -1)
+
+
+def test_images_lie_channels_last_where_the_model_bears_it():
+    x = nets.images(4)
+    assert batches_of(module(), [x]).own[0].inputs.values[0].is_contiguous(memory_format=torch.channels_last)
+    assert batches_of(trace(Flattening().eval()).module, [x]).own[0].inputs.values[0].is_contiguous()

@@ -1,0 +1,244 @@
+"""The command in processes of its own, once per verb, and its errors."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import ghostify
+from ghostify import load
+from ghostify.runtimes.registry import EXPORT_FORMATS, RUNTIMES
+from tests import nets
+from tests.command import run_command
+
+ROOT = Path(__file__).parent.parent
+NET = "tests.nets:Straight"
+SIZE = ("--input-size", "3,12,12")
+SCRIPT = "import sys; sys.path.pop(0); from ghostify.cli.commands import main; main()"  # as a console script
+
+
+def run(*arguments, cwd=ROOT):
+    return run_command(*arguments, cwd=cwd)
+
+
+def run_alone(*arguments, cwd=ROOT):
+    """In a new interpreter, which finds modules where a console script does."""
+    command = [sys.executable, "-c", SCRIPT, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    model = nets.settle(nets.Straight())
+    save_file(model.state_dict(), folder / "w.safetensors")
+    x = nets.images(24)
+    np.savez(folder / "data.npz", images=x.numpy(), labels=model(x).argmax(1).numpy())
+    return folder
+
+
+def test_plan_needs_no_weights():
+    done = run("plan", "timm:resnet10t", "--ratio", 2)
+    assert done.returncode == 0, done.stderr
+    assert "layer1.0.conv1" in done.stdout
+    assert "the first convolution" in " ".join(done.stdout.replace("│", " ").split())
+    assert all(len(line) <= 80 for line in done.stdout.splitlines())  # no terminal: as in a log file
+    assert "\x1b" not in done.stdout
+    machine = run("plan", NET, *SIZE, "--json")
+    assert json.loads(machine.stdout)["macs_after"] < json.loads(machine.stdout)["macs_before"]
+
+
+def test_convert_then_finetune(files, tmp_path):
+    out, tuned, data = tmp_path / "out", tmp_path / "tuned", files / "data.npz"
+    weights = files / "w.safetensors"
+    done = run("convert", NET, *SIZE, "--checkpoint", weights, "--output", out)
+    assert done.returncode == 0, done.stderr
+    command = ("finetune", out, "--data", data, "--original", weights, "--output", tuned, "--batch", 8)
+    done = run(*command, "--epochs", 4, "--set", "labels=0.5", "--set", "save_every=3")
+    assert done.returncode == 0, done.stderr
+    assert "step 8: top-1" in done.stdout
+    assert run("eval", tuned, "--data", data, "--original", weights).returncode == 0
+    changed = run(*command, "--epochs", 2)
+    assert changed.returncode == 2
+    assert "holds a training of other epochs" in changed.stderr
+    for wrong, said in (("depth=3", "a recipe has no such entry"), ("precision=int8", "precision 'int8' is unknown")):
+        refused = run(*command, "--set", wrong)
+        assert refused.returncode == 2
+        assert said in refused.stderr
+
+
+def test_plan_writes_the_frontier(files, tmp_path):
+    data = files / "data.npz"
+    options = ("--checkpoint", files / "w.safetensors", "--calibration", data, "--validation", data, "--points", 3)
+    done = run("plan", NET, *SIZE, *options, "--cheap", "auto", "--frontier", tmp_path / "f.json")
+    assert done.returncode == 0, done.stderr
+    assert "expected error" in done.stdout
+    curve = json.loads((tmp_path / "f.json").read_text())
+    assert [p["shares"]["macs"] for p in curve] == sorted((p["shares"]["macs"] for p in curve), reverse=True)
+    assert curve[0]["drop"] == 0
+    assert set(curve[2]["layers"]) == {"a.0", "b.0"}
+
+
+def test_convert_keeps_within_a_drop(files, tmp_path):
+    data = files / "data.npz"
+    options = ("--checkpoint", files / "w.safetensors", "--calibration", data, "--output", tmp_path / "out")
+    wish = ("--cheap", "auto", "--budget", "max_drop=10")
+    done = run("convert", NET, *SIZE, *options, *wish, "--validation", data, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["macs_after"] < found["macs_before"]
+    refused = run("convert", NET, *SIZE, *options, *wish)
+    assert refused.returncode == 2
+    assert "pass evaluate" in refused.stderr
+
+
+def test_convert_then_eval(files, tmp_path):
+    done = run(
+        "convert", NET, *SIZE, "--checkpoint", files / "w.safetensors", "--calibration", files / "data.npz",
+        "--output", tmp_path / "out", "--batch", 6, "--reconstruct",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "fitted to 24 images" in " ".join(done.stdout.split())
+    assert "2 convolutions rewritten, 1 left as they are" in done.stdout
+    assert "of 1 blocks reconstructed, outputs' error on held-out images" in " ".join(done.stdout.split())
+    assert load(tmp_path / "out")(torch.zeros(2, 3, 12, 12)).shape == (2, 5)
+    judged = run(
+        "eval", tmp_path / "out", "--data", files / "data.npz", "--original", files / "w.safetensors", "--json"
+    )
+    assert judged.returncode == 0, judged.stderr
+    facts = json.loads(judged.stdout)
+    assert facts["original's top-1 %"] == 100
+    assert facts["top-1 %"] == facts["same answers as the original %"] > 50
+    assert facts["MACs an image"] < facts["original's MACs an image"]
+    alone = run("eval", tmp_path / "out", "--data", files / "data.npz")
+    assert "top-1 %" in alone.stdout
+    written = run("export", tmp_path / "out", "--format", "pt2")
+    assert written.returncode == 0, written.stderr
+    assert "any batch of 3x12x12" in " ".join(written.stdout.split())
+    assert torch.export.load(tmp_path / "out" / "model.pt2").module()(torch.zeros(4, 3, 12, 12)).shape == (4, 5)
+    assert load(tmp_path / "out")(torch.zeros(2, 3, 12, 12)).shape == (2, 5)
+
+
+def test_demo(tmp_path):
+    code = "import ghostify.data.datasets as d; d.FASHION_MNIST = (); from ghostify.cli.commands import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "demo"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "calibrated" in done.stdout
+    assert "bit-equal" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_user_errors_are_one_line_and_code_2(files, tmp_path):
+    weights = ("--checkpoint", files / "w.safetensors", "--output", tmp_path / "out")
+    for arguments, message in (
+        (("plan", "timm:resnet81"), "ghostify: timm has no model 'resnet81'"),
+        (("plan", NET, "--ratio", "0.5"), "ghostify: ratio 0.5 is not a number of at least 1"),
+        (("plan", NET, "--input-size", "3x4"), "ghostify: --input-size '3x4' is not C,H,W"),
+        (("plan", NET, *SIZE, "--target", "zzz"), "ghostify: targets 'zzz' matches no convolution"),
+        (("convert", NET, *SIZE, *weights, "--calibration", tmp_path / "no.npy"), "no.npy: cannot be read"),
+        (("convert", NET, "--arg", "width=4", *SIZE, *weights), "does not fit Straight"),
+        (("convert", NET, *SIZE, *weights, "--reconstruct"), "ghostify: reconstruct needs images"),
+        (("eval", tmp_path, "--data", files / "data.npz"), "is no ghostify folder"),
+    ):
+        done = run(*arguments)
+        assert done.returncode == 2, (arguments, done.stdout, done.stderr)
+        assert message in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+        assert not list(tmp_path.iterdir())
+
+
+def test_policy_files(tmp_path):
+    (tmp_path / "p.toml").write_text('[[rule]]\ntargets = "a.*"\nratio = 4\n')
+    done = run("plan", NET, *SIZE, "--policy", tmp_path / "p.toml", "--json")
+    lines = {line["name"]: line for line in json.loads(done.stdout)["lines"]}
+    assert lines["a.0"]["intrinsic"] == 4
+    assert lines["b.0"]["reason"] == "no rule targets it"
+    both = run("plan", NET, *SIZE, "--policy", tmp_path / "p.toml", "--target", "a.*")
+    assert both.returncode == 2
+
+
+@pytest.mark.parametrize("verb", ["plan", "convert", "eval", "export", "demo"])
+def test_help_has_an_example(verb):
+    assert f"Example: ghostify {verb}" in " ".join(run(verb, "--help").stdout.split())
+
+
+def test_report_on_the_terminal_and_as_a_page(files, tmp_path):
+    out, page, data = tmp_path / "out", tmp_path / "r.html", files / "data.npz"
+    weights = files / "w.safetensors"
+    done = run("convert", NET, *SIZE, "--checkpoint", weights, "--calibration", data, "--output", out)
+    assert done.returncode == 0, done.stderr
+    shown = run("report", out)
+    assert shown.returncode == 0, shown.stderr
+    assert "of the error to expect in the outputs, most from" in shown.stdout
+    assert all(len(line) <= 80 for line in shown.stdout.splitlines())
+    done = run("report", out, "--html", page, "--original", weights, "--data", data, "--runtime", "none")
+    assert done.returncode == 0, done.stderr
+    assert "tests.nets:Straight at 3x12x12" in page.read_text()
+    assert "top-1 on 24 images" in page.read_text()
+    refused = run("report", out, "--html", tmp_path / "s.html", "--data", data)
+    assert refused.returncode == 2
+    assert "pass its checkpoint as --original" in refused.stderr
+    bad = run("report", out, "--html", tmp_path / "s.html", "--frontier", weights)
+    assert bad.returncode == 2
+    assert "is no curve of `ghostify plan --frontier`" in bad.stderr
+    assert not (tmp_path / "s.html").exists()
+
+
+def test_doctor_names_versions_and_runtimes():
+    done = run("doctor")
+    assert done.returncode == 0, done.stderr
+    assert torch.__version__ in done.stdout
+    assert all(f"runtime {name}" in done.stdout for name in RUNTIMES)
+    assert json.loads(run("doctor", "--json").stdout)["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(("verb", "names"), [("plan", RUNTIMES), ("report", RUNTIMES), ("export", EXPORT_FORMATS)])
+def test_help_lists_runtimes_and_formats(verb, names):
+    text = "".join(run(verb, "--help").stdout.replace("│", "").split())
+    assert ",".join(names) in text
+
+
+def test_the_version_is_printed():
+    done = run_alone("--version")
+    assert (done.returncode, done.stdout) == (0, f"ghostify {ghostify.__version__}\n")
+
+
+BRANCHING = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        y = self.a(x)
+        return (self.b(y) if y.sum() > 0 else self.b(-y)).mean((2, 3))
+"""
+
+
+def test_a_class_of_the_users_comes_from_the_present_folder_and_is_allowed_by_name(tmp_path):
+    (tmp_path / "ours.py").write_text(BRANCHING)
+    np.save(tmp_path / "x.npy", nets.images(4).numpy())
+    shapes = {"a.weight": (8, 3, 3, 3), "a.bias": (8,), "b.weight": (8, 8, 3, 3), "b.bias": (8,)}
+    save_file({name: torch.randn(shape) for name, shape in shapes.items()}, tmp_path / "w.safetensors")
+    made = run_alone(
+        "convert", "ours:Net", *SIZE, "--checkpoint", "w.safetensors", "--target", "b", "--output", "out", cwd=tmp_path
+    )
+    assert made.returncode == 0, made.stderr
+    for verb in (("eval", "out", "--data", "x.npy"), ("report", "out")):
+        refused = run(*verb, cwd=tmp_path)
+        assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+        assert "names ours:Net" in refused.stderr
+        assert "--allow ours" in refused.stderr
+        done = run(*verb, "--allow", "ours", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr

@@ -1,0 +1,112 @@
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from timm.layers import Conv2dSame, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from ghostify import Policy, Rule, fit, ghostify, load, plan, report, rewrite, save, trace
+from ghostify.evaluation.metrics import outputs, relative_error
+from ghostify.graph.conv_types import plain
+from ghostify.graph.op_queries import is_standard_conv
+from tests import nets
+
+
+class Doubled(nn.Conv2d):
+    """Nobody knows it: what it does is not one convolution."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Attentive(nn.Conv2d):
+    def forward(self, x):
+        return self._conv_forward(x, self.weight * x.mean(), self.bias)
+
+
+class Mirrored(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x.flip(3))
+
+
+class Scaled(nn.Conv2d):
+    """Nobody knows it either, but it is a convolution with another weight."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.gain = nn.Parameter(torch.rand(self.out_channels, 1, 1, 1) + 0.5)
+
+    def forward(self, x):
+        return self._conv_forward(x, self.weight * self.gain, self.bias)
+
+
+KINDS = {
+    "same": lambda *a, **o: Conv2dSame(*a, **o),
+    "standardised": lambda *a, **o: StdConv2d(*a, **o),
+    "standardised, same": lambda *a, **o: StdConv2dSame(*a, **o),
+    "scaled": lambda *a, **o: ScaledStdConv2d(*a, **o),
+    "scaled, same": lambda *a, **o: ScaledStdConv2dSame(*a, **o),
+    "weight norm": lambda *a, **o: parametrizations.weight_norm(nn.Conv2d(*a, **o)),
+    "spectral norm": lambda *a, **o: parametrizations.spectral_norm(nn.Conv2d(*a, **o)),
+    "unknown": lambda *a, **o: Scaled(*a, **o),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(kernel=st.integers(1, 4), stride=st.integers(1, 3), bias=st.booleans(), size=st.sampled_from([7, 9, 12, 15]))
+@example(kernel=2, stride=3, bias=False, size=7)
+@settings(max_examples=10, deadline=None)
+def test_the_plain_one_computes_the_same_at_every_size(kind, kernel, stride, bias, size):
+    torch.manual_seed(kernel)
+    conv = KINDS[kind](3, 5, kernel, stride=stride, bias=bias).eval()
+    found = plain(conv)
+    assert is_standard_conv(found)
+    x = torch.randn(2, 3, size, size + 1)
+    torch.testing.assert_close(found(x), conv(x))
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (Doubled, "its forward is not one convolution"),
+        (Attentive, "its weight depends on its input"),
+        (Mirrored, "it changes its input in a way of its own"),
+    ],
+)
+def test_what_is_no_plain_convolution_is_skipped_by_name(make, why):
+    skipped = plan(trace(nn.Sequential(nn.Conv2d(3, 8, 3), make(8, 8, 3)).eval())).skips[-1]
+    assert make.__name__ in skipped.reason
+    assert why in skipped.reason
+
+
+def network(kind):
+    make = KINDS[kind]
+    torch.manual_seed(2)
+    net = nn.Sequential(make(3, 8, 3), nn.ReLU(), make(8, 12, 3, stride=2), nn.ReLU(), make(12, 8, 3, bias=False))
+    return net.eval()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_converted(kind):
+    model, x = network(kind), nets.images(32, 17)
+    before = outputs(model, [x])
+    kept = ghostify(model, 1, example_inputs=x)
+    assert torch.equal(outputs(kept, [x]), before)
+    program = trace(model, x)
+    policy = Policy((Rule(cheap="pointwise", ratio=1.5),))
+    decided = plan(program, policy)
+    assert len(decided.rewrites) == 2
+    made = rewrite(program, decided, fit(program, decided, x.split(8)).weights)
+    assert relative_error(outputs(made, [x]), before) < 0.5
+    larger = nets.images(2, 24)
+    assert outputs(made, [larger]).shape == outputs(model, [larger]).shape
+    assert torch.equal(outputs(model, [x]), before)
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if "norm" not in k and k != "unknown"])
+def test_known_kinds_survive_saving(kind, tmp_path):
+    made = ghostify(network(kind), cheap="pointwise")
+    x = nets.images(2, 17)
+    assert report(made).rewritten == 2
+    assert torch.equal(outputs(load(save(made, tmp_path / "out")), [x]), outputs(made, [x]))

@@ -1,0 +1,50 @@
+import socket
+
+import torch
+from torch import distributed, multiprocessing
+
+from ghostify import ghostify, report
+from ghostify.fitting.distributed import mine, summed
+from tests import nets
+
+
+def test_alone_everything_is_mine():
+    tensor = torch.ones(2)
+    assert mine() == (0, 1)
+    assert summed(tensor)[0] is tensor
+
+
+def converted(budget):
+    torch.manual_seed(0)
+    model, x = nets.settle(nets.Residual()), nets.images(32, 12, seed=3)
+    options = {"cheap": "auto", "budget": {"macs": 0.6}, "example_inputs": x[:1]} if budget else {}
+    return ghostify(model, calibration=x.split(8), **options)
+
+
+def work(rank, processes, port, queue):
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=processes)
+    for budget in (False, True):
+        found = converted(budget)
+        queue.put((budget, {k: v.numpy() for k, v in found.state_dict().items()}, report(found).images))
+    distributed.destroy_process_group()
+
+
+def test_two_processes_find_what_one_finds():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    processes = [context.Process(target=work, args=(k, 2, port, queue)) for k in range(2)]
+    for process in processes:
+        process.start()
+    results = [queue.get() for _ in range(4)]
+    for process in processes:
+        process.join()
+    alone = {budget: converted(budget).state_dict() for budget in (False, True)}
+    assert sorted(budget for budget, *_ in results) == [False, False, True, True]
+    for budget, state, images in results:
+        assert images == 32
+        for name, value in alone[budget].items():
+            torch.testing.assert_close(torch.from_numpy(state[name]), value, rtol=1e-3, atol=1e-4, msg=name)

@@ -1,0 +1,280 @@
+import copy
+from dataclasses import fields
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from ghostify import GhostifyError, Policy, Rule, fit, ghostify, plan, report, rewrite, trace
+from ghostify.evaluation.metrics import outputs, relative_error
+from ghostify.fitting import ghost_fit
+from ghostify.fitting.lstsq import DEFAULT_METHOD, FitMethod
+from ghostify.modules.ghost import ghost_of
+from tests import nets
+
+
+def error(model, converted, x):
+    return relative_error(outputs(converted, [x]), outputs(model, [x]))
+
+
+@pytest.mark.parametrize("cheap", ["depthwise", "pointwise", 2])
+@pytest.mark.parametrize("make", nets.ALL, ids=lambda c: c.__name__)
+def test_calibration_beats_the_data_free_fit(make, cheap):
+    model, x = nets.settle(make()), nets.images(32, 16)
+    calibrated = ghostify(model, cheap=cheap, calibration=x.split(8))
+    free = ghostify(model, cheap=cheap)
+    test = nets.images(16, 16, seed=9)
+    assert error(model, calibrated, test) < error(model, free, test)
+
+
+def dense_equivalent(ghost, layout, inputs):
+    """One dense convolution that computes what a ghost module with an unpadded primary convolution and d = 1 does."""
+    primary = ghost.primary_conv
+    mixing = torch.zeros(layout.ghosts, layout.intrinsic)
+    position = 0
+    for conv, spec in zip(ghost.cheap_convs, layout.conv_specs, strict=True):
+        per = spec.outputs // spec.groups
+        size = (spec.stop - spec.start) // spec.groups
+        for k in range(spec.outputs):
+            first = spec.start + (k // per) * size
+            mixing[position, first : first + size] = conv.weight[k, :, 0, 0].detach()
+            position += 1
+    rows = torch.cat((torch.eye(layout.intrinsic), mixing))
+    conv = nn.Conv2d(inputs, layout.outputs, primary.kernel_size, padding=primary.padding, bias=False)
+    conv.weight.data = torch.einsum("nm,mchw->nchw", rows, primary.weight.detach())
+    return conv
+
+
+@given(
+    st.integers(4, 10), st.sampled_from([1.5, 2, 3]), st.sampled_from(["depthwise", "pointwise"]), st.integers(0, 99)
+)
+@settings(max_examples=20, deadline=None)
+def test_a_convolution_that_is_a_ghost_is_recovered(outputs_, ratio, cheap, seed):
+    torch.manual_seed(seed)
+    decided = plan(
+        trace(nn.Sequential(nn.Conv2d(5, outputs_, 3))), Policy((Rule(ratio=ratio, cheap=cheap, dw_size=1),), False)
+    )
+    layout = decided.rewrites[0].layout
+    ghost = ghost_of(nn.Conv2d(5, outputs_, 3, bias=False), layout)
+    for parameter in ghost.parameters():
+        nn.init.normal_(parameter)
+    shuffled = dense_equivalent(ghost, layout, 5)
+    shuffled.weight.data = shuffled.weight.data[torch.randperm(outputs_)]
+    model = nn.Sequential(shuffled)
+    policy = Policy((Rule(ratio=ratio, cheap=cheap, dw_size=1),), keep_first=False)
+    x = torch.randn(8, 5, 10, 10)
+    for calibration in (None, [x]):
+        converted = ghostify(model, policy=policy, calibration=calibration)
+        assert error(model, converted, x) < 1e-4
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("d", [3, 5])
+def test_spatial_ghosts_are_recovered_up_to_the_border(d, bias):
+    """A dense convolution built from 3 x 3 filters and a d x d ghost of each: exact but where padding meets padding."""
+    torch.manual_seed(1)
+    primary = torch.randn(4, 5, 3, 3)
+    kernels = torch.randn(4, d, d)
+    size = 3 + d - 1
+    dense = torch.zeros(8, 5, size, size)
+    edge = d // 2
+    dense[:4, :, edge : edge + 3, edge : edge + 3] = primary
+    for a in range(d):
+        for b in range(d):
+            dense[4:, :, a : a + 3, b : b + 3] += kernels[:, a, b, None, None, None] * primary
+    conv = nn.Conv2d(5, 8, size, bias=bias)
+    conv.weight.data = dense[torch.randperm(8)]
+    model = nn.Sequential(conv)
+    policy = Policy((Rule(dw_size=d),), keep_first=False)
+    converted = ghostify(model, policy=policy)
+    x = torch.randn(4, 5, 24, 24)
+    inside = slice(d, -d)
+    wanted, found = model(x)[..., inside, inside], converted(x)[..., inside, inside]
+    assert ((found - wanted).square().sum() / wanted.square().sum()) < 1e-4
+
+
+def test_the_fit_is_deterministic_under_a_seed():
+    model, x = nets.settle(nets.Residual()), nets.images(16, 12)
+    first, again = (ghostify(model, calibration=x.split(4), seed=5) for _ in range(2))
+    for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_batching_of_the_calibration_set_does_not_matter():
+    model, x = nets.settle(nets.Straight()), nets.images(16, 12)
+    whole, parts = (ghostify(model, calibration=x.split(k)) for k in (16, 5))
+    torch.testing.assert_close(whole(x), parts(x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("form", ["tensor", "pair", "dict"])
+def test_forms_of_calibration(form):
+    model, x = nets.settle(nets.Straight()), nets.images(8)
+    batches = {"tensor": x, "pair": [(x, torch.zeros(8))], "dict": [{"x": x}]}[form]
+    assert report(ghostify(model, calibration=batches)).images == 8
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], "calibration yields no batches"),
+        ([torch.zeros(0, 3, 8, 8)], "calibration batch 0: holds no images"),
+        ([nets.images(2), torch.full((2, 3, 12, 12), float("nan"))], "calibration batch 1: holds NaN"),
+        ([torch.full((2, 3, 12, 12), 3e38)], "calibration batch 0: .* not finite"),
+    ],
+)
+def test_strange_calibration_is_refused(batches, message):
+    with pytest.raises(GhostifyError, match=message):
+        ghostify(nets.settle(nets.Straight()), calibration=batches)
+
+
+@pytest.mark.parametrize(
+    "x", [nets.images(1), torch.zeros(4, 3, 12, 12), nets.images(4, 1)], ids=["one", "constant", "pixel"]
+)
+def test_poor_calibration_still_gives_a_finite_model(x):
+    model = nets.settle(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 9, 3, padding=1)))
+    converted = ghostify(model, calibration=x)
+    assert converted(nets.images()).isfinite().all()
+
+
+def test_batchnorm_keeps_its_variance_and_takes_up_the_shift():
+    model, x = nets.settle(nets.Straight()), nets.images(16)
+    program = trace(model)
+    decided = plan(program)
+    fits = fit(program, decided, x)
+    converted = rewrite(program, decided, fits.weights)
+    norm, before = converted.get_submodule("b.1"), model.b[1]
+    assert torch.equal(norm.running_var, before.running_var)
+    shift = fits.weights["b.0"].shift
+    torch.testing.assert_close(norm.running_mean, before.running_mean - shift.float())
+    assert converted.get_submodule("b.0").primary_conv.bias is None
+
+
+def test_held_out_images_are_judged_apart():
+    model, x = nets.settle(nets.Straight()), nets.images(16)
+    lines = [line for line in report(ghostify(model, calibration=x)).lines if line.reason is None]
+    assert all(0 <= line.held_out < 1 and 0 <= line.error < 1 for line in lines)
+    assert all(line.held_out is None for line in report(ghostify(model, calibration=x[:1])).lines)
+
+
+@given(st.integers(2, 9), st.integers(1, 6), st.integers(0, 99), st.sampled_from(["depthwise", "pointwise"]))
+@settings(max_examples=25)
+def test_no_layer_is_worse_than_data_free_on_held_out_images(images, size, seed, cheap):
+    """One layer at a time, on as few images and pixels as there are, judged by the images that the fit held out."""
+    torch.manual_seed(seed)
+    model = nets.settle(nn.Sequential(nn.Conv2d(3, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12)))
+    x, policy = torch.randn(images, 3, size, size), Policy((Rule(cheap=cheap),), keep_first=False)
+    program = trace(model)
+    decided = plan(program, policy)
+    fitted, free = fit(program, decided, x).weights, fit(program, decided).weights
+    every = min(8, images)
+    held = x[every - 1 :: every]
+    losses = [error(model, rewrite(program, decided, weights), held) for weights in (fitted, free)]
+    assert losses[0] <= losses[1] * 1.1 + 1e-6
+
+
+def test_thin_calibration_is_warned_of():
+    model = nets.settle(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 9, 3, padding=1)))
+    with pytest.warns(UserWarning, match=r"calibration is thin: .* 1 of 1 layers \(the first: 2\).* the 4 images"):
+        ghostify(model, calibration=nets.images(4, 1))
+
+
+def test_the_effort_is_told_by_its_parts():
+    found = report(ghostify(nets.settle(nets.Straight()), calibration=nets.images(8)))
+    assert set(found.seconds) == {"sensitivity", "forward", "moments", "solving"}
+    assert all(name in found.effort for name in found.seconds)
+
+
+def test_progress_is_told_and_ends():
+    seen = []
+    ghostify(nets.settle(nets.Straight()), calibration=nets.images(4), progress=lambda *told: seen.append(told))
+    assert seen == [(0, 2, "a.0"), (1, 2, "b.0"), (2, 2, "")]
+
+
+def test_in_place_operations_do_not_mix_the_two_sides():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.conv = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+            self.last = nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, x, plainly: bool = False):
+            x = self.stem(x)
+            y = self.conv(x)
+            x = x + y if plainly else x.add_(y)
+            return self.last(x)
+
+    model, x = InPlace().eval(), nets.images(16)
+    plain = copy.deepcopy(model)
+    plain.forward = lambda x: model.__class__.forward(plain, x, plainly=True)
+    torch.testing.assert_close(ghostify(model, calibration=x)(x), ghostify(plain, calibration=x)(x))
+
+
+def test_layouts_of_the_report_match_the_modules():
+    converted = ghostify(nets.settle(nets.Straight()), 3, calibration=nets.images(8))
+    for line in report(converted).lines:
+        if line.reason is None:
+            ghost = converted.get_submodule(line.name)
+            assert ghost.primary_conv.out_channels == line.intrinsic
+            assert line.layout.ghosts == 2 * line.filters[0] // 3
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_layers_with_many_maps_are_fitted_pair_by_pair(monkeypatch, bias):
+    model = nn.Sequential(nn.Conv2d(3, 24, 3, padding=1, bias=bias), *([] if bias else [nn.BatchNorm2d(24)]))
+    model, x = nets.settle(model), nets.images(32, 12)
+    policy = Policy((Rule(),), keep_first=False)
+    together = ghostify(model, policy=policy, calibration=x)
+    monkeypatch.setattr(ghost_fit, "FEATURES", 9 * 23)
+    monkeypatch.setattr(ghost_fit, "COARSE", 9 * 12)
+    apart, free = ghostify(model, policy=policy, calibration=x), ghostify(model, policy=policy)
+    test = nets.images(16, 12, seed=9)
+    assert error(model, together, test) <= error(model, apart, test) * 1.02 < error(model, free, test)
+    line = report(apart).lines[0]
+    assert line.held_out == pytest.approx(line.error, rel=0.2)
+
+
+@pytest.mark.parametrize("name", ["a.0", "b.0"])
+@pytest.mark.parametrize("cheap", ["depthwise", "pointwise"])
+def test_what_the_outputs_feel_of_a_layer_is_foretold(name, cheap):
+    """Within a factor: errors are taken as independent of gradients and of each other's positions."""
+    model, x = nets.settle(nets.Straight(16)), nets.images(64, 16)
+    made = ghostify(model, 2, cheap=cheap, targets=name, example_inputs=x[:1], calibration=x.split(16))
+    line = next(line for line in report(made).lines if line.name == name)
+    really = relative_error(outputs(made, [x]), outputs(model, [x]))
+    assert really / 5 < line.felt < 5 * really
+    assert sorted(line.channels) == list(range(line.filters[0]))
+    assert all(line.felt is None for line in report(ghostify(model, 2)).lines)
+
+
+@pytest.mark.parametrize("images", [0, 16])
+def test_a_layer_that_its_norm_silences_is_fitted_all_the_same(images):
+    """A residual branch whose last norm starts at zero, as timm's do; wide, so that principal maps stand for all."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 512, 3, padding=1), nn.BatchNorm2d(512)).eval()
+    nn.init.zeros_(model[2].weight)
+    x = nets.images(max(images, 1))
+    made = ghostify(model, 2, example_inputs=x[:1], calibration=x.split(8) if images else None)
+    assert all(p.isfinite().all() for p in made.state_dict().values())
+    torch.testing.assert_close(made(x), model(x))
+
+
+def test_each_step_of_a_fit_can_be_replaced():
+    model, x = nets.settle(nets.Residual()), nets.images(32, 16)
+    program = trace(model, x[:1])
+    decided = plan(program, Policy((Rule(ratio=2),)))
+    called = []
+
+    def spy(name):
+        step = getattr(DEFAULT_METHOD, name)
+        return lambda *args, **options: called.append(name) or step(*args, **options)
+
+    steps = [f.name for f in fields(FitMethod)]
+    watched = fit(program, decided, x.split(8), method=FitMethod(**{name: spy(name) for name in steps}))
+    usual = fit(program, decided, x.split(8))
+    assert set(called) == set(steps)
+    for name, weights in usual.weights.items():
+        assert torch.equal(weights.primary_weight, watched.weights[name].primary_weight)
+    method = FitMethod(refit_filters=lambda _moments, prior, *_, **__: prior)
+    kept = fit(program, decided, x.split(8), method=method)
+    assert any(not torch.equal(w.primary_weight, kept.weights[n].primary_weight) for n, w in usual.weights.items())

@@ -1,0 +1,69 @@
+import pytest
+import torch
+from torch import fx
+from torch.utils._pytree import tree_map_only
+
+from ghostify import GhostifyError, trace
+from ghostify.graph.inputs import (
+    CallArguments,
+    PlaceholderValues,
+    as_arguments,
+    bind_inputs,
+    example_of,
+    inputs_of,
+    run,
+    tensors_of,
+)
+from ghostify.graph.symbolic_tracer import graph_of
+from tests import nets
+
+
+def test_a_batch_is_a_tensor_a_tuple_or_keywords():
+    x = torch.ones(1)
+    assert as_arguments(x) == ((x,), {})
+    assert as_arguments([x, 2]) == ((x, 2), {})
+    assert as_arguments({"x": x}) == ((), {"x": x})
+    assert as_arguments(None) == ((), {})
+
+
+def test_placeholders_take_keywords_then_positions_then_defaults():
+    module = trace(nets.settle(nets.Optional())).module
+    x = nets.images(1)
+    assert bind_inputs(module, (), {"x": x}).values == (x, None, 1.0)
+    assert bind_inputs(module, (x, None), {"scale": 2.0}).values == (x, None, 2.0)
+    with pytest.raises(GhostifyError, match="input 'x' is missing"):
+        bind_inputs(module, (), {})
+
+
+def test_labels_are_left_out_of_batches_but_not_of_examples():
+    module, x = trace(nets.settle(nets.Straight())).module, nets.images(2)
+    assert inputs_of(module, (x, torch.ones(2))).values == (x,)
+    wild = nets.settle(nets.Wild())
+    found = inputs_of(wild, (x, torch.ones(2)))
+    assert (found.args, found.kwargs) == ((x,), {})
+    assert len(example_of(wild, (x, torch.ones(2))).args) == 2
+    assert torch.equal(run(wild, inputs_of(wild, x)), wild(x))
+
+
+def test_the_rest_of_the_arguments_goes_to_starred_inputs():
+    class Starred(torch.nn.Module):
+        def forward(self, x, *more, **options):
+            return x + sum(more) if more or options else x
+
+    x = torch.ones(2)
+    plain = trace(torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1), Starred()), nets.images(1)).module
+    assert bind_inputs(plain, (x,), {}).values == (x,)
+    alone = fx.GraphModule(Starred(), graph_of(Starred(), {"x"}))
+    assert bind_inputs(alone, (x, 2, 3), {"a": 1}).values == (x, (2, 3), {"a": 1})
+    assert torch.equal(run(alone, PlaceholderValues((x, (), {}))), x)
+    with pytest.raises(GhostifyError, match=r"\*more took nothing when the model was traced"):
+        run(alone, PlaceholderValues((x, (2,), {})))
+
+
+def test_inputs_of_both_kinds_are_trees_of_tensors():
+    x = torch.ones(2)
+    for inputs in (PlaceholderValues((x, (2 * x, "text"))), CallArguments((x,), {"y": [2 * x]})):
+        doubled = tree_map_only(torch.Tensor, lambda v: 2 * v, inputs)
+        assert type(doubled) is type(inputs)
+        assert all(torch.equal(a, 2 * b) for a, b in zip(tensors_of(doubled), tensors_of(inputs), strict=True))
+        assert len(tensors_of(inputs)) == 2

@@ -1,0 +1,18 @@
+import pytest
+import torch
+from torch import nn
+
+from ghostify.evaluation.metrics import paired_milliseconds, relative_error, top1
+
+
+def test_measures_by_hand():
+    answers = torch.tensor([[1.0, 0.0], [0.0, 1.0], [3.0, 2.0], [0.0, 4.0]])
+    assert top1(answers, torch.tensor([0, 1, 1, 1])) == 75
+    assert relative_error(answers, answers) == 0
+    assert relative_error(answers.mean(0).expand(4, 2), answers) == pytest.approx(1)
+
+
+def test_a_model_that_does_more_takes_longer():
+    small, big = nn.Conv2d(8, 8, 3), nn.Sequential(*[nn.Conv2d(8, 8, 3, padding=1) for _ in range(12)])
+    few, many = paired_milliseconds([small, big], [torch.zeros(4, 8, 64, 64)] * 2, rounds=5)
+    assert 0 < few < many

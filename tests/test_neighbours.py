@@ -1,0 +1,87 @@
+import sys
+
+import pytest
+import torch
+from timm.layers import DropPath
+from torch import fx, nn
+
+from ghostify import ghostify, plan, trace
+from ghostify.evaluation.metrics import outputs, relative_error
+from tests import nets
+
+
+def partners(model):
+    return {r.conv.name: r.partner for r in plan(trace(model)).rewrites}
+
+
+def test_the_norm_and_the_other_summand_are_found():
+    found = {r.conv.name: (r.norm, r.partner) for r in plan(trace(nets.settle(nets.Residual()))).rewrites}
+    assert found["conv1"] == ("bn1", None)
+    assert found["conv2"] == ("bn2", "stem_2")
+
+
+class Sum(nn.Module):
+    def __init__(self, add, *between):
+        super().__init__()
+        self.add = add
+        self.first, self.conv = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.between = nn.Sequential(*between)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.add(self.between(self.conv(x)), x)
+
+
+@pytest.mark.parametrize("add", [torch.add, lambda a, b: a + b, lambda a, b: a.add_(b), lambda a, b: b + a])
+def test_ways_to_add(add):
+    assert partners(nets.settle(Sum(add, nn.BatchNorm2d(8), DropPath(0.1))))["conv"] == "first"
+
+
+def test_the_other_summand_is_found_behind_what_hands_it_on():
+    class Later(Sum):
+        def __init__(self):
+            super().__init__(None)
+            self.shortcut = nn.Identity()
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.conv(x) + self.shortcut(x)
+
+    assert partners(nets.settle(Later()))["conv"] == "first"
+
+
+@pytest.mark.parametrize("between", [nn.ReLU(), nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 1)])
+def test_what_is_not_linear_in_the_way_has_no_partner(between):
+    assert partners(nets.settle(Sum(torch.add, between)))["conv"] is None
+
+
+def test_scaled_sums_have_no_partner():
+    assert partners(Sum(lambda a, b: torch.add(a, b, alpha=2)))["conv"] is None
+
+
+def test_the_last_branch_of_a_sum_makes_good_what_the_other_lacks(monkeypatch):
+    torch.manual_seed(0)
+
+    class Deep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nets.conv_norm(3, 8)
+            self.left, self.right = (nets.conv_norm(8, 12)[:2] for _ in range(2))
+
+        def forward(self, x):
+            x = self.stem(x)
+            return torch.relu(self.left(x) + self.right(x))
+
+    model, x, test = nets.settle(Deep()), nets.images(64, 16), nets.images(32, 16, seed=5)
+    good = ghostify(model, cheap="pointwise", calibration=x)
+    monkeypatch.setattr(sys.modules["ghostify.planning.planner"], "partner_in_sum", lambda *_: None)
+    alone = ghostify(model, cheap="pointwise", calibration=x)
+    wanted = outputs(model, [test])
+    assert relative_error(outputs(good, [test]), wanted) < 0.95 * relative_error(outputs(alone, [test]), wanted)
+
+
+def test_shared_modules_are_not_taken_for_one_use():
+    conv = nn.Conv2d(8, 8, 3, padding=1)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), conv, nn.BatchNorm2d(8), conv)
+    assert all(r.norm is None and r.partner is None for r in plan(trace(model)).rewrites)
+    assert isinstance(trace(model).module, fx.GraphModule)

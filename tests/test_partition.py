@@ -1,0 +1,92 @@
+import inspect
+
+import pytest
+import torch
+from timm.layers import register_notrace_module
+from torch import fx, nn
+
+from ghostify.graph.inputs import CallArguments
+from ghostify.graph.partition import answers_alike, enter, holds_convolutions, how_called, inputs_among
+from ghostify.graph.symbolic_tracer import UntraceableError
+from tests import nets
+
+
+def test_inner_parts_come_before_outer_ones():
+    module, parts, reason = enter(nets.settle(nets.Stubborn()), {})
+    assert list(parts) == ["gate.conv", ""]
+    assert isinstance(module, fx.GraphModule)
+    assert reason == ""
+
+
+def test_what_does_not_trace_stays_and_says_why():
+    model = nets.settle(nets.Wild())
+    module, parts, reason = enter(model, {})
+    assert module is model
+    assert set(parts) == {"backbone", "gate.conv", "head"}
+    assert "Error" in reason
+
+
+@register_notrace_module
+class Marked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nets.conv_norm(8, 8)
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_what_timm_marks_is_entered_through_its_children():
+    _, parts, _ = enter(nn.Sequential(nn.Conv2d(3, 8, 3), Marked()).eval(), {})
+    assert list(parts) == ["1.inner", ""]
+
+
+def test_a_module_at_two_paths_is_one_part():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = Marked()
+            self.b = self.a
+
+        def forward(self, x):
+            return self.b(self.a(x) if x.sum() > 0 else x)
+
+    module, parts, _ = enter(Twice().eval(), {})
+    assert list(parts) == ["a.inner"]
+    assert module.a.inner is module.b.inner
+
+
+def test_flags_off_their_defaults_are_not_traced():
+    def forward(x, mask=None, deep=False):
+        return x if deep else mask
+
+    signature = inspect.signature(forward)
+    assert inputs_among(signature.bind(1, deep=False)) == {"x"}
+    assert inputs_among(signature.bind(1, torch.ones(1))) == {"x", "mask"}
+    with pytest.raises(UntraceableError, match="deep=True"):
+        inputs_among(signature.bind(1, deep=True))
+
+
+def test_only_single_convolutions_are_entered_on_demand():
+    _, parts, _ = enter(nets.settle(nets.Wild()), {}, whole=False)
+    assert list(parts) == ["backbone.stem.0", "backbone.a.0", "gate.conv"]
+
+
+def test_calls_are_noted_as_far_as_the_forward_comes():
+    model = nets.settle(nets.Wild())
+    found = how_called(model, CallArguments((nets.images(1),), {}))
+    assert list(found[id(model.head)].arguments) == ["x"]
+    assert how_called(model, CallArguments((torch.zeros(1, 5, 4, 4),), {}))
+    assert not model.backbone._forward_pre_hooks
+
+
+def test_models_that_answer_otherwise_are_told_apart():
+    model, x = nets.settle(nets.Straight()), CallArguments((nets.images(2),), {})
+    other = nets.settle(nets.Straight(), seed=5)
+    assert answers_alike(model, x, model, x)
+    assert not answers_alike(model, x, other, x)
+
+
+def test_filters_of_functional_convolutions_count():
+    assert holds_convolutions(nets.Wild.Head(4))
+    assert not holds_convolutions(nn.Linear(3, 3))

@@ -1,0 +1,91 @@
+import pytest
+import torch
+from torch import nn
+
+from ghostify import GhostifyError, Policy, Rule, plan, trace
+from ghostify.modules.layout import Depthwise, GhostLayout, Grouped, Pointwise
+from ghostify.planning.planner import Rewrite, Skip, layout_of
+from tests import nets
+
+
+def reasons(model, policy=None):
+    return {s.conv.name: s.reason for s in plan(trace(model), policy).skips}
+
+
+def test_every_convolution_is_in_the_plan_exactly_once():
+    for make in nets.ALL:
+        program = trace(nets.settle(make()))
+        entries = plan(program).entries
+        assert [e.conv.name for e in entries] == [c.name for c in program.convolutions]
+        assert all(isinstance(e, Rewrite) != isinstance(e, Skip) for e in entries)
+
+
+def test_reasons_for_leaving_a_convolution_alone():
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.Conv2d(8, 8, 3, groups=8),
+        nn.Conv2d(8, 8, 3, groups=2),
+        nn.Conv2d(8, 8, 1),
+        nn.Conv2d(8, 1, 3),
+        nn.Conv2d(1, 8, 3),
+        nn.Conv2d(8, 8, 3),
+    )
+    rules = (Rule("5", ratio=1), Rule(("0", "1", "2", "3", "4", "6"), ignore="6"))
+    found = reasons(model, Policy(rules))
+    assert found["0"] == "the first convolution is kept"
+    assert found["1"].startswith("depthwise")
+    assert found["2"].startswith("grouped (2)")
+    assert found["3"] == "nothing is saved: 64 MACs a position before, 68 after"
+    assert found["4"] == "ratio 2 leaves no ghosts of 1 maps"
+    assert found["5"] == "ratio 1 keeps every map"
+    assert found["6"] == "ignored by the rule that targets it"
+    assert reasons(model, Policy((Rule("6"),)))["5"] == "no rule targets it"
+
+
+def test_the_first_rule_that_matches_decides_the_ratio():
+    model = nets.settle(nets.Straight())
+    policy = Policy((Rule("a.*", ratio=4), Rule(ratio=2, dw_size=5)))
+    layouts = {r.conv.name: r.layout for r in plan(trace(model), policy).rewrites}
+    assert (layouts["a.0"].intrinsic, layouts["a.0"].kernel_size) == (4, 3)
+    assert (layouts["b.0"].intrinsic, layouts["b.0"].kernel_size) == (8, 5)
+
+
+@pytest.mark.parametrize("key", ["targets", "ignore"])
+def test_a_pattern_that_matches_nothing_is_an_error(key):
+    program = trace(nets.settle(nets.Straight()))
+    with pytest.raises(GhostifyError, match=f"{key} 'layer9' matches no convolution of Straight: its 3"):
+        plan(program, Policy((Rule(**{key: "layer9"}),)))
+
+
+def test_totals_need_shapes():
+    model = nets.settle(nets.Straight())
+    assert plan(trace(model)).macs_after is None
+    known = plan(trace(model, torch.zeros(1, 3, 12, 12)))
+    assert 0 < known.macs_after < known.macs_before
+
+
+def test_planning_two_thousand_convolutions_takes_seconds():
+    model = nn.Sequential(*[nn.Conv2d(4, 4, 3, padding=1) for _ in range(2000)])
+    assert len(plan(trace(model)).rewrites) == 1999
+
+
+@pytest.mark.parametrize(
+    ("intrinsic", "cheap", "form"),
+    [
+        (8, "depthwise", Depthwise(3)),
+        (8, 1, Depthwise(3)),
+        (8, "pointwise", Pointwise()),
+        (1, "pointwise", Depthwise(1)),
+        (8, 4, Grouped(4, 3)),
+        (8, 3, Grouped(4, 3)),
+        (8, 99, Grouped(8, 3)),
+        (1, 99, Depthwise(3)),
+    ],
+)
+def test_the_form_that_cheap_names(intrinsic, cheap, form):
+    assert layout_of(16, intrinsic, cheap, 3) == GhostLayout(16, intrinsic, form)
+
+
+def test_auto_is_not_one_form():
+    with pytest.raises(GhostifyError, match="cheap 'auto': is not one form"):
+        layout_of(16, 8, "auto", 3)

@@ -1,0 +1,60 @@
+import pytest
+import torch
+
+from ghostify import GhostifyError, Policy, Rule, deploy, fit, ghostify, load, report, rewrite, save, trace
+from ghostify.evaluation.metrics import outputs, relative_error
+from ghostify.planning.planner import Rewrite
+from ghostify.search.budget import plan_within
+from tests import nets
+
+
+def planned(share=0.6, squeeze=False, **rule):
+    model, x = nets.settle(nets.Inverted(squeeze=squeeze)), nets.images(64)
+    program = trace(model, x[:1])
+    decided = plan_within(program, Policy((Rule(cheap="auto", narrow=True, **rule),)), {"macs": share}, x.split(8))
+    assert decided.narrowed
+    return model, program, decided, x
+
+
+@pytest.mark.parametrize("squeeze", [False, True])
+def test_the_fit_makes_good_what_leaving_out_costs(squeeze):
+    model, program, decided, x = planned(squeeze=squeeze)
+    assert len(decided.narrowed) == 3 + 2 * squeeze
+    wanted = outputs(model, [x])
+    cut = relative_error(outputs(rewrite(program, decided, {}), [x]), wanted) if not decided.rewrites else 1.0
+    fits = fit(program, decided, x.split(8))
+    fitted = relative_error(outputs(rewrite(program, decided, fits.weights), [x]), wanted)
+    assert fitted < 0.5 * cut
+    for entry in decided.changes:
+        if entry.conv.groups == 1 and not isinstance(entry, Rewrite):
+            own = fits.weights[entry.conv.name]
+            assert own.error.mean() < 0.2
+            assert own.held_out.shape == own.error.shape
+            assert own.felt is not None
+
+
+@pytest.mark.parametrize("squeeze", [False, True])
+def test_the_result_saves_loads_deploys_and_trains(tmp_path, squeeze):
+    model, x = nets.settle(nets.Inverted(squeeze=squeeze)), nets.images(32)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    made = ghostify(model, narrow=True, cheap="auto", budget={"macs": 0.6}, example_inputs=x[:1], calibration=x)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    again = load(save(made, tmp_path / "out"))
+    assert torch.equal(again(x), made(x))
+    assert report(again) == report(made)
+    torch.testing.assert_close(deploy(made, x[:1])(x), made(x), atol=1e-4, rtol=1e-3)
+    made.train()(x).sum().backward()
+    assert all(p.grad is not None for p in made.parameters())
+
+
+def test_narrow_layers_take_images():
+    _, program, decided, _ = planned()
+    with pytest.raises(GhostifyError, match="is to be narrow, which takes images"):
+        fit(program, decided)
+
+
+def test_blocks_are_not_compared_where_maps_are_missing():
+    model, x = nets.settle(nets.Inverted()), nets.images(16)
+    wish = {"cheap": "auto", "budget": {"macs": 0.6}, "example_inputs": x[:1], "calibration": x}
+    with pytest.raises(GhostifyError, match="reconstruct compares maps with the original's"):
+        ghostify(model, narrow=True, reconstruct=True, **wish)

@@ -1,0 +1,116 @@
+import json
+import operator
+
+import pytest
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from ghostify import GhostifyError, trace
+from ghostify.graph.serialization import describe, rebuild
+from tests import nets
+
+
+def round_trip(module):
+    data, tensors = describe(module)
+    return rebuild(json.loads(json.dumps(data)), {k: v.detach().clone() for k, v in tensors.items()})
+
+
+class Everything(nn.Module):
+    """Slices, dtypes, devices, keyword arguments, shapes, nested tuples."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.GroupNorm(1, 3)
+        self.act = nn.LeakyReLU(0.2)
+        self.register_buffer("scale", torch.tensor(2.0), persistent=False)
+        self.tied = nn.Linear(4, 4)
+        self.twin = nn.Linear(4, 4)
+        self.twin.weight = self.tied.weight
+
+    def forward(self, x):
+        b, c = x.shape[0], x.shape[1]
+        x = self.act(self.norm(x))[:, :2, ::2, 1:] * self.scale
+        x = F.pad(x.to(torch.float64), (0, 1), mode="constant", value=float("inf")).to(
+            device="cpu", dtype=torch.float32
+        )
+        x = torch.clamp(x, max=5.0).reshape(b, -1)
+        x = torch.cat([x, x.new_ones((b, 1))], dim=-1)
+        first, second = torch.chunk(x[..., :4], 2, dim=1)
+        x = torch.cat((second, first), 1)
+        return {"out": self.twin(self.tied(x)), "pair": (x.mean(), operator.add(c, 1))}
+
+
+def test_a_graph_of_everything_survives():
+    model = Everything()
+    traced = fx.symbolic_trace(model)
+    again = round_trip(traced)
+    x = torch.randn(2, 3, 8, 8)
+    wanted, found = traced(x), again(x)
+    assert torch.equal(wanted["out"], found["out"])
+    assert wanted["pair"][1] == found["pair"][1]
+    assert again.twin.weight is again.tied.weight
+    assert list(again.state_dict()) == list(traced.state_dict())  # torch 2.6 makes `scale` persistent as it traces
+    assert again.act.negative_slope == 0.2
+
+
+@pytest.mark.parametrize("make", nets.ALL[:5], ids=lambda c: c.__name__)
+def test_state_dict_and_modes_survive(make):
+    model = trace(nets.settle(make())).module
+    model.stem.train()
+    again = round_trip(model)
+    assert list(again.state_dict()) == list(model.state_dict())
+    assert {n: m.training for n, m in again.named_modules()} == {n: m.training for n, m in model.named_modules()}
+
+
+def test_what_plain_data_cannot_say_is_named():
+    hooked = fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 3)))
+    hooked.get_submodule("0").register_forward_hook(lambda *_: None)
+    with pytest.raises(GhostifyError, match="0 carries hooks"):
+        describe(hooked)
+    odd = fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 3)))
+    odd.get_submodule("0").secret = object()
+    with pytest.raises(GhostifyError, match=r"0\.secret: a object cannot be saved"):
+        describe(odd)
+
+    class Local(nn.Conv2d):
+        pass
+
+    Local.__module__ = "torch.nn.fake"
+    local = fx.symbolic_trace(nn.Sequential(Local(3, 4, 3)))
+    with pytest.raises(GhostifyError, match=r"0: its class: .* cannot be imported by that name"):
+        describe(local)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target": "os:system"}, "names os:system, which is not of torch"),
+        ({"target": "torch:load"}, "calls torch:load, which a model has no use for"),
+        ({"target": "torch:from_file"}, "calls torch:from_file"),
+        ({"target": "builtins:eval"}, "calls builtins:eval"),
+        ({"target": "torch.hub:load"}, "calls torch.hub:load"),
+        ({"target": "torch.nn.functional:nothing"}, "is not installed here"),
+        ({"target": "builtins:getattr", "args": [{"node": "x"}, "__class__"]}, "reads an attribute"),
+        ({"op": "call_method", "target": "__reduce__"}, "calls the method '__reduce__'"),
+        ({"args": [{"pickle": "gASV"}]}, "holds an unknown kind of value, 'pickle'"),
+    ],
+)
+def test_a_description_cannot_call_what_it_likes(change, message):
+    data, tensors = describe(fx.symbolic_trace(nets.settle(nets.Straight())))
+    node = next(n for n in data["modules"][""]["nodes"] if n["op"] == "call_method")
+    node.update({"op": "call_function", "target": "torch:relu", "args": [{"node": "x"}], "kwargs": {}})
+    node.update(change)
+    with pytest.raises(GhostifyError, match=message):
+        rebuild(data, tensors)
+
+
+def test_a_layer_must_be_a_module_of_a_known_package():
+    for name, message in (
+        ("collections:OrderedDict", r"names collections:OrderedDict.*allow=\['collections'\]"),
+        ("torch:Size", "which is no nn.Module"),
+    ):
+        data, tensors = describe(fx.symbolic_trace(nets.settle(nets.Straight())))
+        data["modules"]["a.0"]["class"] = name
+        with pytest.raises(GhostifyError, match=message):
+            rebuild(data, tensors)

@@ -1,0 +1,80 @@
+import itertools
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ghostify import GhostifyError
+from ghostify.search import solver as solving
+from ghostify.search.candidates import Candidate
+from ghostify.search.solver import Tie, solve
+
+KEPT = ((0,), (0, 2))
+
+
+@given(st.integers(1, 3), st.integers(0, 999), st.floats(0.1, 1), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_the_choice_is_the_best_of_all(layers, seed, share, linked):
+    """Of convolutions one behind another, with links between them or without."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(**maps):
+        costs = tuple(torch.rand(2, generator=generator).tolist())
+        return Candidate(None, costs, float(torch.rand((), generator=generator)), **maps)
+
+    ties, counts = [], (None, *map(len, KEPT))
+    if linked:
+        ties += [Tie(k, layers + k, "makes") for k in range(layers - 1)]
+        ties += [Tie(k + 1, layers + k, "reads") for k in range(layers - 1)]
+    tied = {(tie.conv, tie.key) for tie in ties}
+    choices = [
+        [
+            drawn(makes=makes, reads=reads)
+            for makes, reads in itertools.product(
+                *(counts if (k, key) in tied else (None,) for key in ("makes", "reads"))
+            )
+            for _ in range(2)
+        ]
+        for k in range(layers)
+    ]
+    choices += [[drawn(kept=kept) for kept in (None, *KEPT)] for _ in range(layers - 1)] if linked else []
+
+    def agree(picks):
+        kept = (picks[tie.link].kept for tie in ties)
+        return all(
+            getattr(picks[tie.conv], tie.key) == (None if own is None else len(own))
+            for tie, own in zip(ties, kept, strict=True)
+        )
+
+    limits = [share * sum(max(c.costs[k] for c in options) for options in choices) for k in range(2)]
+    possible = [
+        sum(c.loss for c in picks)
+        for picks in itertools.product(*choices)
+        if agree(picks) and all(sum(c.costs[k] for c in picks) <= limit for k, limit in enumerate(limits))
+    ]
+    found = solve(choices, limits, ties)
+    if found is None:
+        assert not possible
+        return
+    picks = [options[i] for options, i in zip(choices, found, strict=True)]
+    assert agree(picks)
+    assert all(sum(c.costs[k] for c in picks) <= limit * (1 + 1e-6) + 1e-9 for k, limit in enumerate(limits))
+    assert sum(c.loss for c in picks) <= min(possible, default=float("inf")) + 1e-3
+
+
+def test_time_that_ends_is_not_out_of_reach(monkeypatch):
+    monkeypatch.setattr(solving, "SECONDS", 0)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.rand(40, 30, 3, generator=generator).tolist()
+    choices = [[Candidate(None, (a, b), loss) for a, b, loss in options] for options in rows]
+    with pytest.raises(GhostifyError, match="no plan was found in 0 s"):
+        solve(choices, [12.0, 12.0])
+
+
+def test_what_a_library_writes_past_python_stays_out_of_standard_output(capfd):
+    with solving._mute():
+        os.write(1, b"a remark of the solver")
+    print("ours", flush=True)
+    assert capfd.readouterr().out == "ours\n"

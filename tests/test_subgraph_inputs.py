@@ -1,0 +1,73 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from ghostify import ghostify, trace
+from ghostify.evaluation.metrics import outputs, relative_error
+from ghostify.fitting.calibration import batches_of
+from ghostify.fitting.subgraph_inputs import arriving
+from tests import nets
+
+
+def test_every_call_of_a_part_arrives_from_both_models():
+    program = trace(nets.settle(nets.Wild()))
+    x = nets.images(12)
+    converted = copy.deepcopy(program.module)
+    batches = batches_of(program.module, x.split(6))
+    found = arriving(program, converted, "head", batches)
+    assert [b.size for b in found.own] == [6] * 4
+    assert [b.first for b in found.own] == [0, 6, 12, 18]
+    assert found.images == 24
+    assert all(torch.equal(b.inputs.values[0], b.converted_inputs.values[0]) for b in found.own)
+    with torch.no_grad():
+        converted.backbone.get_submodule("a.0").weight.mul_(1.05)
+    changed = arriving(program, converted, "head", batches)
+    assert not torch.equal(changed.own[0].inputs.values[0], changed.own[0].converted_inputs.values[0])
+
+
+def test_calls_that_have_little_in_common_are_fed_alike():
+    program = trace(nets.settle(nets.Wild()))
+    converted = copy.deepcopy(program.module)
+    nn.init.normal_(converted.backbone.get_submodule("a.0").weight, std=3)
+    found = arriving(program, converted, "head", batches_of(program.module, nets.images(4)))
+    assert all(b.otherwise is None for b in found.own)
+
+
+def test_a_part_that_no_image_reaches_is_fitted_without_and_named():
+    gate, unseen = nets.Stubborn.Gate(8).eval(), -torch.ones(8, 8, 6, 6)
+    with pytest.warns(UserWarning, match="no calibration image reaches conv: it is fitted without images"):
+        converted = ghostify(gate, targets="*", calibration=unseen)
+    free, x = ghostify(gate, targets="*"), torch.rand(2, 8, 6, 6)
+    assert torch.equal(converted(x), free(x))
+    with pytest.warns(UserWarning, match="no calibration image reaches"):
+        ghostify(gate, targets="*", cheap="auto", budget={"macs": 0.7}, example_inputs=x, calibration=unseen)
+
+
+def test_a_class_around_a_network_changes_nothing_of_its_fit():
+    class Around(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x if x.std() >= 0 else -x)
+
+    inner, x = nets.settle(nets.Straight()), nets.images(32, 16)
+    alone = ghostify(inner, targets="*", example_inputs=x[:1], calibration=x.split(8))
+    inside = ghostify(Around(inner), targets="*", example_inputs=x[:1], calibration=x.split(8))
+    torch.testing.assert_close(inside(x), alone(x))
+
+
+@pytest.mark.parametrize("make", [nets.Wild, nets.Stubborn], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("wish", [{}, {"cheap": "auto", "budget": {"macs": 0.7}}], ids=["ratio", "budget"])
+def test_parts_are_fitted_to_images(make, wish):
+    model, x = nets.settle(make()), nets.images(64, 16)
+    errors = [
+        relative_error(
+            outputs(ghostify(model, targets="*", example_inputs=x[:1], calibration=c, **wish), [x]), outputs(model, [x])
+        )
+        for c in (None, x.split(16))
+    ]
+    assert errors[1] < 0.6 * errors[0]

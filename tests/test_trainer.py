@@ -1,0 +1,240 @@
+"""Training by Accelerate, here on one process of the CPU."""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from ghostify import GhostifyError, ghostify
+from ghostify.data.training_data import Lessons
+from ghostify.evaluation.metrics import outputs
+from ghostify.training.losses import answers_apart, maps_apart
+from ghostify.training.trainer import Recipe, _listen, finetune
+from tests import nets
+
+pytest.importorskip("accelerate")
+pytestmark = pytest.mark.filterwarnings("default")  # Accelerate's and TensorBoard's own
+ROOT = Path(__file__).parent.parent
+QUICK = Recipe(epochs=3, batch=16, learning_rate=0.05, save_every=3, weight_decay=0)
+
+
+def setting(labelled=True, make=nets.Residual):
+    torch.manual_seed(0)
+    model = nets.settle(make())
+    x, y = nets.images(160), nets.images(32, seed=9)
+    labels = [model(v).argmax(1) if labelled else torch.full((len(v),), -1) for v in (x, y)]
+    data = Lessons(TensorDataset(x, labels[0]), TensorDataset(y, labels[1]), labelled)
+    return model, ghostify(model, 2), data, y
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        {},
+        {"features": 0.1},
+        {"labels": 1.0, "distill": 0.0, "smoothing": 0.1},
+        {"mixup": 0.2, "cutmix": 0.5, "labels": 0.5},
+        {"mixup": 0.2, "features": 0.1},
+        {"ema": 0.9, "clip": 1.0, "optimizer": "adamw", "learning_rate": 0.005},
+        {"precision": "bf16", "frozen_norms": True},
+    ],
+    ids=str,
+)
+def test_a_round_of_training_brings_the_answers_nearer(wish, tmp_path):
+    model, converted, data, test = setting()
+    before = {k: v.clone() for k, v in converted.state_dict().items()}
+    tuned = finetune(converted, model, data, tmp_path / "t", Recipe(**{**vars(QUICK), **wish}))
+    assert all(torch.equal(v, before[k]) for k, v in converted.state_dict().items())
+    wanted = outputs(model, [test])
+    apart = [float(answers_apart(outputs(m, [test]), wanted)) for m in (converted, tuned)]
+    assert "labels" in wish or apart[1] < 0.5 * apart[0]
+    lines = metrics(tmp_path / "t")
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < 0.8 * losses[0]
+    assert lines[-1]["step"] == 30
+    assert "validation" in lines[-1]
+    assert list((tmp_path / "t" / "tensorboard").iterdir())
+
+
+def test_unlabelled_images_will_do(tmp_path):
+    model, converted, data, _ = setting(labelled=False)
+    running = set(threading.enumerate())
+    tuned = finetune(converted, model, data, tmp_path, QUICK)
+    assert not [t for t in set(threading.enumerate()) - running if "Writer" in type(t).__name__]
+    assert set(tuned.state_dict()) == set(converted.state_dict())
+    with pytest.raises(GhostifyError, match="the training images have none"):
+        finetune(converted, model, data, tmp_path, Recipe(labels=1))
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("wish", [{}, {"ema": 0.9, "optimizer": "adamw", "mixup": 0.1}], ids=str)
+def test_an_interrupted_training_ends_as_an_uninterrupted_one(wish, tmp_path):
+    recipe = Recipe(**{**vars(QUICK), **wish})
+    model, converted, data, _ = setting()
+    wanted = finetune(converted, model, data, tmp_path / "whole", recipe)
+
+    def tell(step, _, __):
+        if step in (2, 11, 12, 25):
+            raise KilledError
+
+    seen = set()
+    for _ in range(9):
+        try:
+            found = finetune(
+                converted, model, data, tmp_path / "parts", recipe,
+                tell=lambda s, a, b: None if s in seen else (seen.add(s), tell(s, a, b)),
+            )  # fmt: skip
+            break
+        except KilledError:
+            continue
+    assert {2, 11, 12, 25} <= seen
+    assert all(torch.equal(v, wanted.state_dict()[k]) for k, v in found.state_dict().items())
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+    assert len(list((tmp_path / "parts").glob("state-*"))) == 1
+    again = finetune(converted, model, data, tmp_path / "parts", recipe, tell=lambda *_: pytest.fail("nothing is left"))
+    assert all(torch.equal(v, wanted.state_dict()[k]) for k, v in again.state_dict().items())
+
+
+def test_training_ends_when_it_no_longer_gains(tmp_path):
+    model, converted, data, _ = setting()
+    steps = []
+    recipe = Recipe(**{**vars(QUICK), "epochs": 20, "learning_rate": 1e-9, "patience": 2})
+    finetune(converted, model, data, tmp_path, recipe, tell=lambda step, *_: steps.append(step))
+    assert steps[-1] == 30  # the first evaluation, and two without a gain
+
+
+def test_a_folder_of_another_training_is_refused(tmp_path):
+    model, converted, data, _ = setting()
+    finetune(converted, model, data, tmp_path / "t", QUICK)
+    with pytest.raises(GhostifyError, match="holds a training of other epochs, learning_rate"):
+        finetune(converted, model, data, tmp_path / "t", Recipe(**{**vars(QUICK), "epochs": 1, "learning_rate": 1.0}))
+    with pytest.raises(GhostifyError, match="holds a training of other model"):
+        finetune(ghostify(model, 4), model, data, tmp_path / "t", QUICK)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("")
+    with pytest.raises(GhostifyError, match="holds something else"):
+        finetune(converted, model, data, tmp_path / "other", QUICK)
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        ({"epochs": 0}, "epochs 0 is not a positive number"),
+        ({"precision": "int8"}, "precision 'int8' is unknown"),
+        ({"distill": 0}, "nothing to learn from"),
+        ({"batch": 1000}, "batch 1000 is more than the 160 training images"),
+    ],
+)
+def test_recipes_that_cannot_be(wish, message, tmp_path):
+    model, converted, data, _ = setting()
+    with pytest.raises(GhostifyError, match=message):
+        finetune(converted, model, data, tmp_path, Recipe(**wish))
+
+
+def test_another_accelerator_s_precision_is_named(tmp_path):
+    model, converted, data, _ = setting()
+    finetune(converted, model, data, tmp_path / "a", QUICK)
+    with pytest.raises(GhostifyError, match="precision 'bf16': an Accelerator of another one is in use: pass it"):
+        finetune(converted, model, data, tmp_path / "b", Recipe(precision="bf16"))
+    own = importlib.import_module("accelerate").Accelerator(cpu=True)
+    finetune(converted, model, data, tmp_path / "b", Recipe(precision="bf16", batch=16), accelerator=own)
+
+
+def test_features_need_the_original_s_modules(tmp_path):
+    _, converted, data, _ = setting()
+    with pytest.raises(GhostifyError, match="the original has no such module"):
+        finetune(converted, nn.Sequential(nn.Flatten(), nn.Linear(432, 5)), data, tmp_path, Recipe(features=1.0))
+
+
+def test_features_are_compared_in_one_order():
+    """Also where the next layer takes up the ghosts' order, and where maps are left out."""
+    model, x = nets.settle(nets.Straight(16)), nets.images(64)
+    made = ghostify(model, 1.1, cheap="pointwise", calibration=[x])
+    assert made.get_submodule("a.0").order is None
+    student, teacher = _listen(made, model)
+    made(x), model(x)
+    assert len(student) == 2
+    assert all(maps_apart(s, t) < 0.05 for s, t in zip(student, teacher, strict=True))
+    model = nets.settle(nets.Inverted())
+    narrow = {"narrow": True, "cheap": "auto", "budget": {"macs": 0.6}, "example_inputs": x[:1]}
+    made = ghostify(model, **narrow, calibration=[x])
+    student, teacher = _listen(made, model)
+    made(x), model(x)
+    assert [s.shape for s in student] == [t.shape for t in teacher]
+
+
+SCRIPT = """
+import sys, torch
+from tests.test_finetune import QUICK, nets, setting
+from ghostify import Recipe, finetune
+model, converted, data, test = setting(make=getattr(nets, sys.argv[3]))
+recipe = Recipe(**{**vars(QUICK), "frozen_norms": True, "epochs": float(sys.argv[2])})
+tuned = finetune(converted, model, data, sys.argv[1], recipe)
+torch.save(tuned.state_dict(), sys.argv[1] + "/tuned.pt")
+"""
+
+
+def start(folder, *launcher, epochs=3, net="Residual"):
+    surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    script = folder.parent / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, *launcher, str(script), str(folder), str(epochs), net]
+    return subprocess.Popen(command, cwd=ROOT, env=surroundings, stderr=subprocess.PIPE, text=True)
+
+
+def test_two_processes_learn_as_one_does(tmp_path):
+    for name, launcher in (("one", ()), ("two", ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"))):
+        process = start(tmp_path / name, *launcher, net="Straight")  # without random depth
+        assert process.wait() == 0, process.stderr.read()
+        process.stderr.close()
+    one, two = (metrics(tmp_path / name) for name in ("one", "two"))
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        assert all(a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-6) for key in a)
+
+
+@pytest.mark.slow
+def test_twenty_kills_lose_nothing(tmp_path):
+    """At random moments; what is left in the end is the uninterrupted run's."""
+    generator = torch.Generator().manual_seed(0)
+    whole = start(tmp_path / "whole", epochs=60)
+    started = time.monotonic()
+    assert whole.wait() == 0, whole.stderr.read()
+    whole.stderr.close()
+    took, kills = time.monotonic() - started, 0
+    while kills < 20:
+        process = start(tmp_path / "parts", epochs=60)
+        try:
+            process.wait(5 + float(torch.rand((), generator=generator)) * took / 8)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+        process.stderr.close()
+        if process.returncode == 0:
+            break
+    last = start(tmp_path / "parts", epochs=60)
+    assert last.wait() == 0, last.stderr.read()
+    last.stderr.close()
+    a, b = (torch.load(tmp_path / name / "tuned.pt") for name in ("whole", "parts"))
+    assert kills >= 10
+    assert all(torch.equal(v, b[k]) for k, v in a.items())
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
