@@ -4,7 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from ghostify.api import ghostify
 from ghostify.data.sources import preprocessing, read_data
-from ghostify.data.training_data import lessons
+from ghostify.data.training_data import load_training_data
 from ghostify.deployment.exporter import export
 from ghostify.deployment.inference_form import deploy
 from ghostify.errors import GhostifyError
@@ -16,7 +16,7 @@ from ghostify.planning.planner import plan
 from ghostify.planning.policy import Policy, Rule
 from ghostify.reporting.builder import write_report
 from ghostify.rewriting.apply import rewrite
-from ghostify.search.budget import plan_within
+from ghostify.search.budget import plan_for_budget
 from ghostify.search.pareto import frontier
 from ghostify.summary import report
 from ghostify.training.trainer import Recipe, finetune
@@ -38,11 +38,11 @@ __all__ = [
     "fit",
     "frontier",
     "ghostify",
-    "lessons",
     "load",
+    "load_training_data",
     "load_weights",
     "plan",
-    "plan_within",
+    "plan_for_budget",
     "preprocessing",
     "read_data",
     "report",

@@ -8,16 +8,16 @@ from typing import Any
 from torch import nn
 
 from ghostify.errors import GhostifyError
-from ghostify.fitting.driver import Progress, fit
-from ghostify.fitting.sensitivity import calibrate
+from ghostify.fitting.driver import ProgressCallback, fit
+from ghostify.fitting.sensitivity import prepare_calibration
 from ghostify.graph.tracing import trace
 from ghostify.planning.planner import plan
 from ghostify.planning.policy import Pattern, Policy, Rule, as_patterns
 from ghostify.reconstruction.blockwise import reconstruct_blocks
 from ghostify.rewriting.apply import rewrite
-from ghostify.search.budget import plan_within
+from ghostify.search.budget import plan_for_budget
 from ghostify.search.pareto import Evaluate, plan_for_drop
-from ghostify.summary import attach, summarise
+from ghostify.summary import attach_report, build_report
 
 
 def ghostify(
@@ -38,7 +38,7 @@ def ghostify(
     runtime: str = "eager",
     reconstruct: bool = False,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> nn.Module:
     """A copy of `model` whose dense convolutions are ghost modules, at about 1 / `ratio` of the multiply-accumulates.
 
@@ -61,12 +61,12 @@ def ghostify(
         policy = Policy((Rule(chosen, ignored, ratio, dw_size, cheap, activated, narrow),), keep_first=targets is None)
     elif targets is not None or ignore is not None:
         raise GhostifyError("targets and ignore belong into the rules of the policy: pass either, not both")
-    if reconstruct and any(rule.narrow for rule in policy.rules):
+    if reconstruct and any(rule.prune for rule in policy.rules):
         raise GhostifyError(
             "reconstruct compares maps with the original's, which narrow leaves out: choose one of them"
         )
     program = trace(model, example_inputs)
-    seen = None if calibration is None else calibrate(program, calibration, seed)
+    seen = None if calibration is None else prepare_calibration(program, calibration, seed)
     if budget is not None and "max_drop" in budget:
         if evaluate is None:
             raise GhostifyError("budget max_drop needs to know how good a model is: pass evaluate, or --validation")
@@ -74,9 +74,13 @@ def ghostify(
             program, policy, budget, evaluate, seen, seed=seed, runtime=runtime, progress=progress
         )
     else:
-        decided = plan(program, policy) if budget is None else plan_within(program, policy, budget, seen, seed, runtime)
+        decided = (
+            plan(program, policy) if budget is None else plan_for_budget(program, policy, budget, seen, seed, runtime)
+        )
         fits = fit(program, decided, seen, seed=seed, progress=progress)
     done = None
     if reconstruct and seen is not None:
         fits, done = reconstruct_blocks(program, decided, fits, seen.batches, seed=seed, progress=progress)
-    return attach(rewrite(program, decided, fits.weights), summarise(decided, fits, done, program.lost))
+    return attach_report(
+        rewrite(program, decided, fits.weights), build_report(decided, fits, done, program.missing_attributes)
+    )

@@ -5,5 +5,5 @@ class GhostifyError(Exception):
     """What the user can mend: which node or file, what is wrong, what to do - in one line."""
 
 
-class OutOfReachError(GhostifyError):
+class InfeasibleBudgetError(GhostifyError):
     """No plan keeps within a budget."""

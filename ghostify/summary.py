@@ -12,51 +12,52 @@ from torch import nn
 from typing_extensions import assert_never
 
 from ghostify.errors import GhostifyError
-from ghostify.fitting.driver import Fits
+from ghostify.fitting.driver import FitResult
 from ghostify.graph.program import Convolution
 from ghostify.modules.layout import Depthwise, GhostForm, GhostLayout, Grouped, Pointwise, form_of
 from ghostify.planning import cost
-from ghostify.planning.planner import Narrow, Plan, Rewrite, Skip
-from ghostify.pruning.pruning_groups import left_of
-from ghostify.reconstruction.blockwise import Rebuilt, Reconstruction
+from ghostify.planning.planner import GhostRewrite, Plan, PruneRewrite, Skip
+from ghostify.pruning.pruning_groups import conv_after_pruning
+from ghostify.reconstruction.blockwise import BlockResult, Reconstruction
 from ghostify.text import format_shape
 
-META = "ghostify"
+REPORT_KEY = "ghostify"
 UNCHANGED, DEPTHWISE, WIDER, PRUNED = "left as it is", "depthwise ghosts", "wider ghosts", "fewer maps"
 
 
 @dataclass(frozen=True)
-class Line:
-    """One convolution. MACs are for the example inputs where `output` (H, W) is known, else for one position.
+class LayerReport:
+    """One convolution. MACs are for the example inputs where `output_size` (H, W) is known, else for one position.
 
-    `error` and `held_out` are relative reconstruction errors, averaged over channels, on the calibration images and on
-    those of them held out; `felt` is the relative squared error of the model's outputs to expect from the latter.
-    `channels` names the original's channels in the order that the ghost module makes them, intrinsic ones first.
-    `gather` says that the layer's output is put in order by an index, `activated` that its ghosts read activated maps.
-    Where maps are left out, `makes` counts the outputs and `reads` the inputs that are left. A convolution that keeps
-    its form with fewer maps has as many intrinsic ones as it makes, and a `width` of 0: no `form`.
+    `fit_error` and `holdout_error` are relative reconstruction errors, averaged over channels, on the calibration
+    images and on those of them held out; `output_error` is the relative squared error of the model's outputs to expect
+    from the latter. `channels` names the original's channels in the order that the ghost module makes them, intrinsic
+    ones first. `reorders_output` says that the layer's output is put in order by an index, `activated` that its ghosts
+    read activated maps. Where maps are left out, `kept_out_count` counts the outputs and `kept_in_count` the inputs
+    that are left. A convolution that keeps its form with fewer maps has as many intrinsic ones as it makes, and a
+    `width` of 0: no `form`.
     """
 
     name: str
-    kind: str
-    filters: tuple[int, int, int, int]
-    output: tuple[int, int] | None
-    reason: str | None
+    conv_class: str
+    weight_shape: tuple[int, int, int, int]
+    output_size: tuple[int, int] | None
+    skip_reason: str | None
     intrinsic: int
     width: int
     dw_size: int
-    gather: bool
+    reorders_output: bool
     macs_before: int
     macs_after: int
     params_before: int
     params_after: int
-    error: float | None = None
-    held_out: float | None = None
+    fit_error: float | None = None
+    holdout_error: float | None = None
     activated: bool = False
-    felt: float | None = None
+    output_error: float | None = None
     channels: tuple[int, ...] = ()
-    makes: int | None = None
-    reads: int | None = None
+    kept_out_count: int | None = None
+    kept_in_count: int | None = None
 
     @property
     def form(self) -> GhostForm | None:
@@ -69,39 +70,39 @@ class Line:
         return None if self.form is None else GhostLayout(self.outputs, self.intrinsic, self.form)
 
     @property
-    def narrow(self) -> bool:
+    def is_pruned(self) -> bool:
         """Whether it keeps its form, with fewer maps."""
-        return self.reads is not None and self.form is None
+        return self.kept_in_count is not None and self.form is None
 
     @property
     def outputs(self) -> int:
         """The maps that it makes, intrinsic ones and ghosts."""
-        return self.filters[0] if self.makes is None else self.makes
+        return self.weight_shape[0] if self.kept_out_count is None else self.kept_out_count
 
 
 @dataclass(frozen=True)
 class Report:
     """All convolutions in order of use, whole-model MACs where known, images used, seconds of each part, and blocks.
 
-    `lost` names methods and attributes of the original that the result has not. Errors of lines are those of the
-    closed-form fit, before any reconstruction. `notes` are those of the plan.
+    `missing_attributes` names methods and attributes of the original that the result has not. Errors of lines are those
+    of the closed-form fit, before any reconstruction. `notes` are those of the plan.
     """
 
-    lines: tuple[Line, ...]
+    layers: tuple[LayerReport, ...]
     macs_before: int | None
     macs_after: int | None
     images: int
     seconds: dict[str, float]
     reconstruction: Reconstruction | None = None
-    lost: tuple[str, ...] = ()
+    missing_attributes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
     def rewritten(self) -> int:
-        return sum(line.reason is None for line in self.lines)
+        return sum(line.skip_reason is None for line in self.layers)
 
     @property
-    def effort(self) -> str:
+    def fit_time(self) -> str:
         """How long the fit took, and on what."""
         total = sum(self.seconds.values())
         shares = ", ".join(f"{name} {spent / total:.0%}" for name, spent in self.seconds.items() if spent)
@@ -121,17 +122,17 @@ class Report:
         for item in data["lines"]:
             shape = {k: None if item[k] is None else tuple(item[k]) for k in ("filters", "output")}
             channels = tuple(map(int, item.get("channels", "").split()))
-            lines.append(Line(**{**item, **shape, "channels": channels}))
+            lines.append(LayerReport(**{**item, **shape, "channels": channels}))
         counts = {k: data[k] for k in ("macs_before", "macs_after", "images", "seconds")}
         done = data.get("reconstruction")
         if done is not None:
-            blocks = tuple(Rebuilt(**{**item, "layers": tuple(item["layers"])}) for item in done["blocks"])
+            blocks = tuple(BlockResult(**{**item, "layers": tuple(item["layers"])}) for item in done["blocks"])
             done = Reconstruction(**{**done, "blocks": blocks})
         return cls(
             tuple(lines),
             **counts,
             reconstruction=done,
-            lost=tuple(data.get("lost", ())),
+            missing_attributes=tuple(data.get("lost", ())),
             notes=tuple(data.get("notes", ())),
         )
 
@@ -154,20 +155,20 @@ def report(module: nn.Module) -> Report:
 
 def conversion_info(module: nn.Module) -> ConversionInfo:
     """What is kept with a model that `ghostify` made or `load` read; raises `GhostifyError` for any other."""
-    info = module.__dict__.get("meta", {}).get(META)
+    info = module.__dict__.get("meta", {}).get(REPORT_KEY)
     if not isinstance(info, ConversionInfo):
         raise GhostifyError(f"{type(module).__name__} carries no report: pass what ghostify() or load() returned")
     return info
 
 
-def attach(module: nn.Module, made: Report, source: dict[str, Any] | None = None) -> nn.Module:
+def attach_report(module: nn.Module, made: Report, source: dict[str, Any] | None = None) -> nn.Module:
     """The module, carrying its report and source where torch.fx keeps what copies and pickles take along."""
-    module.__dict__.setdefault("meta", {})[META] = ConversionInfo(made, source)
+    module.__dict__.setdefault("meta", {})[REPORT_KEY] = ConversionInfo(made, source)
     return module
 
 
-def summarise(
-    plan: Plan, fits: Fits | None = None, reconstruction: Reconstruction | None = None, lost: tuple[str, ...] = ()
+def build_report(
+    plan: Plan, fits: FitResult | None = None, reconstruction: Reconstruction | None = None, lost: tuple[str, ...] = ()
 ) -> Report:
     """The report of a plan, with the errors of its fits, and of its blocks, where they are done."""
     lines = tuple(_line(entry, fits) for entry in plan.entries)
@@ -175,10 +176,10 @@ def summarise(
     return Report(lines, plan.macs_before, plan.macs_after, images, seconds, reconstruction, lost, plan.notes)
 
 
-def _line(entry: Rewrite | Narrow | Skip, fits: Fits | None) -> Line:
+def _line(entry: GhostRewrite | PruneRewrite | Skip, fits: FitResult | None) -> LayerReport:
     conv = entry.conv
-    places = cost.positions(conv.calls)
-    before, bias = cost.dense_macs(conv), conv.outputs * conv.bias
+    places = cost.total_positions(conv.calls)
+    before, bias = cost.conv_macs(conv), conv.outputs * conv.bias
     common: dict[str, Any] = {
         "name": conv.name,
         "kind": conv.kind,
@@ -189,44 +190,52 @@ def _line(entry: Rewrite | Narrow | Skip, fits: Fits | None) -> Line:
     }
     if isinstance(entry, Skip):
         same = {"macs_after": common["macs_before"], "params_after": common["params_before"]}
-        return Line(**common, **same, reason=entry.reason, intrinsic=conv.outputs, width=0, dw_size=0, gather=False)
+        return LayerReport(
+            **common,
+            **same,
+            skip_reason=entry.reason,
+            intrinsic=conv.outputs,
+            width=0,
+            dw_size=0,
+            reorders_output=False,
+        )
     fitted = None if fits is None else fits.weights.get(conv.name)
-    left = conv if entry.narrowing is None else left_of(conv, entry.narrowing)
-    if entry.narrowing is not None:
+    left = conv if entry.kept_channels is None else conv_after_pruning(conv, entry.kept_channels)
+    if entry.kept_channels is not None:
         common |= {"makes": left.outputs, "reads": left.inputs}
     common |= {
         "reason": None,
         "macs_after": entry.macs_after * (places or 1),
         "params_after": entry.macs_after + left.outputs * conv.bias,
-        "error": _mean(None if fitted is None else fitted.error),
-        "held_out": _mean(None if fitted is None else fitted.held_out),
-        "felt": None if fitted is None else fitted.felt,
+        "error": _mean(None if fitted is None else fitted.fit_error),
+        "held_out": _mean(None if fitted is None else fitted.holdout_error),
+        "felt": None if fitted is None else fitted.output_error,
     }
-    if isinstance(entry, Narrow):
-        return Line(**common, intrinsic=left.outputs, width=0, dw_size=0, gather=False)
+    if isinstance(entry, PruneRewrite):
+        return LayerReport(**common, intrinsic=left.outputs, width=0, dw_size=0, reorders_output=False)
     weights = None if fits is None else fits.ghost(conv.name)
     ordered = weights is not None and bool((weights.channels.diff() == 1).all())
     stored = entry.layout.to_dict()
-    return Line(
+    return LayerReport(
         **common,
         intrinsic=stored["intrinsic"],
         width=stored["width"],
         dw_size=stored["dw_size"],
-        gather=entry.absorb is None and not ordered,
+        reorders_output=entry.permutation_target is None and not ordered,
         activated=weights is not None and weights.activated,
         channels=() if weights is None else _originals(entry, weights.channels.tolist()),
     )
 
 
-def _originals(entry: Rewrite, channels: list[int]) -> tuple[int, ...]:
+def _originals(entry: GhostRewrite, channels: list[int]) -> tuple[int, ...]:
     """The original's channels, from their places among those that are left."""
-    keeps = None if entry.narrowing is None else entry.narrowing.kept_out
+    keeps = None if entry.kept_channels is None else entry.kept_channels.kept_out
     return tuple(channels) if keeps is None else tuple(keeps[k] for k in channels)
 
 
 def table(made: Report, title: str = "") -> Table:
     """A table of the report for a terminal."""
-    longest = max((len(line.name) for line in made.lines), default=0)
+    longest = max((len(line.name) for line in made.layers), default=0)
     result = Table(
         title=title or None,
         caption="\n".join(made.notes) or None,
@@ -240,36 +249,36 @@ def table(made: Report, title: str = "") -> Table:
     for heading in ("filters", "output"):
         result.add_column(heading, no_wrap=True)
     for heading, total in (("MACs", made.macs_before), ("after", made.macs_after)):
-        result.add_column(heading, short(total), justify="right", no_wrap=True)
-    fitted = any(line.error is not None for line in made.lines)
+        result.add_column(heading, format_count(total), justify="right", no_wrap=True)
+    fitted = any(line.fit_error is not None for line in made.layers)
     if fitted:
         result.add_column("error", justify="right")
     result.add_column("m + ghosts, or why not", overflow="fold")
-    for line in made.lines:
+    for line in made.layers:
         result.add_row(*_cells(line, fitted))
     return result
 
 
-def _cells(line: Line, fitted: bool) -> list[str]:
-    filters = format_shape(line.filters)
-    output = "" if line.output is None else format_shape(line.output)
-    if line.reason is not None:
-        return [line.name, filters, output, short(line.macs_before), "", *[""] * fitted, describe_outcome(line)]
-    error = line.held_out if line.held_out is not None else line.error
+def _cells(line: LayerReport, fitted: bool) -> list[str]:
+    filters = format_shape(line.weight_shape)
+    output = "" if line.output_size is None else format_shape(line.output_size)
+    if line.skip_reason is not None:
+        return [line.name, filters, output, format_count(line.macs_before), "", *[""] * fitted, describe_outcome(line)]
+    error = line.holdout_error if line.holdout_error is not None else line.fit_error
     return [
         line.name,
         filters,
         output,
-        short(line.macs_before),
-        short(line.macs_after),
+        format_count(line.macs_before),
+        format_count(line.macs_after),
         *(["" if error is None else f"{error:.3f}"] if fitted else []),
         describe_outcome(line),
     ]
 
 
-def outcome_of(line: Line) -> str:
+def outcome_of(line: LayerReport) -> str:
     """What became of a convolution, as one of few kinds."""
-    if line.reason is not None:
+    if line.skip_reason is not None:
         return UNCHANGED
     match line.form:
         case None:
@@ -282,24 +291,30 @@ def outcome_of(line: Line) -> str:
             assert_never(line.form)
 
 
-def describe_outcome(line: Line, *, counts: bool = True) -> str:
+def describe_outcome(line: LayerReport, *, counts: bool = True) -> str:
     """What became of a convolution, in a few words: why it was skipped, or what it was replaced by.
 
     Without `counts` the kind of outcome stands in place of the numbers of intrinsic maps and ghosts.
     """
-    if line.reason is not None:
-        return line.reason
+    if line.skip_reason is not None:
+        return line.skip_reason
     sizes = f"{line.intrinsic} + {line.outputs - line.intrinsic}, d={line.dw_size}"
     if not counts:
-        shape = outcome_of(line) if line.reads is None else f"{outcome_of(line)}: {line.reads} to {line.makes}"
-    elif line.reads is None:
+        shape = (
+            outcome_of(line)
+            if line.kept_in_count is None
+            else f"{outcome_of(line)}: {line.kept_in_count} to {line.kept_out_count}"
+        )
+    elif line.kept_in_count is None:
         shape = sizes
     else:
-        shape = f"{line.reads} maps to {line.makes if line.narrow else sizes}"
-    return shape + _width(line) + (", activated" if line.activated else "") + (", gather" if line.gather else "")
+        shape = f"{line.kept_in_count} maps to {line.kept_out_count if line.is_pruned else sizes}"
+    return (
+        shape + _width(line) + (", activated" if line.activated else "") + (", gather" if line.reorders_output else "")
+    )
 
 
-def _width(line: Line) -> str:
+def _width(line: LayerReport) -> str:
     """How many intrinsic maps each ghost sees, where it is more than one."""
     match line.form:
         case None | Depthwise():
@@ -310,7 +325,7 @@ def _width(line: Line) -> str:
             assert_never(line.form)
 
 
-def short(count: int | None) -> str:
+def format_count(count: int | None) -> str:
     """A count with three digits and a unit: 1.23 M."""
     if count is None:
         return ""

@@ -6,8 +6,8 @@ from torch.nn import functional as F
 
 from ghostify import GhostifyError, GhostModule, Policy, Rule, ghostify, load, plan, report, save, trace
 from ghostify.deployment.inference_form import deploy
-from ghostify.evaluation.metrics import outputs, relative_error
-from ghostify.rewriting.activation_chain import activation_line, narrowed
+from ghostify.evaluation.metrics import predict, relative_error
+from ghostify.rewriting.activation_chain import copy_activation_chain, slice_chain
 from tests import nets
 
 
@@ -69,9 +69,9 @@ def test_the_slopes_of_the_chosen_channels_are_kept():
     model = nets.settle(Slopes())
     program = trace(model)
     entry = next(e for e in plan(program, Policy((Rule(activated=True),))).rewrites if e.conv.name == "b")
-    line, kept = activation_line(program.parts[""], entry), torch.tensor([5, 0, 3])
+    line, kept = copy_activation_chain(program.subgraphs[""], entry), torch.tensor([5, 0, 3])
     x = torch.randn(2, 8, 5, 5)
-    torch.testing.assert_close(narrowed(line, kept)(x[:, kept]), line(x)[:, kept])
+    torch.testing.assert_close(slice_chain(line, kept)(x[:, kept]), line(x)[:, kept])
 
 
 def test_it_loses_no_more_than_the_linear_form_on_held_out_images():
@@ -80,7 +80,7 @@ def test_it_loses_no_more_than_the_linear_form_on_held_out_images():
         errors = []
         for activated in (False, True):
             found = report(ghostify(model, activated=activated, calibration=x.split(16)))
-            errors.append({line.name: line.held_out for line in found.lines if line.reason is None})
+            errors.append({line.name: line.holdout_error for line in found.layers if line.skip_reason is None})
         first = next(iter(errors[0]))
         assert errors[1][first] <= errors[0][first]
 
@@ -121,9 +121,9 @@ def test_ghosts_read_through_the_slopes_of_their_own_channels():
     model, test = Sloped().eval(), [nets.images(16, 16, seed=3)]
     gm = ghostify(model, targets="conv", activated=True, calibration=nets.images(64, 16).split(16))
     assert chosen(gm)
-    assert relative_error(outputs(gm, test), outputs(model, test)) < 1e-6
+    assert relative_error(predict(gm, test), predict(model, test)) < 1e-6
     small = deploy(gm, test[0])
-    torch.testing.assert_close(outputs(small, test), outputs(gm, test), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(predict(small, test), predict(gm, test), rtol=1e-4, atol=1e-5)
 
 
 def activated_ghost():
@@ -137,9 +137,9 @@ def test_maps_that_are_the_others_activated_are_recovered():
     test = [nets.images(16, 16, seed=3)]
     linear = ghostify(model, targets="conv", calibration=nets.images(64, 16).split(16))
     only = ghostify(model, targets="conv", activated=True, calibration=nets.images(64, 16).split(16))
-    reference = outputs(model, test)
-    assert relative_error(outputs(linear, test), reference) > 1e-3
-    assert relative_error(outputs(only, test), reference) < 1e-6
+    reference = predict(model, test)
+    assert relative_error(predict(linear, test), reference) > 1e-3
+    assert relative_error(predict(only, test), reference) < 1e-6
 
 
 def chosen(gm):
@@ -165,7 +165,7 @@ def test_ghosts_read_what_the_consumer_sees():
 
     gm.conv.activation.register_forward_hook(keep("read"))
     gm.relu.register_forward_hook(keep("behind"))
-    outputs(gm, [nets.images(4, 16)])
+    predict(gm, [nets.images(4, 16)])
     order = torch.arange(8) if gm.conv.order is None else gm.conv.order
     torch.testing.assert_close(seen["read"], seen["behind"][:, torch.argsort(order)[:4]])
 
@@ -173,18 +173,18 @@ def test_ghosts_read_what_the_consumer_sees():
 def test_it_survives_saving_training_and_reconstruction(tmp_path):
     gm, model = activated_ghost()
     assert chosen(gm)
-    assert any(line.activated for line in report(gm).lines)
+    assert any(line.activated for line in report(gm).layers)
     again = load(save(gm, tmp_path / "out"))
     x = nets.images(4, 16)
-    assert torch.equal(outputs(again, [x]), outputs(gm, [x]))
+    assert torch.equal(predict(again, [x]), predict(gm, [x]))
     gm.train()
     gm(x).sum().backward()
     assert all(p.grad is not None for p in gm.parameters())
     batches = nets.images(64, 16).split(16)
     rebuilt = ghostify(model, activated=True, calibration=batches, reconstruct=True)
     test = [nets.images(16, 16, seed=5)]
-    reference = outputs(model, test)
-    assert relative_error(outputs(rebuilt, test), reference) <= relative_error(outputs(gm.eval(), test), reference)
+    reference = predict(model, test)
+    assert relative_error(predict(rebuilt, test), reference) <= relative_error(predict(gm.eval(), test), reference)
 
 
 def test_wider_ghosts_stay_linear():
@@ -203,7 +203,7 @@ def test_narrowed_takes_the_channels_and_the_shift():
     entry = plan(program, Policy((Rule(activated=True),))).rewrites[0]
     channels, shift = torch.tensor([3, 0]), torch.arange(16.0)
     program.module.get_submodule(entry.norm).running_mean.sub_(shift)
-    line = narrowed(activation_line(program.module, entry), channels)
+    line = slice_chain(copy_activation_chain(program.module, entry), channels)
     maps = torch.randn(2, 16, 5, 5)
     whole = model.a[2](model.a[1](maps + shift[:, None, None]))
     torch.testing.assert_close(line(maps[:, channels]), whole[:, channels])

@@ -8,26 +8,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ghostify import GhostifyError
-from ghostify.fitting.activation_store import Shelf, Stored, tidy
+from ghostify.fitting.activation_store import ActivationStore, FileTensor, trim_heap
 
 
 @given(st.permutations(range(4)), st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool]))
 def test_a_stored_tensor_comes_back_with_its_strides(order, dtype):
     tensor = torch.randn(2, 3, 4, 5).to(dtype).permute(order)
-    back = Stored(tensor).load()
+    back = FileTensor(tensor).load()
     assert torch.equal(back, tensor)
     assert (back.stride(), back.dtype) == (tensor.stride(), tensor.dtype)
 
 
 def test_a_slice_is_stored_without_what_it_was_cut_from():
     tensor = torch.randn(8, 4)[2:5]
-    stored = Stored(tensor)
+    stored = FileTensor(tensor)
     assert Path(stored.path).stat().st_size == 3 * 4 * 4
     assert torch.equal(stored.load(), tensor)
 
 
 def test_the_file_goes_with_the_object():
-    stored = Stored(torch.zeros(4))
+    stored = FileTensor(torch.zeros(4))
     path = Path(stored.path)
     assert path.exists()
     del stored
@@ -36,23 +36,23 @@ def test_the_file_goes_with_the_object():
 
 
 def test_the_shelf_keeps_to_its_limit_and_room_comes_back():
-    shelf, value = Shelf(150), torch.arange(20.0).reshape(4, 5).T
+    shelf, value = ActivationStore(150), torch.arange(20.0).reshape(4, 5).T
     kept = shelf.put(value)
     assert torch.equal(kept, value)
     assert (kept.stride(), kept is value) == (value.stride(), False)
     assert shelf.put(kept) is kept
-    assert isinstance(shelf.put(value), Stored)
+    assert isinstance(shelf.put(value), FileTensor)
     assert shelf.put(7) == 7
     view = kept[1:]
     del kept
-    assert isinstance(shelf.put(value), Stored)
+    assert isinstance(shelf.put(value), FileTensor)
     del view
     assert isinstance(shelf.put(value), torch.Tensor)
 
 
 @given(st.lists(st.tuples(st.integers(1, 90), st.integers(0, 9)), max_size=30))
 def test_rooms_never_overlap_and_all_come_back(orders):
-    shelf, held = Shelf(1024), []
+    shelf, held = ActivationStore(1024), []
     for number, (size, victim) in enumerate(orders):
         value = torch.full((size,), float(number))
         kept = shelf.put(value)
@@ -63,12 +63,12 @@ def test_rooms_never_overlap_and_all_come_back(orders):
         assert all((t == n).all() for t, n in held if isinstance(t, torch.Tensor))
     del held
     gc.collect()
-    assert shelf.holes == [(0, 1024)]
+    assert shelf.free_ranges == [(0, 1024)]
 
 
 def test_tidying_changes_nothing():
     value = torch.arange(5)
-    tidy()
+    trim_heap()
     assert value.sum() == 10
 
 
@@ -76,9 +76,9 @@ def test_tidying_changes_nothing():
     "value", [torch.zeros(9, 9)[:, ::2], torch.zeros(1).expand(99), (torch.zeros(99),), torch.zeros(0)]
 )
 def test_what_is_not_one_dense_tensor_stays(value):
-    assert Shelf(0).put(value) is value
+    assert ActivationStore(0).put(value) is value
     tensor = torch.zeros(9)
-    assert Shelf(0).put(tensor, movable=False) is tensor
+    assert ActivationStore(0).put(tensor, movable=False) is tensor
 
 
 def test_a_full_disk_is_told_in_one_line(monkeypatch):
@@ -87,4 +87,4 @@ def test_a_full_disk_is_told_in_one_line(monkeypatch):
 
     monkeypatch.setattr(tempfile, "mkstemp", full)
     with pytest.raises(GhostifyError, match=r"no room for the calibration's activations \(No space left"):
-        Stored(torch.zeros(4))
+        FileTensor(torch.zeros(4))

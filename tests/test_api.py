@@ -115,8 +115,8 @@ def test_ratios_and_kernel_sizes_with_odd_channel_counts(ratio, dw_size):
     converted = ghostify(model, ratio, dw_size=dw_size, calibration=nets.images())
     assert converted(nets.images()).shape == model(nets.images()).shape
     expected = {n: -(-c // ratio) for n, c in (("1", 13), ("3", 11))}
-    for line in report(converted).lines:
-        if line.reason is None:
+    for line in report(converted).layers:
+        if line.skip_reason is None:
             assert line.intrinsic == expected[line.name]
 
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ghostify.fitting.assignment import choose_groups, in_given_order
+from ghostify.fitting.assignment import assign_ghosts, paper_assignment
 from ghostify.modules.layout import Depthwise, GhostLayout, round_up_width
 
 
@@ -20,7 +20,7 @@ def test_groups_have_the_layouts_shape(outputs, data):
     width = round_up_width(outputs, intrinsic, data.draw(st.sampled_from([1, 2, intrinsic])))
     layout = GhostLayout.of_width(outputs, intrinsic, width, 3)
     costs = torch.rand(outputs, outputs, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 99))))
-    groups = choose_groups(costs, layout)
+    groups = assign_ghosts(costs, layout)
     assert sorted(groups.channels.tolist()) == list(range(outputs))
     assert groups.intrinsic.shape == (intrinsic // width, width)
     owners = (groups.sources[:, 0] // width).tolist()
@@ -38,7 +38,7 @@ def test_pairs_are_near_the_best_matching(half, seed):
     graph.add_weighted_edges_from((i, j, 2 - best[i, j].item()) for i in range(n) for j in range(i))
     matching = networkx.max_weight_matching(graph, maxcardinality=True)
     exact = sum(best[i, j].item() for i, j in matching)
-    found = total(costs, choose_groups(costs, GhostLayout(n, half, Depthwise(3))))
+    found = total(costs, assign_ghosts(costs, GhostLayout(n, half, Depthwise(3))))
     assert exact - 1e-9 <= found <= exact + 0.12 * n
 
 
@@ -46,7 +46,7 @@ def test_obvious_pairs_and_directions_are_found():
     costs = torch.full((6, 6), 9.0)
     for ghost_of, ghost in ((4, 0), (1, 5), (3, 2)):
         costs[ghost_of, ghost] = 0.1
-    groups = choose_groups(costs, GhostLayout(6, 3, Depthwise(3)))
+    groups = assign_ghosts(costs, GhostLayout(6, 3, Depthwise(3)))
     assert {(int(groups.channels[s]), int(g)) for (s,), g in zip(groups.sources, groups.ghosts, strict=True)} == {
         (4, 0),
         (1, 5),
@@ -58,12 +58,12 @@ def test_obvious_centres_are_found():
     costs = torch.full((8, 8), 5.0)
     costs[2, [0, 1, 3]] = 0.1
     costs[7, [4, 5, 6]] = 0.1
-    groups = choose_groups(costs, GhostLayout(8, 2, Depthwise(3)))
+    groups = assign_ghosts(costs, GhostLayout(8, 2, Depthwise(3)))
     assert set(groups.intrinsic.flatten().tolist()) == {2, 7}
     assert total(costs, groups) == pytest.approx(0.6)
 
 
 def test_the_papers_order():
-    groups = in_given_order(GhostLayout(7, 3, Depthwise(3)))
+    groups = paper_assignment(GhostLayout(7, 3, Depthwise(3)))
     assert groups.channels.tolist() == list(range(7))
     assert groups.sources.flatten().tolist() == [0, 0, 1, 2]

@@ -27,8 +27,8 @@ def test_plain_attributes_survive_copies_and_saving(tmp_path):
 
 
 def test_what_is_lost_is_listed_by_name():
-    assert report(ghostify(nets.settle(Named()))).lost == ("cache", "forward_features", "sensor")
-    assert report(ghostify(nets.settle(nets.Wild()), targets="*")).lost == ()
+    assert report(ghostify(nets.settle(Named()))).missing_attributes == ("cache", "forward_features", "sensor")
+    assert report(ghostify(nets.settle(nets.Wild()), targets="*")).missing_attributes == ()
 
 
 def test_timm_models_keep_their_configuration():
@@ -36,7 +36,7 @@ def test_timm_models_keep_their_configuration():
     converted = ghostify(model, cheap="pointwise")
     assert converted.num_classes == 7
     assert converted.pretrained_cfg == model.pretrained_cfg
-    lost = set(report(converted).lost)
+    lost = set(report(converted).missing_attributes)
     assert not {"forward_features", "forward_head", "get_classifier", "reset_classifier"} & lost
     assert "forward_intermediates" in lost
     assert isinstance(converted, nn.Module)

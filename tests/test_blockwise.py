@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ghostify import GhostifyError, Policy, Rule, fit, ghostify, load, plan, report, rewrite, save, trace
-from ghostify.evaluation.metrics import outputs, relative_error
+from ghostify.evaluation.metrics import predict, relative_error
 from ghostify.reconstruction.blockwise import reconstruct_blocks
 from ghostify.summary import Report
 from tests import nets
@@ -49,7 +49,7 @@ def _same_networks():
 
 
 def error(model, converted, x):
-    return relative_error(outputs(converted, [x]), outputs(model, [x]))
+    return relative_error(predict(converted, [x]), predict(model, [x]))
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +73,10 @@ def test_the_report_tells_the_error_on_held_out_images(residual):
     model, x, plain, rebuilt = residual
     done = report(rebuilt).reconstruction
     held = x[7::8]
-    assert done.before == pytest.approx(error(model, plain, held), rel=1e-3)
-    assert done.after == pytest.approx(error(model, rebuilt, held), rel=1e-3)
+    assert done.error_before == pytest.approx(error(model, plain, held), rel=1e-3)
+    assert done.error_after == pytest.approx(error(model, rebuilt, held), rel=1e-3)
     assert [b.layers for b in done.blocks] == [("conv1", "conv2"), ("head",)]
-    assert all(0 < b.steps <= 200 and b.after < b.before for b in done.blocks)
+    assert all(0 < b.steps <= 200 and b.error_after < b.error_before for b in done.blocks)
     assert report(plain).reconstruction is None
     assert Report.from_dict(json.loads(json.dumps(report(rebuilt).to_dict()))) == report(rebuilt)
 
@@ -125,16 +125,16 @@ def test_the_same_seed_gives_the_same_model_wherever_it_is_called(seeded, contex
     with context():
         again = reconstruct_blocks(program, decided, fits, nets.images(64), seed=5)
     assert again[1] == first[1]
-    assert again[1].after < again[1].before
+    assert again[1].error_after < again[1].error_before
     for name, weights in first[0].weights.items():
         assert torch.equal(weights.primary_weight, again[0].weights[name].primary_weight)
-        assert torch.equal(weights.shift, again[0].weights[name].shift)
+        assert torch.equal(weights.shift, again[0].weights[name].norm_shift)
 
 
 def test_everything_works_in_inference_mode():
     with torch.inference_mode():
         converted = ghostify(nets.settle(nets.Residual(16)), calibration=nets.images(128), reconstruct=True)
-    assert report(converted).reconstruction.after < report(converted).reconstruction.before
+    assert report(converted).reconstruction.error_after < report(converted).reconstruction.error_before
 
 
 @pytest.mark.parametrize("make", [*nets.ALL, Dense], ids=lambda c: c.__name__)
@@ -143,15 +143,15 @@ def test_every_wiring_works_and_none_gets_worse_on_held_out_images(make):
     plain, rebuilt = (ghostify(model, calibration=x.split(16), reconstruct=k) for k in (False, True))
     assert error(model, rebuilt, x[7::8]) <= error(model, plain, x[7::8]) * (1 + 1e-5)
     done = report(rebuilt).reconstruction
-    assert done.after <= done.before
-    assert all(b.after <= b.before for b in done.blocks)
+    assert done.error_after <= done.error_before
+    assert all(b.error_after <= b.error_before for b in done.blocks)
 
 
 def test_dense_connections_fall_into_several_blocks():
     done = report(ghostify(Dense().eval(), calibration=nets.images(32), reconstruct=True)).reconstruction
     assert len(done.blocks) > 2
     assert [n for b in done.blocks for n in b.layers] == [f"layers.{k}" for k in range(9)]
-    assert any(b.after < b.before for b in done.blocks)
+    assert any(b.error_after < b.error_before for b in done.blocks)
 
 
 def test_several_inputs_and_outputs():
@@ -172,7 +172,7 @@ def test_batches_that_cannot_be_taken_apart_stay_whole():
 
     batches = [(x, torch.ones(3, 5)) for x in nets.images(64).split(2)]
     done = report(ghostify(nets.settle(Table()), calibration=batches, reconstruct=True)).reconstruction
-    assert done.after < done.before
+    assert done.error_after < done.error_before
 
 
 def test_a_step_too_wide_is_taken_back(monkeypatch):
@@ -189,7 +189,7 @@ def test_fits_are_not_written_to_and_a_block_can_stop_early():
     fits = fit(program, decided, nets.images(16))
     kept = copy.deepcopy(fits.weights)
     better, done = reconstruct_blocks(program, decided, fits, nets.images(16), steps=3)
-    assert all(torch.equal(fits.weights[k].shift, kept[k].shift) for k in ("conv1", "conv2"))
+    assert all(torch.equal(fits.weights[k].norm_shift, kept[k].norm_shift) for k in ("conv1", "conv2"))
     assert {b.steps for b in done.blocks} <= {0, 3}
     assert rewrite(program, decided, better.weights)(nets.images()).isfinite().all()
 
@@ -197,7 +197,7 @@ def test_fits_are_not_written_to_and_a_block_can_stop_early():
 def test_half_precision_is_trained_in_single():
     model, x = nets.settle(nets.Straight(16)).bfloat16(), nets.images(64).bfloat16()
     done = report(ghostify(model, calibration=x, reconstruct=True)).reconstruction
-    assert done.after < done.before
+    assert done.error_after < done.error_before
 
 
 def test_it_refuses_without_images_or_with_none_to_judge_by():

@@ -4,7 +4,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ghostify import trace
-from ghostify.fitting.bn_statistics import Channels, activated, input_channels
+from ghostify.fitting.bn_statistics import ChannelStats, activation_stats, input_channel_stats
 from tests import nets
 
 
@@ -12,7 +12,7 @@ from tests import nets
 def test_activations_of_normal_values(activation):
     mean, deviation = torch.tensor([-2.0, 0.0, 1.5]).double(), torch.tensor([1.0, 0.5, 2.0]).double()
     values = activation(mean + deviation * torch.randn(200_000, 3, generator=torch.Generator().manual_seed(0)))
-    found = activated(activation, Channels(mean, deviation.square()))
+    found = activation_stats(activation, ChannelStats(mean, deviation.square()))
     torch.testing.assert_close(found.mean, values.mean(0), atol=0.02, rtol=0.02)
     torch.testing.assert_close(found.var, values.var(0), atol=0.03, rtol=0.03)
 
@@ -36,15 +36,15 @@ def test_sums_and_joints_of_norms_are_followed():
     model = nets.settle(Paths())
     module = trace(model).module
     a, b = [(n.weight.detach().double().square(), n.bias.detach().double()) for n in (model.a, model.b)]
-    found = input_channels(module)["added"]
+    found = input_channel_stats(module)["added"]
     torch.testing.assert_close(found.var, a[0] + b[0])
     torch.testing.assert_close(found.mean, a[1] + b[1])
-    torch.testing.assert_close(input_channels(module)["both"].var, torch.cat((a[0], b[0])))
+    torch.testing.assert_close(input_channel_stats(module)["both"].var, torch.cat((a[0], b[0])))
 
 
 def test_what_is_not_known_is_said_so():
     module = trace(nets.settle(Paths())).module
-    assert not {"raw", "stem"} & set(input_channels(module))
+    assert not {"raw", "stem"} & set(input_channel_stats(module))
 
 
 class Spelled(nn.Module):
@@ -64,6 +64,6 @@ class Spelled(nn.Module):
 
 
 def test_functions_are_followed_as_modules_are():
-    found = input_channels(trace(nets.settle(Spelled())).module)
+    found = input_channel_stats(trace(nets.settle(Spelled())).module)
     assert torch.equal(found["modules_conv"].var, found["functions_conv"].var)
     assert torch.equal(found["modules_conv"].mean, found["functions_conv"].mean)

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 
 from ghostify import GhostifyError, Policy, Rule, deploy, fit, ghostify, load, report, rewrite, save, trace
-from ghostify.evaluation.metrics import outputs, relative_error
+from ghostify.evaluation.metrics import predict, relative_error
 from ghostify.planning import cost
 from ghostify.pruning.pruning_groups import PruningGroup, find_pruning_groups
-from ghostify.search.budget import choices_of, choose, plan_within
-from ghostify.timing.timer import Stopwatch
+from ghostify.search.budget import build_search_space, plan_for_budget, select_plan
+from ghostify.timing.timer import LatencyTimer
 from tests import nets
 
 
@@ -32,7 +32,7 @@ def test_parameters_too():
     model, x = nets.settle(nets.Straight()), nets.images(4)
     budget = {"params": 0.7, "macs": 0.9}
     converted = ghostify(model, cheap="auto", budget=budget, example_inputs=x, calibration=x)
-    assert cost.parameters(converted) <= 0.7 * cost.parameters(model)
+    assert cost.count_parameters(converted) <= 0.7 * cost.count_parameters(model)
     assert cost.count_macs(converted, x) <= 0.9 * cost.count_macs(model, x)
 
 
@@ -43,10 +43,10 @@ def test_the_planned_ratios_beat_one_for_all():
     uniform = ghostify(model, 2, cheap="pointwise", example_inputs=x[:1], calibration=x)
     share = report(uniform).macs_after / report(uniform).macs_before
     planned = ghostify(model, cheap="auto", budget={"macs": share}, example_inputs=x[:1], calibration=x)
-    lines = {line.name: line for line in report(planned).lines}
+    lines = {line.name: line for line in report(planned).layers}
     assert lines["a.0"].intrinsic == 8
-    wanted = outputs(model, [test])
-    assert relative_error(outputs(planned, [test]), wanted) < relative_error(outputs(uniform, [test]), wanted)
+    wanted = predict(model, [test])
+    assert relative_error(predict(planned, [test]), wanted) < relative_error(predict(uniform, [test]), wanted)
 
 
 @pytest.mark.parametrize(
@@ -73,18 +73,18 @@ def test_what_a_budget_needs():
     with pytest.raises(GhostifyError, match="cheap 'auto' chooses by a budget"):
         ghostify(model, cheap="auto")
     with pytest.raises(GhostifyError, match="the budget is empty"):
-        plan_within(trace(model, nets.images(1)), Policy(), {})
+        plan_for_budget(trace(model, nets.images(1)), Policy(), {})
     with pytest.raises(GhostifyError, match="max_drop is judged on fitted models"):
-        plan_within(trace(model, nets.images(1)), Policy(), {"max_drop": 1})
+        plan_for_budget(trace(model, nets.images(1)), Policy(), {"max_drop": 1})
 
 
 def test_what_is_reachable_can_be_reached():
     program = trace(nets.settle(nets.Straight()), nets.images(1))
     policy = Policy((Rule(cheap="auto"),))
     with pytest.raises(GhostifyError) as error:
-        plan_within(program, policy, {"macs": 0.01})
+        plan_for_budget(program, policy, {"macs": 0.01})
     share = float(str(error.value).split("reach ")[-1].split()[0])
-    assert plan_within(program, policy, {"macs": share}).macs_after <= share * program.macs
+    assert plan_for_budget(program, policy, {"macs": share}).macs_after <= share * program.macs
 
 
 def test_planning_a_model_in_training_mode_leaves_its_statistics_alone():
@@ -92,10 +92,10 @@ def test_planning_a_model_in_training_mode_leaves_its_statistics_alone():
     policy = Policy((Rule(cheap="auto"),))
     program = trace(model.train(), x[:1])
     before = {k: v.clone() for k, v in program.module.state_dict().items()}
-    planned = plan_within(program, policy, {"macs": 0.7}, x)
+    planned = plan_for_budget(program, policy, {"macs": 0.7}, x)
     assert all(torch.equal(v, before[k]) for k, v in program.module.state_dict().items())
     assert program.module.training
-    assert planned == plan_within(trace(model.eval(), x[:1]), policy, {"macs": 0.7}, x)
+    assert planned == plan_for_budget(trace(model.eval(), x[:1]), policy, {"macs": 0.7}, x)
 
 
 @pytest.fixture
@@ -113,14 +113,14 @@ def clock(monkeypatch, tmp_path):
             return [macs[0], *(Clock.whole * spent for spent in macs[1:])]
         return [spent + Clock.overhead * (count > 1) for spent, count in zip(macs, convs, strict=True)]
 
-    monkeypatch.setattr(Stopwatch, "milliseconds", milliseconds)
+    monkeypatch.setattr(LatencyTimer, "latencies_ms", milliseconds)
     monkeypatch.setenv("GHOSTIFY_CACHE", str(tmp_path))
     return Clock
 
 
 def timed(share, **more):
     program = trace(nets.settle(nets.Residual(32)), nets.images(2))
-    return program, plan_within(program, Policy((Rule(cheap="auto"),)), {"latency": share, **more})
+    return program, plan_for_budget(program, Policy((Rule(cheap="auto"),)), {"latency": share, **more})
 
 
 @pytest.mark.usefixtures("clock")
@@ -157,31 +157,33 @@ def test_maps_are_left_out_within_a_budget():
     model, x = nets.settle(nets.Inverted(16)), nets.images(32)
     wish = {"cheap": "auto", "budget": {"macs": 0.6}, "example_inputs": x[:1], "calibration": x.split(8)}
     made = ghostify(model, narrow=True, **wish)
-    lines = {line.name: line for line in report(made).lines}
+    lines = {line.name: line for line in report(made).layers}
     expand, between, project = (lines[name] for name in ("expand.0", "depthwise.0", "project.0"))
-    assert expand.narrow
-    assert expand.intrinsic == between.reads == between.intrinsic == project.reads < expand.filters[0]
+    assert expand.is_pruned
+    assert (
+        expand.intrinsic == between.kept_in_count == between.intrinsic == project.kept_in_count < expand.weight_shape[0]
+    )
     assert cost.count_macs(made, x[:1]) == report(made).macs_after <= 0.6 * cost.count_macs(model, x[:1])
     plain = ghostify(model, **wish)
-    wanted = outputs(model, [x])
-    assert relative_error(outputs(made, [x]), wanted) < relative_error(outputs(plain, [x]), wanted)
+    wanted = predict(model, [x])
+    assert relative_error(predict(made, [x]), wanted) < relative_error(predict(plain, [x]), wanted)
 
 
 def test_ghosts_and_fewer_maps_meet_in_one_layer(tmp_path):
     model, x = nets.settle(nets.Straight(32)), nets.images(64)
     wish = {"cheap": "auto", "budget": {"macs": 0.3}, "example_inputs": x[:1], "calibration": x.split(16)}
     made, plain = ghostify(model, narrow=True, **wish), ghostify(model, **wish)
-    both = [line for line in report(made).lines if line.reads is not None and line.width]
+    both = [line for line in report(made).layers if line.kept_in_count is not None and line.width]
     assert both
     for line in both:
         ghost = made.get_submodule(line.name)
-        assert ghost.primary_conv.in_channels == line.reads
+        assert ghost.primary_conv.in_channels == line.kept_in_count
         assert ghost.primary_conv.out_channels == line.intrinsic
         assert len(line.channels) == line.outputs
-        assert set(line.channels) <= set(range(line.filters[0]))
+        assert set(line.channels) <= set(range(line.weight_shape[0]))
     assert cost.count_macs(made, x[:1]) == report(made).macs_after <= 0.3 * cost.count_macs(model, x[:1])
-    wanted = outputs(model, [x])
-    assert relative_error(outputs(made, [x]), wanted) < relative_error(outputs(plain, [x]), wanted)
+    wanted = predict(model, [x])
+    assert relative_error(predict(made, [x]), wanted) < relative_error(predict(plain, [x]), wanted)
     again = load(save(made, tmp_path / "out"))
     assert torch.equal(again(x), made(x))
     assert report(again) == report(made)
@@ -192,9 +194,9 @@ def test_residual_streams_are_pruned_where_that_loses_least(monkeypatch):
     model, x, test = nets.settle(nets.Residual(16)), nets.images(64), nets.images(64, seed=9)
     wish = {"targets": "*", "narrow": True, "cheap": "auto", "budget": {"macs": 0.35}, "calibration": x.split(16)}
     made = ghostify(model, example_inputs=x[:1], **wish)
-    lines = {line.name: line for line in report(made).lines}
+    lines = {line.name: line for line in report(made).layers}
     kept = lines["stem.0"].outputs
-    assert kept == lines["conv2"].outputs == lines["conv1"].reads == lines["head"].reads < 16
+    assert kept == lines["conv2"].outputs == lines["conv1"].kept_in_count == lines["head"].kept_in_count < 16
     assert made.get_submodule("bn2").num_features == len(made.get_submodule("stem.1").running_var) == kept
     assert cost.count_macs(made, x[:1]) == report(made).macs_after <= 0.35 * cost.count_macs(model, x[:1])
     torch.testing.assert_close(deploy(made, x[:1])(x), made(x), atol=1e-4, rtol=1e-3)
@@ -202,8 +204,8 @@ def test_residual_streams_are_pruned_where_that_loses_least(monkeypatch):
     chains = [g for g in find_pruning_groups(trace(model, x[:1])) if isinstance(g, PruningGroup)]
     monkeypatch.setattr(budgets, "find_pruning_groups", lambda _: [g for g in chains if not g.channels.residual])
     without = ghostify(model, example_inputs=x[:1], **wish)
-    wanted = outputs(model, [test])
-    assert relative_error(outputs(made, [test]), wanted) < relative_error(outputs(without, [test]), wanted)
+    wanted = predict(model, [test])
+    assert relative_error(predict(made, [test]), wanted) < relative_error(predict(without, [test]), wanted)
 
 
 @pytest.mark.parametrize(
@@ -231,11 +233,11 @@ def test_narrow_takes_a_budget_and_images():
 
 def test_what_is_reachable_with_fewer_maps_can_be_reached():
     program, x = trace(nets.settle(nets.Inverted()), nets.images(1)), nets.images(16)
-    policy = Policy((Rule(cheap="auto", narrow=True),))
+    policy = Policy((Rule(cheap="auto", prune=True),))
     with pytest.raises(GhostifyError) as error:
-        plan_within(program, policy, {"macs": 0.01}, x)
+        plan_for_budget(program, policy, {"macs": 0.01}, x)
     share = float(str(error.value).split("reach ")[-1].split()[0])
-    assert plan_within(program, policy, {"macs": share}, x).macs_after <= share * program.macs
+    assert plan_for_budget(program, policy, {"macs": share}, x).macs_after <= share * program.macs
 
 
 @pytest.mark.parametrize("make", [nets.Inverted, nets.Straight])
@@ -243,10 +245,12 @@ def test_parameters_of_norms_go_with_their_maps(make):
     model, x = nets.settle(make(16)), nets.images(32)
     program = trace(model, x[:1])
     for wish in ({"narrow": True}, {"activated": True, "cheap": "depthwise"}):
-        choices = choices_of(program, Policy((Rule(**{"cheap": "auto", **wish}),)), ("params",), x, 0, Stopwatch())
-        made = choose(choices, {"params": (1 + choices.reach["params"]) / 2})
+        choices = build_search_space(
+            program, Policy((Rule(**{"cheap": "auto", **wish}),)), ("params",), x, 0, LatencyTimer()
+        )
+        made = select_plan(choices, {"params": (1 + choices.minimum_shares["params"]) / 2})
         converted = rewrite(program, made.plan, fit(program, made.plan, x).weights)
-        promised, found = made.shares["params"] * cost.parameters(model), cost.parameters(converted)
+        promised, found = made.shares["params"] * cost.count_parameters(model), cost.count_parameters(converted)
         assert found <= promised + 0.5
         assert "activated" in wish or found == pytest.approx(promised)
 
@@ -254,6 +258,6 @@ def test_parameters_of_norms_go_with_their_maps(make):
 @pytest.mark.usefixtures("clock")
 def test_fewer_maps_are_timed_layer_by_layer():
     program, x = trace(nets.settle(nets.Inverted(32)), nets.images(2)), nets.images(16)
-    decided = plan_within(program, Policy((Rule(cheap="auto", narrow=True),)), {"latency": 0.6}, x)
-    assert decided.narrowed
+    decided = plan_for_budget(program, Policy((Rule(cheap="auto", prune=True),)), {"latency": 0.6}, x)
+    assert decided.pruned
     assert decided.macs_after <= 0.6 * program.macs

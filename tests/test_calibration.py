@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from ghostify import GhostifyError, trace
-from ghostify.fitting.calibration import VALUES, batches_of, split
+from ghostify.fitting.calibration import MAX_BATCH_VALUES, bind_calibration, split
 from ghostify.graph.inputs import PlaceholderValues
 from tests import nets
 
@@ -13,22 +13,22 @@ def module():
 
 
 def test_batches_are_numbered_through_and_large_ones_cut():
-    images = VALUES // (3 * 64 * 64)
-    found = batches_of(module(), [torch.zeros(5, 3, 64, 64), torch.zeros(images + 2, 3, 64, 64)])
-    assert [(b.number, b.first, b.size) for b in found.own] == [(0, 0, 5), (1, 5, images), (1, images + 5, 2)]
+    images = MAX_BATCH_VALUES // (3 * 64 * 64)
+    found = bind_calibration(module(), [torch.zeros(5, 3, 64, 64), torch.zeros(images + 2, 3, 64, 64)])
+    assert [(b.number, b.first, b.size) for b in found.local_batches] == [(0, 0, 5), (1, 5, images), (1, images + 5, 2)]
     assert found.images == images + 7
 
 
 def test_a_list_is_not_copied_and_a_stream_survives_its_end():
     x = nets.images(4)
-    assert batches_of(module(), [x]).own[0].stored.values[0].data_ptr() == x.data_ptr()
-    streamed = batches_of(module(), (x * k for k in range(3)))
-    assert torch.equal(streamed.own[2].inputs.values[0], 2 * x)
+    assert bind_calibration(module(), [x]).local_batches[0].stored.values[0].data_ptr() == x.data_ptr()
+    streamed = bind_calibration(module(), (x * k for k in range(3)))
+    assert torch.equal(streamed.local_batches[2].inputs.values[0], 2 * x)
 
 
 def test_batches_pass_through():
-    found = batches_of(module(), nets.images(4))
-    assert batches_of(module(), found) is found
+    found = bind_calibration(module(), nets.images(4))
+    assert bind_calibration(module(), found) is found
 
 
 def test_inputs_that_disagree_on_the_number_of_images_stay_whole():
@@ -38,13 +38,13 @@ def test_inputs_that_disagree_on_the_number_of_images_stay_whole():
 
 
 def test_labels_are_left_out():
-    assert len(batches_of(module(), [(nets.images(4), torch.zeros(4))]).own[0].inputs.values) == 1
+    assert len(bind_calibration(module(), [(nets.images(4), torch.zeros(4))]).local_batches[0].inputs.values) == 1
 
 
 @pytest.mark.parametrize("bad", [torch.tensor(1.0), torch.zeros(0, 3, 8, 8), torch.zeros(2, 3, 0, 8)])
 def test_no_images(bad):
     with pytest.raises(GhostifyError, match="calibration batch 0: holds no images"):
-        batches_of(module(), [bad])
+        bind_calibration(module(), [bad])
 
 
 class Flattening(nn.Module):
@@ -60,5 +60,10 @@ class Flattening(nn.Module):
 
 def test_images_lie_channels_last_where_the_model_bears_it():
     x = nets.images(4)
-    assert batches_of(module(), [x]).own[0].inputs.values[0].is_contiguous(memory_format=torch.channels_last)
-    assert batches_of(trace(Flattening().eval()).module, [x]).own[0].inputs.values[0].is_contiguous()
+    assert (
+        bind_calibration(module(), [x])
+        .local_batches[0]
+        .inputs.values[0]
+        .is_contiguous(memory_format=torch.channels_last)
+    )
+    assert bind_calibration(trace(Flattening().eval()).module, [x]).local_batches[0].inputs.values[0].is_contiguous()

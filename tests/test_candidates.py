@@ -5,11 +5,11 @@ from hypothesis import strategies as st
 
 from ghostify.errors import GhostifyError
 from ghostify.fitting import lstsq
-from ghostify.fitting.data_free import white_statistics
+from ghostify.fitting.data_free import white_input_statistics
 from ghostify.modules.layout import Depthwise, GhostLayout, Grouped, Pointwise, intrinsic_count
 from ghostify.search import candidates, layer_statistics
-from ghostify.search.candidates import _Losses
-from ghostify.search.layer_statistics import Profile
+from ghostify.search.candidates import _LossEstimator
+from ghostify.search.layer_statistics import LayerStatistics
 
 
 def test_few_images_are_not_taken_to_be_simple():
@@ -17,8 +17,8 @@ def test_few_images_are_not_taken_to_be_simple():
     rows = torch.randn(12, 8, generator=torch.Generator().manual_seed(0)).double()
     halves = tuple(h.T @ h / len(h) for h in rows.split(6))
     eye = torch.eye(8, dtype=torch.float64)
-    crossed = candidates._tails(layer_statistics.Profile(halves, None, eye))
-    own = [candidates._tails(layer_statistics.Profile((h,), None, eye)) for h in halves]
+    crossed = candidates._truncation_losses(layer_statistics.LayerStatistics(halves, None, eye))
+    own = [candidates._truncation_losses(layer_statistics.LayerStatistics((h,), None, eye)) for h in halves]
     torch.testing.assert_close(own[0], torch.cat((torch.zeros(1), torch.linalg.eigvalsh(halves[0]).cumsum(0))))
     assert (crossed[1:-1] > (own[0] + own[1])[1:-1] / 2).all()
     assert crossed[-1] == pytest.approx(float((own[0] + own[1])[-1] / 2))
@@ -34,7 +34,9 @@ def test_a_depthwise_layout_loses_no_less_than_hoped(n, ratio, seed):
 
     m = intrinsic_count(n, ratio)
     assume(m < n)
-    losses = _Losses(Profile((torch.eye(n, dtype=torch.float64),), Maps(), torch.eye(n, dtype=torch.float64)), 3)
+    losses = _LossEstimator(
+        LayerStatistics((torch.eye(n, dtype=torch.float64),), Maps(), torch.eye(n, dtype=torch.float64)), 3
+    )
     layout = GhostLayout(n, m, Depthwise(3))
     assert losses.least(layout) <= losses.of(layout) + 1e-12
 
@@ -48,11 +50,11 @@ def smooth_filters(seed, outputs):
 def predicted_and_fitted(filters, layout):
     """What planning expects a layout to lose under white inputs, and what the fit to the same moments loses."""
     d = layout.kernel_size
-    one, pairs = white_statistics(filters, 1), white_statistics(filters, d, map_by_map=True)
+    one, pairs = white_input_statistics(filters, 1), white_input_statistics(filters, d, map_by_map=True)
     weights = 1 / one.var / len(filters)
-    losses = _Losses(Profile((one.gram[0, :, 0],), pairs, torch.diag(weights)), d)
-    stats = white_statistics(filters, d)
-    solution = lstsq.solve(stats, layout, torch.diag(weights))
+    losses = _LossEstimator(LayerStatistics((one.gram[0, :, 0],), pairs, torch.diag(weights)), d)
+    stats = white_input_statistics(filters, d)
+    solution = lstsq.solve_ghosts(stats, layout, torch.diag(weights))
     return losses, float((weights * lstsq.errors(stats, solution)).sum())
 
 
@@ -83,7 +85,7 @@ def test_all_intrinsic_maps_through_3_x_3_pixels_are_not_taken_for_one_pixel():
 
 def test_one_intrinsic_map_through_one_pixel_is_low_rank():
     losses, _ = predicted_and_fitted(smooth_filters(0, 8), GhostLayout(8, 4, Depthwise(3)))
-    assert losses.of(GhostLayout(8, 1, Depthwise(1))) == pytest.approx(float(losses._tails[7]))
+    assert losses.of(GhostLayout(8, 1, Depthwise(1))) == pytest.approx(float(losses._truncation_losses[7]))
 
 
 @pytest.mark.parametrize("form", [Depthwise(5), Depthwise(1), Grouped(2, 5)])

@@ -1,7 +1,7 @@
 import pytest
 
 from ghostify import Policy, Rule, frontier, ghostify, report, trace
-from ghostify.reporting.charts import COLOURS, costs_chart, frontier_chart, layers_chart
+from ghostify.reporting.charts import COLOURS, error_chart, frontier_chart, layers_chart
 from ghostify.summary import outcome_of
 from tests import nets
 
@@ -21,14 +21,14 @@ def test_every_convolution_has_its_bar(made):
     found = report(made)
     spec = layers_chart(found)
     rows = {row["layer"]: row for row in values(spec)}
-    assert list(rows) == [line.name for line in found.lines]
-    assert all(rows[x.name]["before"] == x.macs_before and rows[x.name]["after"] == x.macs_after for x in found.lines)
+    assert list(rows) == [line.name for line in found.layers]
+    assert all(rows[x.name]["before"] == x.macs_before and rows[x.name]["after"] == x.macs_after for x in found.layers)
     assert {row["what"] for row in rows.values()} <= set(COLOURS)
-    assert rows["stem.0"]["what"] == outcome_of(found.lines[0]) == "left as it is"
+    assert rows["stem.0"]["what"] == outcome_of(found.layers[0]) == "left as it is"
 
 
 def test_costs_add_up(made):
-    assert sum(row["share"] for row in values(costs_chart(report(made)))) == pytest.approx(1)
+    assert sum(row["share"] for row in values(error_chart(report(made)))) == pytest.approx(1)
 
 
 def test_the_frontier_shows_drops_where_they_were_measured():

@@ -9,22 +9,22 @@ from torch.utils.data import TensorDataset
 from benchmarks.experiments import compare
 from benchmarks.lib import rivals
 from ghostify.cli.demo import ResidualNet
-from ghostify.data.training_data import Lessons
-from ghostify.evaluation.metrics import outputs
+from ghostify.data.training_data import TrainingData
+from ghostify.evaluation.metrics import predict
 from tests.nets import settle
 
 
 def subject():
     model = settle(ResidualNet(8, 16))
     x = torch.randn(288, 1, 12, 12, generator=torch.Generator().manual_seed(1))
-    wanted = outputs(model, [x[:32]])
+    wanted = predict(model, [x[:32]])
 
     def lessons(_):
         parts = (TensorDataset(part, torch.full((len(part),), -1)) for part in (x[32:], x[:32]))
-        return Lessons(*parts, labelled=False)
+        return TrainingData(*parts, labelled=False)
 
     def near(small):
-        return -float((outputs(small, [x[:32]]) - wanted).square().mean())
+        return -float((predict(small, [x[:32]]) - wanted).square().mean())
 
     labels = torch.arange(32) % 10
     return compare.Subject(model, lambda _: rivals.Seen(x[32:64].split(8), labels.split(8)), x[:2], near, lessons)

@@ -7,8 +7,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from ghostify import Policy, Rule, fit, ghostify, load, plan, report, rewrite, save, trace
-from ghostify.evaluation.metrics import outputs, relative_error
-from ghostify.graph.conv_types import plain
+from ghostify.evaluation.metrics import predict, relative_error
+from ghostify.graph.conv_types import to_standard_conv
 from ghostify.graph.op_queries import is_standard_conv
 from tests import nets
 
@@ -60,7 +60,7 @@ KINDS = {
 def test_the_plain_one_computes_the_same_at_every_size(kind, kernel, stride, bias, size):
     torch.manual_seed(kernel)
     conv = KINDS[kind](3, 5, kernel, stride=stride, bias=bias).eval()
-    found = plain(conv)
+    found = to_standard_conv(conv)
     assert is_standard_conv(found)
     x = torch.randn(2, 3, size, size + 1)
     torch.testing.assert_close(found(x), conv(x))
@@ -90,18 +90,18 @@ def network(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_is_converted(kind):
     model, x = network(kind), nets.images(32, 17)
-    before = outputs(model, [x])
+    before = predict(model, [x])
     kept = ghostify(model, 1, example_inputs=x)
-    assert torch.equal(outputs(kept, [x]), before)
+    assert torch.equal(predict(kept, [x]), before)
     program = trace(model, x)
     policy = Policy((Rule(cheap="pointwise", ratio=1.5),))
     decided = plan(program, policy)
     assert len(decided.rewrites) == 2
     made = rewrite(program, decided, fit(program, decided, x.split(8)).weights)
-    assert relative_error(outputs(made, [x]), before) < 0.5
+    assert relative_error(predict(made, [x]), before) < 0.5
     larger = nets.images(2, 24)
-    assert outputs(made, [larger]).shape == outputs(model, [larger]).shape
-    assert torch.equal(outputs(model, [x]), before)
+    assert predict(made, [larger]).shape == predict(model, [larger]).shape
+    assert torch.equal(predict(model, [x]), before)
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if "norm" not in k and k != "unknown"])
@@ -109,4 +109,4 @@ def test_known_kinds_survive_saving(kind, tmp_path):
     made = ghostify(network(kind), cheap="pointwise")
     x = nets.images(2, 17)
     assert report(made).rewritten == 2
-    assert torch.equal(outputs(load(save(made, tmp_path / "out")), [x]), outputs(made, [x]))
+    assert torch.equal(predict(load(save(made, tmp_path / "out")), [x]), predict(made, [x]))

@@ -5,7 +5,7 @@ from rich.console import Console
 
 from ghostify.cli import demo
 from ghostify.data import datasets
-from ghostify.evaluation.metrics import outputs, top1
+from ghostify.evaluation.metrics import predict, top1
 
 
 def test_digits_split_and_scale():
@@ -24,13 +24,13 @@ def test_training_is_deterministic_and_learns():
         demo.train(model, data.train, data.train_labels, epochs=6, flip=False)
         models.append(model)
     assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
-    assert top1(outputs(models[0], [data.test]), data.test_labels) > 80
+    assert top1(predict(models[0], [data.test]), data.test_labels) > 80
 
 
 def test_the_demo_tells_its_story(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(datasets, "FASHION_MNIST", ())
     console = Console(width=100, stderr=True)
-    results = demo.run(tmp_path / "kept", console, as_json=True)
+    results = demo.run_demo(tmp_path / "kept", console, as_json=True)
     original, free, calibrated, tuned = results
     assert original.macs > 1.7 * calibrated.macs
     assert calibrated.accuracy > free.accuracy

@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from ghostify.fitting.assignment import choose_groups, in_given_order
-from ghostify.fitting.depthwise_statistics import link_statistics, map_statistics, sources_of
+from ghostify.fitting.assignment import assign_ghosts, paper_assignment
+from ghostify.fitting.depthwise_statistics import assigned_statistics, map_statistics, sources_of
 from ghostify.fitting.ghost_statistics import Solution
-from ghostify.fitting.moments import LinkMoments, MapMoments
-from ghostify.fitting.patches import neighbourhoods, rows
+from ghostify.fitting.moments import AssignedMoments, PerMapMoments
+from ghostify.fitting.patches import flatten_positions, unfold_neighbours
 from ghostify.modules.layout import Depthwise, GhostLayout
 
 LAYOUTS = [
@@ -22,17 +22,17 @@ def seen(outputs):
     wide = torch.randn(6, outputs, 10, 10, dtype=torch.float64) + 2
     middle = wide[:, :, 1:-1, 1:-1]
     targets = middle + 0.5 * wide[:, :, :-2, 1:-1].roll(1, 1) + 0.2 * torch.randn_like(middle) + 3
-    return neighbourhoods(wide, 3), rows(targets)
+    return unfold_neighbours(wide, 3), flatten_positions(targets)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_kernels_errors_and_constants_are_those_of_least_squares(layout):
     v, y = seen(layout.outputs)
-    groups = in_given_order(layout)
-    moments = LinkMoments.zero(layout.intrinsic, 9, layout.outputs)
+    groups = paper_assignment(layout)
+    moments = AssignedMoments.zero(layout.intrinsic, 9, layout.outputs)
     own = groups.intrinsic[:, 0]
     moments.add(v[:, :, own], y[:, groups.channels], sources_of(groups))
-    links = link_statistics(moments, groups, torch.eye(layout.outputs)[own], None, free_mean=True)
+    links = assigned_statistics(moments, groups, torch.eye(layout.outputs)[own], None, free_mean=True)
     kernels = links.kernels()
     found = Solution(groups, torch.eye(layout.intrinsic), kernels)
     errors, constants = links.squared_errors(found), links.mean_residuals(found)
@@ -51,15 +51,15 @@ def test_kernels_errors_and_constants_are_those_of_least_squares(layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_links_cut_from_all_pairs_are_those_taken_one_by_one(layout):
     v, y = seen(layout.outputs)
-    everything = MapMoments.zero(layout.outputs, 9)
+    everything = PerMapMoments.zero(layout.outputs, 9)
     everything.add(v, y)
     maps = map_statistics(everything)
-    costs = maps.costs(torch.ones(layout.outputs))
-    groups = choose_groups(costs, layout)
-    cut = maps.linked(groups, torch.eye(layout.outputs, dtype=torch.float64))
-    moments = LinkMoments.zero(layout.intrinsic, 9, layout.outputs)
+    costs = maps.pair_errors(torch.ones(layout.outputs))
+    groups = assign_ghosts(costs, layout)
+    cut = maps.assigned(groups, torch.eye(layout.outputs, dtype=torch.float64))
+    moments = AssignedMoments.zero(layout.intrinsic, 9, layout.outputs)
     moments.add(v[:, :, groups.intrinsic[:, 0]], y[:, groups.channels], sources_of(groups))
-    taken = link_statistics(moments, groups, cut.basis, None, free_mean=True)
+    taken = assigned_statistics(moments, groups, cut.basis, None, free_mean=True)
     for name in ("auto", "cross", "var", "mean_v", "mean_y"):
         torch.testing.assert_close(getattr(cut, name), getattr(taken, name))
     errors = cut.squared_errors(Solution(groups, torch.eye(layout.intrinsic), cut.kernels()))

@@ -4,14 +4,14 @@ import torch
 from torch import distributed, multiprocessing
 
 from ghostify import ghostify, report
-from ghostify.fitting.distributed import mine, summed
+from ghostify.fitting.distributed import all_reduce_sum, rank_and_world_size
 from tests import nets
 
 
 def test_alone_everything_is_mine():
     tensor = torch.ones(2)
-    assert mine() == (0, 1)
-    assert summed(tensor)[0] is tensor
+    assert rank_and_world_size() == (0, 1)
+    assert all_reduce_sum(tensor)[0] is tensor
 
 
 def converted(budget):

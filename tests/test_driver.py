@@ -8,15 +8,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ghostify import GhostifyError, Policy, Rule, fit, ghostify, plan, report, rewrite, trace
-from ghostify.evaluation.metrics import outputs, relative_error
+from ghostify.evaluation.metrics import predict, relative_error
 from ghostify.fitting import ghost_fit
 from ghostify.fitting.lstsq import DEFAULT_METHOD, FitMethod
-from ghostify.modules.ghost import ghost_of
+from ghostify.modules.ghost import build_ghost_module
 from tests import nets
 
 
 def error(model, converted, x):
-    return relative_error(outputs(converted, [x]), outputs(model, [x]))
+    return relative_error(predict(converted, [x]), predict(model, [x]))
 
 
 @pytest.mark.parametrize("cheap", ["depthwise", "pointwise", 2])
@@ -57,7 +57,7 @@ def test_a_convolution_that_is_a_ghost_is_recovered(outputs_, ratio, cheap, seed
         trace(nn.Sequential(nn.Conv2d(5, outputs_, 3))), Policy((Rule(ratio=ratio, cheap=cheap, dw_size=1),), False)
     )
     layout = decided.rewrites[0].layout
-    ghost = ghost_of(nn.Conv2d(5, outputs_, 3, bias=False), layout)
+    ghost = build_ghost_module(nn.Conv2d(5, outputs_, 3, bias=False), layout)
     for parameter in ghost.parameters():
         nn.init.normal_(parameter)
     shuffled = dense_equivalent(ghost, layout, 5)
@@ -146,16 +146,16 @@ def test_batchnorm_keeps_its_variance_and_takes_up_the_shift():
     converted = rewrite(program, decided, fits.weights)
     norm, before = converted.get_submodule("b.1"), model.b[1]
     assert torch.equal(norm.running_var, before.running_var)
-    shift = fits.weights["b.0"].shift
+    shift = fits.weights["b.0"].norm_shift
     torch.testing.assert_close(norm.running_mean, before.running_mean - shift.float())
     assert converted.get_submodule("b.0").primary_conv.bias is None
 
 
 def test_held_out_images_are_judged_apart():
     model, x = nets.settle(nets.Straight()), nets.images(16)
-    lines = [line for line in report(ghostify(model, calibration=x)).lines if line.reason is None]
-    assert all(0 <= line.held_out < 1 and 0 <= line.error < 1 for line in lines)
-    assert all(line.held_out is None for line in report(ghostify(model, calibration=x[:1])).lines)
+    lines = [line for line in report(ghostify(model, calibration=x)).layers if line.skip_reason is None]
+    assert all(0 <= line.holdout_error < 1 and 0 <= line.fit_error < 1 for line in lines)
+    assert all(line.holdout_error is None for line in report(ghostify(model, calibration=x[:1])).layers)
 
 
 @given(st.integers(2, 9), st.integers(1, 6), st.integers(0, 99), st.sampled_from(["depthwise", "pointwise"]))
@@ -183,7 +183,7 @@ def test_thin_calibration_is_warned_of():
 def test_the_effort_is_told_by_its_parts():
     found = report(ghostify(nets.settle(nets.Straight()), calibration=nets.images(8)))
     assert set(found.seconds) == {"sensitivity", "forward", "moments", "solving"}
-    assert all(name in found.effort for name in found.seconds)
+    assert all(name in found.fit_time for name in found.seconds)
 
 
 def test_progress_is_told_and_ends():
@@ -213,11 +213,11 @@ def test_in_place_operations_do_not_mix_the_two_sides():
 
 def test_layouts_of_the_report_match_the_modules():
     converted = ghostify(nets.settle(nets.Straight()), 3, calibration=nets.images(8))
-    for line in report(converted).lines:
-        if line.reason is None:
+    for line in report(converted).layers:
+        if line.skip_reason is None:
             ghost = converted.get_submodule(line.name)
             assert ghost.primary_conv.out_channels == line.intrinsic
-            assert line.layout.ghosts == 2 * line.filters[0] // 3
+            assert line.layout.ghosts == 2 * line.weight_shape[0] // 3
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -227,12 +227,12 @@ def test_layers_with_many_maps_are_fitted_pair_by_pair(monkeypatch, bias):
     policy = Policy((Rule(),), keep_first=False)
     together = ghostify(model, policy=policy, calibration=x)
     monkeypatch.setattr(ghost_fit, "FEATURES", 9 * 23)
-    monkeypatch.setattr(ghost_fit, "COARSE", 9 * 12)
+    monkeypatch.setattr(ghost_fit, "MAX_COARSE_FEATURES", 9 * 12)
     apart, free = ghostify(model, policy=policy, calibration=x), ghostify(model, policy=policy)
     test = nets.images(16, 12, seed=9)
     assert error(model, together, test) <= error(model, apart, test) * 1.02 < error(model, free, test)
-    line = report(apart).lines[0]
-    assert line.held_out == pytest.approx(line.error, rel=0.2)
+    line = report(apart).layers[0]
+    assert line.holdout_error == pytest.approx(line.fit_error, rel=0.2)
 
 
 @pytest.mark.parametrize("name", ["a.0", "b.0"])
@@ -241,11 +241,11 @@ def test_what_the_outputs_feel_of_a_layer_is_foretold(name, cheap):
     """Within a factor: errors are taken as independent of gradients and of each other's positions."""
     model, x = nets.settle(nets.Straight(16)), nets.images(64, 16)
     made = ghostify(model, 2, cheap=cheap, targets=name, example_inputs=x[:1], calibration=x.split(16))
-    line = next(line for line in report(made).lines if line.name == name)
-    really = relative_error(outputs(made, [x]), outputs(model, [x]))
-    assert really / 5 < line.felt < 5 * really
-    assert sorted(line.channels) == list(range(line.filters[0]))
-    assert all(line.felt is None for line in report(ghostify(model, 2)).lines)
+    line = next(line for line in report(made).layers if line.name == name)
+    really = relative_error(predict(made, [x]), predict(model, [x]))
+    assert really / 5 < line.output_error < 5 * really
+    assert sorted(line.channels) == list(range(line.weight_shape[0]))
+    assert all(line.output_error is None for line in report(ghostify(model, 2)).layers)
 
 
 @pytest.mark.parametrize("images", [0, 16])

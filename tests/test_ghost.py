@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from ghostify.modules.ghost import GhostModule, ghost_of, is_channels_last
+from ghostify.modules.ghost import GhostModule, build_ghost_module, is_channels_last
 from ghostify.modules.layout import Depthwise, GhostLayout, Grouped, Pointwise
 
 
@@ -18,7 +18,7 @@ def test_ghost_of_carries_attributes_over():
     conv = nn.Conv2d(4, 8, (3, 1), (2, 1), (1, 0), (1, 2), padding_mode="reflect", dtype=torch.float64)
     conv.weight.requires_grad_(False)
     conv.eval().to(memory_format=torch.channels_last)
-    ghost = ghost_of(conv, GhostLayout(8, 4, Depthwise(3)))
+    ghost = build_ghost_module(conv, GhostLayout(8, 4, Depthwise(3)))
     primary = ghost.primary_conv
     for name in ("kernel_size", "stride", "padding", "dilation", "padding_mode", "in_channels"):
         assert getattr(primary, name) == getattr(conv, name)
@@ -33,8 +33,8 @@ def test_ghost_of_carries_attributes_over():
 
 def test_the_layout_of_1_x_1_filters_is_told_by_their_strides():
     conv = nn.Conv2d(4, 8, 1)
-    plain = ghost_of(conv, GhostLayout(8, 4, Pointwise()))
-    last = ghost_of(conv.to(memory_format=torch.channels_last), GhostLayout(8, 4, Pointwise()))
+    plain = build_ghost_module(conv, GhostLayout(8, 4, Pointwise()))
+    last = build_ghost_module(conv.to(memory_format=torch.channels_last), GhostLayout(8, 4, Pointwise()))
     assert conv.weight.is_contiguous()
     assert not is_channels_last(plain.primary_conv.weight)
     assert is_channels_last(last.primary_conv.weight)
@@ -42,7 +42,7 @@ def test_the_layout_of_1_x_1_filters_is_told_by_their_strides():
 
 
 def test_what_forwards_ask_a_convolution_for_is_answered():
-    ghost = ghost_of(nn.Conv2d(4, 8, 3, stride=2, padding=1, dilation=2), GhostLayout(8, 4, Depthwise(3)))
+    ghost = build_ghost_module(nn.Conv2d(4, 8, 3, stride=2, padding=1, dilation=2), GhostLayout(8, 4, Depthwise(3)))
     assert (ghost.stride, ghost.kernel_size, ghost.dilation, ghost.in_channels) == ((2, 2), (3, 3), (2, 2), 4)
     assert ghost.weight is ghost.primary_conv.weight
     with pytest.raises(AttributeError, match="no attribute 'groups'"):
@@ -60,7 +60,7 @@ SHAPES = [
 
 def filled(layout, bias=True, order=True, dtype=torch.float64):
     torch.manual_seed(0)
-    ghost = ghost_of(nn.Conv2d(3, layout.outputs, 3, padding=1, bias=bias, dtype=dtype), layout)
+    ghost = build_ghost_module(nn.Conv2d(3, layout.outputs, 3, padding=1, bias=bias, dtype=dtype), layout)
     for parameter in ghost.parameters():
         nn.init.normal_(parameter)
     ghost.order = torch.randperm(layout.outputs) if order else None
@@ -130,7 +130,7 @@ def kept(model, x):
 )
 def test_training_keeps_no_more_than_with_the_convolution(layout):
     conv, norm, x = nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), torch.randn(4, 3, 16, 16)
-    ghost = ghost_of(conv, layout)
+    ghost = build_ghost_module(conv, layout)
     before, _ = kept(nn.Sequential(conv, norm), x)
     ordinary, _ = kept(nn.Sequential(ghost, norm), x)
     ghost.recompute = True

@@ -4,7 +4,7 @@ from torch.nn import functional as F
 
 from ghostify import GhostifyError, ghostify, report
 from ghostify.modules.ghost import GhostModule
-from ghostify.reporting.ghost_pictures import can_show, exhibit, kernels_of
+from ghostify.reporting.ghost_pictures import is_picturable, kernels_of, picture_ghosts
 from tests import nets
 
 
@@ -23,8 +23,8 @@ def test_kernels_make_the_ghosts(cheap):
 def test_ghosts_from_the_best_to_the_worst():
     model, x = nets.settle(nets.Straight(16)), nets.images(16)
     made = ghostify(model, 2, example_inputs=x[:1], calibration=x.split(8))
-    line = next(line for line in report(made).lines if line.name == "b.0")
-    shown = exhibit(made, model, line, x.split(8), count=4)
+    line = next(line for line in report(made).layers if line.name == "b.0")
+    shown = picture_ghosts(made, model, line, x.split(8), count=4)
     assert len(shown.ghosts) == 4
     assert len(shown.errors) == len(line.channels) - line.intrinsic
     errors = [g.error for g in shown.ghosts]
@@ -39,7 +39,7 @@ def test_ghosts_from_the_best_to_the_worst():
 def test_what_is_no_ghost_module_cannot_be_shown():
     model, x = nets.settle(nets.Straight()), nets.images(4)
     made = ghostify(model, 2, example_inputs=x[:1])
-    first = report(made).lines[0]
-    assert not can_show(made, model, first)
+    first = report(made).layers[0]
+    assert not is_picturable(made, model, first)
     with pytest.raises(GhostifyError, match=r"stem\.0: is no ghost module"):
-        exhibit(made, model, first, [x])
+        picture_ghosts(made, model, first, [x])

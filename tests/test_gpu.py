@@ -5,11 +5,11 @@ import torch
 from torch.utils.data import TensorDataset
 
 from ghostify import GhostifyError, finetune, ghostify, load, save, trace, write_report
-from ghostify.data.training_data import Lessons
+from ghostify.data.training_data import TrainingData
 from ghostify.deployment.inference_form import deploy
-from ghostify.evaluation.metrics import outputs, paired_milliseconds, relative_error
-from ghostify.reporting.redundancy import study
-from ghostify.training.losses import answers_apart
+from ghostify.evaluation.metrics import interleaved_latency_ms, predict, relative_error
+from ghostify.reporting.redundancy import study_layer
+from ghostify.training.losses import distillation_loss
 from ghostify.training.trainer import Recipe
 from tests import nets
 
@@ -61,10 +61,10 @@ def test_conversion_is_that_of_the_cpu(make, wish):
     assert devices(there) == {"cuda"}
     assert devices(original) == {"cuda"}
     if "reconstruct" not in wish and "budget" not in wish:  # where a rounding may not decide otherwise
-        assert relative_error(outputs(there, [X.cuda()]).cpu(), outputs(here, [X])) < 1e-3
-    reference = outputs(original, [X.cuda()])
+        assert relative_error(predict(there, [X.cuda()]).cpu(), predict(here, [X])) < 1e-3
+    reference = predict(original, [X.cuda()])
     lost, lost_here = (
-        relative_error(outputs(m, [x]).cpu(), reference.cpu()) for m, x in ((there, X.cuda()), (here, X))
+        relative_error(predict(m, [x]).cpu(), reference.cpu()) for m, x in ((there, X.cuda()), (here, X))
     )
     assert lost < 1.5 * lost_here + 1e-3
     small = deploy(there, X[:2].cuda())
@@ -74,18 +74,18 @@ def test_conversion_is_that_of_the_cpu(make, wish):
 def test_a_model_saved_there_loads_here_and_there(tmp_path):
     made = ghostify(on_gpu(nets.Residual), 2)
     save(made, tmp_path / "m")
-    wanted = outputs(made, [X.cuda()]).cpu()
+    wanted = predict(made, [X.cuda()]).cpu()
     for device in ("cpu", "cuda"):
         loaded = load(tmp_path / "m", device=device)
         assert devices(loaded) == {device}
-        torch.testing.assert_close(outputs(loaded.eval(), [X.to(device)]).cpu(), wanted, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(predict(loaded.eval(), [X.to(device)]).cpu(), wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_time_is_that_of_the_gpu(monkeypatch, tmp_path):
     monkeypatch.setenv("GHOSTIFY_CACHE", str(tmp_path))
     wide, x = on_gpu(lambda: nets.Straight(256)), nets.images(32, 64).cuda()  # longer than its launches take
     made = ghostify(wide, cheap="auto", budget={"latency": 0.9}, example_inputs=x)
-    before, after = paired_milliseconds([deploy(m, x) for m in (wide, made)], [x, x])
+    before, after = interleaved_latency_ms([deploy(m, x) for m in (wide, made)], [x, x])
     assert after < 0.97 * before
 
 
@@ -97,10 +97,10 @@ def test_a_runtime_of_the_cpu_is_refused():
 
 def test_the_cheapest_that_is_good_enough():
     model = on_gpu(nets.Residual)
-    wanted = outputs(model, [X.cuda()])
+    wanted = predict(model, [X.cuda()])
 
     def evaluate(made):
-        return -100 * relative_error(outputs(made, [X.cuda()]), wanted)
+        return -100 * relative_error(predict(made, [X.cuda()]), wanted)
 
     made = ghostify(
         model,
@@ -116,7 +116,7 @@ def test_the_cheapest_that_is_good_enough():
 def test_what_is_shown(tmp_path):
     pytest.importorskip("altair")
     model = on_gpu(lambda: nets.Straight(16))
-    labels = outputs(model, [X.cuda()]).argmax(1)
+    labels = predict(model, [X.cuda()]).argmax(1)
     made = ghostify(model, 2, example_inputs=X[:2].cuda(), calibration=[X.cuda()])
     images = list(X.cuda().split(16))
     file = write_report(
@@ -126,7 +126,7 @@ def test_what_is_shown(tmp_path):
 
 
 def test_a_study():
-    found = study(trace(on_gpu(lambda: nets.Straight(16)), X[:2].cuda()), "a.0", [X.cuda()])
+    found = study_layer(trace(on_gpu(lambda: nets.Straight(16)), X[:2].cuda()), "a.0", [X.cuda()])
     assert {v.device.type for v in (found.maps, found.ghosted, found.errors)} == {"cpu"}
     assert 0 < found.errors.median() < 1
 
@@ -137,11 +137,11 @@ def test_training_runs_there_and_gives_the_callers_device_back(wish, tmp_path):
     pytest.importorskip("accelerate")
     model = on_gpu(nets.Residual).cpu()
     with torch.no_grad():
-        data = Lessons(*(TensorDataset(v, model(v).argmax(1)) for v in (X.repeat(3, 1, 1, 1), X)), True)
+        data = TrainingData(*(TensorDataset(v, model(v).argmax(1)) for v in (X.repeat(3, 1, 1, 1), X)), True)
     converted = ghostify(model, 2)
     recipe = Recipe(epochs=3, batch=16, learning_rate=0.05, weight_decay=0, **wish)
     tuned = finetune(converted, model, data, tmp_path / "t", recipe)
     assert devices(tuned) == {"cpu"}
-    wanted = outputs(model, [X])
-    apart = [float(answers_apart(outputs(m, [X]), wanted)) for m in (tuned, converted)]
+    wanted = predict(model, [X])
+    apart = [float(distillation_loss(predict(m, [X]), wanted)) for m in (tuned, converted)]
     assert apart[0] < apart[1]

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from ghostify import trace
-from ghostify.fitting.sensitivity import calibrate
+from ghostify.fitting.sensitivity import prepare_calibration
 from ghostify.pruning.pruning_groups import PruningGroup, find_pruning_groups
-from ghostify.search.group_statistics import thinnings_of
+from ghostify.search.group_statistics import compute_group_statistics
 from tests import nets
 
 
@@ -20,7 +20,7 @@ def groups_of(program):
 @pytest.fixture
 def thinning():
     program, x = trace(nets.settle(nets.Inverted()), nets.images(1)), nets.images(32)
-    (found,) = thinnings_of(program, groups_of(program), calibrate(program, x.split(8)), 0)
+    (found,) = compute_group_statistics(program, groups_of(program), prepare_calibration(program, x.split(8)), 0)
     return found
 
 
@@ -54,7 +54,7 @@ def test_a_group_that_no_image_reaches_is_left_out():
         groups = groups_of(traced)
         assert {group.part for group in groups} == {part}
         assert len(groups) == 2
-        assert len(thinnings_of(traced, groups, calibrate(traced, x), 0)) == count
+        assert len(compute_group_statistics(traced, groups, prepare_calibration(traced, x), 0)) == count
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -66,26 +66,26 @@ def test_a_constant_is_free_only_where_something_takes_it_up(bias):
     program = trace(nn.Sequential(nn.Conv2d(3, 3, 1), first, last).eval(), nets.images(1))
     (found,) = [
         t
-        for t in thinnings_of(program, groups_of(program), calibrate(program, nets.images(32)), 0)
+        for t in compute_group_statistics(program, groups_of(program), prepare_calibration(program, nets.images(32)), 0)
         if t.group.size == 6
     ]
-    assert (found.order[0] == 2) is not bias
+    assert (found.ranking[0] == 2) is not bias
     assert (2 in found.kept(3)) is not bias
 
 
 def test_without_sensitivities_the_consumers_outputs_count_alike():
     program, x = trace(nets.settle(nets.Inverted()), nets.images(1)), nets.images(16)
-    seen = calibrate(program, x)
+    seen = prepare_calibration(program, x)
     blind = type(seen)(seen.batches, {}, 0.0)
-    (found,) = thinnings_of(program, groups_of(program), blind, 0)
+    (found,) = compute_group_statistics(program, groups_of(program), blind, 0)
     assert 0 < found.loss(2) < 1
-    assert torch.isfinite(found.readings[0].importance).all()
+    assert torch.isfinite(found.consumers[0].importance).all()
 
 
 def test_a_residual_stream_adds_the_errors_of_all_its_consumers():
     program, x = trace(nets.settle(nets.Residual()), nets.images(1)), nets.images(32)
     (stream,) = [g for g in find_pruning_groups(program) if isinstance(g, PruningGroup) and g.channels.residual]
-    (found,) = thinnings_of(program, [stream], calibrate(program, x.split(8)), 0)
-    assert len(found.readings) == 2
-    assert found.loss(3) == pytest.approx(sum(reading.loss(found.kept(3)) for reading in found.readings))
-    assert found.loss(3) > max(reading.loss(found.kept(3)) for reading in found.readings) > 0
+    (found,) = compute_group_statistics(program, [stream], prepare_calibration(program, x.split(8)), 0)
+    assert len(found.consumers) == 2
+    assert found.loss(3) == pytest.approx(sum(reading.loss(found.kept(3)) for reading in found.consumers))
+    assert found.loss(3) > max(reading.loss(found.kept(3)) for reading in found.consumers) > 0

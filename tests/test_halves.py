@@ -3,8 +3,8 @@ import torch
 
 from ghostify import trace
 from ghostify.fitting.moments import Moments
-from ghostify.fitting.sensitivity import calibrate
-from ghostify.search.halves import add_by_halves, covariances_of, error_metric, mean_across_halves, visit_convolutions
+from ghostify.fitting.sensitivity import prepare_calibration
+from ghostify.search.halves import add_by_halves, conv_error_metric, covariances_of, mean_across_halves, visit_convs
 from tests import nets
 
 
@@ -35,14 +35,14 @@ def test_each_half_is_tested_on_the_other():
 
 def test_every_convolution_is_visited_once_a_batch():
     program = trace(nets.settle(nets.Residual()), nets.images(1))
-    calibration, visited = calibrate(program, nets.images(8).split(4)), []
-    visit_convolutions(program, calibration, lambda first, part, node, *_: visited.append((first, part, node.name)))
+    calibration, visited = prepare_calibration(program, nets.images(8).split(4)), []
+    visit_convs(program, calibration, lambda first, part, node, *_: visited.append((first, part, node.name)))
     calls = [(c.part, call.node) for c in program.convolutions for call in c.calls]
     assert sorted(visited) == sorted((first, *call) for first in (0, 4) for call in calls)
 
 
 def test_without_a_sensitivity_errors_count_by_the_outputs_whole_variance():
     program = trace(nets.settle(nets.Residual()), nets.images(1))
-    calibration = calibrate(program, nets.images(8))
+    calibration = prepare_calibration(program, nets.images(8))
     covariance = torch.diag(torch.tensor([1.0, 3.0], dtype=torch.float64))
-    assert float((error_metric(calibration, "none", covariance) * covariance).sum()) == pytest.approx(1)
+    assert float((conv_error_metric(calibration, "none", covariance) * covariance).sum()) == pytest.approx(1)

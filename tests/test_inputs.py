@@ -8,13 +8,13 @@ from ghostify.graph.inputs import (
     CallArguments,
     PlaceholderValues,
     as_arguments,
+    bind_batch,
+    bind_example,
     bind_inputs,
-    example_of,
-    inputs_of,
-    run,
-    tensors_of,
+    call_model,
+    tensor_leaves,
 )
-from ghostify.graph.symbolic_tracer import graph_of
+from ghostify.graph.symbolic_tracer import trace_graph
 from tests import nets
 
 
@@ -37,12 +37,12 @@ def test_placeholders_take_keywords_then_positions_then_defaults():
 
 def test_labels_are_left_out_of_batches_but_not_of_examples():
     module, x = trace(nets.settle(nets.Straight())).module, nets.images(2)
-    assert inputs_of(module, (x, torch.ones(2))).values == (x,)
+    assert bind_batch(module, (x, torch.ones(2))).values == (x,)
     wild = nets.settle(nets.Wild())
-    found = inputs_of(wild, (x, torch.ones(2)))
+    found = bind_batch(wild, (x, torch.ones(2)))
     assert (found.args, found.kwargs) == ((x,), {})
-    assert len(example_of(wild, (x, torch.ones(2))).args) == 2
-    assert torch.equal(run(wild, inputs_of(wild, x)), wild(x))
+    assert len(bind_example(wild, (x, torch.ones(2))).args) == 2
+    assert torch.equal(call_model(wild, bind_batch(wild, x)), wild(x))
 
 
 def test_the_rest_of_the_arguments_goes_to_starred_inputs():
@@ -53,11 +53,11 @@ def test_the_rest_of_the_arguments_goes_to_starred_inputs():
     x = torch.ones(2)
     plain = trace(torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1), Starred()), nets.images(1)).module
     assert bind_inputs(plain, (x,), {}).values == (x,)
-    alone = fx.GraphModule(Starred(), graph_of(Starred(), {"x"}))
+    alone = fx.GraphModule(Starred(), trace_graph(Starred(), {"x"}))
     assert bind_inputs(alone, (x, 2, 3), {"a": 1}).values == (x, (2, 3), {"a": 1})
-    assert torch.equal(run(alone, PlaceholderValues((x, (), {}))), x)
+    assert torch.equal(call_model(alone, PlaceholderValues((x, (), {}))), x)
     with pytest.raises(GhostifyError, match=r"\*more took nothing when the model was traced"):
-        run(alone, PlaceholderValues((x, (2,), {})))
+        call_model(alone, PlaceholderValues((x, (2,), {})))
 
 
 def test_inputs_of_both_kinds_are_trees_of_tensors():
@@ -65,5 +65,5 @@ def test_inputs_of_both_kinds_are_trees_of_tensors():
     for inputs in (PlaceholderValues((x, (2 * x, "text"))), CallArguments((x,), {"y": [2 * x]})):
         doubled = tree_map_only(torch.Tensor, lambda v: 2 * v, inputs)
         assert type(doubled) is type(inputs)
-        assert all(torch.equal(a, 2 * b) for a, b in zip(tensors_of(doubled), tensors_of(inputs), strict=True))
-        assert len(tensors_of(inputs)) == 2
+        assert all(torch.equal(a, 2 * b) for a, b in zip(tensor_leaves(doubled), tensor_leaves(inputs), strict=True))
+        assert len(tensor_leaves(inputs)) == 2

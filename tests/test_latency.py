@@ -10,8 +10,8 @@ from ghostify.modules.layout import Depthwise, GhostLayout, Grouped, Pointwise
 from ghostify.planning import cost
 from ghostify.planning.cost import count_macs
 from ghostify.timing import latency
-from ghostify.timing.latency import model_milliseconds, paired
-from ghostify.timing.timer import Stopwatch
+from ghostify.timing.latency import interleaved_latency, model_latency
+from ghostify.timing.timer import LatencyTimer
 from tests import nets
 
 FORMS = [None, GhostLayout(16, 8, Depthwise(3)), GhostLayout(16, 4, Pointwise())]
@@ -26,13 +26,13 @@ def clock(monkeypatch, tmp_path):
         measured.append(len(models))
         return [float(count_macs(m, x)) for m, x in zip(models, examples, strict=True)]
 
-    monkeypatch.setattr(Stopwatch, "milliseconds", milliseconds)
+    monkeypatch.setattr(LatencyTimer, "latencies_ms", milliseconds)
     monkeypatch.setenv("GHOSTIFY_CACHE", str(tmp_path / "cache"))
     return measured
 
 
 def layer_milliseconds(conv, seen, layouts, clock=None):
-    return latency.layer_milliseconds(conv, seen, layouts, clock or Stopwatch())
+    return latency.layer_latency(conv, seen, layouts, clock or LatencyTimer())
 
 
 def layer(size=12, name="a.0"):
@@ -76,7 +76,7 @@ def test_what_was_measured_is_kept_by_shape_and_layout(clock, tmp_path):
 def test_the_keys_on_disk_stay_what_they_were(layout, text, monkeypatch):
     """Whatever the classes are called, so that what was measured once is found again."""
     monkeypatch.setattr(latency, "processor", lambda: "Some CPU")
-    clock = Stopwatch()
+    clock = LatencyTimer()
     conv = nn.Conv2d(8, 16, 3, padding=1, bias=False)
     facts = (
         "('Conv2d', 8, 16, (3, 3), (1, 1), (1, 1), 'zeros', (1, 1), 1, 2, 12, 11, "
@@ -89,7 +89,7 @@ def test_the_keys_on_disk_stay_what_they_were(layout, text, monkeypatch):
 def test_each_runtime_is_measured_for_itself():
     measured = []
 
-    class Other(Stopwatch):
+    class Other(LatencyTimer):
         def milliseconds(self, models, _examples, _rounds=0):
             measured.append(len(models))
             return [1.0] * len(models)
@@ -123,11 +123,11 @@ def test_fewer_maps_are_measured_at_the_layers_own_size(clock):
     seen = {conv.name: conv for conv in program.convolutions}
     for name, ways in (("expand.0", [(5, None), (None, 8)]), ("depthwise.0", [(5, 5)]), ("project.0", [(None, 5)])):
         conv, (call,) = program.conv(name), seen[name].calls
-        per_map = cost.dense_macs(seen[name]) / conv.out_channels / (1 if conv.groups > 1 else conv.in_channels)
-        positions = cost.positions(seen[name].calls)
+        per_map = cost.conv_macs(seen[name]) / conv.out_channels / (1 if conv.groups > 1 else conv.in_channels)
+        positions = cost.total_positions(seen[name].calls)
         counts = [(m or conv.out_channels) * (1 if conv.groups > 1 else r or conv.in_channels) for m, r in ways]
         whole = count_macs(conv, torch.zeros(call.input_shape))
-        taken = latency.narrowed_milliseconds(conv, seen[name], ways, Stopwatch())
+        taken = latency.pruned_latency(conv, seen[name], ways, LatencyTimer())
         assert taken == [whole, *(per_map * count * positions for count in counts)]
     assert clock == [3, 2, 2]
 
@@ -152,6 +152,6 @@ def test_all_calls_count():
 @pytest.mark.usefixtures("clock")
 def test_models_are_measured_in_their_inference_form():
     model, x = nets.settle(nets.Residual()), nets.images(2)
-    assert model_milliseconds(trace(model, x), Stopwatch()) == count_macs(model, x)
-    assert paired([model, model], x) == [count_macs(model, x)] * 2
+    assert model_latency(trace(model, x), LatencyTimer()) == count_macs(model, x)
+    assert interleaved_latency([model, model], x) == [count_macs(model, x)] * 2
     assert any(isinstance(m, nn.BatchNorm2d) for m in model.modules())

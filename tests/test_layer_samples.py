@@ -3,9 +3,9 @@ import torch
 
 from ghostify import GhostifyError, trace
 from ghostify.fitting import patches
-from ghostify.fitting.calibration import batches_of, judges
+from ghostify.fitting.calibration import bind_calibration, holdout_mask
 from ghostify.fitting.layer_samples import MAX_ROWS, LayerSamples, rows_for
-from ghostify.fitting.lockstep import Walk
+from ghostify.fitting.lockstep import LockstepRun
 from ghostify.planning.planner import plan
 from ghostify.planning.policy import Policy, Rule
 from tests import nets
@@ -15,8 +15,8 @@ def sampled(x, spoil=False):
     """The samples of one convolution, and those that it takes batch by batch."""
     program = trace(nets.settle(nets.Straight()))
     (entry,) = plan(program, Policy((Rule(targets=("a.0",)),), keep_first=False)).rewrites
-    batches = batches_of(program.module, x.split(8))
-    walk = Walk(program.module, batches.own, {entry.conv.calls[0].node}, set())
+    batches = bind_calibration(program.module, x.split(8))
+    walk = LockstepRun(program.module, batches.local_batches, {entry.conv.calls[0].node}, set())
     conv = walk.original.get_submodule("a.0")
     if spoil:
         walk.original.get_submodule("stem.0").weight.data.mul_(1e30)
@@ -30,16 +30,16 @@ def sampled(x, spoil=False):
 def test_rows_are_what_the_convolution_makes_of_its_patches():
     samples, taken = sampled(nets.images(24))
     for sample in taken:
-        made = sample.u @ patches.filters_of(samples.conv).T.float()
+        made = sample.u @ patches.flatten_filters(samples.conv).T.float()
         torch.testing.assert_close(made, sample.y, rtol=1e-3, atol=1e-4)
 
 
 def test_moments_are_those_of_all_rows_and_every_eighth_image_is_held_out():
     samples, taken = sampled(nets.images(24))
-    assert torch.equal(torch.cat([s.holdout for s in taken]), judges(torch.arange(24)))
+    assert torch.equal(torch.cat([s.holdout for s in taken]), holdout_mask(torch.arange(24)))
     rows, held = torch.cat([s.y for s in taken]).double(), torch.cat([s.holdout_rows for s in taken])
-    assert samples.moments.fitted.count + samples.moments.held_out.count == len(rows)
-    assert samples.moments.held_out.count == held.sum()
+    assert samples.moments.fitted.count + samples.moments.holdout.count == len(rows)
+    assert samples.moments.holdout.count == held.sum()
     torch.testing.assert_close(samples.moments.both.mean_y, rows.mean(0))
 
 

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ghostify import GhostifyError
 from ghostify.fitting import assignment, ghost_fit, lstsq
-from ghostify.modules.ghost import ghost_of
+from ghostify.modules.ghost import build_ghost_module
 from ghostify.modules.layout import (
     Depthwise,
     GhostLayout,
@@ -21,9 +21,9 @@ from ghostify.modules.layout import (
     round_up_width,
 )
 from ghostify.planning import cost
-from ghostify.reporting.charts import kind_of
-from ghostify.search.candidates import _Losses
-from ghostify.summary import Line
+from ghostify.reporting.charts import outcome_of
+from ghostify.search.candidates import _LossEstimator
+from ghostify.summary import LayerReport
 
 
 @st.composite
@@ -67,13 +67,13 @@ def test_every_ghost_is_made_once_and_groups_are_served_evenly(layout):
 @settings(deadline=None)
 def test_the_built_module_has_the_layouts_outputs_cost_and_parameters(layout, bias):
     conv, x = nn.Conv2d(3, layout.outputs, 3, bias=bias), torch.randn(2, 3, 7, 6)
-    ghost = ghost_of(conv, layout)
+    ghost = build_ghost_module(conv, layout)
     assert ghost(x).shape == conv(x).shape
     with FlopCounterMode(display=False) as counter:
         ghost(x)
     per_position = layout.intrinsic * 3 * 9 + layout.macs_per_position
     assert counter.get_total_flops() // 2 == 2 * 5 * 4 * per_position
-    assert cost.parameters(ghost) == per_position + bias * layout.outputs
+    assert cost.count_parameters(ghost) == per_position + bias * layout.outputs
     kernels = [conv.weight.shape[1:] for conv in ghost.cheap_convs]
     assert set(kernels) == {layout.kernel_shape}
 
@@ -81,7 +81,7 @@ def test_the_built_module_has_the_layouts_outputs_cost_and_parameters(layout, bi
 @given(layouts())
 @settings(deadline=None)
 def test_the_layout_can_be_read_off_the_module_and_what_is_stored(layout):
-    assert ghost_of(nn.Conv2d(3, layout.outputs, 3), layout).layout == layout
+    assert build_ghost_module(nn.Conv2d(3, layout.outputs, 3), layout).layout == layout
     outputs, intrinsic, width, kernel_size = layout.to_dict().values()
     assert GhostLayout.of_width(outputs, intrinsic, width, kernel_size) == layout
 
@@ -99,7 +99,7 @@ def test_what_the_forms_compute_by_hand():
         (Grouped(4, 3), [90, 90, 90, 90]),
         (Pointwise(), [10, 10, 10, 10]),
     ):
-        ghost = ghost_of(nn.Conv2d(1, 8, 1, bias=False), GhostLayout(8, 4, form))
+        ghost = build_ghost_module(nn.Conv2d(1, 8, 1, bias=False), GhostLayout(8, 4, form))
         ghost.primary_conv.weight.data = torch.arange(1.0, 5)[:, None, None, None]
         for conv in ghost.cheap_convs:
             nn.init.ones_(conv.weight)
@@ -117,7 +117,7 @@ def test_what_the_forms_compute_by_hand():
     ids=["oblong kernels", "other maps", "no convolution", "another layout"],
 )
 def test_the_layout_of_a_module_is_that_of_its_present_convolutions(cheap, layout):
-    ghost = ghost_of(nn.Conv2d(3, 8, 3), GhostLayout(8, 4, Grouped(2, 3)))
+    ghost = build_ghost_module(nn.Conv2d(3, 8, 3), GhostLayout(8, 4, Grouped(2, 3)))
     ghost.cheap_operation = cheap
     assert ghost.layout == layout
 
@@ -160,11 +160,11 @@ def unheard_layout():
     return layout
 
 
-class UnheardLine(Line):
+class UnheardLine(LayerReport):
     form = Unheard()
 
 
-LINE = Line("a", "Conv2d", (8, 3, 3, 3), None, None, 4, 1, 3, False, 1, 1, 1, 1)
+LINE = LayerReport("a", "Conv2d", (8, 3, 3, 3), None, None, 4, 1, 3, False, 1, 1, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -176,11 +176,11 @@ LINE = Line("a", "Conv2d", (8, 3, 3, 3), None, None, 4, 1, 3, False, 1, 1, 1, 1)
         lambda layout: layout.to_dict(),
         lambda layout: replace(layout),
         lambda layout: may_read_activated(layout.form),
-        lambda layout: assignment.choose_groups(torch.rand(8, 8), layout),
+        lambda layout: assignment.assign_ghosts(torch.rand(8, 8), layout),
         lambda layout: ghost_fit.has_many_maps(layout),
-        lambda layout: _Losses(None, 3).of(layout),
-        lambda layout: _Losses(None, 3).least(layout),
-        lambda _: kind_of(UnheardLine(**LINE.__dict__)),
+        lambda layout: _LossEstimator(None, 3).of(layout),
+        lambda layout: _LossEstimator(None, 3).least(layout),
+        lambda _: outcome_of(UnheardLine(**LINE.__dict__)),
     ],
 )
 def test_a_form_that_nothing_handles_fails_instead_of_passing_for_another(decide):
@@ -191,17 +191,17 @@ def test_a_form_that_nothing_handles_fails_instead_of_passing_for_another(decide
 def test_the_solver_refuses_a_form_that_it_does_not_handle(monkeypatch):
     """Even if its channels were grouped by then."""
     monkeypatch.setattr(lstsq, "pair_costs", lambda *_: None)
-    monkeypatch.setattr(lstsq, "choose_groups", lambda *_: None)
+    monkeypatch.setattr(lstsq, "assign_ghosts", lambda *_: None)
     with pytest.raises(AssertionError, match="Unheard"):
-        lstsq.solve(None, unheard_layout(), torch.eye(8))
+        lstsq.solve_ghosts(None, unheard_layout(), torch.eye(8))
 
 
 def test_pruned_and_skipped_layers_have_no_form():
     assert LINE.layout == GhostLayout(8, 4, Depthwise(3))
-    assert not LINE.narrow
+    assert not LINE.is_pruned
     pruned = replace(LINE, width=0, dw_size=0, intrinsic=5, makes=5, reads=3)
-    assert (pruned.form, pruned.layout, pruned.narrow) == (None, None, True)
+    assert (pruned.form, pruned.layout, pruned.is_pruned) == (None, None, True)
     skipped = replace(LINE, width=0, dw_size=0, intrinsic=8, reason="no rule targets it")
-    assert (skipped.form, skipped.narrow) == (None, False)
-    assert [kind_of(x) for x in (LINE, pruned, skipped)] == ["depthwise ghosts", "fewer maps", "left as it is"]
-    assert kind_of(replace(LINE, width=2)) == kind_of(replace(LINE, width=4, dw_size=1)) == "wider ghosts"
+    assert (skipped.form, skipped.is_pruned) == (None, False)
+    assert [outcome_of(x) for x in (LINE, pruned, skipped)] == ["depthwise ghosts", "fewer maps", "left as it is"]
+    assert outcome_of(replace(LINE, width=2)) == outcome_of(replace(LINE, width=4, dw_size=1)) == "wider ghosts"

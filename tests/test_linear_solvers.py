@@ -19,7 +19,7 @@ def test_explained_is_what_the_solution_explains(size, targets, seed):
     right = torch.randn(3, size, targets, generator=generator, dtype=torch.float64)
     damping = torch.full((3,), 0.1, dtype=torch.float64)
     expected = (right * linear_solvers.solve_damped(matrix, right, damping)).sum(1)
-    torch.testing.assert_close(linear_solvers.explained(matrix, right, damping), expected)
+    torch.testing.assert_close(linear_solvers.explained_variance(matrix, right, damping), expected)
 
 
 def test_the_damped_solution_solves_the_damped_system():

@@ -3,8 +3,8 @@ import torch
 from torch import fx, nn
 
 from ghostify import trace
-from ghostify.fitting.calibration import batches_of
-from ghostify.fitting.lockstep import Walk
+from ghostify.fitting.calibration import bind_calibration
+from ghostify.fitting.lockstep import LockstepRun
 from tests import nets
 
 
@@ -34,7 +34,9 @@ def test_both_sides_see_what_their_models_see(make, limit):
     model, x = nets.settle(make()), nets.images(6)
     program = trace(model)
     stops = convolutions(program.module)
-    walk = Walk(program.module, batches_of(program.module, x.split(4)).own, stops, set(), limit=limit)
+    walk = LockstepRun(
+        program.module, bind_calibration(program.module, x.split(4)).local_batches, stops, set(), limit=limit
+    )
     seen, done = {}, set()
     with torch.no_grad():
         for node, arriving in walk.steps():
@@ -56,7 +58,12 @@ def test_both_sides_see_what_their_models_see(make, limit):
 def test_only_what_is_still_read_is_kept():
     model = nets.settle(nets.Straight())
     program = trace(model)
-    walk = Walk(program.module, batches_of(program.module, nets.images(4)).own, convolutions(program.module), set())
+    walk = LockstepRun(
+        program.module,
+        bind_calibration(program.module, nets.images(4)).local_batches,
+        convolutions(program.module),
+        set(),
+    )
     with torch.no_grad():
         for _, arriving in walk.steps():
             for chunk in arriving:

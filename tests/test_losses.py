@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from ghostify.training.losses import answers_apart, features_apart, maps_apart
+from ghostify.training.losses import distillation_loss, feature_loss, relative_map_error
 
 
 @given(st.integers(0, 99), st.floats(0.5, 8))
@@ -13,34 +13,34 @@ def test_classes_are_apart_by_the_divergence_of_softened_probabilities(seed, tem
     student, teacher = (torch.randn(6, 5, generator=generator, dtype=torch.float64).float() for _ in range(2))
     p, q = ((x / temperature).softmax(1) for x in (teacher, student))
     wanted = (p * (p.log() - q.log())).sum(1).mean() * temperature**2
-    assert answers_apart(student, teacher, temperature).item() == pytest.approx(wanted.item(), rel=1e-3, abs=1e-6)
-    assert answers_apart(teacher, teacher, temperature).item() == pytest.approx(0, abs=1e-6)
-    assert answers_apart(student, teacher, temperature) >= 0
+    assert distillation_loss(student, teacher, temperature).item() == pytest.approx(wanted.item(), rel=1e-3, abs=1e-6)
+    assert distillation_loss(teacher, teacher, temperature).item() == pytest.approx(0, abs=1e-6)
+    assert distillation_loss(student, teacher, temperature) >= 0
 
 
 def test_a_hot_divergence_has_the_gradient_of_squared_errors():
     """Hinton et al., 2015, section 2.1: (s - t) / N of centred logits, divided by the temperature, times T^2."""
     teacher = torch.randn(4, 7, dtype=torch.float64)
     student = (teacher + 0.1 * torch.randn(4, 7, dtype=torch.float64)).requires_grad_()
-    (gradient,) = torch.autograd.grad(answers_apart(student, teacher, 1e3), student)
+    (gradient,) = torch.autograd.grad(distillation_loss(student, teacher, 1e3), student)
     centred = (student - student.mean(1, keepdim=True)) - (teacher - teacher.mean(1, keepdim=True))
     torch.testing.assert_close(gradient, centred.detach() / 7 / 4, rtol=1e-2, atol=1e-3)
 
 
 def test_maps_are_apart_by_their_error_without_constant_shifts():
     teacher = torch.randn(3, 4, 5, 5)
-    assert maps_apart(teacher + torch.arange(4.0)[:, None, None], teacher).item() == pytest.approx(0, abs=1e-6)
-    assert maps_apart(torch.zeros_like(teacher), teacher).item() == pytest.approx(1, abs=1e-5)
-    assert answers_apart(torch.zeros_like(teacher), teacher).item() == pytest.approx(1, abs=1e-5)
-    both = features_apart([teacher, torch.zeros_like(teacher)], [teacher, teacher])
+    assert relative_map_error(teacher + torch.arange(4.0)[:, None, None], teacher).item() == pytest.approx(0, abs=1e-6)
+    assert relative_map_error(torch.zeros_like(teacher), teacher).item() == pytest.approx(1, abs=1e-5)
+    assert distillation_loss(torch.zeros_like(teacher), teacher).item() == pytest.approx(1, abs=1e-5)
+    both = feature_loss([teacher, torch.zeros_like(teacher)], [teacher, teacher])
     assert both.item() == pytest.approx(0.5, abs=1e-5)
-    assert maps_apart(torch.ones(3, 2), torch.ones(3, 2)).item() == 0
+    assert relative_map_error(torch.ones(3, 2), torch.ones(3, 2)).item() == 0
 
 
 def test_the_loss_goes_down_along_its_gradient():
     teacher, student = torch.randn(8, 3), torch.randn(8, 3, requires_grad=True)
-    before = answers_apart(student, teacher)
+    before = distillation_loss(student, teacher)
     before.backward()
-    after = answers_apart(student.detach() - 0.5 * student.grad, teacher)
+    after = distillation_loss(student.detach() - 0.5 * student.grad, teacher)
     assert after < before
     assert torch.isfinite(F.softmax(student, 1)).all()

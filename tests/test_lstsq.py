@@ -7,10 +7,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ghostify.fitting import lstsq
-from ghostify.fitting.assignment import Groups
+from ghostify.fitting.assignment import GhostAssignment
 from ghostify.fitting.linear_solvers import solve_ridge
-from ghostify.fitting.lstsq import Statistics
-from ghostify.fitting.moments import Moments, Pair
+from ghostify.fitting.lstsq import JointStatistics
+from ghostify.fitting.moments import Moments, SplitMoments
 from ghostify.modules.layout import Depthwise, GhostLayout, Pointwise
 
 
@@ -41,7 +41,7 @@ def test_dense_prediction_takes_the_ridge_that_held_out_rows_prefer():
     true = torch.randn(6, 4, generator=generator, dtype=torch.float64)
     fit, test = moments_of(u[:200], u[:200] @ true + 2), moments_of(u[200:], u[200:] @ true + 2)
     assert lstsq.best_ridge(fit.centred(), test.centred(), torch.zeros_like(true), torch.ones(4), 0.1) == 1e-4
-    filters = lstsq.dense_prediction(Pair(fit, test), torch.zeros_like(true), torch.ones(4), free_mean=True)
+    filters = lstsq.refit_filters(SplitMoments(fit, test), torch.zeros_like(true), torch.ones(4), free_mean=True)
     torch.testing.assert_close(filters, true, rtol=1e-3, atol=1e-3)
     few = moments_of(u[:8], u[:8] @ true + 3 * torch.randn(8, 4, generator=generator, dtype=torch.float64))
     assert lstsq.best_ridge(few.centred(), test.centred(), true, torch.ones(4), 0.01) == 1.0
@@ -55,7 +55,7 @@ def maps_statistics(maps, targets, d):
     moments = moments_of(shifts.flatten(1), y)
     gram, cross, var = moments.centred()
     return (
-        Statistics(
+        JointStatistics(
             gram.reshape(d * d, b, d * d, b),
             cross.reshape(d * d, b, -1),
             var,
@@ -75,12 +75,12 @@ def maps_statistics(maps, targets, d):
 def test_kernels_equal_lstsq_on_materialised_data(d, width):
     maps = torch.randn(4, 8, 6, 6, dtype=torch.float64)
     stats, shifts, y = maps_statistics(maps, maps + 0.1 * maps.flip(1), d)
-    groups = Groups(
+    groups = GhostAssignment(
         torch.arange(4).reshape(-1, width),
         torch.arange(4, 8),
         torch.arange(4).reshape(-1, width).repeat_interleave(width, 0),
     )
-    solution = lstsq._with_kernels(stats, groups, stats.start[:4])
+    solution = lstsq._with_kernels(stats, groups, stats.initial_coordinates[:4])
     for j, ghost in enumerate(groups.ghosts):
         seen = shifts[:, :, groups.sources[j]].transpose(1, 2).flatten(1)
         centred = seen - seen.mean(0)
@@ -92,7 +92,7 @@ def test_errors_and_constants_are_those_of_the_prediction():
     maps = torch.randn(4, 6, 6, 6, dtype=torch.float64)
     targets = maps + 0.3 * maps.roll(1, 1) + 5
     stats, shifts, y = maps_statistics(maps, targets, 3)
-    solution = lstsq.solve(stats, GhostLayout(6, 3, Depthwise(3)), torch.eye(6, dtype=torch.float64))
+    solution = lstsq.solve_ghosts(stats, GhostLayout(6, 3, Depthwise(3)), torch.eye(6, dtype=torch.float64))
     channels = solution.groups.channels
     prediction = torch.empty_like(y)
     prediction[:, channels[:3]] = shifts[:, 4] @ solution.intrinsic.T
@@ -109,9 +109,9 @@ def test_the_joint_refit_only_lowers_the_error():
     maps = torch.einsum("ij,njhw->nihw", mixing, torch.randn(8, 4, 10, 10, dtype=torch.float64))
     stats, _, _ = maps_statistics(maps, maps, 3)
     weights = torch.rand(10, dtype=torch.float64) + 0.1
-    groups = lstsq.choose_groups(lstsq.pair_costs(stats, weights), GhostLayout(10, 5, Depthwise(3)))
-    before = lstsq._with_kernels(stats, groups, stats.start[groups.intrinsic.flatten()])
-    after = lstsq._alternate(stats, before, weights)
+    groups = lstsq.assign_ghosts(lstsq.pair_costs(stats, weights), GhostLayout(10, 5, Depthwise(3)))
+    before = lstsq._with_kernels(stats, groups, stats.initial_coordinates[groups.intrinsic.flatten()])
+    after = lstsq._refit_jointly(stats, before, weights)
     assert (weights * stats.squared_errors(after)).sum() < 0.99 * (weights * stats.squared_errors(before)).sum()
 
 
@@ -119,7 +119,7 @@ def test_pointwise_ghosts_reach_the_error_of_low_rank():
     maps = torch.randn(4, 8, 8, 8, dtype=torch.float64)
     mixed = torch.einsum("ij,njhw->nihw", torch.randn(8, 8, dtype=torch.float64), maps)
     stats, _, _ = maps_statistics(mixed, mixed, 1)
-    solution = lstsq.solve(stats, GhostLayout(8, 3, Pointwise()), torch.eye(8, dtype=torch.float64))
+    solution = lstsq.solve_ghosts(stats, GhostLayout(8, 3, Pointwise()), torch.eye(8, dtype=torch.float64))
     values = torch.linalg.eigvalsh(stats.gram[0, :, 0])
     assert stats.squared_errors(solution).sum().item() == pytest.approx(values[:5].sum().item(), rel=1e-2)
 
@@ -139,7 +139,7 @@ def test_ghosts_of_one_group_share_its_system():
     maps = torch.randn(8, n, 8, 8, dtype=torch.float64)
     stats, _, _ = maps_statistics(maps + maps.roll(1, 1), maps, 1)
     with Largest() as largest:
-        solution = lstsq.solve(stats, GhostLayout(n, n // 2, Pointwise()), torch.eye(n, dtype=torch.float64))
+        solution = lstsq.solve_ghosts(stats, GhostLayout(n, n // 2, Pointwise()), torch.eye(n, dtype=torch.float64))
         stats.squared_errors(solution)
         stats.mean_residuals(solution)
     assert n * n <= largest.elements <= 2 * n * n
@@ -150,7 +150,7 @@ def test_pointwise_ghosts_are_the_best_low_rank_by_the_metric():
     mixed = torch.einsum("ij,njhw->nihw", torch.randn(8, 8).double(), torch.randn(4, 8, 8, 8).double())
     stats, shifts, y = maps_statistics(mixed, mixed, 1)
     metric = torch.cov(torch.randn(8, 3, dtype=torch.float64)) + 0.05 * torch.eye(8, dtype=torch.float64)
-    solution = lstsq.solve(stats, GhostLayout(8, 3, Pointwise()), metric)
+    solution = lstsq.solve_ghosts(stats, GhostLayout(8, 3, Pointwise()), metric)
     channels = solution.groups.channels
     prediction = torch.empty_like(y)
     prediction[:, channels[:3]] = shifts[:, 0] @ solution.intrinsic.T
@@ -172,6 +172,6 @@ def test_dead_and_duplicate_maps_are_survived():
         (1, GhostLayout(6, 2, Depthwise(1))),
     ):
         stats, _, _ = maps_statistics(maps, maps, d)
-        solution = lstsq.solve(stats, layout, torch.eye(6, dtype=torch.float64))
+        solution = lstsq.solve_ghosts(stats, layout, torch.eye(6, dtype=torch.float64))
         assert solution.kernels.isfinite().all()
         assert stats.squared_errors(solution)[1] < 1e-6

@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ghostify.fitting.moments import MapMoments, Moments
+from ghostify.fitting.moments import Moments, PerMapMoments
 
 
 @given(st.integers(1, 40), st.integers(0, 40), st.integers(0, 99))
@@ -31,7 +31,7 @@ def test_centred_moments_are_covariances():
 
 def test_map_moments_are_blocks_of_the_full_ones():
     v, y = torch.randn(60, 9, 4, dtype=torch.float64), torch.randn(60, 4, dtype=torch.float64)
-    full, maps = Moments.zero(36, 4), MapMoments.zero(4, 9)
+    full, maps = Moments.zero(36, 4), PerMapMoments.zero(4, 9)
     full.add(v.flatten(1), y)
     maps.add(v[:20], y[:20])
     maps.add(v[20:], y[20:])

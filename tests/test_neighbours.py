@@ -6,16 +6,16 @@ from timm.layers import DropPath
 from torch import fx, nn
 
 from ghostify import ghostify, plan, trace
-from ghostify.evaluation.metrics import outputs, relative_error
+from ghostify.evaluation.metrics import predict, relative_error
 from tests import nets
 
 
 def partners(model):
-    return {r.conv.name: r.partner for r in plan(trace(model)).rewrites}
+    return {r.conv.name: r.residual_operand for r in plan(trace(model)).rewrites}
 
 
 def test_the_norm_and_the_other_summand_are_found():
-    found = {r.conv.name: (r.norm, r.partner) for r in plan(trace(nets.settle(nets.Residual()))).rewrites}
+    found = {r.conv.name: (r.norm, r.residual_operand) for r in plan(trace(nets.settle(nets.Residual()))).rewrites}
     assert found["conv1"] == ("bn1", None)
     assert found["conv2"] == ("bn2", "stem_2")
 
@@ -74,14 +74,14 @@ def test_the_last_branch_of_a_sum_makes_good_what_the_other_lacks(monkeypatch):
 
     model, x, test = nets.settle(Deep()), nets.images(64, 16), nets.images(32, 16, seed=5)
     good = ghostify(model, cheap="pointwise", calibration=x)
-    monkeypatch.setattr(sys.modules["ghostify.planning.planner"], "partner_in_sum", lambda *_: None)
+    monkeypatch.setattr(sys.modules["ghostify.planning.planner"], "find_residual_operand", lambda *_: None)
     alone = ghostify(model, cheap="pointwise", calibration=x)
-    wanted = outputs(model, [test])
-    assert relative_error(outputs(good, [test]), wanted) < 0.95 * relative_error(outputs(alone, [test]), wanted)
+    wanted = predict(model, [test])
+    assert relative_error(predict(good, [test]), wanted) < 0.95 * relative_error(predict(alone, [test]), wanted)
 
 
 def test_shared_modules_are_not_taken_for_one_use():
     conv = nn.Conv2d(8, 8, 3, padding=1)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), conv, nn.BatchNorm2d(8), conv)
-    assert all(r.norm is None and r.partner is None for r in plan(trace(model)).rewrites)
+    assert all(r.norm is None and r.residual_operand is None for r in plan(trace(model)).rewrites)
     assert isinstance(trace(model).module, fx.GraphModule)

@@ -3,15 +3,15 @@ from torch import nn
 
 from ghostify import trace
 from ghostify.graph.inputs import CallArguments
-from ghostify.graph.observation import looking, record
+from ghostify.graph.observation import intercept_convs, record_forward
 from tests import nets
 
 
 def test_all_runs_of_a_node_are_counted():
     program = trace(nets.settle(nets.Wild()))
-    made = record(program.module, program.parts, CallArguments((nets.images(2),), {}))
+    made = record_forward(program.module, program.subgraphs, CallArguments((nets.images(2),), {}))
     head = made.calls["head", "conv2d"]
-    assert head.places == 2 * (144 + 36)
+    assert head.output_positions == 2 * (144 + 36)
     assert head.output_shape == (2, 6, 12, 12)
     assert made.macs == 2 * (144 * (27 * 8 + 72 * 8 + 27 * 3) + (144 + 36) * 72 * 6)
 
@@ -25,7 +25,7 @@ def test_what_looking_returns_goes_on_and_nothing_is_left_behind():
         seen.append((path, node.name))
         return made * 2
 
-    with looking(program.module, program.parts, look):
+    with intercept_convs(program.module, program.subgraphs, look):
         changed = program.module(x)
     assert {path for path, _ in seen} == {"backbone", "head", "gate.conv"}
     assert not torch.equal(changed, before)
@@ -46,6 +46,6 @@ def test_convolutions_that_return_no_tensor_are_not_looked_at():
             return self.conv(input=self.pair(x)[0])
 
     program, seen = trace(Net().eval(), nets.images(1)), []
-    with looking(program.module, program.parts, lambda *call: seen.append(call[1].name) or call[3]):
+    with intercept_convs(program.module, program.subgraphs, lambda *call: seen.append(call[1].name) or call[3]):
         program.module(nets.images(1))
     assert seen == ["conv"]

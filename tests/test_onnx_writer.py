@@ -9,7 +9,7 @@ from ghostify.deployment.inference_form import deploy
 from ghostify.modules.layout import Depthwise, GhostLayout, Pointwise
 from ghostify.runtimes.onnx_writer import write_onnx
 from ghostify.runtimes.registry import load_runner
-from ghostify.timing.latency import _made
+from ghostify.timing.latency import _build_layer
 from tests import nets
 
 LAYOUTS = [
@@ -29,7 +29,7 @@ def test_written_layers_compute_what_pytorch_does(tmp_path_factory, layout, stri
     folder = tmp_path_factory.mktemp("written")
     conv = nn.Conv2d(6, 80, kernel, stride=stride, padding=padding, dilation=dilation)
     x = torch.randn(2, 6, 9, 9)
-    small, _ = _made((conv, layout), tuple(x.shape))
+    small, _ = _build_layer((conv, layout), tuple(x.shape))
     assert write_onnx(small, (x,), folder / "model.onnx")
     for runtime in ("onnx", "openvino"):
         found = load_runner(folder / "model.onnx", 1, runtime=runtime)(x)[0]

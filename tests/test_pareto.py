@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from ghostify import GhostifyError, Policy, Rule, ghostify, report, trace
-from ghostify.evaluation.metrics import outputs, relative_error
+from ghostify.evaluation.metrics import predict, relative_error
 from ghostify.planning import cost
-from ghostify.search.budget import plan_within
+from ghostify.search.budget import plan_for_budget
 from ghostify.search.pareto import frontier, plan_for_drop
 from tests import nets
 
@@ -17,8 +17,8 @@ def settled():
 
 def likeness(model, x):
     """An evaluation: 100 for the original's own outputs, less by their relative error in percent."""
-    wanted = outputs(model, [x])
-    return lambda other: 100 * (1 - relative_error(outputs(other, [x]), wanted))
+    wanted = predict(model, [x])
+    return lambda other: 100 * (1 - relative_error(predict(other, [x]), wanted))
 
 
 def test_the_curve_goes_from_the_original_down_to_what_is_within_reach():
@@ -34,7 +34,7 @@ def test_the_curve_goes_from_the_original_down_to_what_is_within_reach():
     assert all(p.plan.macs_after == round(p.shares["macs"] * program.macs) for p in curve)
     assert curve[-1].drop > curve[0].drop
     with pytest.raises(GhostifyError, match=f"these rules reach {macs[-1]:.2f}"):
-        plan_within(program, AUTO, {"macs": macs[-1] / 2}, x)
+        plan_for_budget(program, AUTO, {"macs": macs[-1] / 2}, x)
 
 
 def test_a_point_of_the_curve_is_what_its_budget_gives():
@@ -42,7 +42,7 @@ def test_a_point_of_the_curve_is_what_its_budget_gives():
     program = trace(model, x[:1])
     point = frontier(program, AUTO, "params", x, points=4)[2]
     assert point.drop is None
-    assert plan_within(program, AUTO, {"params": point.shares["params"] + 1e-6}, x) == point.plan
+    assert plan_for_budget(program, AUTO, {"params": point.shares["params"] + 1e-6}, x) == point.plan
     layers = point.to_dict()["layers"]
     assert set(layers) == {e.conv.name for e in point.plan.rewrites}
 
@@ -57,7 +57,7 @@ def test_the_cheapest_model_within_a_drop(others):
     assert score(made) >= 95
     found = report(made)
     assert found.macs_after < others.get("macs", 1) * found.macs_before
-    assert cost.parameters(made) <= others.get("params", 1) * cost.parameters(model)
+    assert cost.count_parameters(made) <= others.get("params", 1) * cost.count_parameters(model)
     stricter = (
         ghostify(
             model, cheap="auto", budget={"max_drop": 0.1, **others}, example_inputs=x[:1], calibration=x, evaluate=score

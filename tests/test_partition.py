@@ -6,13 +6,19 @@ from timm.layers import register_notrace_module
 from torch import fx, nn
 
 from ghostify.graph.inputs import CallArguments
-from ghostify.graph.partition import answers_alike, enter, holds_convolutions, how_called, inputs_among
+from ghostify.graph.partition import (
+    contains_convs,
+    models_match,
+    record_first_calls,
+    tensor_arguments,
+    trace_submodules,
+)
 from ghostify.graph.symbolic_tracer import UntraceableError
 from tests import nets
 
 
 def test_inner_parts_come_before_outer_ones():
-    module, parts, reason = enter(nets.settle(nets.Stubborn()), {})
+    module, parts, reason = trace_submodules(nets.settle(nets.Stubborn()), {})
     assert list(parts) == ["gate.conv", ""]
     assert isinstance(module, fx.GraphModule)
     assert reason == ""
@@ -20,7 +26,7 @@ def test_inner_parts_come_before_outer_ones():
 
 def test_what_does_not_trace_stays_and_says_why():
     model = nets.settle(nets.Wild())
-    module, parts, reason = enter(model, {})
+    module, parts, reason = trace_submodules(model, {})
     assert module is model
     assert set(parts) == {"backbone", "gate.conv", "head"}
     assert "Error" in reason
@@ -37,7 +43,7 @@ class Marked(nn.Module):
 
 
 def test_what_timm_marks_is_entered_through_its_children():
-    _, parts, _ = enter(nn.Sequential(nn.Conv2d(3, 8, 3), Marked()).eval(), {})
+    _, parts, _ = trace_submodules(nn.Sequential(nn.Conv2d(3, 8, 3), Marked()).eval(), {})
     assert list(parts) == ["1.inner", ""]
 
 
@@ -51,7 +57,7 @@ def test_a_module_at_two_paths_is_one_part():
         def forward(self, x):
             return self.b(self.a(x) if x.sum() > 0 else x)
 
-    module, parts, _ = enter(Twice().eval(), {})
+    module, parts, _ = trace_submodules(Twice().eval(), {})
     assert list(parts) == ["a.inner"]
     assert module.a.inner is module.b.inner
 
@@ -61,32 +67,32 @@ def test_flags_off_their_defaults_are_not_traced():
         return x if deep else mask
 
     signature = inspect.signature(forward)
-    assert inputs_among(signature.bind(1, deep=False)) == {"x"}
-    assert inputs_among(signature.bind(1, torch.ones(1))) == {"x", "mask"}
+    assert tensor_arguments(signature.bind(1, deep=False)) == {"x"}
+    assert tensor_arguments(signature.bind(1, torch.ones(1))) == {"x", "mask"}
     with pytest.raises(UntraceableError, match="deep=True"):
-        inputs_among(signature.bind(1, deep=True))
+        tensor_arguments(signature.bind(1, deep=True))
 
 
 def test_only_single_convolutions_are_entered_on_demand():
-    _, parts, _ = enter(nets.settle(nets.Wild()), {}, whole=False)
+    _, parts, _ = trace_submodules(nets.settle(nets.Wild()), {}, whole=False)
     assert list(parts) == ["backbone.stem.0", "backbone.a.0", "gate.conv"]
 
 
 def test_calls_are_noted_as_far_as_the_forward_comes():
     model = nets.settle(nets.Wild())
-    found = how_called(model, CallArguments((nets.images(1),), {}))
+    found = record_first_calls(model, CallArguments((nets.images(1),), {}))
     assert list(found[id(model.head)].arguments) == ["x"]
-    assert how_called(model, CallArguments((torch.zeros(1, 5, 4, 4),), {}))
+    assert record_first_calls(model, CallArguments((torch.zeros(1, 5, 4, 4),), {}))
     assert not model.backbone._forward_pre_hooks
 
 
 def test_models_that_answer_otherwise_are_told_apart():
     model, x = nets.settle(nets.Straight()), CallArguments((nets.images(2),), {})
     other = nets.settle(nets.Straight(), seed=5)
-    assert answers_alike(model, x, model, x)
-    assert not answers_alike(model, x, other, x)
+    assert models_match(model, x, model, x)
+    assert not models_match(model, x, other, x)
 
 
 def test_filters_of_functional_convolutions_count():
-    assert holds_convolutions(nets.Wild.Head(4))
-    assert not holds_convolutions(nn.Linear(3, 3))
+    assert contains_convs(nets.Wild.Head(4))
+    assert not contains_convs(nn.Linear(3, 3))

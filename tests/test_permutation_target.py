@@ -11,7 +11,7 @@ from tests import nets
 
 
 def absorbers(model):
-    return {r.conv.name: r.absorb for r in plan(trace(model)).rewrites}
+    return {r.conv.name: r.permutation_target for r in plan(trace(model)).rewrites}
 
 
 def test_a_straight_line_takes_up_the_order():
@@ -73,13 +73,13 @@ def test_a_shared_norm_or_consumer_does_not_absorb():
 def test_absorbing_changes_no_answer(make, monkeypatch):
     model, x = nets.settle(make()), nets.images()
     absorbed = ghostify(model, calibration=x)
-    monkeypatch.setattr(sys.modules["ghostify.rewrite"], "absorb", lambda *_: None)
+    monkeypatch.setattr(sys.modules["ghostify.rewriting.apply"], "push_permutation", lambda *_: None)
     gathered = ghostify(model, calibration=x)
     torch.testing.assert_close(absorbed(x), gathered(x), rtol=1e-4, atol=1e-5)
 
 
 def test_the_report_says_where_a_gather_remains():
     converted = ghostify(nets.settle(nets.Residual()), calibration=nets.images())
-    gathers = {line.name: line.gather for line in report(converted).lines if line.reason is None}
+    gathers = {line.name: line.reorders_output for line in report(converted).layers if line.skip_reason is None}
     ghosts = {n: m.order is not None for n, m in converted.named_modules() if isinstance(m, GhostModule)}
     assert gathers == ghosts

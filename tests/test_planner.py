@@ -4,7 +4,7 @@ from torch import nn
 
 from ghostify import GhostifyError, Policy, Rule, plan, trace
 from ghostify.modules.layout import Depthwise, GhostLayout, Grouped, Pointwise
-from ghostify.planning.planner import Rewrite, Skip, layout_of
+from ghostify.planning.planner import GhostRewrite, Skip, make_layout
 from tests import nets
 
 
@@ -17,7 +17,7 @@ def test_every_convolution_is_in_the_plan_exactly_once():
         program = trace(nets.settle(make()))
         entries = plan(program).entries
         assert [e.conv.name for e in entries] == [c.name for c in program.convolutions]
-        assert all(isinstance(e, Rewrite) != isinstance(e, Skip) for e in entries)
+        assert all(isinstance(e, GhostRewrite) != isinstance(e, Skip) for e in entries)
 
 
 def test_reasons_for_leaving_a_convolution_alone():
@@ -83,9 +83,9 @@ def test_planning_two_thousand_convolutions_takes_seconds():
     ],
 )
 def test_the_form_that_cheap_names(intrinsic, cheap, form):
-    assert layout_of(16, intrinsic, cheap, 3) == GhostLayout(16, intrinsic, form)
+    assert make_layout(16, intrinsic, cheap, 3) == GhostLayout(16, intrinsic, form)
 
 
 def test_auto_is_not_one_form():
     with pytest.raises(GhostifyError, match="cheap 'auto': is not one form"):
-        layout_of(16, 8, "auto", 3)
+        make_layout(16, 8, "auto", 3)

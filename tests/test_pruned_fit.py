@@ -2,35 +2,35 @@ import pytest
 import torch
 
 from ghostify import GhostifyError, Policy, Rule, deploy, fit, ghostify, load, report, rewrite, save, trace
-from ghostify.evaluation.metrics import outputs, relative_error
-from ghostify.planning.planner import Rewrite
-from ghostify.search.budget import plan_within
+from ghostify.evaluation.metrics import predict, relative_error
+from ghostify.planning.planner import GhostRewrite
+from ghostify.search.budget import plan_for_budget
 from tests import nets
 
 
 def planned(share=0.6, squeeze=False, **rule):
     model, x = nets.settle(nets.Inverted(squeeze=squeeze)), nets.images(64)
     program = trace(model, x[:1])
-    decided = plan_within(program, Policy((Rule(cheap="auto", narrow=True, **rule),)), {"macs": share}, x.split(8))
-    assert decided.narrowed
+    decided = plan_for_budget(program, Policy((Rule(cheap="auto", prune=True, **rule),)), {"macs": share}, x.split(8))
+    assert decided.pruned
     return model, program, decided, x
 
 
 @pytest.mark.parametrize("squeeze", [False, True])
 def test_the_fit_makes_good_what_leaving_out_costs(squeeze):
     model, program, decided, x = planned(squeeze=squeeze)
-    assert len(decided.narrowed) == 3 + 2 * squeeze
-    wanted = outputs(model, [x])
-    cut = relative_error(outputs(rewrite(program, decided, {}), [x]), wanted) if not decided.rewrites else 1.0
+    assert len(decided.pruned) == 3 + 2 * squeeze
+    wanted = predict(model, [x])
+    cut = relative_error(predict(rewrite(program, decided, {}), [x]), wanted) if not decided.rewrites else 1.0
     fits = fit(program, decided, x.split(8))
-    fitted = relative_error(outputs(rewrite(program, decided, fits.weights), [x]), wanted)
+    fitted = relative_error(predict(rewrite(program, decided, fits.weights), [x]), wanted)
     assert fitted < 0.5 * cut
     for entry in decided.changes:
-        if entry.conv.groups == 1 and not isinstance(entry, Rewrite):
+        if entry.conv.groups == 1 and not isinstance(entry, GhostRewrite):
             own = fits.weights[entry.conv.name]
-            assert own.error.mean() < 0.2
-            assert own.held_out.shape == own.error.shape
-            assert own.felt is not None
+            assert own.fit_error.mean() < 0.2
+            assert own.holdout_error.shape == own.fit_error.shape
+            assert own.output_error is not None
 
 
 @pytest.mark.parametrize("squeeze", [False, True])

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ghostify import GhostifyError, trace
-from ghostify.reporting.redundancy import draw, pairs_of, study, table
+from ghostify.reporting.redundancy import pairs_of, study_layer, table, write_pictures
 from tests import nets
 
 
@@ -34,7 +34,7 @@ def test_pairs_are_those_of_a_least_squares_solver(d):
 
 def test_a_study_of_a_layer(tmp_path):
     model, x = nets.settle(nets.Straight(16)), nets.images(8)
-    found = study(trace(model, x[:1]), "b.0", x.split(4))
+    found = study_layer(trace(model, x[:1]), "b.0", x.split(4))
     with torch.no_grad():
         torch.testing.assert_close(found.maps, model.b[0](model.a(model.stem(x)))[0])
     assert len(found.intrinsic) == 16
@@ -45,7 +45,7 @@ def test_a_study_of_a_layer(tmp_path):
     errors = [facts["best relative, median"][str(d)] for d in (1, 3, 5, 7)]
     assert errors == sorted(errors, reverse=True)
     assert table(found).row_count == 5
-    for file in draw(found, tmp_path):
+    for file in write_pictures(found, tmp_path):
         with Image.open(file) as image:
             assert image.size[0] > 300
 
@@ -54,7 +54,7 @@ def test_a_study_of_a_layer(tmp_path):
 def test_ghosts_stand_beside_their_own_originals(layer):
     """Whether or not the order of channels is taken up by the layer behind."""
     model, x = nets.settle(nets.Straight(16)), nets.images(8)
-    found = study(trace(model, x[:1]), layer, x.split(4))
+    found = study_layer(trace(model, x[:1]), layer, x.split(4))
     assert found.errors.median() < 1
     assert found.errors[list(found.intrinsic)].median() < 0.2
 
@@ -63,9 +63,9 @@ def test_layers_that_cannot_be_studied():
     model, x = nets.settle(nets.Straight()), nets.images(2)
     program = trace(model, x)
     with pytest.raises(GhostifyError, match="nothing: is no convolution of the model: it has "):
-        study(program, "nothing", [x])
+        study_layer(program, "nothing", [x])
     with pytest.raises(GhostifyError, match="a study needs images"):
-        study(program, "a.0", [])
+        study_layer(program, "a.0", [])
     depthwise = trace(nn.Sequential(nn.Conv2d(3, 3, 3, groups=3)), x)
     with pytest.raises(GhostifyError, match="0: depthwise"):
-        study(depthwise, "0", [x])
+        study_layer(depthwise, "0", [x])

@@ -8,7 +8,7 @@ from torch import nn
 
 from benchmarks.lib import rivals
 from ghostify.cli.demo import ResidualNet
-from ghostify.evaluation.metrics import outputs, relative_error
+from ghostify.evaluation.metrics import predict, relative_error
 from ghostify.planning.cost import count_macs
 from tests.nets import settle
 
@@ -55,8 +55,8 @@ def test_least_squares_brings_pruned_channels_nearer():
     model, x = network(), images(64)
     test = torch.randn(32, 1, 12, 12, generator=torch.Generator().manual_seed(2))
     looked = rivals.Seen(x.split(8))
-    wanted = outputs(model, [test])
-    made = [outputs(way(model, looked)(0.3), [test]) for way in (rivals.by_magnitude, rivals.by_least_squares)]
+    wanted = predict(model, [test])
+    made = [predict(way(model, looked)(0.3), [test]) for way in (rivals.by_magnitude, rivals.by_least_squares)]
     errors = [relative_error(y, wanted) for y in made]
     assert errors[1] < 0.5 * errors[0]
 
@@ -72,8 +72,8 @@ def test_least_squares_mends_what_was_spoilt():
     kept = {n: torch.arange(m.out_channels) for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     mended = rivals.compensated(model, spoilt, kept, images(64).split(8))
     test = images(4)
-    wanted = outputs(model, [test])
-    assert relative_error(outputs(mended, [test]), wanted) < 1e-3 < relative_error(outputs(spoilt, [test]), wanted)
+    wanted = predict(model, [test])
+    assert relative_error(predict(mended, [test]), wanted) < 1e-3 < relative_error(predict(spoilt, [test]), wanted)
 
 
 def conv_of(weight):

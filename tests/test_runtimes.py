@@ -17,7 +17,7 @@ from ghostify.runtimes.registry import (
     require_runtime,
 )
 from ghostify.runtimes.tensors import to_channels_last
-from ghostify.timing.timer import Stopwatch
+from ghostify.timing.timer import LatencyTimer
 from tests import nets
 
 pytestmark = pytest.mark.filterwarnings("default")  # the exporters' own
@@ -87,7 +87,7 @@ def test_versions_are_those_of_the_package_and_name_measured_latencies(name, mon
     runtime = usable(name)
     version = importlib.metadata.version(runtime.package)
     assert installed_version(runtime) == version
-    assert Stopwatch(name).version == f"{name} {version}"
+    assert LatencyTimer(name).version == f"{name} {version}"
 
     def missing(package):
         raise importlib.metadata.PackageNotFoundError(package)

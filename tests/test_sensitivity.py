@@ -4,14 +4,14 @@ from torch import nn
 
 import ghostify.fitting.sensitivity as module
 from ghostify import trace
-from ghostify.fitting.calibration import batches_of
-from ghostify.fitting.sensitivity import metric_of, output_sensitivity
+from ghostify.fitting.calibration import bind_calibration
+from ghostify.fitting.sensitivity import error_metric, output_sensitivity
 from tests import nets
 
 
 def sensitivity(model, batches, **options):
     program = trace(model)
-    return output_sensitivity(program, batches_of(program.module, batches), **options)
+    return output_sensitivity(program, bind_calibration(program.module, batches), **options)
 
 
 def test_it_predicts_the_output_error_of_small_noise():
@@ -43,7 +43,7 @@ def test_large_maps_are_felt_from_some_places(monkeypatch):
 
 def test_a_metric_is_positive_and_keeps_what_channels_feel():
     felt = torch.tensor([[4.0, 2.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
-    metric = metric_of(felt)
+    metric = error_metric(felt)
     torch.testing.assert_close(metric.diagonal()[:2], torch.tensor([4.0, 1.0], dtype=torch.float64))
     assert torch.linalg.eigvalsh(metric).min() > 0
     assert metric[0, 1] == pytest.approx(1.8)
@@ -69,7 +69,7 @@ def test_images_are_limited_and_parameters_stay_frozen():
 def test_every_convolution_of_the_graph_is_felt(make):
     model = nets.settle(make())
     found = sensitivity(model, nets.images(4))
-    reached = {c.name for c in trace(model).convolutions if c.obstacle is None}
+    reached = {c.name for c in trace(model).convolutions if c.unsupported_reason is None}
     assert reached == set(found)
 
 

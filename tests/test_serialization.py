@@ -7,13 +7,13 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from ghostify import GhostifyError, trace
-from ghostify.graph.serialization import describe, rebuild
+from ghostify.graph.serialization import deserialize_module, serialize_module
 from tests import nets
 
 
 def round_trip(module):
-    data, tensors = describe(module)
-    return rebuild(json.loads(json.dumps(data)), {k: v.detach().clone() for k, v in tensors.items()})
+    data, tensors = serialize_module(module)
+    return deserialize_module(json.loads(json.dumps(data)), {k: v.detach().clone() for k, v in tensors.items()})
 
 
 class Everything(nn.Module):
@@ -67,11 +67,11 @@ def test_what_plain_data_cannot_say_is_named():
     hooked = fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 3)))
     hooked.get_submodule("0").register_forward_hook(lambda *_: None)
     with pytest.raises(GhostifyError, match="0 carries hooks"):
-        describe(hooked)
+        serialize_module(hooked)
     odd = fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 4, 3)))
     odd.get_submodule("0").secret = object()
     with pytest.raises(GhostifyError, match=r"0\.secret: a object cannot be saved"):
-        describe(odd)
+        serialize_module(odd)
 
     class Local(nn.Conv2d):
         pass
@@ -79,7 +79,7 @@ def test_what_plain_data_cannot_say_is_named():
     Local.__module__ = "torch.nn.fake"
     local = fx.symbolic_trace(nn.Sequential(Local(3, 4, 3)))
     with pytest.raises(GhostifyError, match=r"0: its class: .* cannot be imported by that name"):
-        describe(local)
+        serialize_module(local)
 
 
 @pytest.mark.parametrize(
@@ -97,12 +97,12 @@ def test_what_plain_data_cannot_say_is_named():
     ],
 )
 def test_a_description_cannot_call_what_it_likes(change, message):
-    data, tensors = describe(fx.symbolic_trace(nets.settle(nets.Straight())))
+    data, tensors = serialize_module(fx.symbolic_trace(nets.settle(nets.Straight())))
     node = next(n for n in data["modules"][""]["nodes"] if n["op"] == "call_method")
     node.update({"op": "call_function", "target": "torch:relu", "args": [{"node": "x"}], "kwargs": {}})
     node.update(change)
     with pytest.raises(GhostifyError, match=message):
-        rebuild(data, tensors)
+        deserialize_module(data, tensors)
 
 
 def test_a_layer_must_be_a_module_of_a_known_package():
@@ -110,7 +110,7 @@ def test_a_layer_must_be_a_module_of_a_known_package():
         ("collections:OrderedDict", r"names collections:OrderedDict.*allow=\['collections'\]"),
         ("torch:Size", "which is no nn.Module"),
     ):
-        data, tensors = describe(fx.symbolic_trace(nets.settle(nets.Straight())))
+        data, tensors = serialize_module(fx.symbolic_trace(nets.settle(nets.Straight())))
         data["modules"]["a.0"]["class"] = name
         with pytest.raises(GhostifyError, match=message):
-            rebuild(data, tensors)
+            deserialize_module(data, tensors)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ghostify import GhostifyError
 from ghostify.search import solver as solving
 from ghostify.search.candidates import Candidate
-from ghostify.search.solver import Tie, solve
+from ghostify.search.solver import GroupConstraint, choose_candidates
 
 KEPT = ((0,), (0, 2))
 
@@ -26,8 +26,8 @@ def test_the_choice_is_the_best_of_all(layers, seed, share, linked):
 
     ties, counts = [], (None, *map(len, KEPT))
     if linked:
-        ties += [Tie(k, layers + k, "makes") for k in range(layers - 1)]
-        ties += [Tie(k + 1, layers + k, "reads") for k in range(layers - 1)]
+        ties += [GroupConstraint(k, layers + k, "makes") for k in range(layers - 1)]
+        ties += [GroupConstraint(k + 1, layers + k, "reads") for k in range(layers - 1)]
     tied = {(tie.conv, tie.key) for tie in ties}
     choices = [
         [
@@ -54,7 +54,7 @@ def test_the_choice_is_the_best_of_all(layers, seed, share, linked):
         for picks in itertools.product(*choices)
         if agree(picks) and all(sum(c.costs[k] for c in picks) <= limit for k, limit in enumerate(limits))
     ]
-    found = solve(choices, limits, ties)
+    found = choose_candidates(choices, limits, ties)
     if found is None:
         assert not possible
         return
@@ -70,11 +70,11 @@ def test_time_that_ends_is_not_out_of_reach(monkeypatch):
     rows = torch.rand(40, 30, 3, generator=generator).tolist()
     choices = [[Candidate(None, (a, b), loss) for a, b, loss in options] for options in rows]
     with pytest.raises(GhostifyError, match="no plan was found in 0 s"):
-        solve(choices, [12.0, 12.0])
+        choose_candidates(choices, [12.0, 12.0])
 
 
 def test_what_a_library_writes_past_python_stays_out_of_standard_output(capfd):
-    with solving._mute():
+    with solving._silence_stdout():
         os.write(1, b"a remark of the solver")
     print("ours", flush=True)
     assert capfd.readouterr().out == "ours\n"

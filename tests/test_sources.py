@@ -5,14 +5,14 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ghostify import GhostifyError
-from ghostify.data.sources import Source, parse_arguments, preprocessing, read_data
+from ghostify.data.sources import ModelSource, parse_arguments, preprocessing, read_data
 from tests import nets
 
 
 def test_models_by_name():
-    assert Source("timm:resnet10t", {"num_classes": 7}).build().fc.out_features == 7
-    assert Source("torchvision:resnet18", {}).build().fc.out_features == 1000
-    assert isinstance(Source("tests.nets:Straight", {"width": 4}).build(), nets.Straight)
+    assert ModelSource("timm:resnet10t", {"num_classes": 7}).build().fc.out_features == 7
+    assert ModelSource("torchvision:resnet18", {}).build().fc.out_features == 1000
+    assert isinstance(ModelSource("tests.nets:Straight", {"width": 4}).build(), nets.Straight)
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_models_by_name():
 )
 def test_names_that_lead_nowhere(name, message):
     with pytest.raises(GhostifyError, match=message):
-        Source(name, {}).build()
+        ModelSource(name, {}).build()
 
 
 def test_arguments():

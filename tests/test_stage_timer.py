@@ -1,10 +1,10 @@
 import time
 
-from ghostify.fitting.stage_timer import Clock
+from ghostify.fitting.stage_timer import StageTimer
 
 
 def test_blocks_of_a_name_add_up():
-    clock = Clock()
+    clock = StageTimer()
     for _ in range(2):
         with clock("a"):
             time.sleep(0.01)
@@ -17,8 +17,8 @@ def test_waiting_for_items_counts_but_using_them_does_not():
             time.sleep(0.01)
             yield k
 
-    clock, seen = Clock(), []
-    for k in clock.each("waiting", slow()):
+    clock, seen = StageTimer(), []
+    for k in clock.time_items("waiting", slow()):
         with clock("using"):
             time.sleep(0.02)
         seen.append(k)

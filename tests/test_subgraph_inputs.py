@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from ghostify import ghostify, trace
-from ghostify.evaluation.metrics import outputs, relative_error
-from ghostify.fitting.calibration import batches_of
-from ghostify.fitting.subgraph_inputs import arriving
+from ghostify.evaluation.metrics import predict, relative_error
+from ghostify.fitting.calibration import bind_calibration
+from ghostify.fitting.subgraph_inputs import collect_subgraph_inputs
 from tests import nets
 
 
@@ -15,24 +15,26 @@ def test_every_call_of_a_part_arrives_from_both_models():
     program = trace(nets.settle(nets.Wild()))
     x = nets.images(12)
     converted = copy.deepcopy(program.module)
-    batches = batches_of(program.module, x.split(6))
-    found = arriving(program, converted, "head", batches)
-    assert [b.size for b in found.own] == [6] * 4
-    assert [b.first for b in found.own] == [0, 6, 12, 18]
+    batches = bind_calibration(program.module, x.split(6))
+    found = collect_subgraph_inputs(program, converted, "head", batches)
+    assert [b.size for b in found.local_batches] == [6] * 4
+    assert [b.first for b in found.local_batches] == [0, 6, 12, 18]
     assert found.images == 24
-    assert all(torch.equal(b.inputs.values[0], b.converted_inputs.values[0]) for b in found.own)
+    assert all(torch.equal(b.inputs.values[0], b.converted_inputs.values[0]) for b in found.local_batches)
     with torch.no_grad():
         converted.backbone.get_submodule("a.0").weight.mul_(1.05)
-    changed = arriving(program, converted, "head", batches)
-    assert not torch.equal(changed.own[0].inputs.values[0], changed.own[0].converted_inputs.values[0])
+    changed = collect_subgraph_inputs(program, converted, "head", batches)
+    assert not torch.equal(
+        changed.local_batches[0].inputs.values[0], changed.local_batches[0].converted_inputs.values[0]
+    )
 
 
 def test_calls_that_have_little_in_common_are_fed_alike():
     program = trace(nets.settle(nets.Wild()))
     converted = copy.deepcopy(program.module)
     nn.init.normal_(converted.backbone.get_submodule("a.0").weight, std=3)
-    found = arriving(program, converted, "head", batches_of(program.module, nets.images(4)))
-    assert all(b.otherwise is None for b in found.own)
+    found = collect_subgraph_inputs(program, converted, "head", bind_calibration(program.module, nets.images(4)))
+    assert all(b.converted_stored is None for b in found.local_batches)
 
 
 def test_a_part_that_no_image_reaches_is_fitted_without_and_named():
@@ -66,7 +68,7 @@ def test_parts_are_fitted_to_images(make, wish):
     model, x = nets.settle(make()), nets.images(64, 16)
     errors = [
         relative_error(
-            outputs(ghostify(model, targets="*", example_inputs=x[:1], calibration=c, **wish), [x]), outputs(model, [x])
+            predict(ghostify(model, targets="*", example_inputs=x[:1], calibration=c, **wish), [x]), predict(model, [x])
         )
         for c in (None, x.split(16))
     ]

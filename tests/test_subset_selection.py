@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ghostify.fitting.subset_selection import greedy_order, loss_of
+from ghostify.fitting.subset_selection import greedy_order, selection_error
 
 
 def drawn(maps, rows=200, seed=0):
@@ -22,7 +22,7 @@ def test_the_loss_is_what_least_squares_leave(maps, seed):
     x, covariance, filters, importance = drawn(maps, seed=seed)
     order = greedy_order([covariance], [importance])
     assert sorted(order) == list(range(maps))
-    lost = [loss_of(order[:k], covariance, covariance, importance, float("inf")) for k in range(1, maps + 1)]
+    lost = [selection_error(order[:k], covariance, covariance, importance, float("inf")) for k in range(1, maps + 1)]
     for k, own in enumerate(lost, 1):
         kept = x[:, order[:k]]
         rest = x - kept @ torch.linalg.lstsq(kept, x).solution
@@ -34,7 +34,9 @@ def test_every_step_takes_the_map_that_helps_most():
     _, covariance, _, importance = drawn(7)
     order = greedy_order([covariance], [importance])
     for k in range(6):
-        tried = {j: loss_of([*order[:k], j], covariance, covariance, importance, float("inf")) for j in order[k:]}
+        tried = {
+            j: selection_error([*order[:k], j], covariance, covariance, importance, float("inf")) for j in order[k:]
+        }
         assert tried[order[k]] == pytest.approx(min(tried.values()), rel=1e-4, abs=1e-8)
 
 
@@ -43,7 +45,7 @@ def test_several_consumers_count_together():
     order = greedy_order([own[1] for own in both], [own[3] for own in both])
     for k in range(6):
         tried = {
-            j: sum(loss_of([*order[:k], j], c, c, importance, float("inf")) for _, c, _, importance in both)
+            j: sum(selection_error([*order[:k], j], c, c, importance, float("inf")) for _, c, _, importance in both)
             for j in order[k:]
         }
         assert tried[order[k]] == pytest.approx(min(tried.values()), rel=1e-4, abs=1e-8)
@@ -55,11 +57,11 @@ def test_copies_come_last():
     covariance = doubled.T @ doubled / len(x)
     order = greedy_order([covariance], [torch.eye(12, dtype=torch.float64)])
     assert {k % 6 for k in order[:6]} == set(range(6))
-    assert loss_of(order[:6], covariance, covariance, torch.eye(12).double(), 1e9) < 1e-4 * covariance.trace()
+    assert selection_error(order[:6], covariance, covariance, torch.eye(12).double(), 1e9) < 1e-4 * covariance.trace()
 
 
 def test_maps_that_are_always_zero_are_kept_last_and_cost_nothing():
     covariance = torch.diag(torch.tensor([0.0, 2.0, 0.0, 1.0], dtype=torch.float64))
     order = greedy_order([covariance], [torch.eye(4, dtype=torch.float64)])
     assert order == [1, 3, 0, 2]
-    assert loss_of(order[:2], covariance, covariance, torch.eye(4).double(), 1e9) == pytest.approx(0, abs=1e-9)
+    assert selection_error(order[:2], covariance, covariance, torch.eye(4).double(), 1e9) == pytest.approx(0, abs=1e-9)

@@ -2,17 +2,17 @@ import pytest
 import torch
 from torch import fx, nn
 
-from ghostify.graph.symbolic_tracer import UntraceableError, graph_of
+from ghostify.graph.symbolic_tracer import UntraceableError, trace_graph
 from tests import nets
 
 
 def test_a_forward_with_control_flow_has_no_graph():
     with pytest.raises(UntraceableError, match="control flow"):
-        graph_of(nets.Stubborn.Gate(3), set())
+        trace_graph(nets.Stubborn.Gate(3), set())
 
 
 def test_what_does_not_trace_inside_is_a_leaf():
-    targets = [n.target for n in graph_of(nets.Stubborn(), set()).nodes if n.op == "call_module"]
+    targets = [n.target for n in trace_graph(nets.Stubborn(), set()).nodes if n.op == "call_module"]
     assert "gate" in targets
     assert not any("gate." in str(t) for t in targets)
 
@@ -22,7 +22,7 @@ def test_arguments_that_are_given_stay_inputs():
         def forward(self, x, scale=1.0):
             return x * scale
 
-    guarded, free = ([n.name for n in graph_of(Scaled(), given).nodes] for given in (set(), {"scale"}))
+    guarded, free = ([n.name for n in trace_graph(Scaled(), given).nodes] for given in (set(), {"scale"}))
     assert "fixed" in guarded
     assert "fixed" not in free
 
@@ -42,7 +42,7 @@ def test_caches_that_a_forward_fills_hold_no_proxies_afterwards():
             return self.inner(self.conv(x) + self.cache["bias"]) + torch.ones(1)
 
     model, x = Caching().eval(), torch.rand(1, 3, 4, 4)
-    graph = graph_of(model, set())
+    graph = trace_graph(model, set())
     assert (model.cache, model.seen, model.last) == ({}, [], None)
     assert not hasattr(model, "new")
     graph.lint()

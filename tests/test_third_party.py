@@ -39,7 +39,7 @@ def test_a_network_of_another_package(name, tmp_path):
     converted = ghostify(model, 2, cheap="pointwise", example_inputs=x)
     found = report(converted)
     dense = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Conv2d) and m.groups == 1]
-    lines = {line.name: line.reason for line in found.lines}
+    lines = {line.name: line.skip_reason for line in found.layers}
     left = [lines[n] for n in dense if lines[n] is not None]
     assert all(reason.startswith(("the first convolution", "nothing is saved")) for reason in left)
     assert found.rewritten > 1
@@ -72,7 +72,9 @@ def test_the_networks_of_easyocr(make, x, targets, tmp_path):
     converted = ghostify(model, 2, cheap="pointwise", example_inputs=x, calibration=[x], targets=targets)
     assert report(converted).rewritten > 4
     assert not [
-        n.reason for n in report(converted).lines if n.reason and not n.reason.startswith(("no rule", "nothing"))
+        n.skip_reason
+        for n in report(converted).layers
+        if n.skip_reason and not n.skip_reason.startswith(("no rule", "nothing"))
     ]
     again = load(save(converted, tmp_path / "out"), allow=["easyocr"])
     assert all(map(torch.equal, tree_leaves(again(*x)), tree_leaves(converted(*x))))

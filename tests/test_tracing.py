@@ -38,10 +38,10 @@ def test_functional_convolutions_are_found_by_their_weight():
     program = trace(nets.settle(nets.Functional()), nets.images(1))
     named = {c.name: c for c in program.convolutions}
     assert named["kernel"].kind == "conv2d"
-    assert named["kernel"].obstacle is None
+    assert named["kernel"].unsupported_reason is None
     assert program.conv("kernel").stride == (2, 2)
-    computed = [c for c in program.convolutions if c.obstacle]
-    assert [c.obstacle for c in computed] == ["its weight is computed in the forward"]
+    computed = [c for c in program.convolutions if c.unsupported_reason]
+    assert [c.unsupported_reason for c in computed] == ["its weight is computed in the forward"]
 
 
 def test_one_weight_in_two_calls_is_one_convolution_if_the_calls_agree():
@@ -56,16 +56,16 @@ def test_one_weight_in_two_calls_is_one_convolution_if_the_calls_agree():
 
     (same,), (other,) = (trace(Twice(padding)).convolutions for padding in (1, 2))
     assert len(same.calls) == len(other.calls) == 2
-    assert same.obstacle is None
-    assert "different strides, paddings" in other.obstacle
+    assert same.unsupported_reason is None
+    assert "different strides, paddings" in other.unsupported_reason
 
 
 def test_a_convolution_inside_what_does_not_trace_is_a_part_of_its_own():
     model, x = nets.settle(nets.Stubborn()), nets.images(1)
     program = trace(model, x)
-    assert list(program.parts) == ["gate.conv", ""]
+    assert list(program.subgraphs) == ["gate.conv", ""]
     gate = next(c for c in program.convolutions if c.name == "gate.conv")
-    assert (gate.part, gate.local, gate.obstacle) == ("gate.conv", "conv", None)
+    assert (gate.part, gate.local_path, gate.unsupported_reason) == ("gate.conv", "conv", None)
     assert gate.calls[0].output_shape == (1, 8, 12, 12)
     assert program.conv("gate.conv") is program.module.gate.conv
 
@@ -73,13 +73,13 @@ def test_a_convolution_inside_what_does_not_trace_is_a_part_of_its_own():
 def test_a_class_that_does_not_trace_stays_around_the_parts_that_do():
     model, x = nets.settle(nets.Wild()), nets.images(2)
     program = trace(model, x)
-    assert list(program.parts) == ["backbone", "head", "gate.conv"]
+    assert list(program.subgraphs) == ["backbone", "head", "gate.conv"]
     assert isinstance(program.module, nets.Wild)
     assert isinstance(program.module.backbone, fx.GraphModule)
     assert [c.name for c in program.convolutions] == ["backbone.stem.0", "backbone.a.0", "head.weight", "gate.conv"]
     assert torch.equal(program.module(x), model(x))
     head = next(c for c in program.convolutions if c.part == "head")
-    assert head.calls[0].places == 2 * (144 + 36)
+    assert head.calls[0].output_positions == 2 * (144 + 36)
 
 
 def test_what_is_called_with_options_is_traced_as_it_is_called():
@@ -94,7 +94,7 @@ def test_what_is_called_with_options_is_traced_as_it_is_called():
 
     model, x = nets.settle(Options()), nets.images(1)
     program = trace(model, x)
-    assert list(program.parts) == ["inner"]
+    assert list(program.subgraphs) == ["inner"]
     torch.testing.assert_close(program.module(x), model(x))
     with pytest.raises(GhostifyError, match="argument 'bias' was fixed"):
         trace(model).module(x)
@@ -102,11 +102,11 @@ def test_what_is_called_with_options_is_traced_as_it_is_called():
 
 def test_a_convolution_that_never_runs_is_listed_with_the_reason():
     (found,) = trace(nets.Stubborn.Gate(3), -torch.ones(1, 3, 4, 4)).convolutions
-    assert "not called when the example inputs run" in found.obstacle
+    assert "not called when the example inputs run" in found.unsupported_reason
     model = nets.settle(nets.Straight())
     model.spare = nn.Conv2d(3, 3, 1)
     spare = next(c for c in trace(model).convolutions if c.name == "spare")
-    assert (spare.calls, spare.obstacle) == ((), "its forward does not call it as traced")
+    assert (spare.calls, spare.unsupported_reason) == ((), "its forward does not call it as traced")
 
 
 def test_optional_arguments_left_out_stand_guard():
@@ -122,13 +122,13 @@ def test_hooks_are_an_obstacle():
     model = nets.settle(nets.Straight())
     model.a[0].register_forward_hook(lambda *_: None)
     found = next(c for c in trace(model).convolutions if c.name == "a.0")
-    assert "it carries hooks" in found.obstacle
+    assert "it carries hooks" in found.unsupported_reason
 
 
 def test_a_tied_weight_is_an_obstacle():
     model = nn.Sequential(*[nn.Conv2d(8, 8, 3, padding=1) for _ in range(3)])
     model[2].weight = model[1].weight
-    reasons = {c.name: c.obstacle for c in trace(model).convolutions}
+    reasons = {c.name: c.unsupported_reason for c in trace(model).convolutions}
     assert reasons["0"] is None
     assert "shared with another part" in reasons["1"]
     assert "shared with another part" in reasons["2"]
@@ -178,7 +178,7 @@ def test_a_layer_without_convolutions_that_branches_on_its_mode_stays_whole():
             return x + torch.rand_like(x) if self.training else x
 
     program = trace(nn.Sequential(nn.Conv2d(3, 4, 3), Noise(), nn.Conv2d(4, 4, 3)).eval(), nets.images(1))
-    assert [c.obstacle for c in program.convolutions] == [None, None]
+    assert [c.unsupported_reason for c in program.convolutions] == [None, None]
     assert torch.equal(program.module(nets.images(1)), program.module(nets.images(1)))
     program.module.train()
     assert not torch.equal(program.module(nets.images(1)), program.module(nets.images(1)))
@@ -256,7 +256,7 @@ def test_a_graph_that_changes_with_the_size_is_traced_as_far_as_it_goes():
             return self.a(x) if x.shape[-1] > 16 else self.b(x)
 
     program = trace(Sizes(), nets.images(1, 12))
-    reasons = {c.name: c.obstacle for c in program.convolutions}
+    reasons = {c.name: c.unsupported_reason for c in program.convolutions}
     assert "not called when the example inputs run" in reasons["a"]
     assert reasons["b"] is None
     big = nets.images(1, 20)
@@ -269,4 +269,4 @@ def test_convolutions_that_run_as_functions_where_nothing_traces_are_listed():
         program = trace(model, x)
     (found,) = [c for c in program.convolutions if c.name == "weight"]
     assert (found.inputs, found.outputs, found.kernel, found.kind) == (8, 6, (3, 3), "conv2d")
-    assert "as a function" in found.obstacle
+    assert "as a function" in found.unsupported_reason

@@ -16,10 +16,10 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from ghostify import GhostifyError, ghostify
-from ghostify.data.training_data import Lessons
-from ghostify.evaluation.metrics import outputs
-from ghostify.training.losses import answers_apart, maps_apart
-from ghostify.training.trainer import Recipe, _listen, finetune
+from ghostify.data.training_data import TrainingData
+from ghostify.evaluation.metrics import predict
+from ghostify.training.losses import distillation_loss, relative_map_error
+from ghostify.training.trainer import Recipe, _collect_features, finetune
 from tests import nets
 
 pytest.importorskip("accelerate")
@@ -33,7 +33,7 @@ def setting(labelled=True, make=nets.Residual):
     model = nets.settle(make())
     x, y = nets.images(160), nets.images(32, seed=9)
     labels = [model(v).argmax(1) if labelled else torch.full((len(v),), -1) for v in (x, y)]
-    data = Lessons(TensorDataset(x, labels[0]), TensorDataset(y, labels[1]), labelled)
+    data = TrainingData(TensorDataset(x, labels[0]), TensorDataset(y, labels[1]), labelled)
     return model, ghostify(model, 2), data, y
 
 
@@ -59,8 +59,8 @@ def test_a_round_of_training_brings_the_answers_nearer(wish, tmp_path):
     before = {k: v.clone() for k, v in converted.state_dict().items()}
     tuned = finetune(converted, model, data, tmp_path / "t", Recipe(**{**vars(QUICK), **wish}))
     assert all(torch.equal(v, before[k]) for k, v in converted.state_dict().items())
-    wanted = outputs(model, [test])
-    apart = [float(answers_apart(outputs(m, [test]), wanted)) for m in (converted, tuned)]
+    wanted = predict(model, [test])
+    apart = [float(distillation_loss(predict(m, [test]), wanted)) for m in (converted, tuned)]
     assert "labels" in wish or apart[1] < 0.5 * apart[0]
     lines = metrics(tmp_path / "t")
     losses = [line["loss"] for line in lines if "loss" in line]
@@ -99,7 +99,7 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(wish, tmp_path):
         try:
             found = finetune(
                 converted, model, data, tmp_path / "parts", recipe,
-                tell=lambda s, a, b: None if s in seen else (seen.add(s), tell(s, a, b)),
+                on_progress=lambda s, a, b: None if s in seen else (seen.add(s), tell(s, a, b)),
             )  # fmt: skip
             break
         except KilledError:
@@ -108,7 +108,9 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(wish, tmp_path):
     assert all(torch.equal(v, wanted.state_dict()[k]) for k, v in found.state_dict().items())
     assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
     assert len(list((tmp_path / "parts").glob("state-*"))) == 1
-    again = finetune(converted, model, data, tmp_path / "parts", recipe, tell=lambda *_: pytest.fail("nothing is left"))
+    again = finetune(
+        converted, model, data, tmp_path / "parts", recipe, on_progress=lambda *_: pytest.fail("nothing is left")
+    )
     assert all(torch.equal(v, wanted.state_dict()[k]) for k, v in again.state_dict().items())
 
 
@@ -116,7 +118,7 @@ def test_training_ends_when_it_no_longer_gains(tmp_path):
     model, converted, data, _ = setting()
     steps = []
     recipe = Recipe(**{**vars(QUICK), "epochs": 20, "learning_rate": 1e-9, "patience": 2})
-    finetune(converted, model, data, tmp_path, recipe, tell=lambda step, *_: steps.append(step))
+    finetune(converted, model, data, tmp_path, recipe, on_progress=lambda step, *_: steps.append(step))
     assert steps[-1] == 30  # the first evaluation, and two without a gain
 
 
@@ -168,14 +170,14 @@ def test_features_are_compared_in_one_order():
     model, x = nets.settle(nets.Straight(16)), nets.images(64)
     made = ghostify(model, 1.1, cheap="pointwise", calibration=[x])
     assert made.get_submodule("a.0").order is None
-    student, teacher = _listen(made, model)
+    student, teacher = _collect_features(made, model)
     made(x), model(x)
     assert len(student) == 2
-    assert all(maps_apart(s, t) < 0.05 for s, t in zip(student, teacher, strict=True))
+    assert all(relative_map_error(s, t) < 0.05 for s, t in zip(student, teacher, strict=True))
     model = nets.settle(nets.Inverted())
     narrow = {"narrow": True, "cheap": "auto", "budget": {"macs": 0.6}, "example_inputs": x[:1]}
     made = ghostify(model, **narrow, calibration=[x])
-    student, teacher = _listen(made, model)
+    student, teacher = _collect_features(made, model)
     made(x), model(x)
     assert [s.shape for s in student] == [t.shape for t in teacher]
 

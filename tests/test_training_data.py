@@ -6,7 +6,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ghostify import GhostifyError
 from ghostify.data import sources
-from ghostify.data.training_data import Order, Seeded, lessons
+from ghostify.data.training_data import EpochSampler, SeededDataset, load_training_data
 from tests import nets
 
 
@@ -25,13 +25,13 @@ def folder(path, classes=("a", "b"), each=24):
 
 
 def test_class_folders_are_parted_by_seed_and_only_training_images_are_moved(tmp_path, prepared):
-    found = lessons(str(folder(tmp_path / "d")), prepared)
+    found = load_training_data(str(folder(tmp_path / "d")), prepared)
     assert found.labelled
     assert (len(found.train), len(found.validation)) == (46, 2)
     assert not set(found.train.indices) & set(found.validation.indices)
-    again = lessons(str(tmp_path / "d"), prepared)
+    again = load_training_data(str(tmp_path / "d"), prepared)
     assert (again.train.indices, again.validation.indices) == (found.train.indices, found.validation.indices)
-    assert lessons(str(tmp_path / "d"), prepared, seed=1).validation.indices != found.validation.indices
+    assert load_training_data(str(tmp_path / "d"), prepared, seed=1).validation.indices != found.validation.indices
     assert found.train[0][0].shape == found.validation[0][0].shape == (3, 16, 16)
     assert torch.equal(found.validation[0][0], found.validation[0][0])
     moved = [found.train[0][0] for _ in range(4)]
@@ -41,7 +41,7 @@ def test_class_folders_are_parted_by_seed_and_only_training_images_are_moved(tmp
 @pytest.mark.parametrize("inside", [".", "all"])
 def test_a_folder_without_classes_has_no_labels(tmp_path, prepared, inside):
     folder(tmp_path / "d", classes=(inside,), each=40)
-    found = lessons(str(tmp_path / "d"), prepared)
+    found = load_training_data(str(tmp_path / "d"), prepared)
     assert not found.labelled
     assert (len(found.train), len(found.validation)) == (38, 2)
     image, label = found.validation[1]
@@ -55,7 +55,7 @@ def test_a_folder_without_classes_has_no_labels(tmp_path, prepared, inside):
 def test_a_folder_that_is_parted_already_stays_so(tmp_path, prepared, name):
     folder(tmp_path / "train")
     folder(tmp_path / name, each=3)
-    found = lessons(str(tmp_path), prepared)
+    found = load_training_data(str(tmp_path), prepared)
     assert (len(found.train), len(found.validation)) == (48, 6)
 
 
@@ -63,7 +63,7 @@ def test_a_folder_that_is_parted_already_stays_so(tmp_path, prepared, name):
 def test_arrays_with_and_without_labels(tmp_path, prepared, labelled):
     images, labels = np.random.rand(40, 3, 16, 16).astype(np.float32), np.arange(40) % 3
     np.savez(tmp_path / "d.npz", images=images, **({"labels": labels} if labelled else {}))
-    found = lessons(str(tmp_path / "d.npz"), prepared)
+    found = load_training_data(str(tmp_path / "d.npz"), prepared)
     assert found.labelled is labelled
     assert (len(found.train), len(found.validation)) == (38, 2)
     assert {int(found.train[k][1]) for k in range(38)} == ({0, 1, 2} if labelled else {-1})
@@ -82,7 +82,7 @@ def test_training_sets_that_are_none(tmp_path, prepared, monkeypatch, data, mess
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(GhostifyError, match=message):
-        lessons(data, prepared)
+        load_training_data(data, prepared)
 
 
 class Noisy(TensorDataset):
@@ -95,7 +95,7 @@ class Noisy(TensorDataset):
 
 
 def test_randomness_is_that_of_seed_epoch_and_image():
-    items = Seeded(Noisy(torch.zeros(12)), seed=3)
+    items = SeededDataset(Noisy(torch.zeros(12)), seed=3)
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
     one = [items[2, k] for k in range(12)]
     assert torch.equal(torch.get_rng_state(), before[0])
@@ -103,8 +103,8 @@ def test_randomness_is_that_of_seed_epoch_and_image():
     assert all(torch.equal(items[2, k], one[k]) for k in reversed(range(12)))
     assert len({float(v) for v in one}) == 12
     assert not torch.equal(items[1, 0], one[0])
-    assert not torch.equal(Seeded(items.items, seed=4)[2, 0], one[0])
-    order = Order(12, 0)
+    assert not torch.equal(SeededDataset(items.items, seed=4)[2, 0], one[0])
+    order = EpochSampler(12, 0)
     order.epoch = 2
     for workers in (0, 2):
         loaded = torch.cat([b.flatten() for b in DataLoader(items, 3, sampler=order, num_workers=workers)])
@@ -112,7 +112,7 @@ def test_randomness_is_that_of_seed_epoch_and_image():
 
 
 def test_an_order_can_be_taken_up_in_the_middle():
-    order = Order(10, seed=1)
+    order = EpochSampler(10, seed=1)
     whole = list(order)
     assert sorted(k for _, k in whole) == list(range(10))
     order.skip = 4

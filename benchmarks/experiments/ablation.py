@@ -25,36 +25,36 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.lib.networks import calibration, images, reestimated, resnet20
 from benchmarks.lib.tables import Row, options, publish
 from ghostify import Policy, Rule, fit, plan, rewrite, trace
-from ghostify.data.datasets import Images
-from ghostify.evaluation.metrics import outputs, relative_error, top1
-from ghostify.fitting.assignment import Groups, in_given_order
+from ghostify.data.datasets import LabelledImages
+from ghostify.evaluation.metrics import predict, relative_error, top1
+from ghostify.fitting.assignment import GhostAssignment, paper_assignment
 from ghostify.fitting.ghost_statistics import Solution
-from ghostify.fitting.initialization import unfitted
-from ghostify.fitting.lstsq import DEFAULT_METHOD, FitMethod, Statistics
-from ghostify.fitting.moments import Pair
-from ghostify.fitting.sensitivity import Calibration, calibrate
+from ghostify.fitting.initialization import untrained_weights
+from ghostify.fitting.lstsq import DEFAULT_METHOD, FitMethod, JointStatistics
+from ghostify.fitting.moments import SplitMoments
+from ghostify.fitting.sensitivity import Calibration, prepare_calibration
 from ghostify.modules.layout import GhostLayout
-from ghostify.planning.planner import Plan, Rewrite
+from ghostify.planning.planner import GhostRewrite, Plan
 
 IMAGES = 512
 ADAM_STEPS = 200
 
 
-def original_filters(_moments: Pair, prior: Tensor, *_: object, **__: object) -> Tensor:
+def original_filters(_moments: SplitMoments, prior: Tensor, *_: object, **__: object) -> Tensor:
     """No refit: each layer keeps the original's filters."""
     return prior
 
 
-def given_order(_costs: Tensor, layout: GhostLayout) -> Groups:
+def given_order(_costs: Tensor, layout: GhostLayout) -> GhostAssignment:
     """The paper's assignment: the first maps are intrinsic."""
-    return in_given_order(layout)
+    return paper_assignment(layout)
 
 
-def no_joint_refit(_stats: Statistics, solution: Solution, _weights: Tensor) -> Solution:
+def no_joint_refit(_stats: JointStatistics, solution: Solution, _weights: Tensor) -> Solution:
     return solution
 
 
-def by_adam(stats: Statistics, solution: Solution, weights: Tensor) -> Solution:
+def by_adam(stats: JointStatistics, solution: Solution, weights: Tensor) -> Solution:
     """The joint refit by gradients, from the same start; the rate falls by a cosine."""
     with torch.enable_grad():
         intrinsic = solution.intrinsic.clone().requires_grad_()
@@ -81,7 +81,7 @@ def unaware(seen: Calibration) -> Calibration:
 def alone(decided: Plan) -> Plan:
     """No layer corrects the error of the residual operand."""
     return replace(
-        decided, entries=tuple(replace(e, partner=None) if isinstance(e, Rewrite) else e for e in decided.entries)
+        decided, entries=tuple(replace(e, partner=None) if isinstance(e, GhostRewrite) else e for e in decided.entries)
     )
 
 
@@ -94,29 +94,29 @@ METHODS = {
 }
 
 
-def rows(model: nn.Module, data: Images) -> Iterator[Row]:
+def rows(model: nn.Module, data: LabelledImages) -> Iterator[Row]:
     """One row for each way."""
     program = trace(model, data.test[:1])
     decided = plan(program, Policy((Rule(ratio=2),)))
     batches = list(calibration(data, IMAGES, 0).split(64))
-    seen = calibrate(program, batches, 0)
+    seen = prepare_calibration(program, batches, 0)
     test = data.test.to(memory_format=torch.channels_last).split(500)
-    reference = outputs(model, test)
+    reference = predict(model, test)
 
     def row(how: str, module: nn.Module, seconds: float = 0.0, layer_error: float | None = None) -> Row:
-        made = outputs(module.to(memory_format=torch.channels_last), test)
+        made = predict(module.to(memory_format=torch.channels_last), test)
         error, top = relative_error(made, reference), top1(made, data.test_labels)
         return {"how": how, "layer": layer_error, "error": error, "top1": top, "seconds": seconds}
 
     def converted(how: str, decided: Plan, seen: Calibration, method: FitMethod = DEFAULT_METHOD) -> Row:
         started = time.perf_counter()
         found = fit(program, decided, seen, method=method)
-        errors = [float(w.held_out.mean()) for w in found.weights.values() if w.held_out is not None]
+        errors = [float(w.holdout_error.mean()) for w in found.weights.values() if w.holdout_error is not None]
         spent = time.perf_counter() - started
         return row(how, rewrite(program, decided, found.weights), spent, sum(errors) / len(errors))
 
     yield row("original", model)
-    yield row("random kernels, first filters kept", rewrite(program, decided, unfitted(program, decided)))
+    yield row("random kernels, first filters kept", rewrite(program, decided, untrained_weights(program, decided)))
     yield row("no images", rewrite(program, decided, fit(program, decided).weights))
     for how, method in METHODS.items():
         yield converted(how, decided, seen, method)

@@ -24,11 +24,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.lib.networks import accuracy, calibration, images, resnet20, vgg16
 from benchmarks.lib.tables import Row, options, publish
 from ghostify import Policy, Rule, fit, plan, rewrite, trace
-from ghostify.data.datasets import Images
-from ghostify.fitting.initialization import unfitted
-from ghostify.fitting.sensitivity import calibrate
+from ghostify.data.datasets import LabelledImages
+from ghostify.fitting.initialization import untrained_weights
+from ghostify.fitting.sensitivity import prepare_calibration
 from ghostify.planning.cost import count_macs
-from ghostify.search.budget import plan_within
+from ghostify.search.budget import plan_for_budget
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ SEEDS = [replace(form, seeds=(0, 1, 2)) for form in (*HALF, *AUTO)]
 FEWER = [replace(form, images=64) for form in (*HALF, *AUTO)]
 
 
-def rows(model: nn.Module, data: Images, forms: list[Form]) -> Iterator[Row]:
+def rows(model: nn.Module, data: LabelledImages, forms: list[Form]) -> Iterator[Row]:
     """One row for each way of converting."""
     first = data.test[:1]
     program = trace(model, first)
@@ -85,16 +85,16 @@ def rows(model: nn.Module, data: Images, forms: list[Form]) -> Iterator[Row]:
         if form.budget is None and form.images == 512:
             decided = plan(program, policy)
             if form.rule == Rule(ratio=2):
-                yield row(f"{form.name}, random ghosts", rewrite(program, decided, unfitted(program, decided)))
+                yield row(f"{form.name}, random ghosts", rewrite(program, decided, untrained_weights(program, decided)))
             free = fit(program, decided)
             yield row(f"{form.name}, no images", rewrite(program, decided, free.weights), sum(free.seconds.values()))
         for seed in form.seeds:
             started = time.perf_counter()
-            seen = calibrate(program, calibration(data, form.images, seed).split(64), seed)
+            seen = prepare_calibration(program, calibration(data, form.images, seed).split(64), seed)
             if form.budget is None:
                 decided = plan(program, policy)
             else:
-                decided = plan_within(program, policy, {"macs": form.budget}, seen, seed)
+                decided = plan_for_budget(program, policy, {"macs": form.budget}, seen, seed)
             module = rewrite(program, decided, fit(program, decided, seen, seed=seed).weights)
             spent = time.perf_counter() - started
             yield row(f"{form.name}, {form.images} images, seed {seed}", module, spent, form.images)

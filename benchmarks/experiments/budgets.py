@@ -26,12 +26,12 @@ from benchmarks.lib.catalogue import BUDGETS as COLUMNS
 from benchmarks.lib.tables import Row, options, publish, recorded
 from ghostify import GhostifyError, Policy, Rule, plan, rewrite, trace
 from ghostify.deployment.inference_form import deploy
-from ghostify.fitting.initialization import unfitted
+from ghostify.fitting.initialization import untrained_weights
 from ghostify.graph.program import Program
 from ghostify.planning.planner import Plan
 from ghostify.runtimes.registry import RUNTIMES
-from ghostify.search.budget import choices_of, choose
-from ghostify.timing.timer import Stopwatch
+from ghostify.search.budget import build_search_space, select_plan
+from ghostify.timing.timer import LatencyTimer
 
 BUDGETS = (0.7, 0.8, 0.9, 0.95)
 POLICY = Policy((Rule(cheap="auto"),))
@@ -50,17 +50,21 @@ def names() -> list[str]:
     return sorted((n for n in found if not n.startswith(others)), key=size)
 
 
-def decided(model: nn.Module, x: torch.Tensor, clock: Stopwatch) -> tuple[Row, Plan, Program]:
+def decided(model: nn.Module, x: torch.Tensor, clock: LatencyTimer) -> tuple[Row, Plan, Program]:
     """The tightest budget in reach, its plan, and what it makes of the model."""
     program = trace(model, x)
-    choices = choices_of(program, POLICY, ("latency",), None, 0, clock)
+    choices = build_search_space(program, POLICY, ("latency",), None, 0, clock)
     for budget in BUDGETS:
         try:
-            made = choose(choices, {"latency": budget}).plan
+            made = select_plan(choices, {"latency": budget}).plan
         except GhostifyError:
             continue
-        return {"budget": budget, "reach": choices.reach["latency"]}, made, program
-    return {"budget": None, "reach": choices.reach["latency"]}, plan(program, Policy((Rule(ratio=1),))), program
+        return {"budget": budget, "reach": choices.minimum_shares["latency"]}, made, program
+    return (
+        {"budget": None, "reach": choices.minimum_shares["latency"]},
+        plan(program, Policy((Rule(ratio=1),))),
+        program,
+    )
 
 
 def rows(only: str, runtime: str, known: list[Row]) -> Iterator[Row]:
@@ -70,10 +74,10 @@ def rows(only: str, runtime: str, known: list[Row]) -> Iterator[Row]:
         torch.manual_seed(0)
         model = torchvision.models.get_model(name, weights=None).eval()
         x = torch.rand(1, 3, SIZES.get(name, 224), SIZES.get(name, 224))
-        with Stopwatch(runtime) as clock:
+        with LatencyTimer(runtime) as clock:
             facts, made, program = decided(model, x, clock)
-            small = rewrite(program, made, unfitted(program, made, shuffled=True))
-            before, after = clock.milliseconds([deploy(model, x), deploy(small, x)], [x, x], ROUNDS)
+            small = rewrite(program, made, untrained_weights(program, made, shuffled=True))
+            before, after = clock.latencies_ms([deploy(model, x), deploy(small, x)], [x, x], ROUNDS)
         macs = [made.macs_before, made.macs_after]
         yield {"how": name, **facts, "rewritten": len(made.rewrites), "macs": macs, "ms": [before, after]}
 

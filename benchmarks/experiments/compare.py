@@ -40,15 +40,15 @@ from benchmarks.lib import networks, rivals
 from benchmarks.lib.catalogue import LIMITS, comparison
 from benchmarks.lib.tables import Row, options, publish, recorded
 from ghostify import GhostifyError, Policy, Recipe, Rule, finetune, fit, rewrite, trace
-from ghostify.data.training_data import Lessons
-from ghostify.evaluation.metrics import outputs
-from ghostify.fitting.sensitivity import calibrate
-from ghostify.graph.inputs import tensors_of
-from ghostify.graph.modes import evaluating
+from ghostify.data.training_data import TrainingData
+from ghostify.evaluation.metrics import predict
+from ghostify.fitting.sensitivity import prepare_calibration
+from ghostify.graph.inputs import tensor_leaves
+from ghostify.graph.modes import eval_mode
 from ghostify.planning.cost import count_macs
-from ghostify.search.budget import plan_within
-from ghostify.timing.latency import paired
-from ghostify.training.losses import answers_apart
+from ghostify.search.budget import plan_for_budget
+from ghostify.timing.latency import interleaved_latency
+from ghostify.training.losses import distillation_loss
 
 IMAGES, TAUGHT, JUDGING, TIMED, PAGES = 512, 10_000, 500, 32, 128
 SEEDS = (0, 1, 2)
@@ -65,7 +65,7 @@ class Subject:
     seen: Callable[[int], rivals.Seen]
     example: Tensor
     judge: Callable[[nn.Module], float]
-    lessons: Callable[[int], Lessons] | None = None
+    lessons: Callable[[int], TrainingData] | None = None
     ignore: tuple[Any, ...] = ()
 
 
@@ -77,9 +77,9 @@ Method = Callable[[Subject, rivals.Seen, Limit, int], nn.Module | None]
 def ghosts(wish: Mapping[str, Any], subject: Subject, seen: rivals.Seen, limit: Limit, seed: int) -> nn.Module | None:
     """As `ghostify(model, budget=..., calibration=..., **wish)`."""
     program = trace(subject.model, subject.example)
-    looked = calibrate(program, seen.batches, seed)
+    looked = prepare_calibration(program, seen.batches, seed)
     try:
-        decided = plan_within(program, _policy(subject, **wish), dict([limit]), looked, seed)
+        decided = plan_for_budget(program, _policy(subject, **wish), dict([limit]), looked, seed)
     except GhostifyError:
         return None
     return rewrite(program, decided, fit(program, decided, looked, seed=seed).weights)
@@ -89,7 +89,7 @@ def starts(kept: bool, subject: Subject, seen: rivals.Seen, limit: Limit, seed: 
     """The paper's module, depthwise 3 x 3, fitted to nothing: first filters kept, or all drawn anew."""
     program = trace(subject.model, subject.example)
     try:
-        decided = plan_within(program, _policy(subject), dict([limit]), seed=seed)
+        decided = plan_for_budget(program, _policy(subject), dict([limit]), seed=seed)
     except GhostifyError:
         return None
     module = networks.unfitted_ghosts(program, decided, seed, kept=kept)
@@ -122,8 +122,8 @@ def nearer(made: nn.Module, model: nn.Module, seen: rivals.Seen) -> nn.Module:
     """As it is or with statistics taken anew, whichever answers more as the original does on the calibration images."""
 
     def answers(m: nn.Module) -> Tensor:
-        with evaluating(m):
-            return torch.cat([tensors_of(m(batch))[0] for batch in seen.batches])
+        with eval_mode(m):
+            return torch.cat([tensor_leaves(m(batch))[0] for batch in seen.batches])
 
     wanted = answers(model)
     return min(
@@ -155,7 +155,7 @@ def _macs(subject: Subject, small: nn.Module) -> float:
 
 
 def _time(subject: Subject, small: nn.Module) -> float:
-    before, after = paired([subject.model, small], subject.example)
+    before, after = interleaved_latency([subject.model, small], subject.example)
     return after / before
 
 
@@ -171,10 +171,10 @@ def fashion(name: str) -> Subject:
         index = drawn(seed)[:IMAGES]
         return rivals.Seen(data.train[index].split(64), data.train_labels[index].split(64))
 
-    def lessons(seed: int) -> Lessons:
+    def lessons(seed: int) -> TrainingData:
         taught, judging = drawn(seed)[IMAGES:][: TAUGHT + JUDGING].split([TAUGHT, JUDGING])
         parts = (TensorDataset(data.train[k], torch.full((len(k),), -1)) for k in (taught, judging))
-        return Lessons(*parts, labelled=False)
+        return TrainingData(*parts, labelled=False)
 
     return Subject(model, seen, data.train[:TIMED], lambda m: networks.accuracy(m, data), lessons)
 
@@ -240,8 +240,8 @@ def _taught(subject: Subject, small: nn.Module, seed: int) -> float:
             recipe = replace(RECIPE, learning_rate=rate, seed=seed)
             found.append(finetune(small, subject.model, lessons, folder, recipe))
     images = torch.stack([image for image, _ in lessons.validation]).split(100)
-    wanted = outputs(subject.model, images)
-    return subject.judge(min(found, key=lambda m: float(answers_apart(outputs(m, images), wanted))))
+    wanted = predict(subject.model, images)
+    return subject.judge(min(found, key=lambda m: float(distillation_loss(predict(m, images), wanted))))
 
 
 def main() -> None:

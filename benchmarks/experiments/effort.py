@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.lib.tables import Row, options, publish
 from ghostify import Policy, Rule, fit, plan, trace
-from ghostify.fitting.sensitivity import calibrate
+from ghostify.fitting.sensitivity import prepare_calibration
 
 BATCH = 32
 SETTINGS = ((128, "depthwise"), (1280, "depthwise"), (128, "pointwise"))
@@ -66,7 +66,7 @@ def measure(images: int, cheap: str) -> Row:
         forward = (time.perf_counter() - started) / (4 * BATCH) * images
     before = peak()
     started = time.perf_counter()
-    found = fit(program, decided, calibrate(program, stream(images)))
+    found = fit(program, decided, prepare_calibration(program, stream(images)))
     spent = time.perf_counter() - started
     shares = {name: seconds / spent for name, seconds in found.seconds.items()}
     return {

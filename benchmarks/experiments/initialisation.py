@@ -35,38 +35,38 @@ from benchmarks.lib.catalogue import EPOCHS, SCHEDULE, initialisations
 from benchmarks.lib.tables import Row, options, publish, recorded
 from ghostify import Policy, Recipe, Rule, finetune, fit, plan, rewrite, trace
 from ghostify.cli.demo import train
-from ghostify.data.datasets import Images
-from ghostify.data.training_data import Lessons
-from ghostify.evaluation.metrics import outputs, top1
-from ghostify.fitting.sensitivity import calibrate
+from ghostify.data.datasets import LabelledImages
+from ghostify.data.training_data import TrainingData
+from ghostify.evaluation.metrics import predict, top1
+from ghostify.fitting.sensitivity import prepare_calibration
 from ghostify.graph.program import Program
-from ghostify.search.budget import plan_within
+from ghostify.search.budget import plan_for_budget
 
 SEEDS = (0, 1, 2)
 BRIEF, LONG = (0.005, 0.02, 0.1), (0.02, 0.1, 0.2)
 RATE, HELD_OUT, IMAGES = 0.2, 5_000, 512
-Start = Callable[[Program, Images, int], nn.Module]
+Start = Callable[[Program, LabelledImages, int], nn.Module]
 
 
-def drawn(program: Program, _: Images, seed: int, *, kept: bool) -> nn.Module:
+def drawn(program: Program, _: LabelledImages, seed: int, *, kept: bool) -> nn.Module:
     return networks.unfitted_ghosts(program, plan(program, Policy((Rule(),))), seed, kept=kept)
 
 
-def without_images(program: Program, _: Images, __: int) -> nn.Module:
+def without_images(program: Program, _: LabelledImages, __: int) -> nn.Module:
     decided = plan(program, Policy((Rule(),)))
     return rewrite(program, decided, fit(program, decided).weights)
 
 
-def calibrated(program: Program, data: Images, seed: int, *, cheap: str) -> nn.Module:
-    seen = calibrate(program, networks.calibration(data, IMAGES, seed).split(64), seed)
+def calibrated(program: Program, data: LabelledImages, seed: int, *, cheap: str) -> nn.Module:
+    seen = prepare_calibration(program, networks.calibration(data, IMAGES, seed).split(64), seed)
     decided = plan(program, Policy((Rule(),)))
     if cheap == "auto":
         share = decided.macs_after / decided.macs_before
-        decided = plan_within(program, Policy((Rule(cheap=cheap),)), {"macs": share}, seen, seed)
+        decided = plan_for_budget(program, Policy((Rule(cheap=cheap),)), {"macs": share}, seen, seed)
     return rewrite(program, decided, fit(program, decided, seen, seed=seed).weights)
 
 
-def scratch(program: Program, data: Images, seed: int) -> nn.Module:
+def scratch(program: Program, data: LabelledImages, seed: int) -> nn.Module:
     module = drawn(program, data, seed, kept=False)
     torch.manual_seed(seed)
     for part in module.modules():
@@ -83,10 +83,10 @@ STARTS: dict[str, Start] = {
     "fitted to 512 images, auto": partial(calibrated, cheap="auto"),
 }
 DISTILLED, FROM_SCRATCH = "fitted to 512 images, auto, distilled and labelled", "from scratch"
-Training = Callable[[nn.Module, Images, float, float, int], nn.Module]
+Training = Callable[[nn.Module, LabelledImages, float, float, int], nn.Module]
 
 
-def trained(module: nn.Module, data: Images, epochs: float, rate: float, seed: int) -> nn.Module:
+def trained(module: nn.Module, data: LabelledImages, epochs: float, rate: float, seed: int) -> nn.Module:
     """A copy after so many epochs of labelled training."""
     own = copy.deepcopy(module)
     if epochs:
@@ -94,24 +94,28 @@ def trained(module: nn.Module, data: Images, epochs: float, rate: float, seed: i
     return own
 
 
-def distilled(original: nn.Module, module: nn.Module, data: Images, epochs: float, rate: float, seed: int) -> nn.Module:
+def distilled(
+    original: nn.Module, module: nn.Module, data: LabelledImages, epochs: float, rate: float, seed: int
+) -> nn.Module:
     """The same towards labels and the original's answers."""
     images = TensorDataset(data.train, data.train_labels)
-    lessons = Lessons(images, Subset(images, range(128)), labelled=True)  # judged once, at the end
+    lessons = TrainingData(images, Subset(images, range(128)), labelled=True)  # judged once, at the end
     recipe = Recipe(epochs=epochs, learning_rate=rate, labels=1.0, precision="bf16", evaluate_every=epochs, seed=seed)
     with tempfile.TemporaryDirectory() as folder:
         return finetune(module, original, lessons, folder, recipe)
 
 
-def best_rate(training: Training, module: nn.Module, data: Images, rates: tuple[float, ...]) -> float:
+def best_rate(training: Training, module: nn.Module, data: LabelledImages, rates: tuple[float, ...]) -> float:
     """The rate that does best in a quarter of an epoch, judged on training images held out."""
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(99))
     judging, rest = order[:HELD_OUT], order[HELD_OUT:]
-    less = Images(data.name, data.train[rest], data.train_labels[rest], data.test, data.test_labels, data.classes)
+    less = LabelledImages(
+        data.name, data.train[rest], data.train_labels[rest], data.test, data.test_labels, data.classes
+    )
 
     def right(rate: float) -> float:
         made = training(module, less, 0.25, rate, 0)
-        return top1(outputs(made, data.train[judging].split(500)), data.train_labels[judging])
+        return top1(predict(made, data.train[judging].split(500)), data.train_labels[judging])
 
     return max(rates, key=right)
 

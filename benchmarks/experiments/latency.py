@@ -32,7 +32,7 @@ from ghostify import GhostifyError, save
 from ghostify.deployment.inference_form import deploy
 from ghostify.planning.cost import count_macs
 from ghostify.runtimes.registry import RUNTIMES
-from ghostify.timing.timer import INPUTS, ask, start, stop, store
+from ghostify.timing.timer import INPUTS, export_for_timing, request_timings, start_worker, stop_worker
 
 TURNS, EACH, PAUSE = 8, 5, 0.05
 
@@ -41,7 +41,7 @@ def stored(model: nn.Module, runtime: str, x: Tensor, folder: Path) -> Path:
     """The model's inference form, as a process of that runtime opens it."""
     small = deploy(model, x)
     if not RUNTIMES[runtime].loads_folders:
-        return store(small, runtime, x, folder)
+        return export_for_timing(small, runtime, x, folder)
     folder.mkdir()
     np.savez(folder / INPUTS, x.numpy())
     return save(small, folder / "model")
@@ -49,18 +49,18 @@ def stored(model: nn.Module, runtime: str, x: Tensor, folder: Path) -> Path:
 
 def taking_turns(runtime: str, paths: list[Path], threads: int) -> list[float]:
     """Median milliseconds of each, in processes of their own."""
-    workers = [start(runtime, threads) for _ in paths]
+    workers = [start_worker(runtime, threads) for _ in paths]
     spent: list[list[float]] = [[] for _ in workers]
     try:
         for worker, path in zip(workers, paths, strict=True):
-            ask(worker, [path], 1)
+            request_timings(worker, [path], 1)
         for _ in range(TURNS):
             for worker, path, own in zip(workers, paths, spent, strict=True):
                 time.sleep(PAUSE)  # the other's threads stop spinning
-                own += ask(worker, [path], EACH)[0]
+                own += request_timings(worker, [path], EACH)[0]
     finally:
         for worker in workers:
-            stop(worker)
+            stop_worker(worker)
     return [statistics.median(own) for own in spent]
 
 

@@ -25,7 +25,7 @@ from benchmarks.lib.lite0 import crops, lite0
 from benchmarks.lib.photographs import CALIBRATION, TEST
 from benchmarks.lib.tables import Row, options, publish
 from ghostify import ghostify
-from ghostify.evaluation.metrics import outputs, relative_error, top1
+from ghostify.evaluation.metrics import predict, relative_error, top1
 from ghostify.planning.cost import count_macs
 
 QUICK: list[tuple[str, dict[str, Any], bool]] = [
@@ -57,10 +57,10 @@ def rows(setting: Setting, forms: list[tuple[str, dict[str, Any], bool]]) -> Ite
     model = lite0()
     calibration = crops(CALIBRATION, setting.calibration, setting.seed).split(32)
     test = crops(TEST, setting.test, setting.seed).split(32)
-    reference, macs = outputs(model, test), count_macs(model, test[0][:1])
+    reference, macs = predict(model, test), count_macs(model, test[0][:1])
 
     def row(how: str, module: nn.Module, seconds: float, images: int) -> Row:
-        answers, own = outputs(module, test), count_macs(module, test[0][:1])
+        answers, own = predict(module, test), count_macs(module, test[0][:1])
         return {
             "how": how,
             "macs": own,

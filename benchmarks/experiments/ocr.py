@@ -34,7 +34,7 @@ from benchmarks.lib.craft import HALF, WEIGHTS, craft, matches, narrow
 from benchmarks.lib.documents import calibration_pages, test_images
 from benchmarks.lib.tables import Row, options, publish
 from ghostify import ghostify
-from ghostify.deployment.exporter import write
+from ghostify.deployment.exporter import write_unchecked
 from ghostify.deployment.inference_form import deploy
 from ghostify.planning.cost import count_macs
 from ghostify.runtimes.registry import RUNTIMES, load_runner
@@ -61,7 +61,7 @@ def opened(small: nn.Module, runtime: str, x: Tensor, folder: Path) -> Detector:
     if RUNTIMES[runtime].is_in_process:
         return Detector(lambda image: small(to_channels_last(image))[0])
     folder.mkdir()
-    file = write(small, (x,), folder, RUNTIMES[runtime])
+    file = write_unchecked(small, (x,), folder, RUNTIMES[runtime])
     run = load_runner(file, torch.get_num_threads(), runtime=runtime, exclusive=False)
     return Detector(lambda image: run(image)[0])
 

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.lib.tables import Row, options, publish
 from ghostify import Policy, Rule, plan, trace
 from ghostify.cli.demo import ResidualNet
-from ghostify.planning.cost import parameters
+from ghostify.planning.cost import count_parameters
 from ghostify.planning.planner import Plan
 
 VGG = {(2, 3): (7.7, 158), (3, 3): (5.2, 107), (4, 3): (4.0, 80), (5, 3): (3.3, 65)}
@@ -69,7 +69,7 @@ def compressed(model: nn.Module, size: int, rule: Rule, keep_first: bool) -> tup
     """The plan for all convolutions, or all but the first, and the parameters that it leaves."""
     decided = plan(trace(model.eval(), torch.zeros(1, 3, size, size)), Policy((rule,), keep_first))
     saved = sum(e.macs_before - e.macs_after for e in decided.rewrites)
-    return decided, parameters(model) - saved
+    return decided, count_parameters(model) - saved
 
 
 def by(what: type[nn.Module] | tuple[type[nn.Module], ...], model: nn.Module) -> int:
@@ -84,7 +84,7 @@ def counts(model: nn.Module, size: int, ratio: float, dw_size: int, convention: 
     macs = (decided.macs_after or 0) - linear
     if convention == "intrinsic":
         cheap = [(e, e.layout.macs_per_position) for e in decided.rewrites]
-        macs -= sum(each * sum(call.places or 0 for call in e.conv.calls) for e, each in cheap)
+        macs -= sum(each * sum(call.output_positions or 0 for call in e.conv.calls) for e, each in cheap)
         left -= by(nn.BatchNorm2d, model) + linear
     if convention == "all by s":
         left -= linear - round(linear / ratio)

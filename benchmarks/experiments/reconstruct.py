@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.lib.networks import calibration, images, resnet20
 from benchmarks.lib.tables import Row, options, publish
 from ghostify import Policy, Rule, ghostify, report
-from ghostify.evaluation.metrics import outputs, relative_error, top1
+from ghostify.evaluation.metrics import predict, relative_error, top1
 from ghostify.planning.cost import count_macs
 
 FORMS: list[tuple[str, Rule, dict[str, float] | None]] = [
@@ -33,13 +33,13 @@ def rows() -> Iterator[Row]:
     data = images()
     model, batches = resnet20(data), calibration(data, 512, 0).split(64)
     test, first = data.test.split(500), data.test[:1]
-    wanted = outputs(model, test)
+    wanted = predict(model, test)
     yield {"how": "original", "top1": top1(wanted, data.test_labels)}
     for name, rule, budget in FORMS:
         for again in (False, True):
             wish = {"policy": Policy((rule,)), "budget": budget, "example_inputs": first, "calibration": batches}
             made = ghostify(model, **wish, reconstruct=again)
-            answers = outputs(made, test)
+            answers = predict(made, test)
             yield {
                 "how": name + ", reconstructed" * again,
                 "top1": top1(answers, data.test_labels),

@@ -28,7 +28,7 @@ from benchmarks.lib.lite0 import crops, lite0
 from benchmarks.lib.photographs import CALIBRATION
 from benchmarks.lib.tables import ROOT, Row, options, publish
 from ghostify import trace
-from ghostify.reporting.redundancy import draw, study
+from ghostify.reporting.redundancy import study_layer, write_pictures
 
 PICTURES = ROOT / "build/redundancy"
 PHOTOGRAPHS, SMALL, SEED = 16, 64, 0
@@ -46,8 +46,8 @@ def rows() -> Iterator[Row]:
     for network, model, layers, images in subjects():
         program = trace(model, images[:1])
         for layer in layers:
-            found = study(program, layer, images.split(8))
-            draw(found, PICTURES / f"{network}-{layer}")
+            found = study_layer(program, layer, images.split(8))
+            write_pictures(found, PICTURES / f"{network}-{layer}")
             yield {"how": f"{network}, {layer}", **found.to_dict()}
 
 

@@ -41,11 +41,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.lib.tables import RESULTS, ROOT, Row, options
 from ghostify import Policy, Rule, fit, load, plan, rewrite, save, trace
-from ghostify.fitting.initialization import unfitted
-from ghostify.graph.inputs import tensors_of
+from ghostify.fitting.initialization import untrained_weights
+from ghostify.graph.inputs import tensor_leaves
 from ghostify.io.checkpoint import versions
 from ghostify.planning.cost import count_macs
-from ghostify.summary import attach, summarise
+from ghostify.summary import attach_report, build_report
 
 FILE, COMMAND = RESULTS / "zoo.json", "python benchmarks/experiments/zoo.py"
 SIZES = (64, 96, 128, 160, 224, 256, 288, 320, 384, 448, 512)
@@ -132,13 +132,13 @@ def examine(name: str, fitted: bool) -> Row:
     del model
     line["empty_equal"] = same(before, leaves(rewrite(program, plan(program, Policy((Rule(ratio=1),))), {}), x))
     decided = plan(program)
-    weights = fit(program, decided).weights if fitted else unfitted(program, decided)
-    converted = attach(rewrite(program, decided, weights), summarise(decided))
+    weights = fit(program, decided).weights if fitted else untrained_weights(program, decided)
+    converted = attach_report(rewrite(program, decided, weights), build_report(decided))
     skipped = Counter(kind_of(item.reason) for item in decided.skips)
     line |= {
         "rewritten": len(decided.rewrites),
         "skipped": dict(skipped),
-        "parts": len(program.parts),
+        "parts": len(program.subgraphs),
     }
     line["class"] = "GraphModule" if isinstance(converted, fx.GraphModule) else type(converted).__name__
     whole = isinstance(program.module, fx.GraphModule)
@@ -166,7 +166,7 @@ def kind_of(reason: str) -> str:
 
 def leaves(model: nn.Module, x: tuple[Tensor, ...]) -> list[Tensor]:
     with torch.no_grad():
-        return tensors_of(model.eval()(*x))
+        return tensor_leaves(model.eval()(*x))
 
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:
@@ -193,7 +193,7 @@ def ungraded(model: nn.Module, x: tuple[Tensor, ...]) -> list[str]:
         answers: Any = model.train()(list(x[0]), [target(side) for _ in x[0]])
     else:
         answers = model.eval()(*x)
-    outputs = [v for v in tensors_of(answers) if v.requires_grad]
+    outputs = [v for v in tensor_leaves(answers) if v.requires_grad]
     sum(v.double().sum() for v in outputs).backward()
     missing = [n for n, p in asked if p.grad is None]
     model.zero_grad()

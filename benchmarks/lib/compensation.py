@@ -8,9 +8,16 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, fx, nn
 
-from ghostify.fitting.lstsq import dense_prediction
-from ghostify.fitting.moments import Moments, Pair
-from ghostify.fitting.patches import as_kernels, choose_places, filters_of, patches, share_of, values
+from ghostify.fitting.lstsq import refit_filters
+from ghostify.fitting.moments import Moments, SplitMoments
+from ghostify.fitting.patches import (
+    extract_patches,
+    flatten_filters,
+    gather_positions,
+    positions_per_map,
+    sample_positions,
+    unflatten_filters,
+)
 
 POSITIONS = 40_000
 HELD_OUT = 4
@@ -91,19 +98,19 @@ def _only(node: fx.Node) -> fx.Node | None:
 
 
 def _refit(layer: nn.Conv2d | nn.Linear, inputs: list[Tensor], wanted: list[Tensor]) -> None:
-    prior = filters_of(layer) if isinstance(layer, nn.Conv2d) else layer.weight.detach().double()
+    prior = flatten_filters(layer) if isinstance(layer, nn.Conv2d) else layer.weight.detach().double()
     parts = [Moments.zero(prior.shape[1], len(prior)) for _ in range(2)]
-    share = share_of(POSITIONS, sum(map(len, inputs)))
+    share = positions_per_map(POSITIONS, sum(map(len, inputs)))
     for k, (x, y) in enumerate(zip(inputs, wanted, strict=True)):
         part = parts[k % HELD_OUT == HELD_OUT - 1]
         if isinstance(layer, nn.Conv2d):
-            places = choose_places(y.shape, share, k)
-            part.add(patches(layer, x, places), values(y, places))
+            places = sample_positions(y.shape, share, k)
+            part.add(extract_patches(layer, x, places), gather_positions(y, places))
         else:
             part.add(x, y)
-    pair = Pair(*parts)
+    pair = SplitMoments(*parts)
     both = pair.both
-    filters = dense_prediction(pair, prior.T, torch.ones(len(prior), dtype=torch.float64), free_mean=True)
-    weight = as_kernels(filters.T, layer) if isinstance(layer, nn.Conv2d) else filters.T
+    filters = refit_filters(pair, prior.T, torch.ones(len(prior), dtype=torch.float64), free_mean=True)
+    weight = unflatten_filters(filters.T, layer) if isinstance(layer, nn.Conv2d) else filters.T
     layer.weight.copy_(weight)
     layer.bias = nn.Parameter((both.mean_y - both.mean_u @ filters).float())

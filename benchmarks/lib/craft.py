@@ -12,7 +12,7 @@ from easyocr.craft import CRAFT
 from easyocr.craft_utils import getDetBoxes
 from torch import Tensor, nn
 
-from ghostify.graph.modes import evaluating
+from ghostify.graph.modes import eval_mode
 
 WEIGHTS = Path(easyocr_en_models.__file__).parent / "models" / "craft_mlt_25k.pth"
 TEXT_THRESHOLD, LINK_THRESHOLD, LOW_TEXT = 0.7, 0.4, 0.4
@@ -35,7 +35,7 @@ def narrow(_: str, module: nn.Module) -> bool:
 
 def score_maps(model: nn.Module, pages: Tensor) -> Tensor:
     """Text and link scores (N x 2 x H/2 x W/2)."""
-    with evaluating(model):
+    with eval_mode(model):
         return torch.cat([model(batch)[0] for batch in pages.split(2)]).permute(0, 3, 1, 2)
 
 

@@ -13,9 +13,9 @@ from torchvision.models import MobileNetV2, vgg16_bn
 
 from ghostify import GhostModule, rewrite
 from ghostify.cli.demo import ResidualNet, train
-from ghostify.data.datasets import Images, fashion_mnist
-from ghostify.evaluation.metrics import outputs, top1
-from ghostify.fitting.initialization import unfitted
+from ghostify.data.datasets import LabelledImages, fashion_mnist
+from ghostify.evaluation.metrics import predict, top1
+from ghostify.fitting.initialization import untrained_weights
 from ghostify.graph.program import Program
 from ghostify.planning.planner import Plan
 from ghostify.timing.latency import cache_folder
@@ -23,27 +23,29 @@ from ghostify.timing.latency import cache_folder
 CACHE = cache_folder()
 
 
-def images() -> Images:
+def images() -> LabelledImages:
     data = fashion_mnist()
     if data is None:
         sys.exit("Fashion-MNIST is not on this machine: apt-get install dataset-fashion-mnist")
     return data
 
 
-def calibration(data: Images, count: int, seed: int) -> Tensor:
+def calibration(data: LabelledImages, count: int, seed: int) -> Tensor:
     """Unlabelled training images."""
     return data.train[torch.randperm(len(data.train), generator=torch.Generator().manual_seed(seed))[:count]]
 
 
-def accuracy(model: nn.Module, data: Images) -> float:
+def accuracy(model: nn.Module, data: LabelledImages) -> float:
     """Top-1 in percent on all test images, float32; on a GPU where there is one."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     last = {"device": device, "memory_format": torch.channels_last}  # faster on a CPU
     test = (images.to(**last) for images in data.test.split(500))
-    return top1(outputs(copy.deepcopy(model).to(**last), test).cpu(), data.test_labels)
+    return top1(predict(copy.deepcopy(model).to(**last), test).cpu(), data.test_labels)
 
 
-def trained(name: str, build: Callable[[], nn.Module], data: Images, *, epochs: float, seed: int = 0) -> nn.Module:
+def trained(
+    name: str, build: Callable[[], nn.Module], data: LabelledImages, *, epochs: float, seed: int = 0
+) -> nn.Module:
     """The network `name`, from the cache or trained now on the training images alone."""
     path = CACHE / f"{name}-{data.name.lower()}-{epochs}-{seed}.safetensors"
     torch.manual_seed(seed)
@@ -63,11 +65,11 @@ def trained(name: str, build: Callable[[], nn.Module], data: Images, *, epochs: 
     return model.to(memory_format=torch.contiguous_format)
 
 
-def resnet20(data: Images, width: int = 32, seed: int = 0) -> nn.Module:
+def resnet20(data: LabelledImages, width: int = 32, seed: int = 0) -> nn.Module:
     return trained(f"resnet20-w{width}", lambda: ResidualNet(20, width), data, epochs=6, seed=seed)
 
 
-def vgg16(data: Images, seed: int = 0) -> nn.Module:
+def vgg16(data: LabelledImages, seed: int = 0) -> nn.Module:
     """The form of VGG-16-BN for small images: torchvision's features but the last pooling, one linear layer."""
 
     def build() -> nn.Module:
@@ -78,12 +80,12 @@ def vgg16(data: Images, seed: int = 0) -> nn.Module:
     return trained("vgg16-bn", build, data, epochs=3, seed=seed)
 
 
-def resnet56(data: Images, seed: int = 0) -> nn.Module:
+def resnet56(data: LabelledImages, seed: int = 0) -> nn.Module:
     """The paper's, of width 16."""
     return trained("resnet56-w16", lambda: ResidualNet(56, 16), data, epochs=6, seed=seed)
 
 
-def mobilenet(data: Images, seed: int = 0) -> nn.Module:
+def mobilenet(data: LabelledImages, seed: int = 0) -> nn.Module:
     """torchvision's MobileNetV2 of half its width, with strides for small images."""
     setting = [[1, 16, 1, 1], [6, 24, 2, 1], [6, 32, 3, 2], [6, 64, 4, 2], [6, 96, 3, 1], [6, 160, 2, 1]]
 
@@ -98,7 +100,7 @@ def mobilenet(data: Images, seed: int = 0) -> nn.Module:
 
 def unfitted_ghosts(program: Program, decided: Plan, seed: int, *, kept: bool) -> nn.Module:
     """The usual initialisation: random cheap kernels; primary filters are the first of the original's, or random."""
-    module = rewrite(program, decided, unfitted(program, decided, seed=seed))
+    module = rewrite(program, decided, untrained_weights(program, decided, seed=seed))
     torch.manual_seed(seed)
     for ghost in module.modules():
         if isinstance(ghost, GhostModule) and not kept:

@@ -13,9 +13,9 @@ from rich.console import Console
 
 from ghostify import __version__
 from ghostify.api import ghostify
-from ghostify.cli.console import progress, say, show_facts, show_report
-from ghostify.cli.demo import run as run_demo
-from ghostify.cli.doctor import findings as doctor_findings
+from ghostify.cli.console import print_line, progress, show_facts, show_report
+from ghostify.cli.demo import run_demo as run_demo
+from ghostify.cli.doctor import collect_facts as doctor_findings
 from ghostify.cli.options import (
     Activated,
     Allow,
@@ -30,42 +30,42 @@ from ghostify.cli.options import (
     Ignore,
     Images,
     Model,
-    Narrow,
     Original,
     PolicyFile,
+    Prune,
     Ratio,
     Runtime,
     Settings,
     Size,
     Targets,
     Validation,
-    budget_of,
-    policy_of,
-    recipe_of,
-    size_of,
+    parse_budget,
+    parse_policy,
+    parse_recipe,
+    parse_size,
 )
 from ghostify.data import sources
-from ghostify.data.sources import Data, Source
-from ghostify.data.training_data import lessons
+from ghostify.data.sources import ImageData, ModelSource
+from ghostify.data.training_data import load_training_data
 from ghostify.deployment.exporter import export
 from ghostify.errors import GhostifyError
-from ghostify.evaluation.comparison import judge
-from ghostify.evaluation.metrics import outputs, top1
-from ghostify.fitting.distributed import mine
+from ghostify.evaluation.comparison import compare_models
+from ghostify.evaluation.metrics import predict, top1
+from ghostify.fitting.distributed import rank_and_world_size
 from ghostify.graph.tracing import trace
 from ghostify.io import checkpoint
 from ghostify.planning import cost
 from ghostify.planning.planner import plan as make_plan
 from ghostify.reporting.builder import write_report
-from ghostify.reporting.redundancy import draw, study
+from ghostify.reporting.redundancy import study_layer, write_pictures
 from ghostify.reporting.redundancy import table as study_table
 from ghostify.runtimes.registry import RUNTIMES
-from ghostify.search.budget import plan_within
-from ghostify.search.pareto import POINTS, Evaluate, curve_table, read_curve, write_curve
+from ghostify.search.budget import plan_for_budget
+from ghostify.search.pareto import POINTS, Evaluate, frontier_table, read_frontier, write_frontier
 from ghostify.search.pareto import frontier as curve_of
-from ghostify.summary import conversion_info, report, summarise
+from ghostify.summary import build_report, conversion_info, report
 from ghostify.text import format_shape
-from ghostify.timing.latency import paired
+from ghostify.timing.latency import interleaved_latency
 from ghostify.training.run_folder import metrics_of
 from ghostify.training.trainer import finetune as tune
 
@@ -87,7 +87,7 @@ def plan(
     dw_size: DwSize = 3,
     cheap: Cheap = "depthwise",
     activated: Activated = False,
-    narrow: Narrow = False,
+    narrow: Prune = False,
     target: Targets = None,
     ignore: Ignore = None,
     policy: PolicyFile = None,
@@ -116,23 +116,28 @@ def plan(
     Example: ghostify plan timm:resnet18 --checkpoint resnet18.safetensors --calibration photos/ --cheap auto
     --frontier curve.json
     """
-    built, prepared = _prepared(_source(model, arg), checkpoint_file, size_of(input_size))
-    program = trace(built, sources.example(prepared.size))
-    wished, limits = policy_of(policy, ratio, dw_size, cheap, activated, narrow, target, ignore), budget_of(budget)
+    built, prepared = _build_model(_source(model, arg), checkpoint_file, parse_size(input_size))
+    program = trace(built, sources.blank_input(prepared.size))
+    wished, limits = (
+        parse_policy(policy, ratio, dw_size, cheap, activated, narrow, target, ignore),
+        parse_budget(budget),
+    )
     data = None if calibration is None else sources.read_data(calibration, prepared, limit=images, batch=batch).batches
     title = f"{model} at {format_shape(prepared.size)}"
     if frontier is not None:
-        judged = None if validation is None else _judge(validation, prepared, batch)
+        judged = None if validation is None else _top1_evaluator(validation, prepared, batch)
         key = next(iter(limits or {"macs": 1.0}))
         curve = curve_of(program, wished, key, data, evaluate=judged, runtime=runtime, points=points)
-        write_curve(curve, frontier)
+        write_frontier(curve, frontier)
         if as_json:
             print(frontier.read_text(), end="")
         else:
-            Console().print(curve_table(curve, title))
+            Console().print(frontier_table(curve, title))
         return
-    decided = make_plan(program, wished) if limits is None else plan_within(program, wished, limits, data, 0, runtime)
-    show_report(summarise(decided), title, as_json)
+    decided = (
+        make_plan(program, wished) if limits is None else plan_for_budget(program, wished, limits, data, 0, runtime)
+    )
+    show_report(build_report(decided), title, as_json)
 
 
 @app.command()
@@ -146,7 +151,7 @@ def convert(
     dw_size: DwSize = 3,
     cheap: Cheap = "depthwise",
     activated: Activated = False,
-    narrow: Narrow = False,
+    narrow: Prune = False,
     target: Targets = None,
     ignore: Ignore = None,
     policy: PolicyFile = None,
@@ -170,17 +175,17 @@ def convert(
     --budget macs=0.5 --output out/
     """
     source = _source(model, arg)
-    wished = policy_of(policy, ratio, dw_size, cheap, activated, narrow, target, ignore)
-    built, prepared = _prepared(source, checkpoint_file, size_of(input_size))
+    wished = parse_policy(policy, ratio, dw_size, cheap, activated, narrow, target, ignore)
+    built, prepared = _build_model(source, checkpoint_file, parse_size(input_size))
     data = None if calibration is None else sources.read_data(calibration, prepared, limit=images, batch=batch)
     with progress("fitting", as_json) as told:
         made = ghostify(
             built,
             policy=wished,
-            budget=budget_of(budget),
-            example_inputs=sources.example(prepared.size),
+            budget=parse_budget(budget),
+            example_inputs=sources.blank_input(prepared.size),
             calibration=None if data is None else data.batches,
-            evaluate=None if validation is None else _judge(validation, prepared, batch),
+            evaluate=None if validation is None else _top1_evaluator(validation, prepared, batch),
             runtime=runtime,
             reconstruct=reconstruct,
             seed=seed,
@@ -188,7 +193,7 @@ def convert(
         )
     checkpoint.save(made, output, source={**source.to_dict(), "input_size": list(prepared.size)})
     found = report(made)
-    fitted = "data-free" if data is None else f"fitted to {found.images} images in {found.effort}"
+    fitted = "data-free" if data is None else f"fitted to {found.images} images in {found.fit_time}"
     show_report(found, f"{model} -> {output}, {fitted}", as_json)
 
 
@@ -208,9 +213,9 @@ def evaluate_command(
 
     Example: ghostify eval out/ --data test/ --original resnet18.safetensors
     """
-    module, built, prepared, _ = _both(folder, original, allow)
+    module, built, prepared, _ = _load_pair(folder, original, allow)
     read = sources.read_data(data, prepared, limit=images, batch=batch)
-    show_facts(_facts(module, None if original is None else built, read), as_json)
+    show_facts(_eval_facts(module, None if original is None else built, read), as_json)
 
 
 @app.command()
@@ -236,13 +241,13 @@ def finetune(
 
     In several processes: accelerate launch -m ghostify finetune ...
     """
-    recipe = recipe_of(epochs, batch, learning_rate, seed, settings)
-    module, built, prepared, source = _both(folder, original, allow)
-    taught = lessons(data, prepared, seed)
+    recipe = parse_recipe(epochs, batch, learning_rate, seed, settings)
+    module, built, prepared, source = _load_pair(folder, original, allow)
+    taught = load_training_data(data, prepared, seed)
     training = output.with_name(f"{output.name}.training")
     with progress("training", as_json) as told:
-        tuned = tune(module, built, taught, training, recipe, tell=told)
-    if mine()[0]:
+        tuned = tune(module, built, taught, training, recipe, on_progress=told)
+    if rank_and_world_size()[0]:
         return
     checkpoint.save(tuned, output, source=source)
     judged = [line for line in metrics_of(training) if "validation" in line]
@@ -251,8 +256,8 @@ def finetune(
         return
     for line in judged:
         said = "top-1" if taught.labelled else "same answers as the original"
-        say(f"step {line['step']}: {said} {line['validation']:.2f} % of validation images")
-    say(f"{output}: the best of these; metrics in {training}")
+        print_line(f"step {line['step']}: {said} {line['validation']:.2f} % of validation images")
+    print_line(f"{output}: the best of these; metrics in {training}")
 
 
 @app.command(name="export")
@@ -269,18 +274,18 @@ def export_command(
     """
     module = checkpoint.load(folder, allow=allow or ())
     source = conversion_info(module).source or {}
-    size = size_of(input_size) or tuple(source.get("input_size", ()))
+    size = parse_size(input_size) or tuple(source.get("input_size", ()))
     if not size:
         raise GhostifyError(f"{folder}: does not say how large its images are: pass --input-size C,H,W")
-    file = export(module, output or folder, format=format, example_inputs=sources.example(size))
-    say(f"{file}: {file.stat().st_size / 1e6:.1f} MB, any batch of {format_shape(size)}")
+    file = export(module, output or folder, format=format, example_inputs=sources.blank_input(size))
+    print_line(f"{file}: {file.stat().st_size / 1e6:.1f} MB, any batch of {format_shape(size)}")
 
 
-def _source(model: str, arg: list[str] | None) -> Source:
-    return Source(model, sources.parse_arguments(arg or []))
+def _source(model: str, arg: list[str] | None) -> ModelSource:
+    return ModelSource(model, sources.parse_arguments(arg or []))
 
 
-def _prepared(source: Source, weights: Path | None, size: Any) -> tuple[Any, sources.Preprocessing]:
+def _build_model(source: ModelSource, weights: Path | None, size: Any) -> tuple[Any, sources.Preprocessing]:
     """A model, with a checkpoint's weights if one is given, and how images become its inputs."""
     built = source.build()
     if weights is not None:
@@ -288,7 +293,7 @@ def _prepared(source: Source, weights: Path | None, size: Any) -> tuple[Any, sou
     return built, sources.preprocessing(built, size)
 
 
-def _both(
+def _load_pair(
     folder: Path, original: Path | None, allow: list[str] | None
 ) -> tuple[Any, Any, sources.Preprocessing, dict[str, Any]]:
     """A converted model, its original with that checkpoint's weights, how images become inputs, and whence it came."""
@@ -296,26 +301,26 @@ def _both(
     source = conversion_info(module).source
     if not source:
         raise GhostifyError(f"{folder}: does not say which model it was: convert it by the command")
-    named, size = Source(source["name"], source["arguments"]), tuple(source["input_size"])
-    return module, *_prepared(named, original, size), source
+    named, size = ModelSource(source["name"], source["arguments"]), tuple(source["input_size"])
+    return module, *_build_model(named, original, size), source
 
 
-def _facts(module: Any, original: Any, read: Data) -> dict[str, Any]:
+def _eval_facts(module: Any, original: Any, read: ImageData) -> dict[str, Any]:
     """What `eval` says: costs, and how good the answers are, beside the original's where it is known."""
-    first, found = read.batches[0][:1], judge(module, original, read.batches, read.labels)
+    first, found = read.batches[0][:1], compare_models(module, original, read.batches, read.labels)
     models = {"": module} if original is None else {"": module, "original's ": original}
     facts: dict[str, Any] = {"images": found.images}
     for whose, model in models.items():
         facts[f"{whose}MACs an image"] = cost.count_macs(model, first)
-        facts[f"{whose}parameters"] = cost.parameters(model)
+        facts[f"{whose}parameters"] = cost.count_parameters(model)
         right = found.original_top1 if whose else found.top1
         if right is not None:
             facts[f"{whose}top-1 %"] = round(right, 2)
-    if found.same is not None:
-        facts["same answers as the original %"] = round(found.same, 2)
+    if found.agreement is not None:
+        facts["same answers as the original %"] = round(found.agreement, 2)
     if original is not None and found.error is not None:
         facts["relative output error"] = round(found.error, 5)
-        before, after = paired([original, module], first)
+        before, after = interleaved_latency([original, module], first)
         facts["times as fast, both deployed, eager, batch 1"] = round(before / after, 2)
     return facts
 
@@ -339,10 +344,10 @@ def study_command(
     Example: ghostify study timm:resnet18 --layer layer1.0.conv1 --checkpoint resnet18.safetensors --data photos/
     --output study/
     """
-    built, prepared = _prepared(_source(model, arg), checkpoint_file, size_of(input_size))
+    built, prepared = _build_model(_source(model, arg), checkpoint_file, parse_size(input_size))
     read = sources.read_data(data, prepared, limit=images, batch=images)
-    found = study(trace(built, read.batches[0][:1]), layer, read.batches)
-    draw(found, output)
+    found = study_layer(trace(built, read.batches[0][:1]), layer, read.batches)
+    write_pictures(found, output)
     facts = found.to_dict()
     text = json.dumps(facts, indent=1)
     (output / "study.json").write_text(text + "\n")
@@ -351,8 +356,8 @@ def study_command(
         return
     Console().print(study_table(found))
     median = facts["ghosts relative, median"]
-    say(f"as a ghost module at ratio 2: ghosts' relative error {median:.3f} (median)")
-    say(f"{output}: study.json, pairs.png, ghosts.png")
+    print_line(f"as a ghost module at ratio 2: ghosts' relative error {median:.3f} (median)")
+    print_line(f"{output}: study.json, pairs.png, ghosts.png")
 
 
 @app.command(name="report")
@@ -382,21 +387,21 @@ def report_command(
         return
     if data is not None and original is None:
         raise GhostifyError("--data compares with the original: pass its checkpoint as --original, too")
-    module, built, prepared, source = _both(folder, original, allow)
+    module, built, prepared, source = _load_pair(folder, original, allow)
     read = None if data is None else sources.read_data(data, prepared, limit=images, batch=32)
     write_report(
         module,
         html,
         original=built,
-        example_inputs=sources.example(prepared.size),
+        example_inputs=sources.blank_input(prepared.size),
         images=() if read is None else read.batches,
         labels=None if read is None else read.labels,
         layers=layer,
         runtime=None if runtime == "none" else runtime,
-        curve=() if frontier is None else read_curve(frontier),
+        curve=() if frontier is None else read_frontier(frontier),
         title=f"{source['name']} at {format_shape(prepared.size)}",
     )
-    say(f"{html}: {html.stat().st_size / 1e6:.1f} MB, needs no network")
+    print_line(f"{html}: {html.stat().st_size / 1e6:.1f} MB, needs no network")
 
 
 @app.command()
@@ -430,10 +435,10 @@ def main() -> None:
         sys.exit(2)
 
 
-def _judge(path: Path, prepared: sources.Preprocessing, batch: int) -> Evaluate:
+def _top1_evaluator(path: Path, prepared: sources.Preprocessing, batch: int) -> Evaluate:
     """Top-1 on labelled images, in percent."""
     read = sources.read_data(path, prepared, batch=batch)
     labels = read.labels
     if labels is None:
         raise GhostifyError(f"{path}: has no labels to judge by: use class folders, or 'labels' in the file")
-    return lambda model: top1(outputs(model, read.batches), labels)
+    return lambda model: top1(predict(model, read.batches), labels)

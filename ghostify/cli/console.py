@@ -12,14 +12,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from ghostify.fitting.driver import Progress as Told
-from ghostify.reporting.analysis import costly
+from ghostify.fitting.driver import ProgressCallback as Told
+from ghostify.reporting.analysis import layer_costs
 from ghostify.summary import Report, table
 
 COSTLIEST = 3
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     """A line, as it is."""
     Console().print(text, highlight=False, markup=False)
 
@@ -42,16 +42,18 @@ def show_report(found: Report, title: str, as_json: bool) -> None:
         print(json.dumps(found.to_dict(), indent=1))
         return
     Console().print(table(found, title))
-    say(f"{found.rewritten} convolutions rewritten, {len(found.lines) - found.rewritten} left as they are")
-    worst = [f"{c.line.name} {c.error_share:.0%}" for c in costly(found)[:COSTLIEST] if c.line.felt is not None]
+    print_line(f"{found.rewritten} convolutions rewritten, {len(found.layers) - found.rewritten} left as they are")
+    worst = [
+        f"{c.line.name} {c.error_share:.0%}" for c in layer_costs(found)[:COSTLIEST] if c.line.output_error is not None
+    ]
     if worst:
-        say(f"of the error to expect in the outputs, most from {', '.join(worst)}")
-    if found.lost:
-        say(f"without the original's {', '.join(found.lost)}")
+        print_line(f"of the error to expect in the outputs, most from {', '.join(worst)}")
+    if found.missing_attributes:
+        print_line(f"without the original's {', '.join(found.missing_attributes)}")
     if (done := found.reconstruction) is not None:
         kept = sum(b.steps > 0 for b in done.blocks)
-        errors = f"outputs' error on held-out images {done.before:.4f} -> {done.after:.4f}"
-        say(f"{kept} of {len(done.blocks)} blocks reconstructed, {errors}")
+        errors = f"outputs' error on held-out images {done.error_before:.4f} -> {done.error_after:.4f}"
+        print_line(f"{kept} of {len(done.blocks)} blocks reconstructed, {errors}")
 
 
 def show_facts(facts: Mapping[str, Any], as_json: bool) -> None:

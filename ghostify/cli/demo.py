@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ghostify.api import ghostify
-from ghostify.data.datasets import Images, digits, fashion_mnist
+from ghostify.data.datasets import LabelledImages, digits, fashion_mnist
 from ghostify.errors import GhostifyError
-from ghostify.evaluation.metrics import outputs, top1
+from ghostify.evaluation.metrics import predict, top1
 from ghostify.io.checkpoint import load, load_weights, save
-from ghostify.planning.cost import count_macs, parameters
-from ghostify.timing.latency import paired
+from ghostify.planning.cost import count_macs, count_parameters
+from ghostify.timing.latency import interleaved_latency
 
 
 class ResidualBlock(nn.Module):
@@ -120,10 +120,10 @@ class Result:
     accuracy: float
     macs: int
     parameters: int
-    milliseconds: float
+    latency_ms: float
 
 
-def run(output: Path | None, console: Console, as_json: bool = False, seed: int = 0) -> list[Result]:
+def run_demo(output: Path | None, console: Console, as_json: bool = False, seed: int = 0) -> list[Result]:
     """Train, save, convert with and without images, fine-tune, save, reload: the demo's story, told on `console`."""
     images = fashion_mnist() or digits()
     torch.manual_seed(seed)
@@ -146,7 +146,7 @@ def run(output: Path | None, console: Console, as_json: bool = False, seed: int 
         tuned = converted["calibrated, fine-tuned"]
         save(tuned, folder / "converted")
         reloaded = load(folder / "converted")
-    same = torch.equal(outputs(reloaded, [images.test]), outputs(tuned, [images.test]))
+    same = torch.equal(predict(reloaded, [images.test]), predict(tuned, [images.test]))
     results = _measure({"original": trained, **converted}, images)
     _show(results, console, as_json)
     console.print(f"saved, reloaded without pickle: answers {'bit-equal' if same else 'DIFFERENT'}", highlight=False)
@@ -155,7 +155,7 @@ def run(output: Path | None, console: Console, as_json: bool = False, seed: int 
     return results
 
 
-def _convert(trained: nn.Module, images: Images, small: bool, seed: int) -> dict[str, nn.Module]:
+def _convert(trained: nn.Module, images: LabelledImages, small: bool, seed: int) -> dict[str, nn.Module]:
     """Converted without images, with 256 unlabelled training images, and the latter after a short round of training."""
     first = images.train[:1]
     calibration = images.train[: 256 if small else 512].split(64)
@@ -175,12 +175,12 @@ def _convert(trained: nn.Module, images: Images, small: bool, seed: int) -> dict
     return {"converted, no images": free, "calibrated": calibrated, "calibrated, fine-tuned": tuned}
 
 
-def _measure(models: dict[str, nn.Module], images: Images) -> list[Result]:
-    times = paired(list(models.values()), images.test[:16])
+def _measure(models: dict[str, nn.Module], images: LabelledImages) -> list[Result]:
+    times = interleaved_latency(list(models.values()), images.test[:16])
     results = []
     for (name, model), milliseconds in zip(models.items(), times, strict=True):
-        right = top1(outputs(model, images.test.split(500)), images.test_labels)
-        results.append(Result(name, right, count_macs(model, images.test[:1]), parameters(model), milliseconds))
+        right = top1(predict(model, images.test.split(500)), images.test_labels)
+        results.append(Result(name, right, count_macs(model, images.test[:1]), count_parameters(model), milliseconds))
     return results
 
 
@@ -193,5 +193,5 @@ def _show(results: list[Result], console: Console, as_json: bool) -> None:
         table.add_column(heading, justify="left" if heading == "model" else "right")
     for r in results:
         macs = f"{r.macs / 1e6:.1f} M"
-        table.add_row(r.name, f"{r.accuracy:.2f}", macs, f"{r.parameters:,}", f"{r.milliseconds:.1f}")
+        table.add_row(r.name, f"{r.accuracy:.2f}", macs, f"{r.parameters:,}", f"{r.latency_ms:.1f}")
     console.print(table)

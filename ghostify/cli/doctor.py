@@ -23,7 +23,7 @@ EXTRAS = {
 }
 
 
-def findings() -> dict[str, Any]:
+def collect_facts() -> dict[str, Any]:
     """Names and what was found, in words."""
     facts: dict[str, Any] = {"python": platform.python_version(), **versions()}
     facts["processor"] = f"{processor() or platform.machine()}, {os.cpu_count()} cores"

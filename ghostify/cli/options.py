@@ -26,7 +26,7 @@ Cheap = Annotated[
 Activated = Annotated[
     bool, typer.Option("--activated", help="let depthwise ghosts read activated maps where that loses less")
 ]
-Narrow = Annotated[
+Prune = Annotated[
     bool, typer.Option("--narrow", help="let a budget leave out maps that the next dense convolution can do without")
 ]
 Targets = Annotated[list[str] | None, typer.Option("--target", help="convolutions to rewrite: name, glob, re:, class")]
@@ -67,7 +67,7 @@ Settings = Annotated[
 ]
 
 
-def policy_of(
+def parse_policy(
     file: Path | None,
     ratio: float,
     dw_size: int,
@@ -87,12 +87,12 @@ def policy_of(
     return Policy((rule,), keep_first=not target)
 
 
-def budget_of(pairs: list[str] | None) -> dict[str, float] | None:
+def parse_budget(pairs: list[str] | None) -> dict[str, float] | None:
     """Limits by name."""
     return sources.parse_arguments(pairs) if pairs else None
 
 
-def size_of(text: str | None) -> tuple[int, int, int] | None:
+def parse_size(text: str | None) -> tuple[int, int, int] | None:
     """Channels, height, width."""
     if text is None:
         return None
@@ -102,7 +102,7 @@ def size_of(text: str | None) -> tuple[int, int, int] | None:
     return (int(parts[0]), int(parts[1]), int(parts[2]))
 
 
-def recipe_of(epochs: float, batch: int, learning_rate: float, seed: int, others: list[str] | None) -> Recipe:
+def parse_recipe(epochs: float, batch: int, learning_rate: float, seed: int, others: list[str] | None) -> Recipe:
     """A recipe of these and other entries."""
     given = sources.parse_arguments(others or [])
     known = {f.name for f in fields(Recipe)}

@@ -19,7 +19,7 @@ FASHION_MNIST = (
 
 
 @dataclass(frozen=True)
-class Images:
+class LabelledImages:
     """Labelled images, N x C x H x W float32 with zero mean and unit variance, split as their publishers split them."""
 
     name: str
@@ -30,7 +30,7 @@ class Images:
     classes: int
 
 
-def fashion_mnist() -> Images | None:
+def fashion_mnist() -> LabelledImages | None:
     """60,000 + 10,000 images of 1 x 28 x 28 from a copy on this machine, or None where there is none."""
     folder = fashion_mnist_folder()
     if folder is None:
@@ -38,7 +38,7 @@ def fashion_mnist() -> Images | None:
     parts = [_idx(folder, stem) for stem in ("train-images", "train-labels", "t10k-images", "t10k-labels")]
     train, train_labels, test, test_labels = parts
     train, test = (x[:, None].float().div(255).sub(0.2860).div(0.3530) for x in (train, test))
-    return Images("Fashion-MNIST", train, train_labels.long(), test, test_labels.long(), 10)
+    return LabelledImages("Fashion-MNIST", train, train_labels.long(), test, test_labels.long(), 10)
 
 
 def fashion_mnist_folder() -> Path | None:
@@ -46,7 +46,7 @@ def fashion_mnist_folder() -> Path | None:
     return next((folder for folder in FASHION_MNIST if any(folder.glob("train-images*"))), None)
 
 
-def digits() -> Images:
+def digits() -> LabelledImages:
     """scikit-learn's 1,797 scanned digits of 1 x 8 x 8: every fifth image is the test set."""
     try:
         from sklearn.datasets import load_digits
@@ -60,7 +60,7 @@ def digits() -> Images:
     images = (images - images.mean()) / images.std()
     labels = torch.from_numpy(data.target).long()
     test = torch.arange(len(images)) % 5 == 0
-    return Images("scikit-learn digits", images[~test], labels[~test], images[test], labels[test], 10)
+    return LabelledImages("scikit-learn digits", images[~test], labels[~test], images[test], labels[test], 10)
 
 
 def _idx(folder: Path, stem: str) -> Tensor:

@@ -28,7 +28,7 @@ ARRAY_SUFFIXES = (".npy", ".npz", ".safetensors")
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """A model by name - `timm:NAME`, `torchvision:NAME` or `module.path:callable` - and its constructor's arguments."""
 
     name: str
@@ -101,13 +101,13 @@ def preprocessing(model: nn.Module, size: tuple[int, int, int] | None = None) ->
     return Preprocessing(tuple(config["input_size"]), transform, config)
 
 
-def example(size: tuple[int, int, int]) -> Tensor:
+def blank_input(size: tuple[int, int, int]) -> Tensor:
     """One blank input, 1 x C x H x W."""
     return torch.zeros(1, *size)
 
 
 @dataclass(frozen=True)
-class Data:
+class ImageData:
     """Batches of inputs, and labels where there are any."""
 
     batches: tuple[Tensor, ...]
@@ -118,7 +118,7 @@ class Data:
         return sum(len(batch) for batch in self.batches)
 
 
-def read_data(path: str | Path, prepared: Preprocessing, *, limit: int | None = None, batch: int = 32) -> Data:
+def read_data(path: str | Path, prepared: Preprocessing, *, limit: int | None = None, batch: int = 32) -> ImageData:
     """Inputs from a folder of images (classes as subfolders, if any), or from an array file.
 
     Labels are the places of the class folders in the alphabet: of a trained model's classes, all must be there. `.npy`
@@ -127,22 +127,22 @@ def read_data(path: str | Path, prepared: Preprocessing, *, limit: int | None = 
     """
     path = Path(path)
     if path.is_dir():
-        files, classes = listed(path)
-        files = _spread(files, limit)
+        files, classes = list_images(path)
+        files = _sample_evenly(files, limit)
         labels = torch.tensor([classes.index(p.relative_to(path).parts[0]) for p in files]) if classes else None
-        return Data(tuple(_images(files, prepared, batch)), labels)
+        return ImageData(tuple(_images(files, prepared, batch)), labels)
     if path.suffix.lower() not in ARRAY_SUFFIXES:
         raise GhostifyError(f"{path}: is neither a folder of images nor one of {', '.join(ARRAY_SUFFIXES)}")
     images, labels = _arrays(path)
     if images.dim() != 4 or tuple(images.shape[1:2]) != prepared.size[:1]:
         expected = format_shape(("N", *prepared.size))
         raise GhostifyError(f"{path}: holds {format_shape(images.shape)}, the model takes {expected}")
-    chosen = _spread(list(range(len(images))), limit)
+    chosen = _sample_evenly(list(range(len(images))), limit)
     kept = images[chosen].float()
-    return Data(tuple(kept.split(batch)), None if labels is None else labels[chosen])
+    return ImageData(tuple(kept.split(batch)), None if labels is None else labels[chosen])
 
 
-def listed(path: Path) -> tuple[list[Path], list[str]]:
+def list_images(path: Path) -> tuple[list[Path], list[str]]:
     """The images in a folder, and its class folders by name: none where there is one alone, or images beside them."""
     files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
@@ -152,7 +152,7 @@ def listed(path: Path) -> tuple[list[Path], list[str]]:
     return files, [] if len(classes) < 2 or any(len(parts) == 1 for parts in places) else classes
 
 
-def _spread(items: list[Any], limit: int | None) -> list[Any]:
+def _sample_evenly(items: list[Any], limit: int | None) -> list[Any]:
     """At most `limit` items, evenly spread, so that every class of a sorted listing is seen."""
     if limit is None or len(items) <= limit:
         return items
@@ -161,10 +161,10 @@ def _spread(items: list[Any], limit: int | None) -> list[Any]:
 
 def _images(files: list[Path], prepared: Preprocessing, batch: int) -> Iterator[Tensor]:
     for start in range(0, len(files), batch):
-        yield torch.stack([image_of(file, prepared) for file in files[start : start + batch]])
+        yield torch.stack([read_image(file, prepared) for file in files[start : start + batch]])
 
 
-def image_of(file: Path, prepared: Preprocessing) -> Tensor:
+def read_image(file: Path, prepared: Preprocessing) -> Tensor:
     """An image file as an input, grey where the model takes one channel."""
     try:
         with Image.open(file) as image:

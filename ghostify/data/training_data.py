@@ -16,16 +16,16 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, Subset, TensorDataset
 
 from ghostify.data.datasets import fashion_mnist
-from ghostify.data.sources import ARRAY_SUFFIXES, Preprocessing, image_of, listed, read_data
+from ghostify.data.sources import ARRAY_SUFFIXES, Preprocessing, list_images, read_data, read_image
 from ghostify.errors import GhostifyError
 
 CIFAR10 = (Path("data"), Path.home() / ".cache/torchvision", Path("/usr/share/datasets"))
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-HELD_OUT = 20
+VALIDATION_EVERY = 20
 
 
 @dataclass(frozen=True, eq=False)
-class Lessons:
+class TrainingData:
     """Images to train on and images to judge by, each with a label, -1 where there is none."""
 
     train: Dataset[Any]
@@ -33,7 +33,7 @@ class Lessons:
     labelled: bool
 
 
-def lessons(data: str, prepared: Preprocessing, seed: int = 0) -> Lessons:
+def load_training_data(data: str, prepared: Preprocessing, seed: int = 0) -> TrainingData:
     """The training set called `data`: "fashion-mnist", "cifar10", a folder, or an array file.
 
     A folder holds class folders, or `train` and `val` (or `test`) with class folders each, as ImageNet's, or images
@@ -48,14 +48,14 @@ def lessons(data: str, prepared: Preprocessing, seed: int = 0) -> Lessons:
     path = Path(data)
     if path.suffix.lower() in ARRAY_SUFFIXES:
         read = read_data(path, prepared, batch=2**30)
-        return _parted(_tensors(torch.cat(read.batches), read.labels), seed, read.labels is not None)
+        return _split(_tensors(torch.cat(read.batches), read.labels), seed, read.labels is not None)
     if not path.is_dir():
         known = "fashion-mnist, cifar10, a folder of images, or an array file"
         raise GhostifyError(f"{data}: is no training set: use {known}")
     return _folder(path, prepared, seed)
 
 
-class Seeded(Dataset[Any]):
+class SeededDataset(Dataset[Any]):
     """A data set whose random augmentations depend on seed, epoch and image alone; its keys are (epoch, index)."""
 
     def __init__(self, items: Dataset[Any], seed: int) -> None:
@@ -79,7 +79,7 @@ class Seeded(Dataset[Any]):
             np.random.set_state(standing[1])
 
 
-class Order(Sampler[tuple[int, int]]):
+class EpochSampler(Sampler[tuple[int, int]]):
     """The keys of one epoch, in an order drawn by seed and epoch; begins after `skip` of them."""
 
     def __init__(self, count: int, seed: int) -> None:
@@ -93,15 +93,15 @@ class Order(Sampler[tuple[int, int]]):
         return ((self.epoch, int(k)) for k in drawn[self.skip :])
 
 
-def _arrays_of(name: str, found: Any, prepared: Preprocessing, seed: int) -> Lessons:
+def _arrays_of(name: str, found: Any, prepared: Preprocessing, seed: int) -> TrainingData:
     if found is None:
         raise GhostifyError(f"{name}: is not on this machine (Debian: apt-get install dataset-{name})")
     if found.train.shape[1] != prepared.size[0]:
         raise GhostifyError(f"{name}: has {found.train.shape[1]} channel, the model takes {prepared.size[0]}")
-    return _parted(_tensors(found.train, found.train_labels), seed, labelled=True)
+    return _split(_tensors(found.train, found.train_labels), seed, labelled=True)
 
 
-def _cifar10(seed: int) -> Lessons:
+def _cifar10(seed: int) -> TrainingData:
     normal = [torchvision.transforms.ToTensor(), torchvision.transforms.Normalize(CIFAR_MEAN, CIFAR_STD)]
     moved = [torchvision.transforms.RandomCrop(32, 4), torchvision.transforms.RandomHorizontalFlip()]
     for root in CIFAR10:
@@ -112,29 +112,29 @@ def _cifar10(seed: int) -> Lessons:
             ]
         except RuntimeError:
             continue
-        return _parted(both[0], seed, labelled=True, judged=both[1])
+        return _split(both[0], seed, labelled=True, judged=both[1])
     raise GhostifyError(f"cifar10: is not on this machine: put cifar-10-batches-py into {CIFAR10[0]}/")
 
 
-def _folder(path: Path, prepared: Preprocessing, seed: int) -> Lessons:
+def _folder(path: Path, prepared: Preprocessing, seed: int) -> TrainingData:
     config = {k: v for k, v in prepared.config.items() if k in ("input_size", "interpolation", "mean", "std")}
     moving: Any = create_transform(**config, is_training=True, color_jitter=0.0)
     inner = next((path / name for name in ("val", "validation", "test") if (path / name).is_dir()), None)
     try:
         if (path / "train").is_dir() and inner is not None:
-            return Lessons(
+            return TrainingData(
                 torchvision.datasets.ImageFolder(path / "train", moving),
                 torchvision.datasets.ImageFolder(inner, prepared.transform),
                 labelled=True,
             )
-        files, classes = listed(path)
+        files, classes = list_images(path)
         if not classes:
             moved, still = _Unlabelled(files, replace(prepared, transform=moving)), _Unlabelled(files, prepared)
-            return _parted(moved, seed, labelled=False, judged=still)
+            return _split(moved, seed, labelled=False, judged=still)
         both = [torchvision.datasets.ImageFolder(path, t) for t in (moving, prepared.transform)]
     except FileNotFoundError as error:
         raise GhostifyError(f"{path}: {str(error).splitlines()[0]}") from error
-    return _parted(both[0], seed, labelled=True, judged=both[1])
+    return _split(both[0], seed, labelled=True, judged=both[1])
 
 
 class _Unlabelled(Dataset[Any]):
@@ -147,14 +147,14 @@ class _Unlabelled(Dataset[Any]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> Any:
-        return image_of(self.files[index], self.prepared), -1
+        return read_image(self.files[index], self.prepared), -1
 
 
 def _tensors(images: Tensor, labels: Tensor | None) -> TensorDataset:
     return TensorDataset(images, torch.full((len(images),), -1) if labels is None else labels)
 
 
-def _parted(items: Any, seed: int, labelled: bool, judged: Any = None) -> Lessons:
-    order, held = np.random.default_rng(seed).permutation(len(items)).tolist(), len(items) // HELD_OUT or 1
+def _split(items: Any, seed: int, labelled: bool, judged: Any = None) -> TrainingData:
+    order, held = np.random.default_rng(seed).permutation(len(items)).tolist(), len(items) // VALIDATION_EVERY or 1
     judging = Subset(items if judged is None else judged, sorted(order[:held]))
-    return Lessons(Subset(items, sorted(order[held:])), judging, labelled)
+    return TrainingData(Subset(items, sorted(order[held:])), judging, labelled)

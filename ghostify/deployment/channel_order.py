@@ -14,7 +14,7 @@ from ghostify.pruning.permutation import permute_group
 SHAPE = "ghostify_shape"  # in a node's meta: the shape of what it makes of the example inputs
 
 
-class Orders:
+class ChannelOrders:
     """An order for each channel group of a graph; `apply` settles them by permuting weights, and gathers where that is
     not enough.
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from ghostify.deployment.inference_form import deploy
 from ghostify.errors import GhostifyError
-from ghostify.graph.inputs import as_arguments, tensors_of
+from ghostify.graph.inputs import as_arguments, tensor_leaves
 from ghostify.io.atomic import staged_folder
 from ghostify.numerics import find_mismatch
 from ghostify.runtimes.registry import EXPORT_FORMATS, Runtime, check_supported
@@ -39,21 +39,23 @@ def export(model: nn.Module, path: str | Path, *, format: str, example_inputs: A
     if kwargs:
         raise GhostifyError("export: models with keyword inputs are not supported. Pass example_inputs as a tuple.")
     check_supported(runtime, None)
-    small = deploy(model, example_inputs)
+    deployed = deploy(model, example_inputs)
     folder = Path(path)
     if folder.is_file():
         raise GhostifyError(f"{folder}: is a file: name a folder to export into")
     with staged_folder(folder, merge=True) as fresh:
-        file = write(small, args, fresh, runtime)
-        _check(small, args, file, runtime)
+        file = write_unchecked(deployed, args, fresh, runtime)
+        _check(deployed, args, file, runtime)
     return folder / file.name
 
 
-def write(small: nn.Module, args: tuple[Any, ...], folder: Path, runtime: Runtime, *, for_timing: bool = False) -> Path:
+def write_unchecked(
+    deployed: nn.Module, args: tuple[Any, ...], folder: Path, runtime: Runtime, *, for_timing: bool = False
+) -> Path:
     """Write an inference form for a runtime into a folder, unchecked; returns the file."""
     try:
-        with _quiet():
-            return (runtime.write_for_timing if for_timing else runtime.write)(small, args, folder)
+        with _silence_exporters():
+            return (runtime.write_for_timing if for_timing else runtime.write)(deployed, args, folder)
     except ImportError as error:
         missing = f"format {runtime.format!r}: needs {error.name}"
         raise GhostifyError(f"{missing}. Run pip install 'ghostify[export]'.") from error
@@ -62,11 +64,11 @@ def write(small: nn.Module, args: tuple[Any, ...], folder: Path, runtime: Runtim
         raise GhostifyError(f"the model cannot be exported as {runtime.format}: {reason}") from error
 
 
-def _check(small: nn.Module, args: tuple[Any, ...], file: Path, runtime: Runtime) -> None:
+def _check(deployed: nn.Module, args: tuple[Any, ...], file: Path, runtime: Runtime) -> None:
     run = runtime.load(file, None, True)
     for given in (args, with_batch_of_two(args)):
         with torch.no_grad():
-            wanted = tensors_of(small(*given))
+            wanted = tensor_leaves(deployed(*given))
         for a, b in zip(wanted, run(*given), strict=True):
             mismatch = find_mismatch(b, a, of_largest=TOLERANCE)
             if mismatch is not None:
@@ -77,7 +79,7 @@ def _check(small: nn.Module, args: tuple[Any, ...], file: Path, runtime: Runtime
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _silence_exporters() -> Iterator[None]:
     """Without what exporters tell their own developers."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

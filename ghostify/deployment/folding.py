@@ -11,26 +11,26 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ghostify.graph.batchnorm import BatchNorm, batchnorm_affine, batchnorm_at, inner_modules
-from ghostify.graph.conv_types import plain
+from ghostify.graph.conv_types import to_standard_conv
 from ghostify.graph.methods import MARKS
-from ghostify.graph.neighbours import Wiring, norm_after, only_user
+from ghostify.graph.neighbours import GraphIndex, following_norm, only_user
 from ghostify.graph.op_queries import activation_module, is_channel_independent, is_identity_in_eval, is_standard_conv
-from ghostify.graph.program import called
-from ghostify.graph.symbolic_tracer import Mode, is_guard
+from ghostify.graph.program import called_module
+from ghostify.graph.symbolic_tracer import TrainingFlag, is_guard
 from ghostify.modules.ghost import CheapOperation, GhostModule
 from ghostify.modules.hooks import has_hooks
-from ghostify.rewriting.activation_chain import out_of_place
+from ghostify.rewriting.activation_chain import without_inplace
 
 ORDER = "ghostify_order"  # in a node's meta: which original channel each of its channels is
 FLOOR = 1e-6
 
 
-def freeze(module: fx.GraphModule) -> None:
+def freeze_eval(module: fx.GraphModule) -> None:
     """Evaluation mode for good: modes are False, what is silent then goes, and so do guards over arguments."""
     modes: set[fx.Node] = set()
     for node in list(module.graph.nodes):
         node.meta.pop(MARKS, None)
-        if node.op == "call_module" and isinstance(called(module, node), Mode):
+        if node.op == "call_module" and isinstance(called_module(module, node), TrainingFlag):
             modes.add(node)
     for node in modes:
         for user in list(node.users):
@@ -47,21 +47,21 @@ def freeze(module: fx.GraphModule) -> None:
             module.graph.erase_node(node)
 
 
-def fold(module: fx.GraphModule, dense: set[str]) -> None:
+def fold_norms(module: fx.GraphModule, dense: set[str]) -> None:
     """Fold norms into the convolutions before them, and take ghost modules apart into convolutions and concatenation.
 
     What a ghost module made in an order of its own is noted under `ORDER` with the node that makes it. Ghost modules
     named in `dense`, of one pixel and of all intrinsic maps, become one more dense convolution instead.
     """
-    wiring = Wiring(module)
+    wiring = GraphIndex(module)
     for node in list(module.graph.nodes):
         if node.op != "call_module":
             continue
-        inner = called(module, node)
+        inner = called_module(module, node)
         if isinstance(inner, nn.Conv2d) and not has_hooks(inner):
             _fold_conv(wiring, node, inner)
         elif isinstance(inner, GhostModule):
-            _take_apart(wiring, node, inner, dense=str(node.target) in dense)
+            _split_ghost(wiring, node, inner, dense=str(node.target) in dense)
     module.delete_all_unused_submodules()
 
 
@@ -81,12 +81,12 @@ class _Affine:
     shift: Tensor
 
 
-def _fold_conv(wiring: Wiring, node: fx.Node, conv: nn.Conv2d) -> None:
+def _fold_conv(wiring: GraphIndex, node: fx.Node, conv: nn.Conv2d) -> None:
     module = wiring.module
-    norm_path = norm_after(wiring, [node.name])
-    if norm_path is None or not wiring.used_once(node):
+    norm_path = following_norm(wiring, [node.name])
+    if norm_path is None or not wiring.is_called_once(node):
         return
-    made = conv if is_standard_conv(conv) else plain(conv)
+    made = conv if is_standard_conv(conv) else to_standard_conv(conv)
     if isinstance(made, str):
         return
     norm: Any = batchnorm_at(module, norm_path)
@@ -112,15 +112,15 @@ def _without_norm(module: fx.GraphModule, node: fx.Node, norm_path: str) -> None
 
 
 @torch.no_grad()
-def _take_apart(wiring: Wiring, node: fx.Node, ghost: GhostModule, dense: bool) -> None:
+def _split_ghost(wiring: GraphIndex, node: fx.Node, ghost: GhostModule, dense: bool) -> None:
     """Convolutions and concatenation in the place of a ghost module, activated each where all of it was."""
     module, path = wiring.module, str(node.target)
     graph = module.graph
-    if not wiring.used_once(node):
+    if not wiring.is_called_once(node):
         return
-    norm_path = norm_after(wiring, [node.name])
+    norm_path = following_norm(wiring, [node.name])
     norm, order, shift = batchnorm_at(module, norm_path), _order_of(ghost), None
-    if ghost.activation is not None and not _same_line(ghost, norm, order):
+    if ghost.activation is not None and not _same_norm(ghost, norm, order):
         return
     if norm is not None and norm_path is not None:
         shift = _fold_ghost(ghost, _affine(norm, order))
@@ -128,10 +128,10 @@ def _take_apart(wiring: Wiring, node: fx.Node, ghost: GhostModule, dense: bool) 
     with graph.inserting_before(node):
         intrinsic = graph.call_module(f"{path}.primary_conv", node.args)
         if dense:
-            _densify(ghost, order)
+            _merge_pointwise(ghost, order)
             node.replace_all_uses_with(graph.call_module(f"{path}.cheap_operation", (intrinsic,)))
             graph.erase_node(node)
-            _empty(module, path, ghost)
+            _keep_children_only(module, path, ghost)
             return
         read = intrinsic if ghost.activation is None else graph.call_module(f"{path}.activation", (intrinsic,))
         maps = [intrinsic, *_ghosts(module, path, ghost, read)]
@@ -151,10 +151,10 @@ def _take_apart(wiring: Wiring, node: fx.Node, ghost: GhostModule, dense: bool) 
         joined.meta[ORDER] = order
     node.replace_all_uses_with(joined)
     graph.erase_node(node)
-    _empty(module, path, ghost)
+    _keep_children_only(module, path, ghost)
 
 
-def _empty(module: fx.GraphModule, path: str, ghost: GhostModule) -> None:
+def _keep_children_only(module: fx.GraphModule, path: str, ghost: GhostModule) -> None:
     """Leave of a ghost module what it holds."""
     shell = nn.Module()
     ghost.order = None
@@ -172,7 +172,7 @@ def _activate(module: fx.GraphModule, path: str, act: nn.Module, read: fx.Node) 
     """A call of a copy of the activation that leaves what it reads as it is."""
     name = f"{path}.after"
     if "after" not in module.get_submodule(path)._modules:
-        module.get_submodule(path).add_module("after", out_of_place(act))
+        module.get_submodule(path).add_module("after", without_inplace(act))
     return module.graph.call_module(name, (read,))
 
 
@@ -243,7 +243,7 @@ def _scale_cheap(ghost: GhostModule, scale: Tensor, shift: Tensor, affine: _Affi
         done += outputs
 
 
-def _densify(ghost: GhostModule, order: Tensor) -> None:
+def _merge_pointwise(ghost: GhostModule, order: Tensor) -> None:
     """Turn the cheap operation into a dense one that makes all maps, in the original's order."""
     cheap, m = ghost.cheap_operation, ghost.primary_conv.out_channels
     assert isinstance(cheap, nn.Conv2d)
@@ -256,7 +256,7 @@ def _densify(ghost: GhostModule, order: Tensor) -> None:
     ghost.cheap_operation = made
 
 
-def _same_line(ghost: GhostModule, norm: BatchNorm | None, order: Tensor) -> bool:
+def _same_norm(ghost: GhostModule, norm: BatchNorm | None, order: Tensor) -> bool:
     """Whether the norm on the way to the cheap operation, if any, is still the one behind the ghost module."""
     assert ghost.activation is not None
     norms = [c for c in ghost.activation.modules() if isinstance(c, BatchNorm)]

@@ -8,18 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ghostify.deployment.channel_order import Orders, record_shapes
-from ghostify.deployment.folding import can_be_dense, fold, freeze
+from ghostify.deployment.channel_order import ChannelOrders, record_shapes
+from ghostify.deployment.folding import can_be_dense, fold_norms, freeze_eval
 from ghostify.errors import GhostifyError
-from ghostify.fitting.subgraph_inputs import calls_of
-from ghostify.graph.inputs import PlaceholderValues, as_arguments, bind_inputs, example_of, run, run_example, tensors_of
-from ghostify.graph.modes import evaluating
+from ghostify.fitting.subgraph_inputs import record_calls
+from ghostify.graph.inputs import (
+    PlaceholderValues,
+    as_arguments,
+    bind_example,
+    bind_inputs,
+    call_model,
+    run_example,
+    tensor_leaves,
+)
+from ghostify.graph.modes import eval_mode
 from ghostify.graph.tracing import trace
 from ghostify.numerics import find_mismatch
 
-TOLERANCE, TENSOR_FLOAT, ROUGH = 1e-4, 1e-2, 0.1
-SMALL = 64
-WIDE = 512
+TOLERANCE, TF32_TOLERANCE, HALF_TOLERANCE = 1e-4, 1e-2, 0.1
+ALWAYS_DENSE_MAPS = 64
+DENSE_MAX_MAPS = 512
 
 
 def deploy(model: nn.Module, example_inputs: Any) -> nn.Module:
@@ -32,16 +40,16 @@ def deploy(model: nn.Module, example_inputs: Any) -> nn.Module:
     largest value (1e-2 on a GPU, whose float32 may be TF32; 0.1 in half precision). Raises `GhostifyError` where it
     does not run, or is not equal.
     """
-    with evaluating(model):
-        wanted = tensors_of(run_example(model, example_of(model, example_inputs)))
+    with eval_mode(model):
+        wanted = tensor_leaves(run_example(model, bind_example(model, example_inputs)))
     made = _graphs(model, example_inputs)
     notes = copy.copy(model.__dict__.get("meta", {}))
-    with evaluating(made):
+    with eval_mode(made):
         parts = [p for p, m in made.named_modules() if isinstance(m, fx.GraphModule)]
         for path in reversed(parts):
-            inputs = _arriving(made, path, example_inputs)
+            inputs = _subgraph_inputs(made, path, example_inputs)
             if inputs is not None:
-                _deploy_part(made.get_submodule(path), inputs)  # type: ignore[arg-type]
+                _deploy_subgraph(made.get_submodule(path), inputs)  # type: ignore[arg-type]
     made = made.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     made.__dict__["meta"] = notes
     _check(wanted, made, example_inputs)
@@ -54,17 +62,17 @@ def _graphs(model: nn.Module, example: Any) -> nn.Module:
     return trace(model, example).module
 
 
-def _deploy_part(part: fx.GraphModule, inputs: PlaceholderValues) -> None:
+def _deploy_subgraph(part: fx.GraphModule, inputs: PlaceholderValues) -> None:
     dense = _to_be_dense(part, inputs)
-    _plain(part, dense, inputs).apply()
+    _folded_orders(part, dense, inputs).apply()
 
 
-def _plain(part: fx.GraphModule, dense: set[str], inputs: PlaceholderValues) -> Orders:
-    freeze(part)
-    fold(part, dense)
+def _folded_orders(part: fx.GraphModule, dense: set[str], inputs: PlaceholderValues) -> ChannelOrders:
+    freeze_eval(part)
+    fold_norms(part, dense)
     part.recompile()
     record_shapes(part, *inputs.values)
-    return Orders(part)
+    return ChannelOrders(part)
 
 
 def _to_be_dense(part: fx.GraphModule, inputs: PlaceholderValues) -> set[str]:
@@ -73,23 +81,25 @@ def _to_be_dense(part: fx.GraphModule, inputs: PlaceholderValues) -> set[str]:
     able: dict[str, Any] = {path: m.primary_conv.out_channels for path, m in part.named_modules() if can_be_dense(m)}
     if not able:
         return set()
-    small = {path for path, count in able.items() if count <= SMALL}
-    trial = _plain(copy.deepcopy(part), small, inputs)
+    small = {path for path, count in able.items() if count <= ALWAYS_DENSE_MAPS}
+    trial = _folded_orders(copy.deepcopy(part), small, inputs)
     gathered = {str(w.args[0][0].target) for w in trial.gathers()}  # type: ignore[index, union-attr]
-    return small | {p for p, count in able.items() if count <= WIDE and any(g.startswith(f"{p}.") for g in gathered)}
+    return small | {
+        p for p, count in able.items() if count <= DENSE_MAX_MAPS and any(g.startswith(f"{p}.") for g in gathered)
+    }
 
 
-def _arriving(made: nn.Module, path: str, example: Any) -> PlaceholderValues | None:
+def _subgraph_inputs(made: nn.Module, path: str, example: Any) -> PlaceholderValues | None:
     """What the part at `path` gets when the example inputs run: None if nothing."""
     if not path and isinstance(made, fx.GraphModule):
         return bind_inputs(made, *as_arguments(example))
-    seen = calls_of(made.get_submodule(path), made, path, example_of(made, example))  # type: ignore[arg-type]
+    seen = record_calls(made.get_submodule(path), made, path, bind_example(made, example))  # type: ignore[arg-type]
     return seen[0] if seen else None
 
 
 def _check(answers: list[Tensor], made: nn.Module, example: Any) -> None:
-    with evaluating(made):
-        again = tensors_of(run(made, example_of(made, example)))
+    with eval_mode(made):
+        again = tensor_leaves(call_model(made, bind_example(made, example)))
     for wanted, found in zip(answers, again, strict=True):
         if wanted.shape != found.shape or not wanted.is_floating_point() or not wanted.numel():
             continue
@@ -103,5 +113,5 @@ def _check(answers: list[Tensor], made: nn.Module, example: Any) -> None:
 
 def _tolerance(wanted: Tensor) -> float:
     if wanted.dtype not in (torch.float32, torch.float64):
-        return ROUGH
-    return TOLERANCE if wanted.device.type == "cpu" or wanted.dtype == torch.float64 else TENSOR_FLOAT
+        return HALF_TOLERANCE
+    return TOLERANCE if wanted.device.type == "cpu" or wanted.dtype == torch.float64 else TF32_TOLERANCE

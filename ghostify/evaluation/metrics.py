@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ghostify.graph.inputs import example_of, run
-from ghostify.graph.modes import evaluating
+from ghostify.graph.inputs import bind_example, call_model
+from ghostify.graph.modes import eval_mode
 from ghostify.numerics import relative_squared_error
 
-WARM, LEAST = 2, 1.0
+WARMUP_ROUNDS, MIN_TURN_MS = 2, 1.0
 
 
-def outputs(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
+def predict(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
     """The model's outputs on all batches (N x classes), in evaluation mode."""
-    with evaluating(model):
+    with eval_mode(model):
         return torch.cat([model(batch) for batch in batches])
 
 
@@ -34,26 +34,26 @@ def relative_error(answers: Tensor, reference: Tensor) -> float:
     return float(relative_squared_error(answers, reference))
 
 
-def paired_milliseconds(models: Sequence[nn.Module], examples: Sequence[Any], *, rounds: int = 15) -> list[float]:
+def interleaved_latency_ms(models: Sequence[nn.Module], examples: Sequence[Any], *, rounds: int = 15) -> list[float]:
     """Median milliseconds of one forward of each model on its example, in turn: they share the machine's moods."""
-    forwards = [partial(run, m, example_of(m, x)) for m, x in zip(models, examples, strict=True)]
-    with evaluating(*models):
-        return [statistics.median(own) for own in by_turns(forwards, rounds)]
+    forwards = [partial(call_model, m, bind_example(m, x)) for m, x in zip(models, examples, strict=True)]
+    with eval_mode(*models):
+        return [statistics.median(own) for own in time_interleaved(forwards, rounds)]
 
 
-def by_turns(forwards: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:
+def time_interleaved(forwards: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:
     """Milliseconds of each, turn by turn; a turn has as many forwards as the clock needs."""
     times: list[list[float]] = [[] for _ in forwards]
     repeats = [1] * len(forwards)
-    for turn in range(WARM + rounds):
+    for turn in range(WARMUP_ROUNDS + rounds):
         for k, forward in enumerate(forwards):
             started = time.perf_counter()
             for _ in range(repeats[k]):
                 forward()
             _finish()
             spent = 1000 * (time.perf_counter() - started) / repeats[k]
-            if turn < WARM:
-                repeats[k] = max(1, round(LEAST / max(spent, 1e-3)))
+            if turn < WARMUP_ROUNDS:
+                repeats[k] = max(1, round(MIN_TURN_MS / max(spent, 1e-3)))
             else:
                 times[k].append(spent)
     return times

@@ -18,7 +18,7 @@ from ghostify.errors import GhostifyError
 ALIGNED = 64
 
 
-class Stored:
+class FileTensor:
     """A dense tensor in a temporary file, read back bit-equal with its strides; the file goes with this object."""
 
     def __init__(self, tensor: Tensor) -> None:
@@ -47,7 +47,7 @@ class Stored:
             os.unlink(self.path)
 
 
-class Away:
+class HostTensor:
     """A tensor of another device, put aside in this machine's memory."""
 
     def __init__(self, kept: Tensor, device: torch.device) -> None:
@@ -58,12 +58,12 @@ class Away:
         return self.kept.to(self.device)
 
 
-def loaded(value: Any) -> Any:
+def restore(value: Any) -> Any:
     """The value that was put aside, back in memory and on its device; any other as it is."""
-    return value.load() if isinstance(value, Stored | Away) else value
+    return value.load() if isinstance(value, FileTensor | HostTensor) else value
 
 
-class Shelf:
+class ActivationStore:
     """Takes values up: into `limit` bytes of memory of its own, and beyond them into temporary files.
 
     Memory apart, because values that outlive the others riddle the heap with holes, which then grows with their number.
@@ -71,7 +71,7 @@ class Shelf:
 
     def __init__(self, limit: int) -> None:
         self.memory = torch.empty(limit, dtype=torch.uint8).numpy()
-        self.holes = [(0, limit)]
+        self.free_ranges = [(0, limit)]
 
     def put(self, value: Any, *, movable: bool = True) -> Any:
         """A copy on the shelf, its values bit-equal and its strides the same, or the value itself. Only plain dense
@@ -80,9 +80,9 @@ class Shelf:
             return value
         room = self._take(value.numel() * value.element_size())
         if room is None:
-            return Stored(value)
+            return FileTensor(value)
         kept = torch.frombuffer(room, dtype=value.dtype).as_strided(value.shape, value.stride()).copy_(value)
-        return kept if value.device.type == "cpu" else Away(kept, value.device)
+        return kept if value.device.type == "cpu" else HostTensor(kept, value.device)
 
     def _holds(self, tensor: Tensor) -> bool:
         offset = tensor.data_ptr() - self.memory.ctypes.data
@@ -94,22 +94,22 @@ class Shelf:
         Tensors made of it hold it, and so do their views.
         """
         size = -(-size // ALIGNED) * ALIGNED
-        for k, (start, end) in enumerate(self.holes):
+        for k, (start, end) in enumerate(self.free_ranges):
             if end - start >= size:
-                self.holes[k : k + 1] = [(start + size, end)] if end - start > size else []
+                self.free_ranges[k : k + 1] = [(start + size, end)] if end - start > size else []
                 room = self.memory[start : start + size]
                 weakref.finalize(room, self._give_back, start, start + size)
                 return room
         return None
 
     def _give_back(self, start: int, end: int) -> None:
-        k = bisect.bisect(self.holes, (start, end))
-        if k < len(self.holes) and self.holes[k][0] == end:
-            end = self.holes.pop(k)[1]
-        if k and self.holes[k - 1][1] == start:
-            start = self.holes.pop(k - 1)[0]
+        k = bisect.bisect(self.free_ranges, (start, end))
+        if k < len(self.free_ranges) and self.free_ranges[k][0] == end:
+            end = self.free_ranges.pop(k)[1]
+        if k and self.free_ranges[k - 1][1] == start:
+            start = self.free_ranges.pop(k - 1)[0]
             k -= 1
-        self.holes.insert(k, (start, end))
+        self.free_ranges.insert(k, (start, end))
 
 
 def _plain(value: Any) -> bool:
@@ -132,7 +132,7 @@ def _bytes(tensor: Tensor) -> memoryview:
     return flat.numpy().data
 
 
-def tidy() -> None:
+def trim_heap() -> None:
     """Give the heap's free pages back to the system, where the C library can: small things that stay hold them else."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:

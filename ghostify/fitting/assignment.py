@@ -15,7 +15,7 @@ from ghostify.modules.layout import Depthwise, GhostLayout, Grouped, Pointwise
 
 
 @dataclass(frozen=True, eq=False)
-class Groups:
+class GhostAssignment:
     """`intrinsic` (G x w) and `ghosts` name original channels; `sources` (ghosts x w) computed maps."""
 
     intrinsic: Tensor
@@ -37,7 +37,7 @@ class Groups:
         return [torch.cat((own, self.ghosts[owner == g])) for g, own in enumerate(self.intrinsic)]
 
 
-def choose_groups(costs: Tensor, layout: GhostLayout) -> Groups:
+def assign_ghosts(costs: Tensor, layout: GhostLayout) -> GhostAssignment:
     """Groups of the shape of `layout` with a small sum of costs[i, j], the error of output j as a ghost of i (n x n).
 
     One ghost each: matching, then pair exchanges. Several: facility location, then assignment and new centres by turns.
@@ -52,28 +52,28 @@ def choose_groups(costs: Tensor, layout: GhostLayout) -> Groups:
             assert_never(layout.form)
 
 
-def _one_map_each(costs: Tensor, layout: GhostLayout) -> Groups:
+def _one_map_each(costs: Tensor, layout: GhostLayout) -> GhostAssignment:
     """Groups for ghosts that see one map each; those with the most ghosts come first, as the layout wants it."""
     costs = costs.clone().fill_diagonal_(0)
     capacities = layout.capacities
-    centres, ghosts = _match(costs, layout) if max(capacities) == 1 else _assign(costs, capacities)
+    centres, ghosts = _match_pairs(costs, layout) if max(capacities) == 1 else _cluster(costs, capacities)
     by_size = sorted(range(len(centres)), key=lambda k: -len(ghosts[k]))
     flat = [(k, ghost) for k, old in enumerate(by_size) for ghost in sorted(ghosts[old])]  # their places are alike
-    return Groups(
+    return GhostAssignment(
         torch.tensor([[centres[old]] for old in by_size]),
         torch.tensor([ghost for _, ghost in flat]),
         torch.tensor([[k] for k, _ in flat]),
     )
 
 
-def in_given_order(layout: GhostLayout) -> Groups:
+def paper_assignment(layout: GhostLayout) -> GhostAssignment:
     """The paper's arrangement for w = 1: the first m outputs are intrinsic, ghost j belongs to map j modulo m."""
     if not isinstance(layout.form, Depthwise):
         raise GhostifyError(f"{layout}: its ghosts have no order of their own. Only depthwise ones have.")
     counts = layout.capacities
     waiting = iter(range(layout.intrinsic, layout.outputs))
     flat = [(k, next(waiting)) for k, count in enumerate(counts) for _ in range(count)]
-    return Groups(
+    return GhostAssignment(
         torch.arange(layout.intrinsic)[:, None],
         torch.tensor([ghost for _, ghost in flat]),
         torch.tensor([[k] for k, _ in flat]),
@@ -85,21 +85,21 @@ def _clusters(costs: Tensor, layout: GhostLayout) -> list[list[int]]:
     count = len(layout.capacities)
     if count == 1:
         return [list(range(layout.outputs))]
-    centres, ghosts = _assign((costs + costs.T) / 2, (layout.outputs // count - 1,) * count)
+    centres, ghosts = _cluster((costs + costs.T) / 2, (layout.outputs // count - 1,) * count)
     return [[centre, *own] for centre, own in zip(centres, ghosts, strict=True)]
 
 
-def _wide(members: list[list[int]], layout: GhostLayout) -> Groups:
+def _wide(members: list[list[int]], layout: GhostLayout) -> GhostAssignment:
     """Groups of which the first channels stand as intrinsic: as many as each ghost sees."""
     width = layout.kernel_shape[0]
-    return Groups(
+    return GhostAssignment(
         torch.tensor([m[:width] for m in members]),
         torch.tensor([g for m in members for g in m[width:]]),
         torch.tensor([list(range(k * width, (k + 1) * width)) for k, m in enumerate(members) for _ in m[width:]]),
     )
 
 
-def _match(costs: Tensor, layout: GhostLayout) -> tuple[list[int], list[list[int]]]:
+def _match_pairs(costs: Tensor, layout: GhostLayout) -> tuple[list[int], list[list[int]]]:
     """Pairs with the better direction of each; with more intrinsic maps than ghosts, the costliest stay alone."""
     n, alone = layout.outputs, 2 * layout.intrinsic - layout.outputs
     both = torch.full((n + alone, n + alone), float("inf"), dtype=costs.dtype)
@@ -140,12 +140,12 @@ def _pairs(costs: Tensor) -> list[tuple[int, int]]:
         left.remove(b)
         pairs.append((a, b))
     a, b = torch.tensor(pairs).T.contiguous()
-    while _exchange(finite, a, b, 1e-12 * big):
+    while _swap_partners(finite, a, b, 1e-12 * big):
         pass
     return [(min(x, y), max(x, y)) for x, y in zip(a.tolist(), b.tolist(), strict=True)]
 
 
-def _exchange(costs: Tensor, a: Tensor, b: Tensor, least: float) -> bool:
+def _swap_partners(costs: Tensor, a: Tensor, b: Tensor, least: float) -> bool:
     """One round of exchanges of partners between pairs (a_k, b_k), in place: the best ones that do not touch."""
     now = costs[a, b]
     crossed = costs[a][:, a] + costs[b][:, b] - now[:, None] - now
@@ -167,12 +167,12 @@ def _exchange(costs: Tensor, a: Tensor, b: Tensor, least: float) -> bool:
     return len(free) < len(a)
 
 
-def _assign(costs: Tensor, capacities: tuple[int, ...]) -> tuple[list[int], list[list[int]]]:
+def _cluster(costs: Tensor, capacities: tuple[int, ...]) -> tuple[list[int], list[list[int]]]:
     """Centres and their ghosts, as many for each as `capacities` says in some order."""
-    centres = _facilities(costs, len(capacities))
+    centres = _greedy_centres(costs, len(capacities))
     best: tuple[float, list[int], list[list[int]]] | None = None
     for _ in range(8):
-        ghosts = _fill(costs, centres, capacities)
+        ghosts = _assign_to_centres(costs, centres, capacities)
         groups = [torch.tensor([c, *own]) for c, own in zip(centres, ghosts, strict=True)]
         inner = [costs[g[:, None], g].sum(1) for g in groups]
         total = sum(float(costs[c, own].sum()) for c, own in zip(centres, ghosts, strict=True))
@@ -184,7 +184,7 @@ def _assign(costs: Tensor, capacities: tuple[int, ...]) -> tuple[list[int], list
     return best[1], best[2]
 
 
-def _facilities(costs: Tensor, count: int) -> list[int]:
+def _greedy_centres(costs: Tensor, count: int) -> list[int]:
     """Greedy facility location: each next centre lowers the sum of everyone's least cost the most.
 
     What a channel gains only shrinks as centres are added, so its last known gain is a bound (lazy greedy).
@@ -204,7 +204,7 @@ def _facilities(costs: Tensor, count: int) -> list[int]:
     return chosen
 
 
-def _fill(costs: Tensor, centres: list[int], capacities: tuple[int, ...]) -> list[list[int]]:
+def _assign_to_centres(costs: Tensor, centres: list[int], capacities: tuple[int, ...]) -> list[list[int]]:
     """The cheapest assignment; the places that every centre must fill carry a bonus, the one more of some does not."""
     low, high = min(capacities), max(capacities)
     waiting = [j for j in range(len(costs)) if j not in set(centres)]

@@ -22,21 +22,21 @@ from ghostify.graph.op_queries import (
     is_resampling,
 )
 
-NODES = 64
+QUADRATURE_POINTS = 64
 
 
 @dataclass(frozen=True, eq=False)
-class Channels:
+class ChannelStats:
     """Mean and variance of each channel (n, float64)."""
 
     mean: Tensor
     var: Tensor
 
 
-Known = dict[fx.Node, "Channels | None"]
+Known = dict[fx.Node, "ChannelStats | None"]
 
 
-def input_channels(module: fx.GraphModule) -> dict[str, Channels]:
+def input_channel_stats(module: fx.GraphModule) -> dict[str, ChannelStats]:
     """What is known of the channels that each node of a graph reads first, by node."""
     known: Known = {}
     for node in module.graph.nodes:
@@ -45,41 +45,41 @@ def input_channels(module: fx.GraphModule) -> dict[str, Channels]:
     return {name: channels for name, channels in firsts.items() if channels is not None}
 
 
-def _channels(module: fx.GraphModule, known: Known, node: fx.Node) -> Channels | None:
+def _channels(module: fx.GraphModule, known: Known, node: fx.Node) -> ChannelStats | None:
     if (norm := batchnorm_of(module, node)) is not None:
-        return _normed(norm)
+        return _batchnorm_stats(norm)
     if (joined := concat_inputs(node)) is not None:
         parts = [p for n in joined if (p := known[n]) is not None]
         if len(parts) < len(joined):
             return None
-        return Channels(torch.cat([p.mean for p in parts]), torch.cat([p.var for p in parts]))
+        return ChannelStats(torch.cat([p.mean for p in parts]), torch.cat([p.var for p in parts]))
     if is_add(node):
         one, other = (known[n] for n in elementwise_operands(node) or ())
         if one is None or other is None or one.mean.shape != other.mean.shape:
             return None
-        return Channels(one.mean + other.mean, one.var + other.var)
+        return ChannelStats(one.mean + other.mean, one.var + other.var)
     if (activation := activation_module(module, node)) is not None:
         source = known[activation_input(module, node)]
-        return None if source is None else activated(activation, source)
+        return None if source is None else activation_stats(activation, source)
     if is_identity_in_eval(module, node) or is_resampling(module, node):
         return known[node.all_input_nodes[0]]
     return None
 
 
-def activated(activation: nn.Module, source: Channels) -> Channels:
+def activation_stats(activation: nn.Module, source: ChannelStats) -> ChannelStats:
     """Mean and variance of normal values behind an activation, by quadrature at NODES points."""
-    places = torch.linspace(-4, 4, NODES, dtype=torch.float64)
+    places = torch.linspace(-4, 4, QUADRATURE_POINTS, dtype=torch.float64)
     weights = torch.exp(-places.square() / 2)
     weights = weights / weights.sum()
     with torch.no_grad():
         values = activation((source.mean + places[:, None] * source.var.sqrt()).clone())
     mean = (weights[:, None] * values).sum(0)
-    return Channels(mean, (weights[:, None] * (values - mean).square()).sum(0))
+    return ChannelStats(mean, (weights[:, None] * (values - mean).square()).sum(0))
 
 
-def _normed(norm: BatchNorm) -> Channels:
+def _batchnorm_stats(norm: BatchNorm) -> ChannelStats:
     gamma, beta = gamma_beta(norm)
-    made = Channels(beta.double().cpu(), gamma.double().cpu().square())
+    made = ChannelStats(beta.double().cpu(), gamma.double().cpu().square())
     for child in inner_modules(norm).values():
-        made = activated(child, made)
+        made = activation_stats(child, made)
     return made

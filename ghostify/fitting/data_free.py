@@ -7,20 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ghostify.fitting.bn_statistics import Channels
-from ghostify.fitting.depthwise_statistics import MapStatistics
-from ghostify.fitting.lstsq import Statistics
+from ghostify.fitting.bn_statistics import ChannelStats
+from ghostify.fitting.depthwise_statistics import PerMapStatistics
+from ghostify.fitting.lstsq import JointStatistics
 from ghostify.graph.batchnorm import BatchNorm
 
 
-def statistics_of(
-    conv: nn.Conv2d, norm: BatchNorm | None, dw_size: int, *, inputs: Channels | None = None, map_by_map: bool = False
-) -> Statistics | MapStatistics:
+def data_free_statistics(
+    conv: nn.Conv2d,
+    norm: BatchNorm | None,
+    dw_size: int,
+    *,
+    inputs: ChannelStats | None = None,
+    map_by_map: bool = False,
+) -> JointStatistics | PerMapStatistics:
     """Statistics of a convolution under white inputs, with the running statistics of the BatchNorm behind, if any.
 
     `inputs` says what is known of the convolution's input channels.
     """
-    return white_statistics(
+    return white_input_statistics(
         conv.weight.detach().float().cpu(),
         dw_size,
         input_variance=None if inputs is None or len(inputs.var) != conv.in_channels else inputs.var,
@@ -32,7 +37,7 @@ def statistics_of(
     )
 
 
-def white_statistics(
+def white_input_statistics(
     weight: Tensor,
     dw_size: int,
     *,
@@ -42,7 +47,7 @@ def white_statistics(
     mean: Tensor | None = None,
     variance: Tensor | None = None,
     map_by_map: bool = False,
-) -> Statistics | MapStatistics:
+) -> JointStatistics | PerMapStatistics:
     """Statistics of a convolution (n x c x kh x kw) under independent inputs of `input_variance` (c, default 1).
 
     The outputs themselves are the basis. Outputs d apart share the taps in which their windows overlap. The outputs'
@@ -51,7 +56,7 @@ def white_statistics(
     filters = weight.double()
     if input_variance is not None:
         filters = filters * input_variance.double().sqrt()[:, None, None]
-    lags, n = _lags(filters, dw_size, stride, dilation), len(filters)
+    lags, n = _lag_covariances(filters, dw_size, stride, dilation), len(filters)
     if variance is not None:
         scale = (variance.double() / lags[0, 0].diagonal().clamp_min(1e-30)).sqrt()
         lags = {lag: products * scale[:, None] * scale for lag, products in lags.items()}
@@ -73,17 +78,17 @@ def white_statistics(
         nothing = torch.zeros(n, dtype=torch.float64)
         own = {lag: products.diagonal() for lag, products in lags.items()}
         auto = torch.stack([torch.stack([own.get(lag, nothing) for lag in row], 1) for row in between], 1)
-        return MapStatistics(auto=auto, **common)
+        return PerMapStatistics(auto=auto, **common)
     gram = torch.zeros(len(places), n, len(places), n, dtype=torch.float64)
     for p, row in enumerate(between):
         for q, lag in enumerate(row):
             if lag in lags:
                 gram[p, :, q] = lags[lag]
     basis = weight.double().permute(0, 2, 3, 1).flatten(1)
-    return Statistics(gram=gram, basis=basis, start=torch.eye(n, dtype=torch.float64), **common)
+    return JointStatistics(gram=gram, basis=basis, initial_coordinates=torch.eye(n, dtype=torch.float64), **common)
 
 
-def _lags(
+def _lag_covariances(
     filters: Tensor, dw_size: int, stride: tuple[int, int], dilation: tuple[int, int]
 ) -> dict[tuple[int, int], Tensor]:
     """E[z_i(p + d) z_j(p)] for white inputs (n x n) by the distance d in output positions, where it is not 0.

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ghostify.fitting.assignment import Groups
+from ghostify.fitting.assignment import GhostAssignment
 from ghostify.fitting.ghost_statistics import Solution
-from ghostify.fitting.linear_solvers import damping_for, explained, solve_damped
-from ghostify.fitting.moments import LinkMoments, MapMoments, turns_of
+from ghostify.fitting.linear_solvers import damping_for, explained_variance, solve_damped
+from ghostify.fitting.moments import AssignedMoments, PerMapMoments, rank_in_group
 
 
 @dataclass(frozen=True, eq=False)
-class MapStatistics:
+class PerMapStatistics:
     """Second moments of n maps, each with itself at the D places (`auto`, n x D x D) and with every output (`cross`,
     D x n x n), but none between two maps; `var`, `mean_v` (D x n) and `mean_y` likewise.
     """
@@ -26,16 +26,16 @@ class MapStatistics:
     mean_y: Tensor
     rows: float = float("inf")
 
-    def costs(self, weights: Tensor) -> Tensor:
+    def pair_errors(self, weights: Tensor) -> Tensor:
         """Error of output j by the best kernel on map i, weighted by `weights` (n), for all pairs (n x n)."""
-        return costs_of(self.auto, self.cross.transpose(0, 1), self.var, self.rows) * weights
+        return pair_errors(self.auto, self.cross.transpose(0, 1), self.var, self.rows) * weights
 
-    def linked(self, groups: Groups, basis: Tensor) -> Links:
+    def assigned(self, groups: GhostAssignment, basis: Tensor) -> AssignedStatistics:
         """What the chosen groups need of it; `basis` (n x c k^2) holds the filters that make the maps."""
         own, source = groups.intrinsic[:, 0], sources_of(groups)
         channels = groups.channels
-        return Links(
-            groups=groups,
+        return AssignedStatistics(
+            assignment=groups,
             auto=self.auto[own],
             cross=self.cross[:, own[source], channels].T,
             var=self.var,
@@ -46,11 +46,11 @@ class MapStatistics:
         )
 
 
-def map_statistics(moments: MapMoments, free_mean: bool = True) -> MapStatistics:
+def map_statistics(moments: PerMapMoments, free_mean: bool = True) -> PerMapStatistics:
     """Statistics from moments taken map by map, less the means where they are free."""
     n = moments.count.clamp_min(1)
     v, y = float(free_mean) * moments.v / n, float(free_mean) * moments.y / n
-    return MapStatistics(
+    return PerMapStatistics(
         auto=moments.auto / n - torch.einsum("di,ei->ide", v, v),
         cross=moments.cross / n - torch.einsum("di,j->dij", v, y),
         var=(moments.yy / n - y.square()).clamp_min(0),
@@ -61,14 +61,14 @@ def map_statistics(moments: MapMoments, free_mean: bool = True) -> MapStatistics
 
 
 @dataclass(frozen=True, eq=False)
-class Links:
+class AssignedStatistics:
     """Moments of each of m intrinsic maps with itself at the D places (`auto`, m x D x D), and of each computed channel
     with the map it is made of (`cross`, n x D); `mean_v` is m x D, `mean_y` (n) in computed, `var` in original order.
 
     `basis` (m x c k^2) holds the intrinsic filters, `bias` (m) their biases where the layer has any.
     """
 
-    groups: Groups
+    assignment: GhostAssignment
     auto: Tensor
     cross: Tensor
     var: Tensor
@@ -84,18 +84,18 @@ class Links:
 
     def kernels(self) -> Tensor:
         """The ghosts' kernels (ghosts x 1 x D) by the normal equations."""
-        return kernels_of(self.auto, self.cross[len(self.auto) :], self.groups.sources[:, 0], self.rows)[:, None]
+        return solve_kernels(self.auto, self.cross[len(self.auto) :], self.assignment.sources[:, 0], self.rows)[:, None]
 
     def squared_errors(self, solution: Solution) -> Tensor:
         """See `GhostStatistics`."""
         each = self._all(solution.kernels)
-        spent = torch.einsum("kd,kde,ke->k", each, self.auto[sources_of(self.groups)], each)
-        return (self.var - in_order(2 * (self.cross * each).sum(1) - spent, self.groups)).clamp_min(0)
+        spent = torch.einsum("kd,kde,ke->k", each, self.auto[sources_of(self.assignment)], each)
+        return (self.var - to_original_order(2 * (self.cross * each).sum(1) - spent, self.assignment)).clamp_min(0)
 
     def mean_residuals(self, solution: Solution) -> Tensor:
         """See `GhostStatistics`."""
-        means = (self.mean_v[sources_of(self.groups)] * self._all(solution.kernels)).sum(1)
-        return in_order(self.mean_y - means, self.groups)
+        means = (self.mean_v[sources_of(self.assignment)] * self._all(solution.kernels)).sum(1)
+        return to_original_order(self.mean_y - means, self.assignment)
 
     def _all(self, kernels: Tensor) -> Tensor:
         """The kernels of all computed channels (n x D): an intrinsic map's is 1 at the centre."""
@@ -104,14 +104,16 @@ class Links:
         return torch.cat((own, kernels[:, 0]))
 
 
-def link_statistics(moments: LinkMoments, groups: Groups, basis: Tensor, bias: Tensor | None, free_mean: bool) -> Links:
+def assigned_statistics(
+    moments: AssignedMoments, groups: GhostAssignment, basis: Tensor, bias: Tensor | None, free_mean: bool
+) -> AssignedStatistics:
     """Statistics from moments taken link by link, less the means where they are free."""
     auto, cross, var, v, y = _centred(moments, sources_of(groups), free_mean)
-    return Links(
-        groups=groups,
+    return AssignedStatistics(
+        assignment=groups,
         auto=auto,
         cross=cross,
-        var=in_order(var.clamp_min(0), groups),
+        var=to_original_order(var.clamp_min(0), groups),
         mean_v=v,
         mean_y=y,
         basis=basis,
@@ -120,7 +122,7 @@ def link_statistics(moments: LinkMoments, groups: Groups, basis: Tensor, bias: T
     )
 
 
-def _centred(moments: LinkMoments, source: Tensor, free_mean: bool) -> tuple[Tensor, ...]:
+def _centred(moments: AssignedMoments, source: Tensor, free_mean: bool) -> tuple[Tensor, ...]:
     """Mean products (`auto`, `cross`, `var`), less the means where they are free; means of maps and targets."""
     n = moments.count.clamp_min(1)
     v, y = float(free_mean) * moments.v / n, float(free_mean) * moments.y / n
@@ -128,35 +130,35 @@ def _centred(moments: LinkMoments, source: Tensor, free_mean: bool) -> tuple[Ten
     return auto, moments.cross / n - v[source] * y[:, None], moments.yy / n - y.square(), v, y
 
 
-def costs_of(auto: Tensor, cross: Tensor, var: Tensor, rows: float) -> Tensor:
+def pair_errors(auto: Tensor, cross: Tensor, var: Tensor, rows: float) -> Tensor:
     """Squared error of output j by the best kernel on map i (n x n); `auto` is n x D x D, `cross` n x D x n."""
-    return (var - explained(auto, cross, damping_for(auto, rows))).clamp_min(0)
+    return (var - explained_variance(auto, cross, damping_for(auto, rows))).clamp_min(0)
 
 
-def sources_of(groups: Groups) -> Tensor:
+def sources_of(groups: GhostAssignment) -> Tensor:
     """For every computed channel the number of the intrinsic map it is made of; an intrinsic one's is its own."""
     return torch.cat((torch.arange(len(groups.intrinsic)), groups.sources[:, 0]))
 
 
-def in_order(computed: Tensor, groups: Groups) -> Tensor:
+def to_original_order(computed: Tensor, groups: GhostAssignment) -> Tensor:
     """Values of the computed channels, by original channel."""
     result = torch.empty_like(computed)
     result[groups.channels] = computed
     return result
 
 
-def kernels_of(auto: Tensor, cross: Tensor, source: Tensor, rows: float) -> Tensor:
+def solve_kernels(auto: Tensor, cross: Tensor, source: Tensor, rows: float) -> Tensor:
     """Kernels (k x D) that make each target of its source among m maps; `auto` is m x D x D, `cross` k x D."""
-    turns = turns_of(source)
+    turns = rank_in_group(source)
     right = cross.new_zeros(*auto.shape[:2], int(turns.max()) + 1)
     right[source, :, turns] = cross
     return solve_damped(auto, right, damping_for(auto, rows))[source, :, turns]
 
 
-def served(moments: LinkMoments, source: Tensor, free_mean: bool) -> tuple[Tensor, Tensor, Tensor]:
+def fit_assigned_kernels(moments: AssignedMoments, source: Tensor, free_mean: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Of targets that are each made of one map: kernels (k x D), constants and relative errors (k)."""
     auto, cross, var, v, y = _centred(moments, source, free_mean)
-    kernels = kernels_of(auto, cross, source, float(moments.count))
+    kernels = solve_kernels(auto, cross, source, float(moments.count))
     spent = torch.einsum("kd,kde,ke->k", kernels, auto[source], kernels)
     var = var.clamp_min(1e-30)
     error = var - 2 * (cross * kernels).sum(1) + spent

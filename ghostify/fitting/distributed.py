@@ -5,16 +5,16 @@ from __future__ import annotations
 from torch import Tensor, distributed
 
 
-def mine() -> tuple[int, int]:
+def rank_and_world_size() -> tuple[int, int]:
     """This process's rank and how many there are; 0 of 1 without an initialised process group."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return 0, 1
     return distributed.get_rank(), distributed.get_world_size()
 
 
-def summed(*tensors: Tensor) -> tuple[Tensor, ...]:
+def all_reduce_sum(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The sum of each tensor over all processes; the tensors themselves where there is just one."""
-    if mine()[1] == 1:
+    if rank_and_world_size()[1] == 1:
         return tensors
     copies = tuple(t.clone() for t in tensors)
     for tensor in copies:

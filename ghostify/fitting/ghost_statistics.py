@@ -7,14 +7,14 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ghostify.fitting.assignment import Groups
+from ghostify.fitting.assignment import GhostAssignment
 
 
 @dataclass(frozen=True, eq=False)
 class Solution:
     """Coordinates of the intrinsic maps in the basis (m x b), kernels (ghosts x w x D), and the groups they serve."""
 
-    groups: Groups
+    groups: GhostAssignment
     intrinsic: Tensor
     kernels: Tensor
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ghostify.fitting.distributed import summed
+from ghostify.fitting.distributed import all_reduce_sum
 from ghostify.numerics import relative_to_variance
 
 
@@ -40,7 +40,7 @@ class HoldoutSums:
 
         None where no position was held out.
         """
-        sums, count = summed(self._sums, self._count)
+        sums, count = all_reduce_sum(self._sums, self._count)
         if not count:
             return None
         n = sums.shape[1]

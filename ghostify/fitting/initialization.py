@@ -10,13 +10,13 @@ from torch import Tensor
 
 from ghostify.graph.program import Program
 from ghostify.modules.ghost import GhostWeights
-from ghostify.planning.planner import Plan, Rewrite
-from ghostify.pruning.slicing import narrowed_conv
+from ghostify.planning.planner import GhostRewrite, Plan
+from ghostify.pruning.slicing import slice_conv
 
-Kernels = Callable[[Rewrite, Tensor], Tensor]
+Kernels = Callable[[GhostRewrite, Tensor], Tensor]
 
 
-def unfitted(
+def untrained_weights(
     program: Program, plan: Plan, kernels: Kernels | None = None, *, shuffled: bool = False, seed: int = 0
 ) -> dict[str, GhostWeights]:
     """The first m filters kept, the others' channels from cheap kernels at random (Kaiming), or as `kernels` makes
@@ -24,15 +24,15 @@ def unfitted(
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def drawn(entry: Rewrite, _: Tensor) -> Tensor:
+    def drawn(entry: GhostRewrite, _: Tensor) -> Tensor:
         shape = entry.layout.kernel_shape
         return torch.randn(entry.layout.ghosts, *shape, generator=generator) * (2 / math.prod(shape)) ** 0.5
 
     weights = {}
     for entry in plan.rewrites:
-        conv, layout, narrowing = program.conv(entry.conv.name), entry.layout, entry.narrowing
+        conv, layout, narrowing = program.conv(entry.conv.name), entry.layout, entry.kept_channels
         if narrowing is not None:
-            conv = narrowed_conv(conv, narrowing.kept_out, narrowing.kept_in)
+            conv = slice_conv(conv, narrowing.kept_out, narrowing.kept_in)
         m, whole = layout.intrinsic, conv.weight.detach()
         primary = cheap = None
         if conv.bias is not None:

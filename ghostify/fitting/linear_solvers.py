@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 DAMPING = 1e-7
-CAUTION = 0.01
+SAMPLE_DAMPING = 0.01
 ATTEMPTS = 20
 BEYOND = 16
 ITERATIONS = 3
@@ -20,7 +20,7 @@ def solve_ridge(uu: Tensor, uy: Tensor, prior: Tensor, ridge: float) -> Tensor:
 
 def damping_for(grams: Tensor, rows: float) -> Tensor:
     """A share of each matrix's mean diagonal that grows as there are fewer rows for its unknowns."""
-    share = max(DAMPING, CAUTION * grams.shape[-1] / rows)
+    share = max(DAMPING, SAMPLE_DAMPING * grams.shape[-1] / rows)
     return share * grams.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-30)
 
 
@@ -29,7 +29,7 @@ def solve_damped(matrix: Tensor, right: Tensor, damping: Tensor) -> Tensor:
     return torch.cholesky_solve(right, factor_damped(matrix, damping))
 
 
-def explained(matrix: Tensor, right: Tensor, damping: Tensor) -> Tensor:
+def explained_variance(matrix: Tensor, right: Tensor, damping: Tensor) -> Tensor:
     """diag(right' (matrix + damping I)^-1 right), batched: the variance that least squares take from the targets."""
     factor = factor_damped(matrix, damping)
     eye = torch.eye(factor.shape[-1], dtype=factor.dtype).expand_as(factor)
@@ -49,7 +49,7 @@ def factor_damped(matrix: Tensor, damping: Tensor) -> Tensor:
     return torch.linalg.cholesky(damped)  # says what is wrong with it
 
 
-def root_of(matrix: Tensor) -> Tensor:
+def cholesky_root(matrix: Tensor) -> Tensor:
     """Lower triangular L with L L' = matrix, symmetric positive semi-definite, all but for rounding."""
     return factor_damped(matrix, 1e-12 * matrix.diagonal().mean() + torch.finfo(matrix.dtype).tiny)
 

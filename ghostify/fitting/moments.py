@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ghostify.fitting.distributed import summed
+from ghostify.fitting.distributed import all_reduce_sum
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 ROWS = 8192
-FEW = 1024
-BLOCK = 512
+SMALL_CHUNK_ROWS = 1024
+TILE_ROWS = 512
 
 
 @dataclass(frozen=True, eq=False)
-class Sums:
+class TargetSums:
     """Sums over rows with n targets: `count` rows, the targets `y` and their squares `yy` (n); float64.
 
     What else is summed, subclasses say. Two sets of sums add up to those of all rows.
@@ -36,15 +36,15 @@ class Sums:
         self.y.add_(y.sum(0, dtype=torch.float64))
         self.yy.add_(y.square().sum(0, dtype=torch.float64))
 
-    def of_all_processes(self) -> Self:
-        return type(self)(*summed(*(getattr(self, f.name) for f in fields(self))))
+    def all_reduced(self) -> Self:
+        return type(self)(*all_reduce_sum(*(getattr(self, f.name) for f in fields(self))))
 
     def __add__(self, other: Self) -> Self:
         return type(self)(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
 
 @dataclass(frozen=True, eq=False)
-class Moments(Sums):
+class Moments(TargetSums):
     """Sums of features u (a values) and of their products with each other and with the targets.
 
     Of the products of u with itself (a x a) `upper` is good above the diagonal only; `uy` is a x n.
@@ -64,15 +64,15 @@ class Moments(Sums):
         for us, ys in zip(u.split(ROWS), y.split(ROWS), strict=True):
             self.take_targets(ys)
             self.u.add_(us.sum(0, dtype=torch.float64))
-            for a in range(0, us.shape[1], BLOCK):
-                self.upper[a : a + BLOCK, a:].add_(us[:, a : a + BLOCK].T @ us[:, a:])
+            for a in range(0, us.shape[1], TILE_ROWS):
+                self.upper[a : a + TILE_ROWS, a:].add_(us[:, a : a + TILE_ROWS].T @ us[:, a:])
             self.uy.add_(us.T @ ys)
 
     @property
     def uu(self) -> Tensor:
         whole = self.upper.clone()
-        for a in range(0, len(whole), BLOCK):
-            b = min(a + BLOCK, len(whole))
+        for a in range(0, len(whole), TILE_ROWS):
+            b = min(a + TILE_ROWS, len(whole))
             whole[a:b, a:b] = whole[a:b, a:b].triu() + whole[a:b, a:b].triu(1).T
             whole[b:, a:b] = whole[a:b, b:].T
         return whole
@@ -103,31 +103,31 @@ class Moments(Sums):
 
 
 @dataclass(frozen=True, eq=False)
-class Pair:
+class SplitMoments:
     """Moments of the rows that are fitted to, and of those that only judge."""
 
     fitted: Moments
-    held_out: Moments
+    holdout: Moments
 
     @classmethod
-    def zero(cls, features: int, targets: int) -> Pair:
+    def zero(cls, features: int, targets: int) -> SplitMoments:
         return cls(Moments.zero(features, targets), Moments.zero(features, targets))
 
     def add(self, u: Tensor, y: Tensor, judges: Tensor) -> None:
         """Take up rows; `judges` (P, bool) says which of them are held out."""
         self.fitted.add(u[~judges], y[~judges])
-        self.held_out.add(u[judges], y[judges])
+        self.holdout.add(u[judges], y[judges])
 
-    def of_all_processes(self) -> Pair:
-        return Pair(self.fitted.of_all_processes(), self.held_out.of_all_processes())
+    def all_reduced(self) -> SplitMoments:
+        return SplitMoments(self.fitted.all_reduced(), self.holdout.all_reduced())
 
     @cached_property
     def both(self) -> Moments:
-        return self.fitted + self.held_out
+        return self.fitted + self.holdout
 
 
 @dataclass(frozen=True, eq=False)
-class MapMoments(Sums):
+class PerMapMoments(TargetSums):
     """Sums of n maps at D places and of n targets, map by map: no products between different maps.
 
     `v` is D x n, `auto` n x D x D, `cross` D x n x n (place, map, target).
@@ -138,7 +138,7 @@ class MapMoments(Sums):
     cross: Tensor
 
     @classmethod
-    def zero(cls, maps: int, places: int) -> MapMoments:
+    def zero(cls, maps: int, places: int) -> PerMapMoments:
         own = zeros(places, maps), zeros(maps, places, places), zeros(places, maps, maps)
         return cls(zeros(), zeros(maps), zeros(maps), *own)
 
@@ -153,7 +153,7 @@ class MapMoments(Sums):
 
 
 @dataclass(frozen=True, eq=False)
-class LinkMoments(Sums):
+class AssignedMoments(TargetSums):
     """Sums of m maps at D places and of n targets, each of which is linked to one map.
 
     `v` is m x D, `auto` m x D x D, `cross` n x D.
@@ -164,14 +164,14 @@ class LinkMoments(Sums):
     cross: Tensor
 
     @classmethod
-    def zero(cls, maps: int, places: int, targets: int) -> LinkMoments:
+    def zero(cls, maps: int, places: int, targets: int) -> AssignedMoments:
         own = zeros(maps, places), zeros(maps, places, places), zeros(targets, places)
         return cls(zeros(), zeros(targets), zeros(targets), *own)
 
     def add(self, v: Tensor, y: Tensor, source: Tensor) -> None:
         """Take up rows v (P x D x m) and y (P x n), in place; `source` (n) names each target's map."""
-        turns = turns_of(source)
-        for vs, ys in zip(v.split(FEW), y.split(FEW), strict=True):
+        turns = rank_in_group(source)
+        for vs, ys in zip(v.split(SMALL_CHUNK_ROWS), y.split(SMALL_CHUNK_ROWS), strict=True):
             self.take_targets(ys)
             by_map = vs.permute(2, 1, 0).contiguous()
             served = by_map.new_zeros(int(turns.max()) + 1, len(by_map), len(ys))
@@ -185,7 +185,7 @@ def zeros(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.float64)
 
 
-def turns_of(source: Tensor) -> Tensor:
+def rank_in_group(source: Tensor) -> Tensor:
     """For every ghost how many ghosts of the same intrinsic map stand before it."""
     order = source.argsort(stable=True)
     ranked = source[order]

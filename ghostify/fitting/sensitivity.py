@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from ghostify.fitting import patches
-from ghostify.fitting.calibration import Batches, batches_of, images_of, split
-from ghostify.fitting.distributed import summed
-from ghostify.graph.inputs import Inputs, run, tensors_of
-from ghostify.graph.observation import looking
+from ghostify.fitting.calibration import CalibrationBatches, bind_calibration, count_images, split
+from ghostify.fitting.distributed import all_reduce_sum
+from ghostify.graph.inputs import CallInputs, call_model, tensor_leaves
+from ghostify.graph.observation import intercept_convs
 from ghostify.graph.program import Program
 from ghostify.numerics import derive_seed
 
@@ -25,7 +25,7 @@ LEAST_IMAGES = 16
 IMAGES = 256
 PROBES = 2
 SPREAD_OVER = 8
-AT_ONCE = 8
+IMAGES_PER_PASS = 8
 POSITIONS = 256
 SHRINK = 0.1
 LEAST = 1e-3
@@ -37,22 +37,22 @@ Sensitivity = dict[str, Tensor]
 class Calibration:
     """Calibration batches, what the outputs feel on them of an error in each convolution, and the seconds that took."""
 
-    batches: Batches
-    felt: Sensitivity
+    batches: CalibrationBatches
+    sensitivity: Sensitivity
     seconds: float
 
 
-def calibrate(program: Program, calibration: Iterable[Any] | Calibration, seed: int = 0) -> Calibration:
+def prepare_calibration(program: Program, calibration: Iterable[Any] | Calibration, seed: int = 0) -> Calibration:
     """What planning and fitting share: the batches of `calibration` and the sensitivities of the outputs on them."""
     if isinstance(calibration, Calibration):
         return calibration
-    batches, started = batches_of(program.module, calibration), time.perf_counter()
-    felt = output_sensitivity(program, batches, seed=seed)
-    return Calibration(batches, felt, time.perf_counter() - started)
+    batches, started = bind_calibration(program.module, calibration), time.perf_counter()
+    sensitivity = output_sensitivity(program, batches, seed=seed)
+    return Calibration(batches, sensitivity, time.perf_counter() - started)
 
 
 def output_sensitivity(
-    program: Program, batches: Batches, *, images: int | None = None, probes: int = PROBES, seed: int = 0
+    program: Program, batches: CalibrationBatches, *, images: int | None = None, probes: int = PROBES, seed: int = 0
 ) -> Sensitivity:
     """By convolution, how the model's outputs' relative squared error follows from errors of its channels (n x n).
 
@@ -64,16 +64,16 @@ def output_sensitivity(
     gradient, or the model overwrites what a gradient would need.
     """
     images = min(max(-(-batches.images // SHARE), LEAST_IMAGES), IMAGES) if images is None else images
-    dense = [c for c in program.convolutions if c.obstacle is None and c.groups == 1]
+    dense = [c for c in program.convolutions if c.unsupported_reason is None and c.groups == 1]
     names = {(c.part, call.node): c.name for c in dense for call in c.calls}
     module = copy.deepcopy(program.module).eval().requires_grad_(False)
-    spreads = _spreads(module, _first(batches, min(images, SPREAD_OVER)))
+    spreads = _output_deviations(module, _first(batches, min(images, SPREAD_OVER)))
     sums = {c.name: torch.zeros(c.outputs, c.outputs, dtype=torch.float64) for c in dense}
     failed = torch.zeros(())
     for first, counts, inputs in _first(batches, images):
         taps: list[tuple[str, Tensor]] = []
-        with torch.enable_grad(), looking(module, program.parts, partial(_tap, names, taps)):
-            outputs = _tensors(run(module, inputs))
+        with torch.enable_grad(), intercept_convs(module, program.subgraphs, partial(_add_gradient_probe, names, taps)):
+            outputs = _tensors(call_model(module, inputs))
         if len(outputs) != len(spreads):
             failed += 1
             break
@@ -90,30 +90,30 @@ def output_sensitivity(
             for (name, _), gradient in zip(taps, gradients, strict=True):
                 if gradient is not None:
                     sums[name] += counts * _products(gradient, seed)
-    if summed(failed)[0]:
+    if all_reduce_sum(failed)[0]:
         return {}
     seen = probes * min(images, batches.images)
-    found = {name: (summed(total)[0] / seen).float() for name, total in sums.items()}
-    return {name: felt for name, felt in found.items() if felt.any()}
+    found = {name: (all_reduce_sum(total)[0] / seen).float() for name, total in sums.items()}
+    return {name: sensitivity for name, sensitivity in found.items() if sensitivity.any()}
 
 
-def metric_of(felt: Tensor) -> Tensor:
+def error_metric(sensitivity: Tensor) -> Tensor:
     """A sensitivity as a metric for errors (n x n, float64, positive definite): what channels feel together counts a
     little less than few images say, and no channel less than LEAST of the mean."""
-    felt = felt.double()
-    own = felt.diagonal()
+    sensitivity = sensitivity.double()
+    own = sensitivity.diagonal()
     floored = own.clamp_min(LEAST * own.mean() + torch.finfo(torch.float32).tiny)
-    return (1 - SHRINK) * felt + torch.diag(floored - (1 - SHRINK) * own)
+    return (1 - SHRINK) * sensitivity + torch.diag(floored - (1 - SHRINK) * own)
 
 
 def _products(gradient: Tensor, seed: int) -> Tensor:
     """The sum over positions of products between channels (n x n), from some places where the maps are large."""
-    places = patches.choose_places(gradient[:1].shape, POSITIONS, seed)
+    places = patches.sample_positions(gradient[:1].shape, POSITIONS, seed)
     rows = gradient[:, :, places[1], places[2]].transpose(0, 1).flatten(1)
     return (rows @ rows.T).double().cpu() * (gradient[0, 0].numel() / len(places[1]))
 
 
-def _tap(
+def _add_gradient_probe(
     names: Mapping[tuple[str, str], str],
     taps: list[tuple[str, Tensor]],
     part: str,
@@ -129,42 +129,42 @@ def _tap(
     return output + zero
 
 
-def _first(batches: Batches, images: int) -> Iterator[tuple[int, float, Inputs]]:
+def _first(batches: CalibrationBatches, images: int) -> Iterator[tuple[int, float, CallInputs]]:
     """Of this process, the images with numbers below `images`, few at a time: the first one's number, 1, the inputs.
 
     A process that has none of them yields a stand-in with a 0, so that all take part in the same sums.
     """
-    mine = [batch for batch in batches.own if batch.first < images]
+    mine = [batch for batch in batches.local_batches if batch.first < images]
     if not mine:
-        yield batches.own[0].first, 0.0, split(batches.own[0].inputs, 1)[0]
+        yield batches.local_batches[0].first, 0.0, split(batches.local_batches[0].inputs, 1)[0]
     for batch in mine:
         first, part = batch.first, split(batch.inputs, images - batch.first)[0]
-        for inputs in split(part, AT_ONCE):
+        for inputs in split(part, IMAGES_PER_PASS):
             yield first, 1.0, inputs
-            first += images_of(inputs)
+            first += count_images(inputs)
 
 
 def _tensors(outputs: Any) -> list[Tensor]:
-    return [o for o in tensors_of(outputs) if o.is_floating_point()]
+    return [o for o in tensor_leaves(outputs) if o.is_floating_point()]
 
 
-def _spreads(module: nn.Module, batches: Iterable[tuple[int, float, Inputs]]) -> list[Tensor]:
+def _output_deviations(module: nn.Module, batches: Iterable[tuple[int, float, CallInputs]]) -> list[Tensor]:
     """The standard deviation of each output over images, all its values together; of one image, its size."""
     count, sums, squares = torch.zeros(()), [], []
     for _, counts, inputs in batches:
         with torch.no_grad():
-            outputs = _tensors(run(module, inputs))
-        count += counts * images_of(inputs)
+            outputs = _tensors(call_model(module, inputs))
+        count += counts * count_images(inputs)
         sums.append([counts * (o.double().sum(0) if o.dim() else o.double()) for o in outputs])
         squares.append([counts * o.double().square().sum() for o in outputs])
-    count = summed(count)[0]
+    count = all_reduce_sum(count)[0]
     if len({len(own) for own in sums}) > 1:
         return []
     spreads = []
     for mine, square in zip(zip(*sums, strict=True), zip(*squares, strict=True), strict=True):
         alike = count > 1 and len({m.shape for m in mine}) == 1
-        mean = summed(torch.stack(mine).sum(0))[0] / count if alike else torch.zeros(())
-        power = summed(torch.stack(square).sum())[0] / count
+        mean = all_reduce_sum(torch.stack(mine).sum(0))[0] / count if alike else torch.zeros(())
+        power = all_reduce_sum(torch.stack(square).sum())[0] / count
         spreads.append((power - mean.square().sum()).clamp_min(1e-6 * power + 1e-30).sqrt().float())
     return spreads
 

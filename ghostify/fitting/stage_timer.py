@@ -10,7 +10,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-class Clock:
+class StageTimer:
     """Seconds by the name of what they were spent on."""
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class Clock:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
-    def each(self, name: str, items: Iterable[T]) -> Iterator[T]:
+    def time_items(self, name: str, items: Iterable[T]) -> Iterator[T]:
         """The items; counts the time that they take to arrive, not what the caller does with them."""
         arriving = iter(items)
         while True:

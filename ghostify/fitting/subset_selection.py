@@ -64,7 +64,7 @@ class _Reduction:
         rest -= torch.outer(column, column) / pivot
 
 
-def loss_of(kept: Sequence[int], fitted: Tensor, judged: Tensor, importance: Tensor, rows: float) -> float:
+def selection_error(kept: Sequence[int], fitted: Tensor, judged: Tensor, importance: Tensor, rows: float) -> float:
     """tr(M R) with predictions of the other maps by `kept` made on one covariance, from `rows`, judged on another."""
     index = torch.tensor(kept)
     own = fitted[index][:, index]

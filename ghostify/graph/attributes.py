@@ -6,20 +6,20 @@ import copy
 
 from torch import fx, nn
 
-from ghostify.graph.methods import put_attributes
-from ghostify.graph.serialization import is_sayable
+from ghostify.graph.methods import set_attributes
+from ghostify.graph.serialization import is_serializable
 
 STANDARD = frozenset(dir(nn.Module)) | {"forward", "meta"}
 
 
-def keep_attributes(made: fx.GraphModule, model: nn.Module) -> None:
+def copy_attributes(made: fx.GraphModule, model: nn.Module) -> None:
     """Give a traced module the attributes of the model that are plain data, such as `num_classes`."""
     wanted = {k: v for k, v in vars(model).items() if not k.startswith("_") and k not in vars(made)}
-    kept = {k: v for k, v in wanted.items() if k != "training" and not callable(v) and is_sayable(v)}
-    put_attributes(made, copy.deepcopy(kept))
+    kept = {k: v for k, v in wanted.items() if k != "training" and not callable(v) and is_serializable(v)}
+    set_attributes(made, copy.deepcopy(kept))
 
 
-def lost_attributes(made: nn.Module, model: nn.Module) -> tuple[str, ...]:
+def missing_attributes(made: nn.Module, model: nn.Module) -> tuple[str, ...]:
     """Public methods and attributes of the model that the result does not have."""
     names = {n for n in (*dir(type(model)), *vars(model)) if not n.startswith("_")} - STANDARD
     return tuple(sorted(n for n in names if not hasattr(made, n)))

@@ -8,12 +8,12 @@ import torch
 from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
 
-from ghostify.graph.functional_conv import Called, Watch
-from ghostify.graph.modes import evaluating
+from ghostify.graph.functional_conv import Conv2dCall, Conv2dRecorder
+from ghostify.graph.modes import eval_mode
 from ghostify.graph.op_queries import is_standard_conv
 
 
-def plain(conv: nn.Conv2d) -> nn.Conv2d | str:
+def to_standard_conv(conv: nn.Conv2d) -> nn.Conv2d | str:
     """A `Conv2d`, or timm's `Conv2dSame`, that computes in evaluation what `conv` does; or why there is none.
 
     Classes that standardise, normalise or otherwise compute their weight before one ordinary convolution amount to the
@@ -29,10 +29,10 @@ def plain(conv: nn.Conv2d) -> nn.Conv2d | str:
             for k, s, d in zip(conv.kernel_size, conv.stride, conv.dilation, strict=True)
         ]
         draw = torch.Generator().manual_seed(more)
-        seen: list[Called] = []
+        seen: list[Conv2dCall] = []
         probe = torch.randn(1, conv.in_channels, *extent, generator=draw).to(conv.weight)
         try:
-            with evaluating(conv), Watch(seen.append):
+            with eval_mode(conv), Conv2dRecorder(seen.append):
                 made = conv(probe)
         except Exception as error:
             return f"it does not run by itself ({type(error).__name__}: {error})".splitlines()[0]

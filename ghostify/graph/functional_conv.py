@@ -12,10 +12,10 @@ from torch.overrides import TorchFunctionMode
 
 from ghostify.graph.op_queries import is_conv2d_function
 
-Called = tuple[dict[str, Any], Tensor]
+Conv2dCall = tuple[dict[str, Any], Tensor]
 
 
-def functional_weight(module: nn.Module, node: fx.Node) -> str | None:
+def weight_path(module: nn.Module, node: fx.Node) -> str | None:
     """Path of the parameter a functional convolution takes as weight, or None where it is computed."""
     if not is_conv2d_function(node):
         return None
@@ -25,18 +25,18 @@ def functional_weight(module: nn.Module, node: fx.Node) -> str | None:
         if value is None and key == "bias":
             continue
         fetched = isinstance(value, fx.Node) and value.op == "get_attr"
-        if not fetched or not isinstance(attribute(module, value.target), nn.Parameter):
+        if not fetched or not isinstance(resolve_attribute(module, value.target), nn.Parameter):
             return None
     if any(isinstance(bound[k], fx.Node) for k in ("stride", "padding", "dilation", "groups")):
         return None
     return str(bound["weight"].target)
 
 
-def functional_conv(module: nn.Module, node: fx.Node) -> nn.Conv2d:
+def as_conv_module(module: nn.Module, node: fx.Node) -> nn.Conv2d:
     """A `Conv2d` around the parameters of a functional convolution."""
     bound = _bind(node)
-    weight = attribute(module, bound["weight"].target)
-    bias = None if bound["bias"] is None else attribute(module, bound["bias"].target)
+    weight = resolve_attribute(module, bound["weight"].target)
+    bias = None if bound["bias"] is None else resolve_attribute(module, bound["bias"].target)
     conv = nn.Conv2d(
         weight.shape[1] * bound["groups"],
         weight.shape[0],
@@ -52,13 +52,13 @@ def functional_conv(module: nn.Module, node: fx.Node) -> nn.Conv2d:
     return conv.train(module.training)
 
 
-def settings(node: fx.Node) -> str:
+def call_settings_key(node: fx.Node) -> str:
     """Everything a functional convolution is called with but its input."""
     bound = {k: v.target if isinstance(v, fx.Node) else v for k, v in _bind(node).items() if k != "input"}
     return str(sorted(bound.items()))
 
 
-def attribute(module: nn.Module, path: str) -> Any:
+def resolve_attribute(module: nn.Module, path: str) -> Any:
     """What lies at a dotted path."""
     return operator.attrgetter(path)(module)
 
@@ -67,10 +67,10 @@ def _bind(node: fx.Node) -> dict[str, Any]:
     return conv2d_arguments(node.args, node.kwargs)
 
 
-class Watch(TorchFunctionMode):
+class Conv2dRecorder(TorchFunctionMode):
     """While it lasts, every call of conv2d goes to `note`: its arguments by name, and what it made."""
 
-    def __init__(self, note: Callable[[Called], None]) -> None:
+    def __init__(self, note: Callable[[Conv2dCall], None]) -> None:
         self.note = note
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

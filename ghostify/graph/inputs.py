@@ -28,7 +28,7 @@ class CallArguments:
     kwargs: dict[str, Any]
 
 
-Inputs = PlaceholderValues | CallArguments
+CallInputs = PlaceholderValues | CallArguments
 
 register_pytree_node(
     PlaceholderValues, lambda inputs: (list(inputs.values), None), lambda values, _: PlaceholderValues(tuple(values))
@@ -76,13 +76,13 @@ def bind_inputs(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[s
     return PlaceholderValues(tuple(values))
 
 
-def example_of(module: nn.Module, batch: Any) -> Inputs:
+def bind_example(module: nn.Module, batch: Any) -> CallInputs:
     """What one forward of `batch` feeds a module: a traced one's placeholders in order, or arguments and keywords."""
     args, kwargs = as_arguments(batch)
     return bind_inputs(module, args, kwargs) if isinstance(module, fx.GraphModule) else CallArguments(args, kwargs)
 
 
-def inputs_of(module: nn.Module, batch: Any) -> Inputs:
+def bind_batch(module: nn.Module, batch: Any) -> CallInputs:
     """The same for a batch of a data set: elements of a tuple beyond what the module asks for, labels, are left out."""
     args, kwargs = as_arguments(batch)
     if isinstance(module, fx.GraphModule):
@@ -94,26 +94,26 @@ def inputs_of(module: nn.Module, batch: Any) -> Inputs:
     return CallArguments(args, kwargs)
 
 
-def run(module: nn.Module, inputs: Inputs) -> Any:
+def call_model(module: nn.Module, inputs: CallInputs) -> Any:
     """One forward."""
     if isinstance(inputs, CallArguments):
         return module(*inputs.args, **inputs.kwargs)
     assert isinstance(module, fx.GraphModule)
-    args, kwargs = spread(module, inputs)
+    args, kwargs = unbind_inputs(module, inputs)
     return module(*args, **kwargs)
 
 
-def run_example(module: nn.Module, inputs: Inputs) -> Any:
+def run_example(module: nn.Module, inputs: CallInputs) -> Any:
     """One forward of the example inputs; raises `GhostifyError` where the model does not run on them."""
     try:
-        return run(module, inputs)
+        return call_model(module, inputs)
     except GhostifyError:
         raise
     except Exception as error:
         raise GhostifyError(f"the model does not run on example_inputs: {type(error).__name__}: {error}") from error
 
 
-def spread(module: fx.GraphModule, inputs: PlaceholderValues) -> tuple[list[Any], dict[str, Any]]:
+def unbind_inputs(module: fx.GraphModule, inputs: PlaceholderValues) -> tuple[list[Any], dict[str, Any]]:
     """The arguments and keywords of a call that gives a traced module's placeholders these values."""
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
@@ -128,12 +128,12 @@ def spread(module: fx.GraphModule, inputs: PlaceholderValues) -> tuple[list[Any]
     return args, kwargs
 
 
-def values_of(inputs: Inputs) -> tuple[Any, ...]:
+def values_of(inputs: CallInputs) -> tuple[Any, ...]:
     """The placeholders' values, of inputs that are a traced module's."""
     assert isinstance(inputs, PlaceholderValues)
     return inputs.values
 
 
-def tensors_of(values: Any) -> list[Tensor]:
+def tensor_leaves(values: Any) -> list[Tensor]:
     """All tensors among inputs or outputs, in order."""
     return [v for v in tree_leaves(values) if isinstance(v, Tensor)]

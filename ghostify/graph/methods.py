@@ -25,7 +25,7 @@ class Mark(NamedTuple):
     parameter: str
 
 
-class Traced(fx.GraphModule):
+class TracedModule(fx.GraphModule):
     """A traced module with those methods of the original that its forward calls on the way.
 
     Each runs its stretch of the module's own graph, so that whatever becomes of the graph becomes of the method.
@@ -38,26 +38,26 @@ class Traced(fx.GraphModule):
         return code
 
 
-def put_attributes(made: fx.GraphModule, values: dict[str, Any]) -> None:
+def set_attributes(made: fx.GraphModule, values: dict[str, Any]) -> None:
     """Give a traced module attributes, where torch.fx carries them over to copies."""
     made.meta[KEPT] = made.meta.get(KEPT, {}) | values
     for name, value in values.items():
         setattr(made, name, value)
 
 
-def marks_of(node: fx.Node) -> frozenset[Mark]:
+def method_marks(node: fx.Node) -> frozenset[Mark]:
     """What the node is to the methods."""
     found: frozenset[Mark] = node.meta.get(MARKS, frozenset())
     return found
 
 
-def mark(node: fx.Node, *marks: Mark) -> None:
+def mark_method(node: fx.Node, *marks: Mark) -> None:
     """Add marks to a node."""
-    node.meta[MARKS] = marks_of(node) | frozenset(marks)
+    node.meta[MARKS] = method_marks(node) | frozenset(marks)
 
 
 @contextlib.contextmanager
-def watching(root: nn.Module) -> Iterator[Callable[[fx.Graph], None]]:
+def record_methods(root: nn.Module) -> Iterator[Callable[[fx.Graph], None]]:
     """While `root` is traced: notes which of its public methods make which nodes of which. Call the result to mark."""
     calls: Counter[str] = Counter()
     seen: dict[str, tuple[dict[str, fx.Node], fx.Node]] = {}
@@ -82,12 +82,12 @@ def watching(root: nn.Module) -> Iterator[Callable[[fx.Graph], None]]:
     def put(graph: fx.Graph) -> None:
         for name, (inputs, result) in seen.items():
             if calls[name] == 1:
-                mark(result, Mark(name, RESULT))
+                mark_method(result, Mark(name, RESULT))
                 for parameter, node in inputs.items():
-                    mark(node, Mark(name, parameter))
+                    mark_method(node, Mark(name, parameter))
         for node in graph.nodes:
             if node.op == "call_module" and classifier and node.target == classifier:
-                mark(node, Mark(CLASSIFIER, RESULT))
+                mark_method(node, Mark(CLASSIFIER, RESULT))
 
     for name in names:
         root.__dict__[name] = watched(name, getattr(root, name))
@@ -121,24 +121,24 @@ def _methods(graph: fx.Graph) -> dict[str, Callable[..., Any]]:
     """A method for each marked stretch that depends on nothing else."""
     marked: dict[str, dict[str, fx.Node]] = {}
     for node in graph.nodes:
-        for name, part in marks_of(node):
+        for name, part in method_marks(node):
             marked.setdefault(name, {})[part] = node
     methods: dict[str, Callable[..., Any]] = {}
     classifier = marked.pop(CLASSIFIER, {}).get(RESULT)
     for name, nodes in marked.items():
         result = nodes.pop(RESULT, None)
-        made = None if result is None else _stretch(graph, nodes, result)
+        made = None if result is None else _extract_method(graph, nodes, result)
         if made is None:
             continue
         before = classifier.all_input_nodes[0] if classifier is not None and name == "forward_head" else None
-        short = None if before is None else _stretch(graph, nodes, before)
-        methods[name] = made if short is None else _either(made, short)
+        short = None if before is None else _extract_method(graph, nodes, before)
+        methods[name] = made if short is None else _with_pre_logits(made, short)
     if classifier is not None:
         methods |= _of_classifier(str(classifier.target))
     return methods
 
 
-def _stretch(graph: fx.Graph, inputs: dict[str, fx.Node], result: fx.Node) -> Callable[..., Any] | None:
+def _extract_method(graph: fx.Graph, inputs: dict[str, fx.Node], result: fx.Node) -> Callable[..., Any] | None:
     """The nodes from `inputs` to `result` as a function of a module and the inputs; None if that takes more inputs."""
     needed, waiting = set(inputs.values()), [result]
     while waiting:
@@ -161,7 +161,7 @@ def _stretch(graph: fx.Graph, inputs: dict[str, fx.Node], result: fx.Node) -> Ca
     return function
 
 
-def _either(whole: Callable[..., Any], short: Callable[..., Any]) -> Callable[..., Any]:
+def _with_pre_logits(whole: Callable[..., Any], short: Callable[..., Any]) -> Callable[..., Any]:
     def forward_head(self: nn.Module, x: Any, pre_logits: bool = False) -> Any:
         return short(self, x) if pre_logits else whole(self, x)
 
@@ -178,7 +178,7 @@ def _of_classifier(path: str) -> dict[str, Callable[..., Any]]:
         if global_pool is not None:
             raise GhostifyError("the pooling is fixed in the graph: reset the classifier before converting")
         self.set_submodule(path, _new_classifier(self, self.get_submodule(path), num_classes))
-        put_attributes(self, {"num_classes": num_classes})
+        set_attributes(self, {"num_classes": num_classes})
 
     return {CLASSIFIER: get_classifier, "reset_classifier": reset_classifier}
 

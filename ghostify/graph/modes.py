@@ -10,7 +10,7 @@ from torch import nn
 
 
 @contextlib.contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
+def eval_mode(*models: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; every module's own mode, and the random state, are put back."""
     modes = [(m, m.training) for model in models for m in model.modules()]
     for model in models:

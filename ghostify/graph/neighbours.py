@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from torch import fx
 
 from ghostify.graph.batchnorm import batchnorm_of, inner_modules
-from ghostify.graph.methods import marks_of
+from ghostify.graph.methods import method_marks
 from ghostify.graph.op_queries import (
     activation_input,
     activation_module,
@@ -16,47 +16,48 @@ from ghostify.graph.op_queries import (
     is_add,
     is_identity_in_eval,
 )
-from ghostify.graph.program import Convolution, Program, called
+from ghostify.graph.program import Convolution, Program, called_module
 from ghostify.modules.hooks import has_hooks
 
 
-class Wiring:
+class GraphIndex:
     """A graph's nodes by name, and how many nodes call each module."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         self.module = module
         self.nodes = {n.name: n for n in module.graph.nodes}
-        self.uses = Counter(id(called(module, n)) for n in module.graph.nodes if n.op == "call_module")
+        self.uses = Counter(id(called_module(module, n)) for n in module.graph.nodes if n.op == "call_module")
 
-    def used_once(self, node: fx.Node) -> bool:
+    def is_called_once(self, node: fx.Node) -> bool:
         """Whether the node is the only one that calls its module."""
-        return self.uses[id(called(self.module, node))] == 1
+        return self.uses[id(called_module(self.module, node))] == 1
 
 
-def norm_after(wiring: Wiring, nodes: list[str]) -> str | None:
+def following_norm(wiring: GraphIndex, nodes: list[str]) -> str | None:
     """The BatchNorm with running statistics that alone reads a convolution's output, so that it can absorb a shift."""
     if len(nodes) != 1:
         return None
-    node = None if marks_of(wiring.nodes[nodes[0]]) else only_user(wiring.nodes[nodes[0]])
+    node = None if method_marks(wiring.nodes[nodes[0]]) else only_user(wiring.nodes[nodes[0]])
     norm = None if node is None else batchnorm_of(wiring.module, node)
     if node is None or norm is None or norm.running_mean is None:
         return None
-    return str(node.target) if wiring.used_once(node) and not has_hooks(norm) else None
+    return str(node.target) if wiring.is_called_once(node) and not has_hooks(norm) else None
 
 
-def norm_behind(program: Program, conv: Convolution) -> str | None:
-    """`norm_after` of one convolution of a program, as a path in its part; who asks of many keeps a `Wiring` a part."""
-    return norm_after(Wiring(program.parts[conv.part]), [call.node for call in conv.calls])
+def following_norm_of(program: Program, conv: Convolution) -> str | None:
+    """`following_norm` of one convolution of a program, as a path in its part; who asks of many keeps a `GraphIndex` a
+    part."""
+    return following_norm(GraphIndex(program.subgraphs[conv.part]), [call.node for call in conv.calls])
 
 
-def activation_after(wiring: Wiring, nodes: list[str], norm: str | None) -> str | None:
+def following_activation(wiring: GraphIndex, nodes: list[str], norm: str | None) -> str | None:
     """The node that activates a convolution's output straight behind it and its norm, or the norm's that does both."""
     if len(nodes) != 1:
         return None
     node = wiring.nodes[nodes[0]]
     if norm is not None:
         node = next(iter(node.users))
-        inner = inner_modules(called(wiring.module, node)).values()
+        inner = inner_modules(called_module(wiring.module, node)).values()
         if inner:
             return node.name if all(map(is_activation_module, inner)) else None
     return next((user.name for user in node.users if _activates_alone(wiring.module, user, node)), None)
@@ -69,7 +70,7 @@ def _activates_alone(module: fx.GraphModule, user: fx.Node, node: fx.Node) -> bo
     return set(node.users) <= {user, *user.all_input_nodes}
 
 
-def partner_in_sum(wiring: Wiring, nodes: list[str], norm: str | None) -> str | None:
+def find_residual_operand(wiring: GraphIndex, nodes: list[str], norm: str | None) -> str | None:
     """The node that is added to a convolution's output behind its norm, but for what is silent in evaluation."""
     if len(nodes) != 1:
         return None
@@ -78,7 +79,7 @@ def partner_in_sum(wiring: Wiring, nodes: list[str], norm: str | None) -> str | 
         if awaited is None and (summand := _summand(user, node)) is not None:
             return _source(wiring, summand).name
         if awaited is not None and user.target == awaited:
-            if inner_modules(called(wiring.module, user)):
+            if inner_modules(called_module(wiring.module, user)):
                 return None
             awaited = None
         elif not is_identity_in_eval(wiring.module, user):
@@ -93,7 +94,7 @@ def _summand(user: fx.Node, node: fx.Node) -> fx.Node | None:
     return others[0] if is_add(user) and len(others) == 1 and not user.kwargs else None
 
 
-def _source(wiring: Wiring, node: fx.Node) -> fx.Node:
+def _source(wiring: GraphIndex, node: fx.Node) -> fx.Node:
     """The node itself, or what it hands on unchanged in evaluation."""
     while is_identity_in_eval(wiring.module, node):
         node = node.all_input_nodes[0]

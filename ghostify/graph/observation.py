@@ -12,27 +12,27 @@ from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ghostify.graph.executor import Values, execute
-from ghostify.graph.functional_conv import Called, Watch
-from ghostify.graph.inputs import Inputs, bind_inputs, run_example
-from ghostify.graph.modes import evaluating
+from ghostify.graph.functional_conv import Conv2dCall, Conv2dRecorder
+from ghostify.graph.inputs import CallInputs, bind_inputs, run_example
+from ghostify.graph.modes import eval_mode
 from ghostify.graph.op_queries import is_conv2d
-from ghostify.graph.program import LONE, Call, Convolution
+from ghostify.graph.program import SINGLE_CONV_NAME, ConvCall, Convolution
 
-BESIDE = "it runs as a function in a forward that does not trace"
+UNTRACED_REASON = "it runs as a function in a forward that does not trace"
 
-Look = Callable[[str, fx.Node, Tensor, Tensor], Tensor]
+ConvCallback = Callable[[str, fx.Node, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Record:
+class ForwardRecord:
     """Convolution calls by part and node, and the MACs of the whole forward, attention and linear layers included.
 
-    `beside` are the convolutions that ran as functions in forwards of which there is no graph.
+    `untraced_convs` are the convolutions that ran as functions in forwards of which there is no graph.
     """
 
-    calls: Mapping[tuple[str, str], Call]
+    calls: Mapping[tuple[str, str], ConvCall]
     macs: int | None
-    beside: tuple[Convolution, ...] = ()
+    untraced_convs: tuple[Convolution, ...] = ()
 
 
 class MacCounter(FlopCounterMode):
@@ -49,27 +49,27 @@ class MacCounter(FlopCounterMode):
         return self.get_total_flops() // 2
 
 
-def record(module: nn.Module, parts: Mapping[str, fx.GraphModule], inputs: Inputs) -> Record:
+def record_forward(module: nn.Module, parts: Mapping[str, fx.GraphModule], inputs: CallInputs) -> ForwardRecord:
     """Run `inputs` once in evaluation mode. Raises `GhostifyError` where the model does not run."""
-    calls: dict[tuple[str, str], Call] = {}
-    beside = _Beside(module)
+    calls: dict[tuple[str, str], ConvCall] = {}
+    untraced_convs = _Beside(module)
 
     def look(path: str, node: fx.Node, seen: Tensor, made: Tensor) -> Tensor:
         if made.dim() >= 3:
             places = made[..., 0, :, :].numel()
-            first = calls.get((path, node.name), Call(node.name, tuple(seen.shape), tuple(made.shape), 0))
-            calls[path, node.name] = replace(first, places=(first.places or 0) + places)
-        beside.forget(made)
+            first = calls.get((path, node.name), ConvCall(node.name, tuple(seen.shape), tuple(made.shape), 0))
+            calls[path, node.name] = replace(first, output_positions=(first.output_positions or 0) + places)
+        untraced_convs.forget(made)
         return made
 
     with (
-        evaluating(module),
+        eval_mode(module),
         MacCounter() as counter,
-        looking(module, parts, look),
-        Watch(beside.note),
+        intercept_convs(module, parts, look),
+        Conv2dRecorder(untraced_convs.note),
     ):
         run_example(module, inputs)
-    return Record(calls, counter.macs, tuple(beside.found.values()))
+    return ForwardRecord(calls, counter.macs, tuple(untraced_convs.found.values()))
 
 
 class _Beside:
@@ -81,7 +81,7 @@ class _Beside:
         self.found: dict[str, Convolution] = {}
         self.last: tuple[Any, str] = (None, "")
 
-    def note(self, call: Called) -> None:
+    def note(self, call: Conv2dCall) -> None:
         given, made = call
         weight = given["weight"]
         if id(weight) in self.own:
@@ -89,7 +89,7 @@ class _Beside:
         name = self.names.get(id(weight), f"conv2d[{len(self.found)}]")
         groups, kernel = given["groups"], (weight.shape[2], weight.shape[3])
         sizes = weight.shape[1] * groups, weight.shape[0], kernel, groups, given["bias"] is not None
-        self.found.setdefault(name, Convolution(name, "conv2d", *sizes, (), BESIDE))
+        self.found.setdefault(name, Convolution(name, "conv2d", *sizes, (), UNTRACED_REASON))
         self.last = made, name
 
     def forget(self, made: Any) -> None:
@@ -100,7 +100,7 @@ class _Beside:
 
 
 @contextlib.contextmanager
-def looking(module: nn.Module, parts: Mapping[str, fx.GraphModule], look: Look) -> Iterator[None]:
+def intercept_convs(module: nn.Module, parts: Mapping[str, fx.GraphModule], look: ConvCallback) -> Iterator[None]:
     """While it lasts, every convolution call in the parts of `module`, a copy of a program's, goes through `look`.
 
     `look` gets the part's path, the node, the convolution's input and output, and returns what goes on as the output.
@@ -113,7 +113,7 @@ def looking(module: nn.Module, parts: Mapping[str, fx.GraphModule], look: Look) 
                 part.forward = _intercepted(look, path, part)
                 undo.append(partial(delattr, part, "forward"))
             else:
-                node = next(n for n in known.graph.nodes if n.target == LONE)
+                node = next(n for n in known.graph.nodes if n.target == SINGLE_CONV_NAME)
                 hook = partial(_hook, look, path, node)
                 undo.append(part.register_forward_hook(hook, with_kwargs=True).remove)
         yield
@@ -123,17 +123,23 @@ def looking(module: nn.Module, parts: Mapping[str, fx.GraphModule], look: Look) 
 
 
 def _hook(
-    look: Look, path: str, node: fx.Node, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], made: Any
+    look: ConvCallback,
+    path: str,
+    node: fx.Node,
+    _module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    made: Any,
 ) -> Any:
     return _through(look, path, node, next(iter((*args, *kwargs.values())), None), made)
 
 
-def _through(look: Look, path: str, node: fx.Node, image: Any, made: Any) -> Any:
+def _through(look: ConvCallback, path: str, node: fx.Node, image: Any, made: Any) -> Any:
     """A subclass of `Conv2d` may take and return anything; only tensors are looked at."""
     return look(path, node, image, made) if isinstance(image, Tensor) and isinstance(made, Tensor) else made
 
 
-def _intercepted(look: Look, path: str, part: fx.GraphModule) -> Callable[..., Any]:
+def _intercepted(look: ConvCallback, path: str, part: fx.GraphModule) -> Callable[..., Any]:
     """A forward of a part in which what its convolutions make goes through `look`."""
 
     def on_node(node: fx.Node, made: Any, values: Values) -> Any:

@@ -10,61 +10,63 @@ from typing import Any
 from torch import fx, nn
 
 from ghostify.graph.call_hooks import on_calls
-from ghostify.graph.inputs import Inputs, run, tensors_of
-from ghostify.graph.methods import Traced
-from ghostify.graph.modes import evaluating
-from ghostify.graph.paths import within
-from ghostify.graph.program import lone
-from ghostify.graph.symbolic_tracer import UntraceableError, graph_of
+from ghostify.graph.inputs import CallInputs, call_model, tensor_leaves
+from ghostify.graph.methods import TracedModule
+from ghostify.graph.modes import eval_mode
+from ghostify.graph.paths import join_path
+from ghostify.graph.program import single_conv_graph
+from ghostify.graph.symbolic_tracer import UntraceableError, trace_graph
 from ghostify.numerics import outputs_match
 
-Given = Mapping[int, inspect.BoundArguments]
+CallSignatures = Mapping[int, inspect.BoundArguments]
 TOLERANCE = 1e-3
-FILTERS = 4
+CONV_WEIGHT_DIM = 4
 
 
-def enter(root: nn.Module, given: Given, *, whole: bool = True) -> tuple[nn.Module, dict[str, fx.GraphModule], str]:
+def trace_submodules(
+    root: nn.Module, given: CallSignatures, *, whole: bool = True
+) -> tuple[nn.Module, dict[str, fx.GraphModule], str]:
     """The module with graphs wherever its convolutions are, the parts by path, and why the root does not trace, if so.
 
     `root` is changed. `given` says how modules are called, by their ids. Inner parts come before outer ones. Without
     `whole`, only the root is traced, and what it has no graph of falls into single convolutions.
     """
     entering = _Entering(root, given, whole)
-    entering.enter("")
+    entering.trace_submodules("")
     return entering.root, entering.parts, entering.reason
 
 
 class _Entering:
-    def __init__(self, root: nn.Module, given: Given, whole: bool) -> None:
+    def __init__(self, root: nn.Module, given: CallSignatures, whole: bool) -> None:
         self.root, self.given, self.whole = root, given, whole
         self.parts: dict[str, fx.GraphModule] = {}
         self.entered: dict[int, nn.Module] = {}
         self.reason = ""
 
-    def enter(self, path: str) -> None:
+    def trace_submodules(self, path: str) -> None:
         module = self.root.get_submodule(path)
         if id(module) in self.entered:
             self._put(path, self.entered[id(module)])
             return
         self.entered[id(module)] = module
         if isinstance(module, nn.Conv2d):
-            self.parts[path] = lone(module)
+            self.parts[path] = single_conv_graph(module)
             return
-        if path and not holds_convolutions(module):
+        if path and not contains_convs(module):
             return
         try:
             graph = self._graph(module, path)
         except UntraceableError as error:
             self.reason = str(error) if not path else self.reason
             for name, _ in list(module.named_children()):
-                self.enter(within(path, name))
+                self.trace_submodules(join_path(path, name))
             return
-        made = Traced(module, graph, class_name=type(module).__name__).train(module.training)
+        made = TracedModule(module, graph, class_name=type(module).__name__).train(module.training)
         self.entered[id(module)] = made
         self._put(path, made)
         for target in dict.fromkeys(str(n.target) for n in made.graph.nodes if n.op == "call_module"):
             if not isinstance(made.get_submodule(target), nn.Conv2d):
-                self.enter(within(path, target))
+                self.trace_submodules(join_path(path, target))
         self.parts[path] = made
 
     def _graph(self, module: nn.Module, path: str) -> fx.Graph:
@@ -72,8 +74,8 @@ class _Entering:
             raise UntraceableError("only its convolutions are entered")
         call = self.given.get(id(module))
         if call is None:
-            return graph_of(module, set())
-        return graph_of(module, inputs_among(call) if path else set(call.arguments))
+            return trace_graph(module, set())
+        return trace_graph(module, tensor_arguments(call) if path else set(call.arguments))
 
     def _put(self, path: str, module: nn.Module) -> None:
         if path:
@@ -82,7 +84,7 @@ class _Entering:
             self.root = module
 
 
-def inputs_among(call: inspect.BoundArguments) -> set[str]:
+def tensor_arguments(call: inspect.BoundArguments) -> set[str]:
     """The arguments of a call that stay inputs of a graph.
 
     Raises `UntraceableError` where a flag, or one that is left out, is not at its default.
@@ -98,13 +100,13 @@ def inputs_among(call: inspect.BoundArguments) -> set[str]:
     return found
 
 
-def holds_convolutions(module: nn.Module) -> bool:
+def contains_convs(module: nn.Module) -> bool:
     """Whether there is a `Conv2d` in it, or filters that may be those of a functional one."""
     convolves = any(isinstance(m, nn.Conv2d) for m in module.modules())
-    return convolves or any(p.dim() == FILTERS for p in module.parameters())
+    return convolves or any(p.dim() == CONV_WEIGHT_DIM for p in module.parameters())
 
 
-def how_called(root: nn.Module, inputs: Inputs) -> dict[int, inspect.BoundArguments]:
+def record_first_calls(root: nn.Module, inputs: CallInputs) -> dict[int, inspect.BoundArguments]:
     """The first call of every module of `root` that holds convolutions, in one forward in evaluation mode.
 
     As far as that comes: whoever records the forward says what is wrong with it.
@@ -115,16 +117,16 @@ def how_called(root: nn.Module, inputs: Inputs) -> dict[int, inspect.BoundArgume
         if id(module) not in found:
             found[id(module)] = inspect.signature(module.forward).bind(*args, **kwargs)
 
-    holders = [m for m in root.modules() if not isinstance(m, nn.Conv2d) and (m is root or holds_convolutions(m))]
-    with on_calls(holders, before=note), evaluating(root), contextlib.suppress(Exception):
-        run(root, inputs)
+    holders = [m for m in root.modules() if not isinstance(m, nn.Conv2d) and (m is root or contains_convs(m))]
+    with on_calls(holders, before=note), eval_mode(root), contextlib.suppress(Exception):
+        call_model(root, inputs)
     return found
 
 
-def answers_alike(a: nn.Module, a_inputs: Inputs, b: nn.Module, b_inputs: Inputs) -> bool:
+def models_match(a: nn.Module, a_inputs: CallInputs, b: nn.Module, b_inputs: CallInputs) -> bool:
     """Whether two models answer alike in evaluation mode."""
     answers = []
     for module, inputs in ((a, a_inputs), (b, b_inputs)):
-        with evaluating(module):
-            answers.append(tensors_of(run(module, inputs)))
+        with eval_mode(module):
+            answers.append(tensor_leaves(call_model(module, inputs)))
     return outputs_match(answers[0], answers[1], TOLERANCE)

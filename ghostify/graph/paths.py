@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 
-def within(path: str, name: str) -> str:
+def join_path(path: str, name: str) -> str:
     """What is called `name` in the module at `path`."""
     return f"{path}.{name}" if path else name

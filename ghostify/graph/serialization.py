@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from ghostify.errors import GhostifyError
-from ghostify.graph.methods import KEPT, RESULT, Mark, Traced, mark, marks_of, put_attributes
-from ghostify.graph.paths import within
+from ghostify.graph.methods import KEPT, RESULT, Mark, TracedModule, mark_method, method_marks, set_attributes
+from ghostify.graph.paths import join_path
 from ghostify.imports import import_object
 from ghostify.modules.ghost import is_channels_last
 from ghostify.modules.hooks import has_hooks
 
-PACKAGES = ("torch", "torchvision", "timm", "ghostify")
+ALLOWED_PACKAGES = ("torch", "torchvision", "timm", "ghostify")
 BUILTINS = ("getattr", "len", "min", "max", "sum", "abs", "int", "float", "bool", "round", "tuple", "list", "slice")
 FUNCTION_MODULES = (
     "torch.nn.functional", "torch._C._nn", "torch._C._special", "torch._C._linalg", "torch._C._fft",
@@ -29,11 +29,11 @@ FUNCTION_MODULES = (
 )  # fmt: skip
 TORCH_FUNCTIONS = ("_assert", "sym_int", "sym_float", "sym_max", "sym_min", "sym_not", "sym_ite")
 FORBIDDEN = ("from_file", "save", "load")
-OWN = frozenset(nn.Module().__dict__) - {"training"}
+MODULE_INTERNALS = frozenset(nn.Module().__dict__) - {"training"}
 DERIVED = ("_flat_weights", "_flat_weight_refs")  # what recurrent layers make of their parameters
 
 
-def describe(module: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def serialize_module(module: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The module as JSON-ready data, and its tensors by path.
 
     Raises `GhostifyError` for a leaf that holds hooks or attributes that plain data cannot say.
@@ -51,24 +51,25 @@ def describe(module: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return {"modules": modules, "aliases": aliases}, {k: v for k, v in tensors.items() if k not in aliases}
 
 
-def rebuild(data: dict[str, Any], tensors: dict[str, Tensor], allow: Iterable[str] = ()) -> nn.Module:
-    """The inverse of `describe`. Classes and functions come from torch, torchvision, timm and what `allow` names."""
-    names = _Names((*PACKAGES, *allow))
+def deserialize_module(data: dict[str, Any], tensors: dict[str, Tensor], allow: Iterable[str] = ()) -> nn.Module:
+    """The inverse of `serialize_module`. Classes and functions come from torch, torchvision, timm and what `allow`
+    names."""
+    names = _AllowedImports((*ALLOWED_PACKAGES, *allow))
     tensors = dict(tensors)
     for alias, path in data["aliases"].items():
         tensors[alias] = tensors[path]
     parameters: dict[int, nn.Parameter] = {}
     built: dict[str, nn.Module] = {}
     for path, item in data["modules"].items():
-        built[path] = built[item["same"]] if "same" in item else _shell(path, item, tensors, parameters, names)
+        built[path] = built[item["same"]] if "same" in item else _build_leaf(path, item, tensors, parameters, names)
         if path:
             owner, _, leaf = path.rpartition(".")
             built[owner]._modules[leaf] = built[path]
     graphs = [p for p, item in data["modules"].items() if "nodes" in item]
     for path in reversed(graphs):
         item = data["modules"][path]
-        made = Traced(built[path], _graph(item["nodes"], names), class_name=item["class_name"])
-        put_attributes(made, {k: _decode(v, tensors, names) for k, v in item.get("attributes", {}).items()})
+        made = TracedModule(built[path], _graph(item["nodes"], names), class_name=item["class_name"])
+        set_attributes(made, {k: _decode(v, tensors, names) for k, v in item.get("attributes", {}).items()})
         built[path] = made
         if path:
             owner, _, leaf = path.rpartition(".")
@@ -79,7 +80,7 @@ def rebuild(data: dict[str, Any], tensors: dict[str, Tensor], allow: Iterable[st
     return root
 
 
-def is_sayable(value: Any) -> bool:
+def is_serializable(value: Any) -> bool:
     """Whether plain data can say it."""
     try:
         _encode(value, "")
@@ -95,23 +96,25 @@ def _describe_one(path: str, inner: nn.Module, tensors: dict[str, Tensor]) -> di
     for name, parameter in inner._parameters.items():
         item["parameters"][name] = None if parameter is None else _tensor_facts(parameter)
         if parameter is not None:
-            tensors[within(path, name)] = parameter
+            tensors[join_path(path, name)] = parameter
     for name, buffer in inner._buffers.items():
         persistent = name not in inner._non_persistent_buffers_set
         item["buffers"][name] = None if buffer is None else {**_tensor_facts(buffer), "persistent": persistent}
         if buffer is not None:
-            tensors[within(path, name)] = buffer
+            tensors[join_path(path, name)] = buffer
     if isinstance(inner, fx.GraphModule):
         item["class_name"] = type(inner).__name__
         item["nodes"] = [_describe_node(n) for n in inner.graph.nodes]
         kept = inner.meta.get(KEPT, {})
-        item["attributes"] = {key: _encode(value, within(path, key)) for key, value in kept.items()}
+        item["attributes"] = {key: _encode(value, join_path(path, key)) for key, value in kept.items()}
         return item
     item["class"] = _name(type(inner), f"{path}: its class")
     item["attributes"] = {
-        key: _encode(value, within(path, key), tensors)
+        key: _encode(value, join_path(path, key), tensors)
         for key, value in inner.__dict__.items()
-        if key not in OWN and key not in ("training", "meta") and not (isinstance(inner, nn.RNNBase) and key in DERIVED)
+        if key not in MODULE_INTERNALS
+        and key not in ("training", "meta")
+        and not (isinstance(inner, nn.RNNBase) and key in DERIVED)
     }
     return item
 
@@ -119,7 +122,7 @@ def _describe_one(path: str, inner: nn.Module, tensors: dict[str, Tensor]) -> di
 def _describe_node(node: fx.Node) -> dict[str, Any]:
     where = f"node {node.name}"
     target = _name(node.target, where) if node.op == "call_function" else node.target
-    marks = sorted(marks_of(node))
+    marks = sorted(method_marks(node))
     return {
         "name": node.name,
         "op": node.op,
@@ -145,8 +148,12 @@ def _aliases(module: nn.Module) -> dict[str, str]:
     return aliases
 
 
-def _shell(
-    path: str, item: dict[str, Any], tensors: dict[str, Tensor], parameters: dict[int, nn.Parameter], names: _Names
+def _build_leaf(
+    path: str,
+    item: dict[str, Any],
+    tensors: dict[str, Tensor],
+    parameters: dict[int, nn.Parameter],
+    names: _AllowedImports,
 ) -> nn.Module:
     """A module of the described class with its attributes and tensors, its constructor not called."""
     made: nn.Module
@@ -171,7 +178,7 @@ def _shell(
 
 
 def _take(tensors: dict[str, Tensor], path: str, name: str) -> Tensor:
-    key = within(path, name)
+    key = join_path(path, name)
     if key not in tensors:
         raise GhostifyError(f"tensor {key} is missing")
     return tensors[key]
@@ -182,7 +189,7 @@ def _laid_out(tensor: Tensor, facts: dict[str, Any]) -> Tensor:
     return tensor.clone(memory_format=torch.channels_last if facts["channels_last"] else torch.contiguous_format)
 
 
-def _graph(items: list[dict[str, Any]], names: _Names) -> fx.Graph:
+def _graph(items: list[dict[str, Any]], names: _AllowedImports) -> fx.Graph:
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
     for item in items:
@@ -197,7 +204,7 @@ def _graph(items: list[dict[str, Any]], names: _Names) -> fx.Graph:
             raise GhostifyError(f"node {item['name']}: reads an attribute that a model has no use for")
         made = nodes[item["name"]] = graph.create_node(item["op"], target, args, kwargs, name=item["name"])
         if "marks" in item:
-            mark(made, *(_mark(m) for m in item["marks"]))
+            mark_method(made, *(_mark(m) for m in item["marks"]))
     return graph
 
 
@@ -268,7 +275,7 @@ def _encode_callable(value: Any, where: str, tensors: dict[str, Tensor] | None) 
     raise GhostifyError(f"{where}: a {type(value).__name__} cannot be saved as plain data")
 
 
-def _decode(value: Any, known: Mapping[str, Any], names: _Names) -> Any:
+def _decode(value: Any, known: Mapping[str, Any], names: _AllowedImports) -> Any:
     """The inverse of `_encode`; `known` has the graph's nodes, or the tensors."""
 
     def every(values: Iterable[Any]) -> list[Any]:
@@ -344,7 +351,7 @@ def _name(value: Any, where: str) -> str:
     return full
 
 
-class _Names:
+class _AllowedImports:
     """Looks up classes and functions by name, in known packages only, and only such as models are made of."""
 
     def __init__(self, packages: tuple[str, ...]) -> None:
@@ -382,7 +389,7 @@ class _Names:
     def function(self, full: str) -> Any:
         found = self.of(full)
         module, _, name = full.partition(":")
-        user = not any(module.partition(".")[0] == p for p in (*PACKAGES, "_operator", "math", "builtins"))
+        user = not any(module.partition(".")[0] == p for p in (*ALLOWED_PACKAGES, "_operator", "math", "builtins"))
         known = (
             user
             or (module == "builtins" and name in BUILTINS)

@@ -14,23 +14,23 @@ from torch import Tensor, fx, nn
 from torch.fx.immutable_collections import immutable_dict
 
 from ghostify.errors import GhostifyError
-from ghostify.graph.methods import watching
-from ghostify.graph.paths import within
+from ghostify.graph.methods import record_methods
+from ghostify.graph.paths import join_path
 
-DEEP = 64
+MAX_RECURSION = 64
 CACHES = (dict, list, set)
 OWN = frozenset(nn.Module().__dict__)
 PLAIN_DICTS = (dict, OrderedDict, immutable_dict)
 
 
-class Mode(nn.Module):
+class TrainingFlag(nn.Module):
     """Stands in a graph for `self.training` of the module that read it, so that `train()` and `eval()` still count."""
 
     def forward(self) -> bool:
         return self.training
 
 
-def fixed(value: Any, default: Any, name: str) -> None:
+def check_default_argument(value: Any, default: Any, name: str) -> None:
     """Stand guard in a graph over an optional argument that was left at its default when the model was traced."""
     if value is not default and not (type(value) is type(default) and value == default):
         raise GhostifyError(
@@ -39,13 +39,13 @@ def fixed(value: Any, default: Any, name: str) -> None:
         )
 
 
-def unused(value: Any, name: str) -> None:
+def check_no_extra_arguments(value: Any, name: str) -> None:
     """Stand guard in a graph over `*args` or `**kwargs` that took nothing when the model was traced."""
     if value:
         raise GhostifyError(f"{name} took nothing when the model was traced: name what it takes in example_inputs")
 
 
-def same_mode(mode: bool, traced: bool, name: str) -> None:
+def check_training_mode(mode: bool, traced: bool, name: str) -> None:
     """Stand guard in a graph over a module whose forward branches on `training`: tracing followed one way only."""
     if mode is not traced:
         was, now = ("train", "eval") if traced else ("eval", "train")
@@ -55,7 +55,7 @@ def same_mode(mode: bool, traced: bool, name: str) -> None:
         )
 
 
-GUARDS = (fixed, unused, same_mode)
+GUARDS = (check_default_argument, check_no_extra_arguments, check_training_mode)
 
 
 def is_guard(node: fx.Node) -> bool:
@@ -67,7 +67,7 @@ class UntraceableError(Exception):
     """A forward of which there is no graph; says why."""
 
 
-def graph_of(root: nn.Module, given: Set[str]) -> fx.Graph:
+def trace_graph(root: nn.Module, given: Set[str]) -> fx.Graph:
     """Trace a forward; whatever inside turns out not to trace becomes a leaf, and tracing starts again.
 
     `given` names the optional arguments that stay inputs; the others are fixed at their defaults. What branches on its
@@ -76,11 +76,11 @@ def graph_of(root: nn.Module, given: Set[str]) -> fx.Graph:
     if is_notrace(root):
         raise UntraceableError("timm marks it as not to be traced")
     leaves: set[str] = set()
-    settled: set[str] = set()
+    fixed_mode_paths: set[str] = set()
     while True:
-        tracer = _Tracer(leaves, settled, given)
+        tracer = _Tracer(leaves, fixed_mode_paths, given)
         try:
-            with _left_alone(root), _live_training(root, tracer), watching(root) as mark_methods:
+            with _restore_attributes(root), _trace_training_flag(root, tracer), record_methods(root) as mark_methods:
                 graph = tracer.trace(root)
                 mark_methods(graph)
                 return graph
@@ -89,8 +89,8 @@ def graph_of(root: nn.Module, given: Set[str]) -> fx.Graph:
             for module in root.modules():
                 module._modules.pop("ghostify_mode", None)
             convolves = any(isinstance(m, nn.Conv2d) for m in root.get_submodule(inside).modules())
-            if tracer.last_mode == inside and inside not in settled and (convolves or not inside):
-                settled.add(inside)
+            if tracer.last_mode == inside and inside not in fixed_mode_paths and (convolves or not inside):
+                fixed_mode_paths.add(inside)
             elif not inside:
                 raise UntraceableError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
             else:
@@ -115,9 +115,9 @@ def is_notrace(module: nn.Module) -> bool:
 class _Tracer(fx.Tracer):
     """Symbolic tracing that keeps `self.training` live and takes as leaves what is known, or found, not to trace."""
 
-    def __init__(self, leaves: Set[str], settled: set[str], given: Set[str]) -> None:
+    def __init__(self, leaves: Set[str], fixed_mode_paths: set[str], given: Set[str]) -> None:
         super().__init__(autowrap_functions=tuple(f for f in get_notrace_functions() if callable(f)))
-        self.leaves, self.settled, self.given = leaves, settled, given
+        self.leaves, self.fixed_mode_paths, self.given = leaves, fixed_mode_paths, given
         self.last_mode: str | None = None
         self.inside: list[str] = []
 
@@ -131,8 +131,8 @@ class _Tracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         self.inside.append(self.path_of_module(m))
-        if self.inside.count(self.inside[-1]) > DEEP:
-            raise RecursionError(f"it calls itself more than {DEEP} times within one call")
+        if self.inside.count(self.inside[-1]) > MAX_RECURSION:
+            raise RecursionError(f"it calls itself more than {MAX_RECURSION} times within one call")
         result = super().call_module(m, forward, args, kwargs)
         self.inside.pop()  # not in a `finally`: after an error the top names the module that does not trace
         return result
@@ -145,30 +145,30 @@ class _Tracer(fx.Tracer):
     def _proxy_placeholder(self, name: str, concrete_args: Any, sig: Any, fn_for_analysis: Any) -> Any:
         proxy = super()._proxy_placeholder(name, concrete_args, sig, fn_for_analysis)
         if name.startswith("*") and name.lstrip("*") not in self.given:
-            self.create_proxy("call_function", unused, (proxy, name), {})
+            self.create_proxy("call_function", check_no_extra_arguments, (proxy, name), {})
             return _NoKeywords() if name.startswith("**") else _NoArguments()
         parameter = sig.parameters.get(name)
         if parameter is None or parameter.default is parameter.empty or name in self.given:
             return proxy
         if not isinstance(parameter.default, bool | int | float | str | None):
             return proxy
-        self.create_proxy("call_function", fixed, (proxy, parameter.default, name), {})
+        self.create_proxy("call_function", check_default_argument, (proxy, parameter.default, name), {})
         return parameter.default
 
     def mode_of(self, path: str, module: nn.Module) -> fx.Proxy | bool:
         self.last_mode = path
         if "ghostify_mode" not in module._modules:
-            module.ghostify_mode = Mode().train(module.__dict__["training"])
-        mode = self.create_proxy("call_module", within(path, "ghostify_mode"), (), {})
-        if path not in self.settled:
+            module.ghostify_mode = TrainingFlag().train(module.__dict__["training"])
+        mode = self.create_proxy("call_module", join_path(path, "ghostify_mode"), (), {})
+        if path not in self.fixed_mode_paths:
             return mode
         now = module.__dict__["training"]
-        self.create_proxy("call_function", same_mode, (mode, now, path), {})
+        self.create_proxy("call_function", check_training_mode, (mode, now, path), {})
         return now
 
 
 @contextlib.contextmanager
-def _left_alone(root: nn.Module) -> Iterator[None]:
+def _restore_attributes(root: nn.Module) -> Iterator[None]:
     """What forwards keep on their modules, such as caches, is afterwards what it was: tracing would leave proxies."""
     before = [(m, {k: (v, copy.copy(v) if isinstance(v, CACHES) else v) for k, v in _kept(m)}) for m in root.modules()]
     try:
@@ -193,12 +193,12 @@ def _kept(module: nn.Module) -> list[tuple[str, Any]]:
 
 
 @contextlib.contextmanager
-def _live_training(root: nn.Module, tracer: _Tracer) -> Iterator[None]:
+def _trace_training_flag(root: nn.Module, tracer: _Tracer) -> Iterator[None]:
     """While tracing, reading `training` of a module of `root` yields a node of its graph."""
     paths: Mapping[int, str] = {id(m): path for path, m in root.named_modules()}
 
     def get(module: nn.Module) -> Any:
-        path = None if isinstance(module, Mode) else paths.get(id(module))
+        path = None if isinstance(module, TrainingFlag) else paths.get(id(module))
         return module.__dict__["training"] if path is None else tracer.mode_of(path, module)
 
     def put(module: nn.Module, mode: bool) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-def write_whole(file: Path, text: str) -> None:
+def write_text_atomic(file: Path, text: str) -> None:
     """Write a file beside its place, then put it there in one step."""
     fresh = file.with_name(f".{file.name}-{os.getpid()}")
     fresh.write_text(text)

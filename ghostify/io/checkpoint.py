@@ -17,11 +17,11 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from ghostify.errors import GhostifyError
-from ghostify.graph.serialization import describe, rebuild
+from ghostify.graph.serialization import deserialize_module, serialize_module
 from ghostify.io.atomic import staged_folder
-from ghostify.summary import Report, attach, conversion_info
+from ghostify.summary import Report, attach_report, conversion_info
 
-FORMAT = 1
+FORMAT_VERSION = 1
 TENSORS, DESCRIPTION = "model.safetensors", "ghostify.json"
 
 
@@ -31,13 +31,13 @@ def save(module: nn.Module, path: str | Path, *, source: dict[str, Any] | None =
     Raises `GhostifyError` for what plain data cannot say, and for an existing folder that is not ghostify's.
     """
     folder = Path(path)
-    _refuse_foreign(folder)
+    _check_output_folder(folder)
     info = conversion_info(module)
-    data, tensors = describe(module)
+    data, tensors = serialize_module(module)
     with staged_folder(folder) as fresh:
         save_file({k: _on_its_own(v) for k, v in tensors.items()}, fresh / TENSORS)
         content = {
-            "format": FORMAT,
+            "format": FORMAT_VERSION,
             "source": source or info.source,
             "model": data,
             "report": info.report.to_dict(),
@@ -69,8 +69,8 @@ def load(path: str | Path, *, allow: Iterable[str] = (), device: str | torch.dev
     except (safetensors.SafetensorError, OSError) as error:
         raise GhostifyError(f"{file}: is no safetensors file: {error}") from error
     try:
-        module = rebuild(content["model"], tensors, allow)
-        return attach(module, Report.from_dict(content["report"]), content["source"])
+        module = deserialize_module(content["model"], tensors, allow)
+        return attach_report(module, Report.from_dict(content["report"]), content["source"])
     except GhostifyError as error:
         raise GhostifyError(f"{folder / DESCRIPTION}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -88,8 +88,10 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise GhostifyError(f"{file}: is truncated or no JSON: {error}") from error
     if not isinstance(content, dict) or "format" not in content or "model" not in content:
         raise GhostifyError(f"{file}: was not written by ghostify")
-    if content["format"] != FORMAT:
-        raise GhostifyError(f"{file}: has format {content['format']!r}, this version reads {FORMAT}: convert it again")
+    if content["format"] != FORMAT_VERSION:
+        raise GhostifyError(
+            f"{file}: has format {content['format']!r}, this version reads {FORMAT_VERSION}: convert it again"
+        )
     digest = content.pop("digest", None)
     if digest != _digest(_canonical(content)):
         raise GhostifyError(f"{file}: was changed after it was saved: save the model again")
@@ -136,7 +138,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def _refuse_foreign(folder: Path) -> None:
+def _check_output_folder(folder: Path) -> None:
     if folder.is_file():
         raise GhostifyError(f"{folder}: is a file: name a folder to save into")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / DESCRIPTION).is_file():

@@ -28,18 +28,18 @@ class CheapOperation(nn.Module):
         return maps[0] if len(maps) == 1 else torch.cat(maps, 1)
 
 
-ASKED = ("weight", "in_channels", "kernel_size", "stride", "padding", "padding_mode", "dilation")
+FORWARDED_ATTRIBUTES = ("weight", "in_channels", "kernel_size", "stride", "padding", "padding_mode", "dilation")
 
 
 @dataclass(frozen=True, eq=False)
 class GhostWeights:
     """Everything that turns one convolution into its ghost module, in the order the module computes its maps.
 
-    `channels` names for each computed map (m intrinsic, then ghosts) the original output channel. `shift` holds, by
-    original channel, the constants that the following BatchNorm takes up. `error` is the relative reconstruction error
-    per original channel, on the calibration images; `held_out` the same on images the fit did not see, and `felt` the
-    relative squared error of the model's outputs that follows from it. `activated` ghosts read the intrinsic maps
-    behind norm and activation.
+    `channels` names for each computed map (m intrinsic, then ghosts) the original output channel. `norm_shift` holds,
+    by original channel, the constants that the following BatchNorm takes up. `fit_error` is the relative reconstruction
+    error per original channel, on the calibration images; `holdout_error` the same on images the fit did not see, and
+    `output_error` the relative squared error of the model's outputs that follows from it. `activated` ghosts read the
+    intrinsic maps behind norm and activation.
     """
 
     channels: Tensor
@@ -47,10 +47,10 @@ class GhostWeights:
     primary_bias: Tensor | None
     cheap_weight: Tensor
     cheap_bias: Tensor | None
-    shift: Tensor | None = None
-    error: Tensor | None = None
-    held_out: Tensor | None = None
-    felt: float | None = None
+    norm_shift: Tensor | None = None
+    fit_error: Tensor | None = None
+    holdout_error: Tensor | None = None
+    output_error: float | None = None
     activated: bool = False
 
 
@@ -82,7 +82,7 @@ class GhostModule(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         """What forwards ask a convolution for, its weight's dtype or its stride, is that of the primary one."""
-        if name in ASKED:
+        if name in FORWARDED_ATTRIBUTES:
             return getattr(super().__getattr__("primary_conv"), name)
         return super().__getattr__(name)
 
@@ -120,16 +120,18 @@ class GhostModule(nn.Module):
         intrinsic = self.primary_conv(x)
         if self.recompute and isinstance(intrinsic, Tensor) and intrinsic.requires_grad and torch.is_grad_enabled():
             inner = self.cheap_operation.modules()
-            if self.activation is None and not torch.compiler.is_compiling() and all(map(_is_plain, inner)):
+            if self.activation is None and not torch.compiler.is_compiling() and all(map(_is_hook_free, inner)):
                 weights = [p for conv in self.cheap_convs for p in (conv.weight, conv.bias)]
-                made: Tensor = _Joined.apply(intrinsic, (self.cheap_ranges, self.cheap_convs), self.order, *weights)
+                made: Tensor = _RecomputingConcat.apply(
+                    intrinsic, (self.cheap_ranges, self.cheap_convs), self.order, *weights
+                )
                 return made
         read = intrinsic if self.activation is None else self.activation(intrinsic)
-        return join(intrinsic, self.cheap_operation(read), self.order)
+        return concat_channels(intrinsic, self.cheap_operation(read), self.order)
 
 
 @fx.wrap
-def join(intrinsic: Tensor, ghosts: Tensor, order: Tensor | None) -> Tensor:
+def concat_channels(intrinsic: Tensor, ghosts: Tensor, order: Tensor | None) -> Tensor:
     """Concatenate, in the given order if any, in the memory format of the intrinsic maps; one node when traced."""
     maps = torch.cat((intrinsic, ghosts), 1)
     if not is_channels_last(intrinsic):
@@ -143,12 +145,12 @@ def join(intrinsic: Tensor, ghosts: Tensor, order: Tensor | None) -> Tensor:
 _Cheap = tuple[Sequence[tuple[int, int]], Sequence[Any]]
 
 
-class _Joined(torch.autograd.Function):
+class _RecomputingConcat(torch.autograd.Function):
     """Intrinsic maps and their ghosts, joined; the backward finds the former in what it made of them."""
 
     @staticmethod
     def forward(ctx: Any, intrinsic: Tensor, cheap: _Cheap, order: Tensor | None, *weights: Tensor | None) -> Tensor:
-        made = join(intrinsic, _ghosts(cheap, intrinsic, weights), order)
+        made = concat_channels(intrinsic, _ghosts(cheap, intrinsic, weights), order)
         ctx.cheap, ctx.count = cheap, intrinsic.shape[1]
         ctx.save_for_backward(made, order, *weights)
         return made
@@ -181,13 +183,13 @@ def _ghosts(cheap: _Cheap, read: Tensor, weights: Sequence[Tensor | None]) -> Te
     return maps[0] if len(maps) == 1 else torch.cat(maps, 1)
 
 
-def _is_plain(part: nn.Module) -> bool:
+def _is_hook_free(part: nn.Module) -> bool:
     """Whether it is a convolution's own weight and bias that compute, or a container of such, and nobody looks on."""
     convolves = type(part) is nn.Conv2d and "weight" in part._parameters
     return not has_hooks(part) and (convolves or type(part) in (CheapOperation, nn.ModuleList))
 
 
-def ghost_of(conv: nn.Conv2d, layout: GhostLayout) -> GhostModule:
+def build_ghost_module(conv: nn.Conv2d, layout: GhostLayout) -> GhostModule:
     """An uninitialised ghost module with `conv`'s attributes: stride, padding, dilation, bias, dtype, device, flags."""
     primary = copy.copy(conv)
     primary._parameters, primary._buffers = dict(conv._parameters), dict(conv._buffers)

@@ -8,33 +8,33 @@ from typing import Any
 from torch import nn
 
 from ghostify.graph.inputs import as_arguments
-from ghostify.graph.modes import evaluating
+from ghostify.graph.modes import eval_mode
 from ghostify.graph.observation import MacCounter
-from ghostify.graph.program import Call, Convolution
+from ghostify.graph.program import ConvCall, Convolution
 from ghostify.modules.layout import GhostLayout
 
 
-def positions(calls: Iterable[Call]) -> int | None:
+def total_positions(calls: Iterable[ConvCall]) -> int | None:
     """Output positions over all images of all calls, or None where no shapes are known."""
     total = 0
     for call in calls:
-        if call.places is None:
+        if call.output_positions is None:
             return None
-        total += call.places
+        total += call.output_positions
     return total
 
 
-def dense_macs(conv: Convolution) -> int:
+def conv_macs(conv: Convolution) -> int:
     """MACs of the convolution for one output position."""
-    return conv.outputs * conv.taps
+    return conv.outputs * conv.macs_per_output
 
 
 def ghost_macs(conv: Convolution, layout: GhostLayout) -> int:
     """MACs of its ghost module for one output position: m c k^2 + (n - m) w d^2 (Han et al., 2020, section 3.1)."""
-    return layout.intrinsic * conv.taps + layout.macs_per_position
+    return layout.intrinsic * conv.macs_per_output + layout.macs_per_position
 
 
-def parameters(module: nn.Module) -> int:
+def count_parameters(module: nn.Module) -> int:
     """Parameters, each counted once."""
     return sum(p.numel() for p in module.parameters())
 
@@ -42,6 +42,6 @@ def parameters(module: nn.Module) -> int:
 def count_macs(model: nn.Module, example_inputs: Any) -> int:
     """MACs of one forward in evaluation mode (see `MacCounter`); the mode is put back."""
     args, kwargs = as_arguments(example_inputs)
-    with evaluating(model), MacCounter() as counter:
+    with eval_mode(model), MacCounter() as counter:
         model(*args, **kwargs)
     return counter.macs

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ghostify.errors import GhostifyError
-from ghostify.graph.neighbours import Wiring, activation_after, norm_after, partner_in_sum
+from ghostify.graph.neighbours import GraphIndex, find_residual_operand, following_activation, following_norm
 from ghostify.graph.program import Convolution, Program
 from ghostify.modules.layout import (
     Depthwise,
@@ -21,41 +21,41 @@ from ghostify.planning import cost
 from ghostify.planning.policy import Policy, Rule
 from ghostify.pruning.channel_groups import ChannelGroup, ChannelGroups, find_channel_groups
 from ghostify.pruning.kept_channels import KeptChannels
-from ghostify.pruning.permutation_target import absorption
-from ghostify.pruning.pruning_groups import PruningGroup, kept_by_conv, left_of
+from ghostify.pruning.permutation_target import find_permutation_target
+from ghostify.pruning.pruning_groups import PruningGroup, conv_after_pruning, kept_by_conv
 
 
 @dataclass(frozen=True)
-class Rewrite:
+class GhostRewrite:
     """A convolution that becomes a ghost module.
 
     Names of modules and nodes are those within the convolution's part. `norm` names the BatchNorm behind it whose
-    statistics take up constant shifts; `partner` the node that its output is added to; `activation` the node that
-    activates its maps, where ghosts may read them so; `absorb` is the group of its channels where the others in it take
-    up their order, None where a gather remains. With a `narrowing`, `layout` is of the maps that it keeps. MACs are for
-    one output position.
+    statistics take up constant shifts; `residual_operand` the node that its output is added to; `activation` the node
+    that activates its maps, where ghosts may read them so; `permutation_target` is the group of its channels where the
+    others in it take up their order, None where a gather remains. With a `kept_channels`, `layout` is of the maps that
+    it keeps. MACs are for one output position.
     """
 
     conv: Convolution
     layout: GhostLayout
     norm: str | None
-    partner: str | None
+    residual_operand: str | None
     activation: str | None
-    absorb: ChannelGroup | None
+    permutation_target: ChannelGroup | None
     macs_before: int
     macs_after: int
-    narrowing: KeptChannels | None = None
+    kept_channels: KeptChannels | None = None
 
 
 @dataclass(frozen=True)
-class Narrow:
-    """A convolution of a `PruningGroup` that keeps its form, not all its channels; `norm`, `partner` and MACs as in
-    `Rewrite`."""
+class PruneRewrite:
+    """A convolution of a `PruningGroup` that keeps its form, not all its channels; `norm`, `residual_operand` and MACs
+    as in `GhostRewrite`."""
 
     conv: Convolution
-    narrowing: KeptChannels
+    kept_channels: KeptChannels
     norm: str | None
-    partner: str | None
+    residual_operand: str | None
     macs_before: int
     macs_after: int
 
@@ -69,7 +69,7 @@ class Skip:
 
 
 @dataclass(frozen=True)
-class Target:
+class PlanTarget:
     """A convolution that may be rewritten, and the rule that speaks of it."""
 
     conv: Convolution
@@ -83,22 +83,22 @@ class Plan:
     `notes` say what a rule allows and the plan could not do.
     """
 
-    entries: tuple[Rewrite | Narrow | Skip, ...]
+    entries: tuple[GhostRewrite | PruneRewrite | Skip, ...]
     macs_before: int | None = None
     macs_after: int | None = None
     notes: tuple[str, ...] = ()
 
     @property
-    def rewrites(self) -> tuple[Rewrite, ...]:
-        return tuple(e for e in self.entries if isinstance(e, Rewrite))
+    def rewrites(self) -> tuple[GhostRewrite, ...]:
+        return tuple(e for e in self.entries if isinstance(e, GhostRewrite))
 
     @property
-    def narrowed(self) -> dict[str, KeptChannels]:
+    def pruned(self) -> dict[str, KeptChannels]:
         """What is left of the convolutions that lose maps, by name."""
-        return {e.conv.name: e.narrowing for e in self.changes if e.narrowing is not None}
+        return {e.conv.name: e.kept_channels for e in self.changes if e.kept_channels is not None}
 
     @property
-    def changes(self) -> tuple[Rewrite | Narrow, ...]:
+    def changes(self) -> tuple[GhostRewrite | PruneRewrite, ...]:
         return tuple(e for e in self.entries if not isinstance(e, Skip))
 
     @property
@@ -111,23 +111,25 @@ def plan(program: Program, policy: Policy | None = None) -> Plan:
 
     Raises `GhostifyError` for a pattern that matches no convolution.
     """
-    return plan_layouts(program, [_with_ratio(t) for t in targets(program, policy or Policy())])
+    return build_plan(program, [_with_ratio(t) for t in resolve_targets(program, policy or Policy())])
 
 
-def targets(program: Program, policy: Policy) -> list[Target | Skip]:
+def resolve_targets(program: Program, policy: Policy) -> list[PlanTarget | Skip]:
     """For every convolution the rule that may rewrite it, or why none may."""
-    _refuse_idle_patterns(program, policy)
+    _check_patterns_match(program, policy)
     return [_target(program, policy, conv, i == 0) for i, conv in enumerate(program.convolutions)]
 
 
-def plan_layouts(
+def build_plan(
     program: Program,
-    decided: Iterable[tuple[Target, GhostLayout] | Skip],
+    decided: Iterable[tuple[PlanTarget, GhostLayout] | Skip],
     kept: Mapping[PruningGroup, tuple[int, ...]] | None = None,
 ) -> Plan:
     """The plan that gives each target its layout, and each group the channels that it keeps; what saves nothing is
     skipped."""
-    subgraphs = {path: _Subgraph(Wiring(part), find_channel_groups(part)) for path, part in program.parts.items()}
+    subgraphs = {
+        path: _Subgraph(GraphIndex(part), find_channel_groups(part)) for path, part in program.subgraphs.items()
+    }
     narrowed = kept_by_conv(program, kept or {})
     entries = [_entry(subgraphs, one, narrowed) for one in decided]
     saved = [_saved(e) for e in entries if not isinstance(e, Skip)]
@@ -136,13 +138,13 @@ def plan_layouts(
     return Plan(tuple(entries), total, after)
 
 
-def may_narrow(program: Program, policy: Policy, conv: Convolution) -> bool:
+def may_prune(program: Program, policy: Policy, conv: Convolution) -> bool:
     """Whether the rule that speaks of a convolution lets maps be left out."""
     rule = _rule(program, policy, conv)
-    return isinstance(rule, Rule) and rule.narrow
+    return isinstance(rule, Rule) and rule.prune
 
 
-def layout_of(outputs: int, intrinsic: int, cheap: str | int, dw_size: int) -> GhostLayout:
+def make_layout(outputs: int, intrinsic: int, cheap: str | int, dw_size: int) -> GhostLayout:
     """The layout of `intrinsic` of `outputs` maps with ghosts of the form that a rule calls `cheap`."""
     form: GhostForm
     match cheap:
@@ -159,8 +161,8 @@ def layout_of(outputs: int, intrinsic: int, cheap: str | int, dw_size: int) -> G
 
 def _rule(program: Program, policy: Policy, conv: Convolution) -> Rule | Skip:
     """The first rule that targets a convolution, or why none changes it."""
-    if conv.obstacle:
-        return Skip(conv, conv.obstacle)
+    if conv.unsupported_reason:
+        return Skip(conv, conv.unsupported_reason)
     module = program.conv(conv.name)
     rule = next((r for r in policy.rules if r.matches(conv.name, module, conv.kind)), None)
     if rule is None:
@@ -168,7 +170,7 @@ def _rule(program: Program, policy: Policy, conv: Convolution) -> Rule | Skip:
     return Skip(conv, "ignored by the rule that targets it") if rule.ignores(conv.name, module, conv.kind) else rule
 
 
-def _target(program: Program, policy: Policy, conv: Convolution, first: bool) -> Target | Skip:
+def _target(program: Program, policy: Policy, conv: Convolution, first: bool) -> PlanTarget | Skip:
     rule = _rule(program, policy, conv)
     if isinstance(rule, Skip):
         return rule
@@ -177,74 +179,80 @@ def _target(program: Program, policy: Policy, conv: Convolution, first: bool) ->
     if conv.groups > 1:
         kind = "depthwise" if conv.groups == conv.inputs else f"grouped ({conv.groups})"
         return Skip(conv, f"{kind}: only dense convolutions are rewritten")
-    return Target(conv, rule)
+    return PlanTarget(conv, rule)
 
 
-def _with_ratio(target: Target | Skip) -> tuple[Target, GhostLayout] | Skip:
+def _with_ratio(target: PlanTarget | Skip) -> tuple[PlanTarget, GhostLayout] | Skip:
     if isinstance(target, Skip):
         return target
     conv, rule = target.conv, target.rule
     if rule.cheap == "auto":
         raise GhostifyError("cheap 'auto' chooses by a budget: pass budget={'macs': 0.5}, or name the form")
-    if rule.narrow:
+    if rule.prune:
         raise GhostifyError("narrow leaves out maps by a budget: pass budget={'macs': 0.5}")
     intrinsic = intrinsic_count(conv.outputs, rule.ratio)
     if rule.ratio == 1:
         return Skip(conv, "ratio 1 keeps every map")
     if not 1 <= intrinsic < conv.outputs:
         return Skip(conv, f"ratio {rule.ratio:g} leaves no ghosts of {conv.outputs} maps")
-    return target, layout_of(conv.outputs, intrinsic, rule.cheap, rule.dw_size)
+    return target, make_layout(conv.outputs, intrinsic, rule.cheap, rule.dw_size)
 
 
 @dataclass(frozen=True)
 class _Subgraph:
     """What planning reads of a part's graph."""
 
-    wiring: Wiring
+    wiring: GraphIndex
     groups: ChannelGroups
 
 
 def _rewrite(
-    subgraph: _Subgraph, target: Target, layout: GhostLayout, narrowing: KeptChannels | None
-) -> Rewrite | Skip:
+    subgraph: _Subgraph, target: PlanTarget, layout: GhostLayout, kept_channels: KeptChannels | None
+) -> GhostRewrite | Skip:
     conv = target.conv
-    left = conv if narrowing is None else left_of(conv, narrowing)
-    dense, after = cost.dense_macs(left), cost.ghost_macs(left, layout)
+    left = conv if kept_channels is None else conv_after_pruning(conv, kept_channels)
+    dense, after = cost.conv_macs(left), cost.ghost_macs(left, layout)
     if after >= dense:
         return Skip(conv, f"nothing is saved: {dense} MACs a position before, {after} after")
     nodes, wiring = [call.node for call in conv.calls], subgraph.wiring
-    norm = norm_after(wiring, nodes)
-    partner = partner_in_sum(wiring, nodes, norm)
+    norm = following_norm(wiring, nodes)
+    residual_operand = find_residual_operand(wiring, nodes, norm)
     activation = (
-        activation_after(wiring, nodes, norm) if target.rule.activated and may_read_activated(layout.form) else None
+        following_activation(wiring, nodes, norm) if target.rule.activated and may_read_activated(layout.form) else None
     )
-    before, absorb = cost.dense_macs(conv), absorption(wiring.module, subgraph.groups, nodes)
-    return Rewrite(conv, layout, norm, partner, activation, absorb, before, after, narrowing)
+    before, permutation_target = cost.conv_macs(conv), find_permutation_target(wiring.module, subgraph.groups, nodes)
+    return GhostRewrite(
+        conv, layout, norm, residual_operand, activation, permutation_target, before, after, kept_channels
+    )
 
 
 def _entry(
-    subgraphs: Mapping[str, _Subgraph], decided: tuple[Target, GhostLayout] | Skip, narrowed: Mapping[str, KeptChannels]
-) -> Rewrite | Narrow | Skip:
+    subgraphs: Mapping[str, _Subgraph],
+    decided: tuple[PlanTarget, GhostLayout] | Skip,
+    narrowed: Mapping[str, KeptChannels],
+) -> GhostRewrite | PruneRewrite | Skip:
     conv = decided.conv if isinstance(decided, Skip) else decided[0].conv
-    own, narrowing = subgraphs[conv.part], narrowed.get(conv.name)
-    entry = decided if isinstance(decided, Skip) else _rewrite(own, *decided, narrowing)
-    return entry if narrowing is None or isinstance(entry, Rewrite) else _narrow(own.wiring, conv, narrowing)
+    own, kept_channels = subgraphs[conv.part], narrowed.get(conv.name)
+    entry = decided if isinstance(decided, Skip) else _rewrite(own, *decided, kept_channels)
+    return (
+        entry if kept_channels is None or isinstance(entry, GhostRewrite) else _prune(own.wiring, conv, kept_channels)
+    )
 
 
-def _narrow(wiring: Wiring, conv: Convolution, narrowing: KeptChannels) -> Narrow:
+def _prune(wiring: GraphIndex, conv: Convolution, kept_channels: KeptChannels) -> PruneRewrite:
     nodes = [conv.calls[0].node]
-    norm = norm_after(wiring, nodes)
-    before, after = cost.dense_macs(conv), cost.dense_macs(left_of(conv, narrowing))
-    return Narrow(conv, narrowing, norm, partner_in_sum(wiring, nodes, norm), before, after)
+    norm = following_norm(wiring, nodes)
+    before, after = cost.conv_macs(conv), cost.conv_macs(conv_after_pruning(conv, kept_channels))
+    return PruneRewrite(conv, kept_channels, norm, find_residual_operand(wiring, nodes, norm), before, after)
 
 
-def _saved(entry: Rewrite | Narrow) -> int | None:
-    places = cost.positions(entry.conv.calls)
+def _saved(entry: GhostRewrite | PruneRewrite) -> int | None:
+    places = cost.total_positions(entry.conv.calls)
     return None if places is None else places * (entry.macs_before - entry.macs_after)
 
 
-def _refuse_idle_patterns(program: Program, policy: Policy) -> None:
-    convs = [(c, program.conv(c.name)) for c in program.convolutions if not c.obstacle]
+def _check_patterns_match(program: Program, policy: Policy) -> None:
+    convs = [(c, program.conv(c.name)) for c in program.convolutions if not c.unsupported_reason]
     for rule in policy.rules:
         for key in ("targets", "ignore"):
             for pattern in getattr(rule, key):

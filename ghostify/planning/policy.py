@@ -33,7 +33,7 @@ class Rule:
     kernel size. `cheap` is "depthwise" (every ghost sees one intrinsic map), "pointwise" (all of them, kernel size 1),
     a number in between, or "auto": whichever loses less, given a budget. With `activated`, depthwise ghosts may read
     the intrinsic maps behind norm and activation, as in the paper, where that loses less on held-out images. With
-    `narrow`, a budget may also leave out channels that the convolutions which read them can do without (see
+    `prune`, a budget may also leave out channels that the convolutions which read them can do without (see
     `PruningGroup`). Raises `GhostifyError` for values that mean nothing.
     """
 
@@ -43,7 +43,7 @@ class Rule:
     dw_size: int = 3
     cheap: str | int = "depthwise"
     activated: bool = False
-    narrow: bool = False
+    prune: bool = False
 
     def __post_init__(self) -> None:
         for key in ("targets", "ignore"):
@@ -115,7 +115,7 @@ class Policy:
     @classmethod
     def from_dict(cls, data: dict[str, Any], where: str = "policy") -> Policy:
         """The policy that a parsed TOML document holds."""
-        _known(data, {"rule", "keep_first"}, where)
+        _check_keys(data, {"rule", "keep_first"}, where)
         tables = data.get("rule", [])
         if not isinstance(tables, list) or not tables:
             raise GhostifyError(f"{where}: holds no [[rule]] table: write at least one, with targets and ratio")
@@ -123,7 +123,7 @@ class Policy:
             raise GhostifyError(f"{where}: keep_first is neither true nor false")
         rules = []
         for number, table in enumerate(tables, 1):
-            _known(table, {f.name for f in fields(Rule)}, f"{where}: rule {number}")
+            _check_keys(table, {f.name for f in fields(Rule)}, f"{where}: rule {number}")
             try:
                 rules.append(Rule(**table))
             except GhostifyError as error:
@@ -153,7 +153,7 @@ def _matches(pattern: Pattern, name: str, module: nn.Module, kind: str) -> bool:
     return pattern in (name, kind) or fnmatch.fnmatchcase(name, pattern)
 
 
-def _known(table: Any, keys: set[str], where: str) -> None:
+def _check_keys(table: Any, keys: set[str], where: str) -> None:
     if not isinstance(table, dict):
         raise GhostifyError(f"{where}: is not a table")
     for key in table:

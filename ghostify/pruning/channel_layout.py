@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from ghostify.graph.ops import argument, op_of
-from ghostify.graph.program import called
+from ghostify.graph.program import called_module
 
 Shape = tuple[int, ...]
 ONE_POSITION = (1, (1, 1), [1, 1])
@@ -21,7 +21,7 @@ RESHAPES = ("view", "reshape")
 
 
 @dataclass(frozen=True)
-class Layout:
+class ChannelLayout:
     """Of `rank` 4: N x C x H x W, of one position each where `pooled`; of rank 3 the same without its last dimension.
 
     Of rank 2: N x features, `width` of them a channel (None: not known).
@@ -33,29 +33,29 @@ class Layout:
 
 
 def reshaped(
-    module: nn.Module, node: fx.Node, layout: Layout, shapes: Mapping[str, Shape] | None = None
-) -> Layout | None:
+    module: nn.Module, node: fx.Node, layout: ChannelLayout, shapes: Mapping[str, Shape] | None = None
+) -> ChannelLayout | None:
     """The layout that a node makes of that of its input where it moves dimensions only, each channel staying together;
     None for any other node."""
     if layout.rank == MAPS and _pools_all(module, node) and not argument(node, 2, "keepdim", False):
-        return Layout(2)
+        return ChannelLayout(2)
     if layout.rank == MAPS and _flattens(module, node, shapes or {}):
-        return Layout(2, 1 if layout.pooled else None)
+        return ChannelLayout(2, 1 if layout.pooled else None)
     if layout.rank == 2 and _is_flatten(module, node):
         return layout
     if layout.rank == 2 and layout.width == 1 and _adds_positions(node):
-        return Layout(pooled=True)
+        return ChannelLayout(pooled=True)
     if layout.pooled:
         return _squeezed(node, layout)
     return None
 
 
-def resampled(module: nn.Module, node: fx.Node, layout: Layout) -> Layout | None:
+def resampled(module: nn.Module, node: fx.Node, layout: ChannelLayout) -> ChannelLayout | None:
     """The layout that a node which keeps channels apart makes of that of its input; None where it needs maps."""
     op = op_of(module, node)
     if op is None or op.pointwise or op.identity_in_eval or op.channel_parameters:
         return layout
-    return Layout(pooled=_leaves_one_position(module, node)) if layout.rank == MAPS else None
+    return ChannelLayout(pooled=_leaves_one_position(module, node)) if layout.rank == MAPS else None
 
 
 def _leaves_one_position(module: nn.Module, node: fx.Node) -> bool:
@@ -63,7 +63,7 @@ def _leaves_one_position(module: nn.Module, node: fx.Node) -> bool:
     op = op_of(module, node)
     if op is None or not op.name.startswith("adaptive"):
         return _pools_all(module, node)
-    inner: Any = called(module, node) if node.op == "call_module" else None
+    inner: Any = called_module(module, node) if node.op == "call_module" else None
     size: Any = argument(node, 1, "output_size") if inner is None else inner.output_size
     return size in ONE_POSITION
 
@@ -80,7 +80,7 @@ def names_channel_count(node: fx.Node) -> bool:
     return len(sizes) > 1 and isinstance(sizes[1], int) and sizes[1] != -1
 
 
-def reads_channel_count(node: fx.Node, layout: Layout) -> bool:
+def reads_channel_count(node: fx.Node, layout: ChannelLayout) -> bool:
     """Whether a node that reads a tensor's metadata may read its number of channels."""
     if node.op == "call_method" and node.target == "size" and len(node.args) > 1:
         return not _is_beside_channels(node.args[1], layout)
@@ -90,7 +90,7 @@ def reads_channel_count(node: fx.Node, layout: Layout) -> bool:
     )
 
 
-def _is_beside_channels(index: Any, layout: Layout) -> bool:
+def _is_beside_channels(index: Any, layout: ChannelLayout) -> bool:
     """Whether an index into a shape leaves the channels out."""
     if isinstance(index, slice):
         return 1 not in range(layout.rank)[index]
@@ -121,7 +121,7 @@ def _flattens(module: nn.Module, node: fx.Node, shapes: Mapping[str, Shape]) -> 
 def _is_flatten(module: nn.Module, node: fx.Node) -> bool:
     """Whether a node flattens all dimensions but the first."""
     if node.op == "call_module":
-        inner = called(module, node)
+        inner = called_module(module, node)
         return isinstance(inner, nn.Flatten) and inner.start_dim == 1 and inner.end_dim in (-1, 3)
     dims = (*node.args[1:], *node.kwargs.values())
     return _name(node) == "flatten" and dims in ((1,), (1, -1), (1, 3))
@@ -153,11 +153,11 @@ def _adds_positions(node: fx.Node) -> bool:
     return sizes[2:] == (1, 1) and isinstance(sizes[0], fx.Node) and _reads_batch(sizes[0])
 
 
-def _squeezed(node: fx.Node, layout: Layout) -> Layout | None:
+def _squeezed(node: fx.Node, layout: ChannelLayout) -> ChannelLayout | None:
     """The layout without one of the dimensions of a single position."""
     if node.target is operator.getitem:
         index = node.args[1]
-        return Layout(2) if index == (slice(None), slice(None), 0, 0) and layout.rank == MAPS else None
+        return ChannelLayout(2) if index == (slice(None), slice(None), 0, 0) and layout.rank == MAPS else None
     if node.target not in ("squeeze", torch.squeeze) or len(node.args) != 2 or not isinstance(node.args[1], int):
         return None
     if node.args[1] not in (*range(2, layout.rank), *range(-layout.rank + 2, 0)):

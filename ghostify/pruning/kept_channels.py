@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ghostify.pruning.channel_groups import ChannelGroup
-from ghostify.pruning.slicing import narrow_tensor, narrowed_conv, narrowed_linear
+from ghostify.pruning.slicing import slice_conv, slice_linear, slice_tensor
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,12 @@ def prune_channels(module: nn.Module, kept: Mapping[str, KeptChannels]) -> None:
     for path, own in kept.items():
         found = operator.attrgetter(path)(module)
         if isinstance(found, nn.Conv2d):
-            module.set_submodule(path, narrowed_conv(found, own.kept_out, own.kept_in))
+            module.set_submodule(path, slice_conv(found, own.kept_out, own.kept_in))
         elif isinstance(found, nn.Linear):
-            module.set_submodule(path, narrowed_linear(found, own.kept_out, own.kept_in))
+            module.set_submodule(path, slice_linear(found, own.kept_out, own.kept_in))
         elif own.kept_out is not None:
             owner, _, leaf = path.rpartition(".")
-            narrow_tensor(module.get_submodule(owner), leaf, own.kept_out)
+            slice_tensor(module.get_submodule(owner), leaf, own.kept_out)
 
 
 def _sizes(found: Tensor | nn.Module) -> tuple[int, int]:

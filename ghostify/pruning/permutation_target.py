@@ -11,7 +11,7 @@ from ghostify.pruning.channel_groups import ChannelGroup, ChannelGroups
 from ghostify.pruning.permutation import permute_readers
 
 
-def absorption(module: nn.Module, groups: ChannelGroups, nodes: list[str]) -> ChannelGroup | None:
+def find_permutation_target(module: nn.Module, groups: ChannelGroups, nodes: list[str]) -> ChannelGroup | None:
     """The group of a convolution's channels where one dense convolution, and norms, can take up their order."""
     numbers = groups.of_node.get(nodes[0], ()) if len(nodes) == 1 else ()
     group = groups.groups[numbers[0]] if len(numbers) == 1 else None
@@ -23,7 +23,7 @@ def absorption(module: nn.Module, groups: ChannelGroups, nodes: list[str]) -> Ch
     return group if reads_no_others and all(isinstance(holder, BatchNorm) for holder in holders) else None
 
 
-def absorb(module: nn.Module, ghost: GhostModule, group: ChannelGroup) -> None:
+def push_permutation(module: nn.Module, ghost: GhostModule, group: ChannelGroup) -> None:
     """Drop `ghost`'s gather: permute the norms behind it and the inputs of the consuming convolution instead."""
     assert ghost.order is not None
     permute_readers(module, group, torch.argsort(ghost.order))

@@ -12,8 +12,8 @@ from enum import Enum
 import timm.layers
 from torch import Tensor, fx, nn
 
-from ghostify.graph.functional_conv import functional_conv, functional_weight
-from ghostify.graph.methods import marks_of
+from ghostify.graph.functional_conv import as_conv_module, weight_path
+from ghostify.graph.methods import method_marks
 from ghostify.graph.op_queries import (
     channel_parameters,
     concat_inputs,
@@ -25,9 +25,9 @@ from ghostify.graph.op_queries import (
     is_standard_conv,
     reads_metadata,
 )
-from ghostify.graph.program import called
+from ghostify.graph.program import called_module
 from ghostify.modules.hooks import has_hooks
-from ghostify.pruning.channel_layout import Layout, names_channel_count, reads_channel_count, resampled, reshaped
+from ghostify.pruning.channel_layout import ChannelLayout, names_channel_count, reads_channel_count, resampled, reshaped
 from ghostify.pruning.channel_runs import ChannelRun, join_runs, pieces_of
 
 STANDARD_LINEARS = (nn.Linear, timm.layers.Linear)
@@ -46,7 +46,7 @@ class Value:
     """The channels of a node's output, in order, and how they are laid out."""
 
     runs: tuple[ChannelRun, ...]
-    layout: Layout
+    layout: ChannelLayout
 
     @property
     def size(self) -> int:
@@ -78,14 +78,14 @@ class Propagation:
         self.values: dict[fx.Node, Value] = {}
         self.uses: list[Use] = []
         nodes = list(module.graph.nodes)
-        self.calls = Counter(id(called(module, n)) for n in nodes if n.op == "call_module")
+        self.calls = Counter(id(called_module(module, n)) for n in nodes if n.op == "call_module")
         self.holders = Counter(id(t) for m in module.modules() for t in (*m._parameters.values(), *m._buffers.values()))
         self.fetches = Counter(id(self._fetched(n)) for n in nodes if n.op == "get_attr")
         for node in nodes:
             value = self._visit(node)
             if value is not None:
                 self.values[node] = value
-                for method, _ in sorted(marks_of(node)):
+                for method, _ in sorted(method_marks(node)):
                     self._fix([node], f"the method {method} begins or ends there")
 
     def _visit(self, node: fx.Node) -> Value | None:
@@ -93,7 +93,7 @@ class Propagation:
         known = [n for n in node.all_input_nodes if n in self.values]
         if node.name in self.sources:
             self._fix(known, f"{_name(node)} reads them in the original's order")
-            return Value((ChannelRun(self.sources[node.name]),), Layout())
+            return Value((ChannelRun(self.sources[node.name]),), ChannelLayout())
         if node.op == "output":
             self._fix(known, "they reach the output")
             return None
@@ -105,7 +105,7 @@ class Propagation:
             return None
         value = self._kept_apart(node) if known else None
         if value is None:
-            inner = called(self.module, node) if node.op == "call_module" else None
+            inner = called_module(self.module, node) if node.op == "call_module" else None
             obstacle = None if inner is None else self._obstacle(inner, str(node.target))
             self._fix(known, obstacle or f"{_name(node)} may mix them")
         return value
@@ -120,7 +120,7 @@ class Propagation:
         value = self.values.get(node.all_input_nodes[0])
         if value is None:
             return None
-        if node.op == "call_module" and type(called(self.module, node)) in STANDARD_LINEARS:
+        if node.op == "call_module" and type(called_module(self.module, node)) in STANDARD_LINEARS:
             return self._linear(node, value)
         if (layout := reshaped(self.module, node, value.layout, self.shapes)) is not None:
             if names_channel_count(node):
@@ -138,7 +138,7 @@ class Propagation:
         tensor = inner._parameters.get(leaf, inner._buffers.get(leaf))
         alone = self.holders[id(tensor)] == 1 and self.fetches[id(tensor)] <= (node.op != "call_module")
         if node.op == "call_module":
-            alone &= self.calls[id(called(self.module, node))] == 1
+            alone &= self.calls[id(called_module(self.module, node))] == 1
         if tensor is None or len(tensor) != value.size or not alone or value.layout.width != 1:
             return False
         self.uses.append(Use(Role.PARAMETER, node, path, value))
@@ -150,11 +150,11 @@ class Propagation:
         known = [n for n in node.all_input_nodes if n in self.values]
         if node.op != "call_module":
             self._fix(known, f"the function {_name(node)} reads them")
-            path = functional_weight(self.module, node)
+            path = weight_path(self.module, node)
             if path is None:
                 return None
-            return self._made(node, path, functional_conv(self.module, node).out_channels, source, "it is a function")
-        conv, path = called(self.module, node), str(node.target)
+            return self._made(node, path, as_conv_module(self.module, node).out_channels, source, "it is a function")
+        conv, path = called_module(self.module, node), str(node.target)
         assert isinstance(conv, nn.Conv2d)
         obstacle = self._obstacle(conv, path)
         if obstacle is None and is_standard_conv(conv):
@@ -171,7 +171,7 @@ class Propagation:
 
     def _linear(self, node: fx.Node, value: Value) -> Value | None:
         """The channels that a linear layer makes of rows."""
-        layer, path = called(self.module, node), str(node.target)
+        layer, path = called_module(self.module, node), str(node.target)
         assert isinstance(layer, nn.Linear)
         width, rest = divmod(layer.in_features, value.size)
         if value.layout.rank != 2 or rest or value.layout.width not in (None, width) or self._obstacle(layer, path):
@@ -189,7 +189,7 @@ class Propagation:
         fixed: str | None = None,
     ) -> Value:
         """New channels."""
-        layout = Layout() if source is None else replace(source.layout, width=1)
+        layout = ChannelLayout() if source is None else replace(source.layout, width=1)
         if len(self.shapes.get(node.name, (0,) * layout.rank)) != layout.rank:
             fixed = fixed or "they are of a single image, without a dimension for images"
         value = Value((ChannelRun(size, fixed),), layout)

@@ -57,27 +57,27 @@ class Unprunable:
 
 def find_pruning_groups(program: Program) -> Iterator[PruningGroup | Unprunable]:
     """Every channel group that a convolution of the program makes, in order of first use in each part."""
-    for path, part in program.parts.items():
+    for path, part in program.subgraphs.items():
         convs = {call.node: c for c in program.convolutions if c.part == path for call in c.calls}
         for channels in find_channel_groups(part).groups:
             makers = [convs[m.node] for m in channels.producers if m.node in convs]
             if not makers:
                 continue
-            obstacle = channels.pruning_obstacle or _obstacle(channels, convs)
+            obstacle = channels.pruning_obstacle or _unsupported_reason(channels, convs)
             if obstacle is None:
                 yield PruningGroup(path, channels, tuple(_members(channels, convs)))
             else:
                 yield Unprunable(makers[0].name, obstacle)
 
 
-def _obstacle(channels: ChannelGroup, convs: Mapping[str, Convolution]) -> str | None:
+def _unsupported_reason(channels: ChannelGroup, convs: Mapping[str, Convolution]) -> str | None:
     """Why pruned channels would not be made good for, or could not be left out."""
     for member in (*channels.producers, *channels.consumers):
         conv = convs.get(member.node)
         if conv is None:
             return f"{member.path} is linear, and only convolutions are refitted"
-        if conv.obstacle is not None:
-            return f"{conv.name}: {conv.obstacle}"
+        if conv.unsupported_reason is not None:
+            return f"{conv.name}: {conv.unsupported_reason}"
     whole = [(m, convs[m.node].outputs) for m in channels.producers]
     whole += [(m, convs[m.node].inputs) for m in channels.consumers]
     beside = next((member for member, size in whole if member.count != size), None)
@@ -106,16 +106,16 @@ def kept_by_conv(program: Program, kept: Mapping[PruningGroup, tuple[int, ...]])
     Tensors that go with the channels are named beside the group's first convolution.
     """
     found: dict[str, KeptChannels] = {}
-    for path, part in program.parts.items():
+    for path, part in program.subgraphs.items():
         groups = [group for group in kept if group.part == path]
         left = kept_by_path(part, {group.channels: kept[group] for group in groups})
         for group in groups:
             for conv in (member.conv for member in group.members):
-                own = left[conv.local]
+                own = left[conv.local_path]
                 found.setdefault(conv.name, own if conv.groups == 1 else replace(own, kept_in=own.kept_out))
             first, paths = group.members[0].conv, [m.path for m in group.channels.parameters]
             tensors = tuple(
-                (p, left[p].kept_out or ()) for p in paths if p not in {m.conv.local for m in group.members}
+                (p, left[p].kept_out or ()) for p in paths if p not in {m.conv.local_path for m in group.members}
             )
             found[first.name] = replace(found[first.name], tensors=found[first.name].tensors + tensors)
     return found
@@ -129,6 +129,6 @@ def pruned_conv(conv: Convolution, kept_out: int | None, kept_in: int | None) ->
     return replace(conv, inputs=conv.inputs if kept_in is None else kept_in, outputs=outputs)
 
 
-def left_of(conv: Convolution, kept: KeptChannels) -> Convolution:
+def conv_after_pruning(conv: Convolution, kept: KeptChannels) -> Convolution:
     """A dense or depthwise convolution with the channels that are left."""
     return pruned_conv(conv, *(None if own is None else len(own) for own in (kept.kept_out, kept.kept_in)))

@@ -17,40 +17,42 @@ Norm = TypeVar("Norm", bound=nn.Module)
 
 
 @dataclass(frozen=True, eq=False)
-class DenseWeights:
+class PrunedConvWeights:
     """Fitted weights of a convolution that keeps its form but not all its maps.
 
-    `shift` holds the constants that the BatchNorm behind takes up; it, `error`, `held_out` (relative, as in
-    `GhostWeights`) and `bias` are by the outputs that are left. `felt` is the error to expect in the model's outputs.
+    `shift` holds the constants that the BatchNorm behind takes up; it, `fit_error`, `holdout_error` (relative, as in
+    `GhostWeights`) and `bias` are by the outputs that are left. `output_error` is the error to expect in the model's
+    outputs.
     """
 
     weight: Tensor
     bias: Tensor | None
     shift: Tensor | None
-    error: Tensor
-    held_out: Tensor | None = None
-    felt: float | None = None
+    fit_error: Tensor
+    holdout_error: Tensor | None = None
+    output_error: float | None = None
 
 
 @torch.no_grad()
-def narrowed_conv(conv: nn.Conv2d, keeps: Sequence[int] | None, reads: Sequence[int] | None) -> nn.Conv2d:
-    """A copy that makes the outputs `keeps` of the inputs `reads` (None: all); of a depthwise one both are the same."""
+def slice_conv(conv: nn.Conv2d, kept_out: Sequence[int] | None, kept_in: Sequence[int] | None) -> nn.Conv2d:
+    """A copy that makes the outputs `kept_out` of the inputs `kept_in` (None: all); of a depthwise one both are the
+    same."""
     made = copy.deepcopy(conv)
-    weight = conv.weight if keeps is None else conv.weight[list(keeps)]
+    weight = conv.weight if kept_out is None else conv.weight[list(kept_out)]
     if conv.groups > 1:
         made.groups = len(weight)
-    elif reads is not None:
-        weight = weight[:, list(reads)]
+    elif kept_in is not None:
+        weight = weight[:, list(kept_in)]
     form = torch.channels_last if is_channels_last(conv.weight) else torch.contiguous_format
     made.weight = nn.Parameter(weight.clone(memory_format=form), conv.weight.requires_grad)
-    if conv.bias is not None and keeps is not None:
-        made.bias = nn.Parameter(conv.bias[list(keeps)].clone(), conv.bias.requires_grad)
+    if conv.bias is not None and kept_out is not None:
+        made.bias = nn.Parameter(conv.bias[list(kept_out)].clone(), conv.bias.requires_grad)
     made.out_channels, made.in_channels = len(weight), weight.shape[1] * made.groups
     return made
 
 
 @torch.no_grad()
-def narrowed_linear(layer: nn.Linear, kept_out: Sequence[int] | None, kept_in: Sequence[int] | None) -> nn.Linear:
+def slice_linear(layer: nn.Linear, kept_out: Sequence[int] | None, kept_in: Sequence[int] | None) -> nn.Linear:
     """A copy of a linear layer that makes the outputs `kept_out` of the inputs `kept_in` (None: all)."""
     made = copy.deepcopy(layer)
     weight = layer.weight if kept_out is None else layer.weight[list(kept_out)]
@@ -63,7 +65,7 @@ def narrowed_linear(layer: nn.Linear, kept_out: Sequence[int] | None, kept_in: S
 
 
 @torch.no_grad()
-def narrow_tensor(module: nn.Module, name: str, kept: Sequence[int] | Tensor) -> None:
+def slice_tensor(module: nn.Module, name: str, kept: Sequence[int] | Tensor) -> None:
     """Leave some entries of a parameter or buffer that a module holds, in place; the module's own count follows."""
     tensor = getattr(module, name)
     own = tensor[torch.as_tensor(kept, device=tensor.device)].clone()
@@ -74,10 +76,10 @@ def narrow_tensor(module: nn.Module, name: str, kept: Sequence[int] | Tensor) ->
 
 
 @torch.no_grad()
-def narrowed_norm(norm: Norm, channels: Sequence[int] | Tensor) -> Norm:
+def slice_norm(norm: Norm, channels: Sequence[int] | Tensor) -> Norm:
     """A copy for some `channels` only, in their order, of a BatchNorm, a PReLU or whatever is made of such."""
     copied = copy.deepcopy(norm)
     for inner in copied.modules():
         for name in channel_tensors(inner):
-            narrow_tensor(inner, name, channels)
+            slice_tensor(inner, name, channels)
     return copied

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ghostify.fitting.calibration import Batch, judges
+from ghostify.fitting.calibration import CalibrationBatch, holdout_mask
 from ghostify.graph.executor import run_node
 from ghostify.graph.inputs import placeholders, values_of
 from ghostify.reconstruction.blocks import Block
@@ -21,16 +21,16 @@ Values = dict[str, Any]
 
 
 @dataclass(eq=False)
-class Part:
+class ImageBatch:
     """Some images on their way through both models: the values live there, by node. Held-out ones only judge."""
 
     size: int
-    held: bool
+    holdout: bool
     original: Values
     converted: Values
 
 
-class Side:
+class BlockRunner:
     """A model that runs block by block."""
 
     def __init__(self, module: fx.GraphModule) -> None:
@@ -44,7 +44,7 @@ class Side:
         return {name: env[self.nodes[name]] for name in block.live}
 
 
-def own_copy(module: fx.GraphModule) -> fx.GraphModule:
+def eval_copy(module: fx.GraphModule) -> fx.GraphModule:
     """A copy in evaluation mode of which nothing asks for gradients; not of inference tensors, which cannot."""
     made = copy.deepcopy(module).eval()
     for inner in made.modules():
@@ -57,7 +57,7 @@ def own_copy(module: fx.GraphModule) -> fx.GraphModule:
     return made.requires_grad_(False)
 
 
-def parts_of(module: fx.GraphModule, batches: Iterable[Batch]) -> Iterator[Part]:
+def split_images(module: fx.GraphModule, batches: Iterable[CalibrationBatch]) -> Iterator[ImageBatch]:
     """Calibration batches cut to about IMAGES; one that is not all of one length stays whole, every eighth held out."""
     names = [n.name for n in placeholders(module)]
     for batch in batches:
@@ -65,12 +65,12 @@ def parts_of(module: fx.GraphModule, batches: Iterable[Batch]) -> Iterator[Part]
         batched = [isinstance(v, Tensor) and v.dim() > 0 for v in inputs]
         if any(b and len(v) != batch.size for v, b in zip(inputs, batched, strict=True)):
             values = dict(zip(names, copy.deepcopy(inputs), strict=True))
-            yield Part(batch.size, bool(judges(torch.tensor(batch.number))), values, values)
+            yield ImageBatch(batch.size, bool(holdout_mask(torch.tensor(batch.number))), values, values)
             continue
         number = torch.arange(batch.first, batch.first + batch.size)
         for held in (False, True):
-            chosen = (judges(number) == held).nonzero()[:, 0]
+            chosen = (holdout_mask(number) == held).nonzero()[:, 0]
             for index in chosen.tensor_split(max(1, round(len(chosen) / IMAGES))) if len(chosen) else ():
                 taken = [v[index.to(v.device)] if b else v for v, b in zip(inputs, batched, strict=True)]
                 values = dict(zip(names, taken, strict=True))
-                yield Part(len(index), held, values, values)
+                yield ImageBatch(len(index), held, values, values)

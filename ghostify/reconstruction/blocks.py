@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-LEAST, MOST = 2, 8
+LEAST, MAX_LAYERS = 2, 8
 
 
 @dataclass(frozen=True)
@@ -30,17 +30,17 @@ def blocks_of(graph: fx.Graph, calls: Mapping[str, str]) -> list[Block]:
     A block ends where one value alone is live, once it has LEAST rewritten convolutions, just before the next one.
     Where that makes more than MOST, as with dense connections, a block may hand on a value for each of them.
     """
-    flow = _Flow(graph, calls)
+    flow = _Liveness(graph, calls)
     ends: list[int] = []
     start = 0
     for end in flow.ends(0, len(flow.nodes), everything=True):
-        many = sum(n.name in calls for n in flow.nodes[start : end + 1]) > MOST
+        many = sum(n.name in calls for n in flow.nodes[start : end + 1]) > MAX_LAYERS
         ends += flow.ends(start, end + 1, everything=False) if many else [end]
         start = end + 1
     return [flow.block(a, b) for a, b in zip([0] + [e + 1 for e in ends], ends, strict=False)]
 
 
-class _Flow:
+class _Liveness:
     """The nodes that compute, in order, and up to where the value of each is read."""
 
     def __init__(self, graph: fx.Graph, calls: Mapping[str, str]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def descend(loss: Callable[[], Tensor], rated: list[tuple[Tensor, float]], steps: int) -> Iterator[int]:
+def adam_steps(loss: Callable[[], Tensor], rated: list[tuple[Tensor, float]], steps: int) -> Iterator[int]:
     """Adam with cosine rates, on float32 copies; yields each step after taking it, stops where there is no gradient."""
     parameters = [p for p, _ in rated]
     masters = [p.detach().float().clone() for p in parameters]

@@ -10,15 +10,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from ghostify.errors import GhostifyError
-from ghostify.evaluation.comparison import Verdict, can_judge, judge
+from ghostify.evaluation.comparison import Comparison, compare_models, has_tensor_output
 from ghostify.graph.tracing import trace
 from ghostify.planning import cost
-from ghostify.reporting.analysis import Times, costly
-from ghostify.reporting.ghost_pictures import can_show, exhibit
-from ghostify.reporting.html import Page, Total, write_page
-from ghostify.summary import Line, Report, report, short
-from ghostify.timing.latency import layer_milliseconds, paired
-from ghostify.timing.timer import Stopwatch
+from ghostify.reporting.analysis import Times, layer_costs
+from ghostify.reporting.ghost_pictures import is_picturable, picture_ghosts
+from ghostify.reporting.html import Page, TotalRow, write_page
+from ghostify.summary import LayerReport, Report, format_count, report
+from ghostify.timing.latency import interleaved_latency, layer_latency
+from ghostify.timing.timer import LatencyTimer
 
 PICTURED = 3
 
@@ -46,41 +46,44 @@ def write_report(
     found = report(module)
     totals = _counts(module, original, found)
     times: Times = {}
-    if original is not None and images and can_judge(module, images[0]):
-        totals += _scores(judge(module, original, images, labels))
+    if original is not None and images and has_tensor_output(module, images[0]):
+        totals += _scores(compare_models(module, original, images, labels))
     if original is not None and runtime is not None and example_inputs is not None:
-        with Stopwatch(runtime) as clock:
-            before, after = paired([original, module], example_inputs, clock)
-            times = layer_times(original, found, example_inputs, clock)
-        totals.append(Total(f"ms, deployed, {runtime}", f"{before:.2f}", f"{after:.2f}", after / before))
+        with LatencyTimer(runtime) as clock:
+            before, after = interleaved_latency([original, module], example_inputs, clock)
+            times = layer_latencies(original, found, example_inputs, clock)
+        totals.append(TotalRow(f"ms, deployed, {runtime}", f"{before:.2f}", f"{after:.2f}", after / before))
     shown = []
     if original is not None and images:
-        shown = [exhibit(module, original, line, images) for line in _pictured(module, original, found, layers)]
+        shown = [
+            picture_ghosts(module, original, line, images)
+            for line in _layers_to_picture(module, original, found, layers)
+        ]
     elif layers:
         raise GhostifyError("layers are shown on images, beside the original: pass both")
     return write_page(Page(title or type(module).__name__, found, totals, times, shown, curve), file)
 
 
-def layer_times(original: nn.Module, found: Report, example_inputs: Any, clock: Stopwatch) -> Times:
+def layer_latencies(original: nn.Module, found: Report, example_inputs: Any, clock: LatencyTimer) -> Times:
     """Milliseconds of every rewritten layer's calls in one forward, before and after, by its name."""
     program, times = trace(original, example_inputs), {}
     convs = {conv.name: conv for conv in program.convolutions}
-    for line in found.lines:
-        if line.reason is None and line.reads is None and line.name in convs:
-            taken = layer_milliseconds(program.conv(line.name), convs[line.name], [None, line.layout], clock)
+    for line in found.layers:
+        if line.skip_reason is None and line.kept_in_count is None and line.name in convs:
+            taken = layer_latency(program.conv(line.name), convs[line.name], [None, line.layout], clock)
             times[line.name] = (taken[0], taken[1])
     return times
 
 
-def _counts(module: nn.Module, original: nn.Module | None, found: Report) -> list[Total]:
+def _counts(module: nn.Module, original: nn.Module | None, found: Report) -> list[TotalRow]:
     totals = []
     if found.macs_before is not None and found.macs_after is not None:
-        counts = short(found.macs_before), short(found.macs_after)
-        totals.append(Total("multiply-accumulates", *counts, found.macs_after / found.macs_before))
+        counts = format_count(found.macs_before), format_count(found.macs_after)
+        totals.append(TotalRow("multiply-accumulates", *counts, found.macs_after / found.macs_before))
     if original is not None:
-        for what, count in (("parameters", cost.parameters), ("bytes of weights", _bytes)):
+        for what, count in (("parameters", cost.count_parameters), ("bytes of weights", _bytes)):
             before, after = count(original), count(module)
-            totals.append(Total(what, short(before), short(after), after / before))
+            totals.append(TotalRow(what, format_count(before), format_count(after), after / before))
     return totals
 
 
@@ -88,21 +91,23 @@ def _bytes(module: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in chain(module.parameters(), module.buffers()))
 
 
-def _scores(found: Verdict) -> list[Total]:
+def _scores(found: Comparison) -> list[TotalRow]:
     totals, on = [], f"on {found.images} images"
     if found.top1 is not None and found.original_top1 is not None:
-        totals.append(Total(f"top-1 {on}", f"{found.original_top1:.2f} %", f"{found.top1:.2f} %"))
-    if found.same is not None:
-        totals.append(Total(f"same answers {on}", "", f"{found.same:.1f} %"))
-    return [*totals, Total(f"outputs' error {on}", "", f"{found.error:.4f}")]
+        totals.append(TotalRow(f"top-1 {on}", f"{found.original_top1:.2f} %", f"{found.top1:.2f} %"))
+    if found.agreement is not None:
+        totals.append(TotalRow(f"same answers {on}", "", f"{found.agreement:.1f} %"))
+    return [*totals, TotalRow(f"outputs' error {on}", "", f"{found.error:.4f}")]
 
 
-def _pictured(module: nn.Module, original: nn.Module, found: Report, layers: Sequence[str] | None) -> list[Line]:
+def _layers_to_picture(
+    module: nn.Module, original: nn.Module, found: Report, layers: Sequence[str] | None
+) -> list[LayerReport]:
     """The lines of these layers, or of those that cost the most."""
     if layers is None:
-        able = (c.line for c in costly(found) if can_show(module, original, c.line))
+        able = (c.line for c in layer_costs(found) if is_picturable(module, original, c.line))
         return list(islice(able, PICTURED))
-    by_name = {line.name: line for line in found.lines}
+    by_name = {line.name: line for line in found.layers}
     for name in layers:
         if name not in by_name:
             raise GhostifyError(f"{name}: is no convolution of the report: it has {', '.join(list(by_name)[:3])}, ...")

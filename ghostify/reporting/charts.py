@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ghostify.errors import GhostifyError
-from ghostify.reporting.analysis import costly
+from ghostify.reporting.analysis import layer_costs
 from ghostify.summary import DEPTHWISE, PRUNED, UNCHANGED, WIDER, Report, outcome_of
 
 COLOURS = {UNCHANGED: "#9a9a9a", DEPTHWISE: "#0b6e99", WIDER: "#b45309", PRUNED: "#6d28d9"}
@@ -27,10 +27,16 @@ def layers_chart(found: Report) -> dict[str, Any]:
     """A bar of multiply-accumulates for each convolution before, and in front of it one after, by what happened."""
     alt = altair()
     rows = [
-        {"layer": x.name, "before": x.macs_before, "after": x.macs_after, "what": outcome_of(x), "why": x.reason or ""}
-        for x in found.lines
+        {
+            "layer": x.name,
+            "before": x.macs_before,
+            "after": x.macs_after,
+            "what": outcome_of(x),
+            "why": x.skip_reason or "",
+        }
+        for x in found.layers
     ]
-    order = [x.name for x in found.lines]
+    order = [x.name for x in found.layers]
     y = alt.Y("layer:N", sort=order, title=None, axis=alt.Axis(labelLimit=160))
     base = alt.Chart(alt.Data(values=rows)).encode(y=y)
     tips = [alt.Tooltip(f"{key}:{kind}") for key, kind in (("layer", "N"), ("what", "N"), ("why", "N"))]
@@ -42,12 +48,12 @@ def layers_chart(found: Report) -> dict[str, Any]:
     return _finished(before + after, "Multiply-accumulates of every convolution, before (light) and after", len(rows))
 
 
-def costs_chart(found: Report) -> dict[str, Any]:
+def error_chart(found: Report) -> dict[str, Any]:
     """A bar for each of the costliest layers: its share of the error to expect in the outputs."""
     alt = altair()
     rows = [
         {"layer": c.line.name, "share": c.error_share, "saved": c.saved_share, "what": outcome_of(c.line)}
-        for c in costly(found)[:COSTLIEST]
+        for c in layer_costs(found)[:COSTLIEST]
     ]
     chart = (
         alt.Chart(alt.Data(values=rows))

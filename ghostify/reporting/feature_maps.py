@@ -10,29 +10,29 @@ from torch import Tensor, nn
 
 from ghostify.errors import GhostifyError
 from ghostify.graph.call_hooks import on_calls
-from ghostify.graph.inputs import inputs_of, run
-from ghostify.graph.modes import evaluating
+from ghostify.graph.inputs import bind_batch, call_model
+from ghostify.graph.modes import eval_mode
 from ghostify.modules.ghost import GhostModule
 from ghostify.numerics import relative_squared_error
 
 MIN_VARIANCE = 1e-12
 
 
-def maps_of(module: nn.Module, layer: str, batches: Sequence[Any]) -> Tensor:
+def layer_outputs(module: nn.Module, layer: str, batches: Sequence[Any]) -> Tensor:
     """What the module called `layer` makes of all images, N x n x H x W on the CPU; `GhostifyError` if nothing."""
     kept: list[Tensor] = []
     hooks = on_calls([module.get_submodule(layer)], after=lambda _, made: kept.append(made.detach().float().cpu()))
-    with hooks, evaluating(module):
+    with hooks, eval_mode(module):
         for batch in batches:
-            run(module, inputs_of(module, batch))
+            call_model(module, bind_batch(module, batch))
     if not kept:
         raise GhostifyError(f"{layer}: does not run on these images")
     return torch.cat(kept)
 
 
-def ghosted_maps(module: nn.Module, layer: str, batches: Sequence[Any], channels: Sequence[int]) -> Tensor:
+def ghost_outputs(module: nn.Module, layer: str, batches: Sequence[Any], channels: Sequence[int]) -> Tensor:
     """The same of a converted model, whose ghost module computes the original's `channels` in this order."""
-    made = maps_of(module, layer, batches)
+    made = layer_outputs(module, layer, batches)
     ghost = module.get_submodule(layer)
     absorbed = isinstance(ghost, GhostModule) and ghost.order is None
     return made[:, torch.argsort(torch.tensor(channels))] if absorbed else made

@@ -13,16 +13,16 @@ from torch.nn import functional as F
 
 from ghostify.errors import GhostifyError
 from ghostify.modules.ghost import GhostModule
-from ghostify.reporting.feature_maps import errors_of, ghosted_maps, maps_of
-from ghostify.reporting.images import embedded, tile
-from ghostify.summary import Line
+from ghostify.reporting.feature_maps import errors_of, ghost_outputs, layer_outputs
+from ghostify.reporting.images import data_uri, grey_tile
+from ghostify.summary import LayerReport
 
 GHOSTS = 6
 KERNEL_SIDE = 56
 
 
 @dataclass(frozen=True)
-class Ghost:
+class GhostPicture:
     """One ghost map of the first image. Channels are the original's; `error` is relative, over all images.
 
     Pictures are data addresses: the intrinsic map that weighs most in the ghost, the ghost, what the original makes,
@@ -40,26 +40,28 @@ class Ghost:
 
 
 @dataclass(frozen=True)
-class Exhibit:
+class LayerPictures:
     """Some ghosts of a layer, the best first, evenly spread over their errors; and the errors of all of them."""
 
     layer: str
-    ghosts: tuple[Ghost, ...]
+    ghosts: tuple[GhostPicture, ...]
     errors: tuple[float, ...]
 
 
-def can_show(module: nn.Module, original: nn.Module, line: Line) -> bool:
+def is_picturable(module: nn.Module, original: nn.Module, line: LayerReport) -> bool:
     """Whether a line is of a ghost module that makes all maps of the module that the original has there."""
     found = [dict(m.named_modules()).get(line.name) for m in (module, original)]
-    return isinstance(found[0], GhostModule) and found[1] is not None and len(line.channels) == line.filters[0]
+    return isinstance(found[0], GhostModule) and found[1] is not None and len(line.channels) == line.weight_shape[0]
 
 
-def exhibit(module: nn.Module, original: nn.Module, line: Line, batches: Sequence[Any], count: int = GHOSTS) -> Exhibit:
+def picture_ghosts(
+    module: nn.Module, original: nn.Module, line: LayerReport, batches: Sequence[Any], count: int = GHOSTS
+) -> LayerPictures:
     """Ghosts of a converted model's layer beside the original's maps on images; `GhostifyError` if there are none."""
-    if not can_show(module, original, line):
+    if not is_picturable(module, original, line):
         raise GhostifyError(f"{line.name}: is no ghost module that makes all maps of a module of the original's")
-    wanted = maps_of(original, line.name, batches)
-    made = ghosted_maps(module, line.name, batches, line.channels)
+    wanted = layer_outputs(original, line.name, batches)
+    made = ghost_outputs(module, line.name, batches, line.channels)
     errors = errors_of(made, wanted)
     made = made + (wanted - made).mean((0, 2, 3), keepdim=True)  # constants that the norm behind holds
     own, ghosts = line.channels[: line.intrinsic], line.channels[line.intrinsic :]
@@ -73,11 +75,13 @@ def exhibit(module: nn.Module, original: nn.Module, line: Line, batches: Sequenc
         channel, strongest = ghosts[j], int(kernels[j].flatten(1).norm(dim=1).argmax())
         maps = (made[0, own[strongest]], made[0, channel], wanted[0, channel])
         scales = (maps[0], wanted[0, channel], wanted[0, channel])
-        pictures = [embedded(tile(m, s)) for m, s in zip(maps, scales, strict=True)]
+        pictures = [data_uri(grey_tile(m, s)) for m, s in zip(maps, scales, strict=True)]
         kernel = kernels[j, strongest] if kernels.shape[-1] > 1 else _squared(kernels[j].flatten())
-        pictures.append(embedded(tile(kernel, torch.stack((-kernel.abs().max(), kernel.abs().max())), KERNEL_SIDE)))
-        shown.append(Ghost(channel, own[strongest], float(errors[channel]), *pictures))
-    return Exhibit(line.name, tuple(shown), tuple(float(errors[c]) for c in ghosts))
+        pictures.append(
+            data_uri(grey_tile(kernel, torch.stack((-kernel.abs().max(), kernel.abs().max())), KERNEL_SIDE))
+        )
+        shown.append(GhostPicture(channel, own[strongest], float(errors[channel]), *pictures))
+    return LayerPictures(line.name, tuple(shown), tuple(float(errors[c]) for c in ghosts))
 
 
 def _squared(weights: Tensor) -> Tensor:

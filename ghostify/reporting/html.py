@@ -12,18 +12,18 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
-from ghostify.io.atomic import write_whole
-from ghostify.reporting.analysis import Times, advice, costly, left_alone
-from ghostify.reporting.charts import altair, costs_chart, frontier_chart, layers_chart
-from ghostify.reporting.ghost_pictures import Exhibit
-from ghostify.summary import Report, describe_outcome, short
+from ghostify.io.atomic import write_text_atomic
+from ghostify.reporting.analysis import Times, layer_costs, skipped_by_reason, suggestions
+from ghostify.reporting.charts import altair, error_chart, frontier_chart, layers_chart
+from ghostify.reporting.ghost_pictures import LayerPictures
+from ghostify.summary import Report, describe_outcome, format_count
 from ghostify.text import format_shape
 
 TEMPLATE = "report.html.j2"
 
 
 @dataclass(frozen=True)
-class Total:
+class TotalRow:
     """A line of the table of totals; before and after are as they are shown, `share` after / before where it says
     something."""
 
@@ -39,17 +39,17 @@ class Page:
 
     title: str
     report: Report
-    totals: Sequence[Total] = ()
+    totals: Sequence[TotalRow] = ()
     times: Times = field(default_factory=dict)
-    exhibits: Sequence[Exhibit] = ()
-    curve: Sequence[Mapping[str, Any]] = ()
+    pictures: Sequence[LayerPictures] = ()
+    frontier: Sequence[Mapping[str, Any]] = ()
 
 
 def write_page(page: Page, file: str | Path) -> Path:
     """Write the page; one file that needs no other and no network. Raises `GhostifyError` without its libraries."""
     target = Path(file)
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(target, render(page))
+    write_text_atomic(target, render(page))
     return target
 
 
@@ -59,28 +59,28 @@ def render(page: Page) -> str:
     bundle: str = importlib.import_module("vl_convert").javascript_bundle()
     found = page.report
     charts = {"layers": layers_chart(found)}
-    if any(line.error is not None or line.held_out is not None for line in found.lines):
-        charts["costs"] = costs_chart(found)
-    if page.curve:
+    if any(line.fit_error is not None or line.holdout_error is not None for line in found.layers):
+        charts["costs"] = error_chart(found)
+    if page.frontier:
         share = found.macs_after / found.macs_before if found.macs_after and found.macs_before else None
-        charts["frontier"] = frontier_chart(page.curve, share)
-    surroundings = Environment(
+        charts["frontier"] = frontier_chart(page.frontier, share)
+    environment = Environment(
         loader=PackageLoader("ghostify.reporting"),
         autoescape=select_autoescape(["html.j2", "j2"]),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    surroundings.filters["short"] = short
-    return surroundings.get_template(TEMPLATE).render(
+    environment.filters["short"] = format_count
+    return environment.get_template(TEMPLATE).render(
         page=page,
         report=found,
         describe_outcome=describe_outcome,
         format_shape=format_shape,
-        left=left_alone(found),
-        costly=[c for c in costly(found) if c.error_share > 0][:5],
-        felt=any(line.felt is not None for line in found.lines),
-        advice=advice(found, page.times),
+        left=skipped_by_reason(found),
+        costly=[c for c in layer_costs(found) if c.error_share > 0][:5],
+        felt=any(line.output_error is not None for line in found.layers),
+        advice=suggestions(found, page.times),
         specs=Markup(json.dumps(charts).replace("</", "<\\/")),
         charts=charts,
         bundle=Markup(bundle.replace("</script", "<\\/script")),

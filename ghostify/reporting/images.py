@@ -15,7 +15,7 @@ from torchvision.utils import make_grid
 SIDE = 112
 
 
-def tile(shown: Tensor, scale: Tensor, side: int = SIDE) -> Tensor:
+def grey_tile(shown: Tensor, scale: Tensor, side: int = SIDE) -> Tensor:
     """A map (H x W) as 1 x `side` x `side`, black and white being the 1st and 99th percentile of `scale`."""
     low, high = torch.quantile(scale.flatten().float(), torch.tensor([0.01, 0.99]))
     grey = ((shown.float() - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
@@ -34,7 +34,7 @@ def write(tiles: list[Tensor], columns: int, file: Path) -> Path:
     return file
 
 
-def embedded(shown: Tensor) -> str:
+def data_uri(shown: Tensor) -> str:
     """One tile as a data address, for a page that needs no other file."""
     buffer = io.BytesIO()
     Image.fromarray((shown[0] * 255).byte().numpy()).save(buffer, "PNG", optimize=True)

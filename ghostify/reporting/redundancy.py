@@ -17,13 +17,13 @@ from ghostify.errors import GhostifyError
 from ghostify.fitting import patches
 from ghostify.fitting.depthwise_statistics import map_statistics
 from ghostify.fitting.driver import fit
-from ghostify.fitting.moments import MapMoments
+from ghostify.fitting.moments import PerMapMoments
 from ghostify.graph.program import Program
 from ghostify.planning.planner import plan
 from ghostify.planning.policy import Policy, Rule
 from ghostify.reporting import images
-from ghostify.reporting.feature_maps import errors_of, ghosted_maps, maps_of
-from ghostify.reporting.images import tile
+from ghostify.reporting.feature_maps import errors_of, ghost_outputs, layer_outputs
+from ghostify.reporting.images import grey_tile
 from ghostify.rewriting.apply import rewrite
 
 SIZES = (1, 3, 5, 7)
@@ -32,7 +32,7 @@ PICTURES = 8
 
 
 @dataclass(frozen=True, eq=False)
-class Pairs:
+class PairErrors:
     """Errors (n x n) of map j made of map i by the best d x d kernel and a constant; a map of itself counts infinite.
 
     `squared` is the mean squared error, as in GhostNet's table 1 (Han et al., 2020, section 4.1.1), `relative` the same
@@ -54,19 +54,19 @@ class Pairs:
 
 
 @dataclass(frozen=True, eq=False)
-class Study:
+class RedundancyStudy:
     """A layer's maps on one image (n x H x W), by kernel size how they make each other, and for the layer at ratio 2:
     the intrinsic channels, and the maps as its ghost module makes them with each map's relative error."""
 
     layer: str
     maps: Tensor
-    pairs: tuple[Pairs, ...]
+    pairs: tuple[PairErrors, ...]
     intrinsic: tuple[int, ...]
     ghosted: Tensor
     errors: Tensor
 
     @property
-    def shown(self) -> Pairs:
+    def shown(self) -> PairErrors:
         """The pairs that tables and pictures pick the best of: those of the second kernel size, if there is one."""
         return self.pairs[min(1, len(self.pairs) - 1)]
 
@@ -97,7 +97,9 @@ class Study:
         }
 
 
-def study(program: Program, layer: str, images: Iterable[Any], *, sizes: Sequence[int] = SIZES, seed: int = 0) -> Study:
+def study_layer(
+    program: Program, layer: str, images: Iterable[Any], *, sizes: Sequence[int] = SIZES, seed: int = 0
+) -> RedundancyStudy:
     """Look at the outputs of one convolution on `images`: how its maps make each other, and a ghost module of them.
 
     Raises `GhostifyError` for a layer that the program has not, or that cannot be rewritten.
@@ -114,10 +116,10 @@ def study(program: Program, layer: str, images: Iterable[Any], *, sizes: Sequenc
         raise GhostifyError(f"{layer}: {reason}")
     fits = fit(program, decided, batches, seed=seed)
     channels = fits.ghost(layer).channels.tolist()
-    maps = maps_of(program.module, layer, batches)
-    ghosted = ghosted_maps(rewrite(program, decided, fits.weights), layer, batches, channels)
+    maps = layer_outputs(program.module, layer, batches)
+    ghosted = ghost_outputs(rewrite(program, decided, fits.weights), layer, batches, channels)
     intrinsic = channels[: decided.rewrites[0].layout.intrinsic]
-    return Study(
+    return RedundancyStudy(
         layer,
         maps[0],
         tuple(pairs_of(maps, d) for d in sizes),
@@ -127,20 +129,20 @@ def study(program: Program, layer: str, images: Iterable[Any], *, sizes: Sequenc
     )
 
 
-def pairs_of(maps: Tensor, dw_size: int) -> Pairs:
+def pairs_of(maps: Tensor, dw_size: int) -> PairErrors:
     """All pairs of `maps` (N x n x H x W) by kernels of one size, zeros beyond the border."""
     n = maps.shape[1]
-    moments = MapMoments.zero(n, dw_size**2)
+    moments = PerMapMoments.zero(n, dw_size**2)
     for own in maps.split(1):
         padded = F.pad(own, (dw_size // 2,) * 4)
-        moments.add(patches.neighbourhoods(padded, dw_size), patches.rows(own))
+        moments.add(patches.unfold_neighbours(padded, dw_size), patches.flatten_positions(own))
     found = replace(map_statistics(moments), rows=float("inf"))  # to describe what is there, not to foretell
-    squared = found.costs(torch.ones(n, dtype=torch.float64))
+    squared = found.pair_errors(torch.ones(n, dtype=torch.float64))
     squared.fill_diagonal_(float("inf"))
-    return Pairs(dw_size, squared, squared / found.var.clamp_min(1e-12 * found.var.max() + 1e-30))
+    return PairErrors(dw_size, squared, squared / found.var.clamp_min(1e-12 * found.var.max() + 1e-30))
 
 
-def table(found: Study) -> Table:
+def table(found: RedundancyStudy) -> Table:
     """The pairs of GhostNet's table 1, for a terminal."""
     facts = found.to_dict()
     sizes = [p.dw_size for p in found.pairs]
@@ -156,21 +158,21 @@ def table(found: Study) -> Table:
     return result
 
 
-def draw(found: Study, folder: Path) -> list[Path]:
+def write_pictures(found: RedundancyStudy, folder: Path) -> list[Path]:
     """Write pairs.png (a row each: source, what a kernel makes of it, map) and ghosts.png (originals above ghosts)."""
     folder.mkdir(parents=True, exist_ok=True)
     size = found.shown.dw_size
     rows = [tile for i, j in found.shown.best(SHOWN) for tile in _pair_tiles(found.maps, i, j, size)]
     ghosts = found.ghosts[:PICTURES]
-    own = [tile(maps[k], found.maps[k]) for maps in (found.maps, found.ghosted) for k in ghosts]
+    own = [grey_tile(maps[k], found.maps[k]) for maps in (found.maps, found.ghosted) for k in ghosts]
     return [images.write(rows, 3, folder / "pairs.png"), images.write(own, len(ghosts), folder / "ghosts.png")]
 
 
 def _pair_tiles(maps: Tensor, source: int, target: int, dw_size: int) -> list[Tensor]:
     """A map, what the best kernel makes of another one, and that one."""
     padded = F.pad(maps[None, source : source + 1], (dw_size // 2,) * 4)
-    rows = patches.neighbourhoods(padded, dw_size).flatten(1).double()
+    rows = patches.unfold_neighbours(padded, dw_size).flatten(1).double()
     wanted = maps[target].flatten()[:, None].double()
     given = torch.cat((rows, torch.ones_like(wanted)), 1)
     made = (given @ torch.linalg.lstsq(given, wanted).solution).reshape(maps[target].shape).float()
-    return [tile(maps[source], maps[source]), tile(made, maps[target]), tile(maps[target], maps[target])]
+    return [grey_tile(maps[source], maps[source]), grey_tile(made, maps[target]), grey_tile(maps[target], maps[target])]

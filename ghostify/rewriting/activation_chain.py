@@ -8,13 +8,13 @@ from typing import TypeVar
 from torch import Tensor, fx, nn
 
 from ghostify.graph.op_queries import activation_module
-from ghostify.planning.planner import Rewrite
-from ghostify.pruning.slicing import narrowed_norm
+from ghostify.planning.planner import GhostRewrite
+from ghostify.pruning.slicing import slice_norm
 
 Copied = TypeVar("Copied", bound=nn.Module)
 
 
-def activation_line(module: fx.GraphModule, entry: Rewrite) -> nn.Sequential:
+def copy_activation_chain(module: fx.GraphModule, entry: GhostRewrite) -> nn.Sequential:
     """Copies of the norm, if any, and the activation of all n maps of `entry`; neither writes in place."""
     node = next(n for n in module.graph.nodes if n.name == entry.activation)
     line = [] if entry.norm is None else [module.get_submodule(entry.norm)]
@@ -22,10 +22,10 @@ def activation_line(module: fx.GraphModule, entry: Rewrite) -> nn.Sequential:
         activation = activation_module(module, node)
         assert activation is not None
         line.append(activation)
-    return out_of_place(nn.Sequential(*line))
+    return without_inplace(nn.Sequential(*line))
 
 
-def out_of_place(module: Copied) -> Copied:
+def without_inplace(module: Copied) -> Copied:
     """A copy that leaves what it reads as it is."""
     copied = copy.deepcopy(module)
     for inner in copied.modules():
@@ -34,6 +34,6 @@ def out_of_place(module: Copied) -> Copied:
     return copied
 
 
-def narrowed(line: nn.Sequential, channels: Tensor) -> nn.Sequential:
+def slice_chain(line: nn.Sequential, channels: Tensor) -> nn.Sequential:
     """A copy of the line for some `channels` only, in their order."""
-    return narrowed_norm(line, channels)
+    return slice_norm(line, channels)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ghostify.graph.op_queries import activation_input, activation_module, concat_inputs, elementwise_operands, is_add
-from ghostify.graph.program import called
+from ghostify.graph.program import called_module
 
 OPSET = 18
 
@@ -61,7 +61,7 @@ class _OnnxBuilder:
         elif isinstance(activation_module(self.module, node), nn.ReLU):
             return self._add(node, "Relu", [activation_input(self.module, node).name])
         elif node.op == "call_module":
-            return self._module(node, called(self.module, node))
+            return self._module(node, called_module(self.module, node))
         elif node.op == "get_attr":
             self._constant(node.name, operator.attrgetter(str(node.target))(self.module))
         else:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map_only
 
-from ghostify.graph.inputs import tensors_of
+from ghostify.graph.inputs import tensor_leaves
 from ghostify.runtimes.tensors import Runner, with_batch_of_two
 
 
@@ -29,7 +29,7 @@ def module_runner(module: Callable[..., Any], threads: int | None) -> Runner:
 
     def run(*inputs: Tensor) -> list[Tensor]:
         with torch.no_grad():
-            return tensors_of(module(*inputs))
+            return tensor_leaves(module(*inputs))
 
     return run
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ghostify.graph.inputs import as_arguments, tensors_of
+from ghostify.graph.inputs import as_arguments, tensor_leaves
 
 Runner = Callable[..., list[Tensor]]
 UNKNOWN_TO_NUMPY = (torch.bfloat16,)
@@ -18,7 +18,7 @@ UNKNOWN_TO_NUMPY = (torch.bfloat16,)
 def unsupported_by_worker(example: Any) -> str | None:
     """Why inputs cannot be stored for a worker process that runs on the CPU, and the remedy."""
     args, kwargs = as_arguments(example)
-    tensors = tensors_of((args, kwargs))
+    tensors = tensor_leaves((args, kwargs))
     if any(t.device.type != "cpu" for t in tensors):
         remedy = "Use runtime 'eager' on a GPU, or move model and example_inputs to the CPU."
         return f"is timed on the CPU. {remedy}"

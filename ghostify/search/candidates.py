@@ -12,9 +12,9 @@ from torch import Tensor
 from typing_extensions import assert_never
 
 from ghostify.errors import GhostifyError
-from ghostify.fitting.assignment import Groups, choose_groups
-from ghostify.fitting.linear_solvers import root_of
-from ghostify.graph.neighbours import norm_behind
+from ghostify.fitting.assignment import GhostAssignment, assign_ghosts
+from ghostify.fitting.linear_solvers import cholesky_root
+from ghostify.graph.neighbours import following_norm_of
 from ghostify.graph.program import Convolution, Program
 from ghostify.modules.layout import (
     Depthwise,
@@ -26,80 +26,85 @@ from ghostify.modules.layout import (
     may_read_activated,
 )
 from ghostify.planning import cost
-from ghostify.planning.planner import Target
+from ghostify.planning.planner import PlanTarget
 from ghostify.planning.policy import Rule
 from ghostify.pruning.pruning_groups import GroupMember, PruningGroup, pruned_conv
-from ghostify.search.group_statistics import Thinning
+from ghostify.search.group_statistics import GroupStatistics
 from ghostify.search.halves import mean_across_halves
-from ghostify.search.layer_statistics import Profile
-from ghostify.timing.latency import Counts, layer_milliseconds, narrowed_milliseconds
-from ghostify.timing.timer import Stopwatch
+from ghostify.search.layer_statistics import LayerStatistics
+from ghostify.timing.latency import Counts, layer_latency, pruned_latency
+from ghostify.timing.timer import LatencyTimer
 
 RATIOS = (1.25, 1.5, 2, 2.5, 3, 4, 6, 8)
-STEPS, COARSE, THIN = 32, 16, 12
-LANES = 16
-FASTER = 0.97
+STEPS, COARSE, PRUNE_STEPS = 32, 16, 12
+SIMD_LANES = 16
+MAX_LATENCY_RATIO = 0.97
 
 
 @dataclass(frozen=True)
 class Candidate:
     """One way to treat a convolution, or a link, its costs, and the output error it would add.
 
-    Of a convolution: its layout (None: dense), and how many maps it `makes` and `reads` where links leave some out. Of
-    a link: the maps kept (None: all), and costs beyond those of its convolutions that have candidates of their own.
+    Of a convolution: its layout (None: dense), and how many maps it `kept_out_count` and `kept_in_count` where links
+    leave some out. Of a link: the maps kept (None: all), and costs beyond those of its convolutions that have
+    candidates of their own.
     """
 
     layout: GhostLayout | None
     costs: tuple[float, ...]
     loss: float
-    makes: int | None = None
-    reads: int | None = None
+    kept_out_count: int | None = None
+    kept_in_count: int | None = None
     kept: tuple[int, ...] | None = None
 
 
-def candidates_of(
+def layer_candidates(
     program: Program,
-    target: Target,
-    profile: Profile,
+    target: PlanTarget,
+    profile: LayerStatistics,
     keys: tuple[str, ...],
-    clock: Stopwatch,
+    clock: LatencyTimer,
     makes: Sequence[tuple[int, ...]] = (),
     reads: Sequence[int] = (),
 ) -> list[Candidate]:
     """As it is, first, and every layout of the rule's form that saves multiply-accumulates and is worth its cost; the
-    same for each choice of fewer maps that it `makes` and number of those that it `reads`.
+    same for each choice of fewer maps that it `kept_out_count` and number of those that it `kept_in_count`.
 
     Where time counts, fewer maps and ghosts do not meet in one layer; making fewer and reading fewer do, and each saves
     its share of the other's time.
     """
     timed, size = "latency" in keys, target.rule.dw_size
     if timed and (makes or reads):
-        found = _worthwhile(program, target, _Losses(profile, size), keys, clock)
+        found = _non_dominated(program, target, _LossEstimator(profile, size), keys, clock)
         return [*found, *_dense_with_fewer(program, target.conv, found[0], keys, clock, makes, reads)]
     return [
         candidate
         for kept in (None, *makes)
-        for losses in [_Losses(profile if kept is None else profile.of(kept), size)]
+        for losses in [_LossEstimator(profile if kept is None else profile.restrict_to(kept), size)]
         for count in (None, *reads)
-        for candidate in _worthwhile(program, target, losses, keys, clock, kept, count)
+        for candidate in _non_dominated(program, target, losses, keys, clock, kept, count)
     ]
 
 
-def thinned(
-    program: Program, thinning: Thinning, others: Sequence[GroupMember], keys: tuple[str, ...], clock: Stopwatch
+def group_candidates(
+    program: Program,
+    thinning: GroupStatistics,
+    others: Sequence[GroupMember],
+    keys: tuple[str, ...],
+    clock: LatencyTimer,
 ) -> list[Candidate]:
     """As it is, first, and fewer and fewer maps of a link; where they are to be timed, those that become faster.
 
     `others` are the members that have no candidates of their own.
     """
     group = thinning.group
-    counts = {max(1, round(group.size * k / THIN)) for k in range(1, THIN)}
+    counts = {max(1, round(group.size * k / PRUNE_STEPS)) for k in range(1, PRUNE_STEPS)}
     if "latency" in keys:
-        counts = {max(LANES, LANES * round(count / LANES)) for count in counts}
+        counts = {max(SIMD_LANES, SIMD_LANES * round(count / SIMD_LANES)) for count in counts}
     ways = [thinning.kept(count) for count in sorted(counts) if count < group.size]
     if "latency" in keys:
         whole, *fewer = _with_fewer(program, group.members, ways, "latency", clock)
-        ways = [kept for kept, own in zip(ways, fewer, strict=True) if own < FASTER * whole]
+        ways = [kept for kept, own in zip(ways, fewer, strict=True) if own < MAX_LATENCY_RATIO * whole]
     spent = {key: _with_fewer(program, others, ways, key, clock) for key in keys}
     if "params" in keys:
         norms = _parameters_per_channel(program, group)
@@ -111,12 +116,12 @@ def thinned(
     return [Candidate(None, own, loss, kept=kept) for kept, own, loss in both]
 
 
-def _worthwhile(
+def _non_dominated(
     program: Program,
-    target: Target,
-    losses: _Losses,
+    target: PlanTarget,
+    losses: _LossEstimator,
     keys: tuple[str, ...],
-    clock: Stopwatch,
+    clock: LatencyTimer,
     kept: tuple[int, ...] | None = None,
     reads: int | None = None,
 ) -> list[Candidate]:
@@ -130,7 +135,7 @@ def _worthwhile(
     layouts = [
         o
         for o in _layouts(target.rule, conv, losses.profile, STEPS if conv == target.conv else COARSE, timed)
-        if cost.ghost_macs(conv, o) < cost.dense_macs(conv)
+        if cost.ghost_macs(conv, o) < cost.conv_macs(conv)
     ]
     spending = [_spent(program, conv, [None, *layouts], key, clock) for key in keys]
     if "params" in keys and target.rule.activated:
@@ -141,7 +146,7 @@ def _worthwhile(
     whole, *costs = zip(*spending, strict=True)
     found = [Candidate(None, whole, 0.0, makes, reads)]
     for layout, spent in zip(layouts, costs, strict=True):
-        if timed and spent[keys.index("latency")] >= FASTER * whole[keys.index("latency")]:
+        if timed and spent[keys.index("latency")] >= MAX_LATENCY_RATIO * whole[keys.index("latency")]:
             continue
         hoped = Candidate(layout, spent, losses.least(layout))
         if not any(_dominates(other, hoped) for other in found):
@@ -154,7 +159,7 @@ def _dense_with_fewer(
     conv: Convolution,
     whole: Candidate,
     keys: tuple[str, ...],
-    clock: Stopwatch,
+    clock: LatencyTimer,
     makes: Sequence[tuple[int, ...]],
     reads: Sequence[int],
 ) -> Iterator[Candidate]:
@@ -162,7 +167,7 @@ def _dense_with_fewer(
     time."""
     outputs, inputs = [None, *map(len, makes)], [None, *reads]
     ways: list[Counts] = [*((count, None) for count in outputs), *((None, count) for count in reads)]
-    taken = dict(zip(ways, narrowed_milliseconds(program.conv(conv.name), conv, ways[1:], clock), strict=True))
+    taken = dict(zip(ways, pruned_latency(program.conv(conv.name), conv, ways[1:], clock), strict=True))
     for way in list(product(outputs, inputs))[1:]:
         left, share = pruned_conv(conv, *way), taken[way[0], None] * taken[None, way[1]] / taken[None, None] ** 2
         both = zip(keys, whole.costs, strict=True)
@@ -171,22 +176,24 @@ def _dense_with_fewer(
 
 
 def _spent(
-    program: Program, conv: Convolution, layouts: list[GhostLayout | None], key: str, clock: Stopwatch
+    program: Program, conv: Convolution, layouts: list[GhostLayout | None], key: str, clock: LatencyTimer
 ) -> list[float]:
     """What each layout of a layer costs."""
     if key == "latency":
-        return layer_milliseconds(program.conv(conv.name), conv, layouts, clock)
+        return layer_latency(program.conv(conv.name), conv, layouts, clock)
     return [_counted(conv, own, key) for own in layouts]
 
 
 def _counted(conv: Convolution, layout: GhostLayout | None, key: str) -> float:
     """Multiply-accumulates or parameters; each weight is used once a position."""
-    weights = cost.dense_macs(conv) if layout is None else cost.ghost_macs(conv, layout)
-    return float(weights * (cost.positions(conv.calls) or 0) if key == "macs" else weights + conv.outputs * conv.bias)
+    weights = cost.conv_macs(conv) if layout is None else cost.ghost_macs(conv, layout)
+    return float(
+        weights * (cost.total_positions(conv.calls) or 0) if key == "macs" else weights + conv.outputs * conv.bias
+    )
 
 
 def _with_fewer(
-    program: Program, members: Sequence[GroupMember], ways: Sequence[tuple[int, ...]], key: str, clock: Stopwatch
+    program: Program, members: Sequence[GroupMember], ways: Sequence[tuple[int, ...]], key: str, clock: LatencyTimer
 ) -> list[float]:
     """What members of a link cost together as they are, first, and with fewer maps in each of `ways`."""
     total = [0.0] * (len(ways) + 1)
@@ -196,7 +203,7 @@ def _with_fewer(
         ]
         if key == "latency":
             conv = program.conv(member.conv.name)
-            own = narrowed_milliseconds(conv, member.conv, counts, clock)
+            own = pruned_latency(conv, member.conv, counts, clock)
         else:
             forms = [member.conv, *(pruned_conv(member.conv, *count) for count in counts)]
             own = [_counted(form, None, key) for form in forms]
@@ -206,19 +213,19 @@ def _with_fewer(
 
 def _copied(program: Program, conv: Convolution) -> int:
     """Parameters a map of the norm behind a convolution."""
-    norm = norm_behind(program, conv)
+    norm = following_norm_of(program, conv)
     return 0 if norm is None else _per_map(program, conv, norm)
 
 
 def _parameters_per_channel(program: Program, group: PruningGroup) -> int:
     """Parameters that norms and activations have for a channel of a group."""
-    own = dict(program.parts[group.part].named_parameters())
+    own = dict(program.subgraphs[group.part].named_parameters())
     return sum(member.path in own for member in group.channels.parameters)
 
 
 def _per_map(program: Program, conv: Convolution, norm: str) -> int:
     """Parameters a map of a norm in a convolution's part."""
-    return cost.parameters(program.parts[conv.part].get_submodule(norm)) // conv.outputs
+    return cost.count_parameters(program.subgraphs[conv.part].get_submodule(norm)) // conv.outputs
 
 
 def _dominates(a: Candidate, b: Candidate) -> bool:
@@ -226,24 +233,24 @@ def _dominates(a: Candidate, b: Candidate) -> bool:
     return better and (a.loss, a.costs) != (b.loss, b.costs)
 
 
-def _layouts(rule: Rule, conv: Convolution, profile: Profile, steps: int, timed: bool) -> Iterator[GhostLayout]:
+def _layouts(rule: Rule, conv: Convolution, profile: LayerStatistics, steps: int, timed: bool) -> Iterator[GhostLayout]:
     """Pointwise ones in so many steps, then depthwise ones; where they are timed, fewer, that fill vector registers."""
     n = conv.outputs
     if Pointwise in rule.forms:
         sizes = {max(1, round(n * k / steps)) for k in range(1, steps)}
         if timed:
-            sizes = {max(LANES, LANES * round(m / LANES)) for m in sizes}
+            sizes = {max(SIMD_LANES, SIMD_LANES * round(m / SIMD_LANES)) for m in sizes}
         yield from (GhostLayout(n, m, form_of(m, m, 1)) for m in sorted(sizes) if m < n)
     if Depthwise in rule.forms and profile.maps is not None:
         for m in sorted({intrinsic_count(n, ratio) for ratio in RATIOS} - {n}):
             yield GhostLayout(n, m, Depthwise(rule.dw_size))
 
 
-class _Losses:
+class _LossEstimator:
     """The error of the model's outputs that layouts of one convolution would add; pairs of maps are known for kernels
     of `dw_size`."""
 
-    def __init__(self, profile: Profile, dw_size: int) -> None:
+    def __init__(self, profile: LayerStatistics, dw_size: int) -> None:
         self.profile, self.dw_size = profile, dw_size
         self._known: dict[GhostLayout, float] = {}
 
@@ -257,14 +264,14 @@ class _Losses:
     def _found(self, layout: GhostLayout) -> float:
         match layout.form:
             case Pointwise():
-                return float(self._tails[layout.ghosts])
+                return float(self._truncation_losses[layout.ghosts])
             case Depthwise(d):
                 if layout.is_low_rank and not self._knows_pairs(d):
-                    return float(self._tails[layout.ghosts])
+                    return float(self._truncation_losses[layout.ghosts])
                 pairs = self._pairs(d)
-                return choose_groups(pairs, layout).total(pairs)
+                return assign_ghosts(pairs, layout).total(pairs)
             case Grouped(_, d):
-                return self._within_groups(choose_groups(self._pairs(d), layout), d)
+                return self._within_groups(assign_ghosts(self._pairs(d), layout), d)
             case _:
                 assert_never(layout.form)
 
@@ -279,7 +286,7 @@ class _Losses:
             case _:
                 assert_never(layout.form)
 
-    def _within_groups(self, groups: Groups, kernel_size: int) -> float:
+    def _within_groups(self, groups: GhostAssignment, kernel_size: int) -> float:
         """The error of the best directions within each group, as if kernels had one pixel; groups add up.
 
         A larger kernel has that pixel at its centre, so each of its ghosts errs no more: an upper bound for the fit
@@ -290,7 +297,7 @@ class _Losses:
         profile, width = self.profile, groups.intrinsic.shape[1]
         if kernel_size > 1:
             profile = replace(profile, metric=torch.diag(profile.metric.diagonal()))
-        return sum(float(_tails(profile.among(own))[len(own) - width]) for own in groups.members())
+        return sum(float(_truncation_losses(profile.among(own))[len(own) - width]) for own in groups.members())
 
     def _knows_pairs(self, kernel_size: int) -> bool:
         return kernel_size == self.dw_size and self.profile.maps is not None
@@ -301,13 +308,13 @@ class _Losses:
         return self._measured_pairs
 
     @cached_property
-    def _tails(self) -> Tensor:
-        return _tails(self.profile)
+    def _truncation_losses(self) -> Tensor:
+        return _truncation_losses(self.profile)
 
     @cached_property
     def _measured_pairs(self) -> Tensor:
         assert self.profile.maps is not None
-        return self.profile.maps.costs(self.profile.metric.diagonal())
+        return self.profile.maps.pair_errors(self.profile.metric.diagonal())
 
     @cached_property
     def _cheapest(self) -> Tensor:
@@ -315,10 +322,10 @@ class _Losses:
         return others.amin(0).sort().values
 
 
-def _tails(profile: Profile) -> Tensor:
+def _truncation_losses(profile: LayerStatistics) -> Tensor:
     """Weighted error of the best n - k directions for the outputs, for k = 0 ... n left out: the sum of the k smallest
     eigenvalues. Directions of one half of the images are judged on the other: few images look simpler than they are."""
-    root = root_of(profile.metric)
+    root = cholesky_root(profile.metric)
 
     def errors(fitted: Tensor, tested: Tensor) -> Tensor:
         vectors = torch.linalg.eigh(fitted).eigenvectors

@@ -11,10 +11,10 @@ from torch import Tensor, fx
 
 from ghostify.fitting import patches
 from ghostify.fitting.moments import Moments
-from ghostify.fitting.sensitivity import Calibration, metric_of
-from ghostify.graph.inputs import run
-from ghostify.graph.modes import evaluating
-from ghostify.graph.observation import looking
+from ghostify.fitting.sensitivity import Calibration, error_metric
+from ghostify.graph.inputs import call_model
+from ghostify.graph.modes import eval_mode
+from ghostify.graph.observation import intercept_convs
 from ghostify.graph.program import Program
 
 POSITIONS = 20_000
@@ -22,7 +22,7 @@ POSITIONS = 20_000
 Error = TypeVar("Error", Tensor, float)
 
 
-def visit_convolutions(
+def visit_convs(
     program: Program, calibration: Calibration, on_call: Callable[[int, str, fx.Node, Tensor, Tensor], None]
 ) -> None:
     """One forward of the original over the calibration images of this process.
@@ -35,10 +35,10 @@ def visit_convolutions(
         on_call(first, part, node, image, output)
         return output
 
-    with evaluating(program.module):
-        for batch in calibration.batches.own:
-            with looking(program.module, program.parts, partial(look, batch.first)):
-                run(program.module, batch.inputs)
+    with eval_mode(program.module):
+        for batch in calibration.batches.local_batches:
+            with intercept_convs(program.module, program.subgraphs, partial(look, batch.first)):
+                call_model(program.module, batch.inputs)
 
 
 def add_by_halves(halves: Sequence[Moments], maps: Tensor, first: int, images: int, seed: int) -> None:
@@ -47,8 +47,8 @@ def add_by_halves(halves: Sequence[Moments], maps: Tensor, first: int, images: i
     `first` is the number of the first image, `images` the size of the whole set.
     """
     maps = maps.float().cpu()
-    positions = patches.choose_places(maps.shape, patches.share_of(POSITIONS, images), seed + first)
-    rows, odd = patches.values(maps, positions), (positions[0] + first) % 2
+    positions = patches.sample_positions(maps.shape, patches.positions_per_map(POSITIONS, images), seed + first)
+    rows, odd = patches.gather_positions(maps, positions), (positions[0] + first) % 2
     for half, moments in enumerate(halves):
         own = rows[odd == half]
         moments.add(own, own[:, :0])
@@ -64,11 +64,11 @@ def covariances_of(halves: Sequence[Moments], *, free_mean: bool = True) -> tupl
     return whole, tuple(second(m)[0] for m in halves) if all(m.count for m in halves) else (whole,)
 
 
-def error_metric(calibration: Calibration, name: str, covariance: Tensor) -> Tensor:
+def conv_error_metric(calibration: Calibration, name: str, covariance: Tensor) -> Tensor:
     """How errors of a convolution's outputs count (n x n): by its sensitivity, else all alike, relative to the sum of
     its outputs' variances."""
-    if name in calibration.felt:
-        return metric_of(calibration.felt[name])
+    if name in calibration.sensitivity:
+        return error_metric(calibration.sensitivity[name])
     total = covariance.diagonal().clamp_min(1e-30).sum()
     return torch.eye(len(covariance), dtype=torch.float64) / total
 

@@ -13,26 +13,26 @@ from rich import box
 from rich.table import Table
 from torch import nn
 
-from ghostify.errors import GhostifyError, OutOfReachError
-from ghostify.fitting.driver import Fits, Progress, fit
-from ghostify.fitting.sensitivity import Calibration, calibrate
+from ghostify.errors import GhostifyError, InfeasibleBudgetError
+from ghostify.fitting.driver import FitResult, ProgressCallback, fit
+from ghostify.fitting.sensitivity import Calibration, prepare_calibration
 from ghostify.graph.program import Program
-from ghostify.io.atomic import write_whole
+from ghostify.io.atomic import write_text_atomic
 from ghostify.planning.planner import Plan
 from ghostify.planning.policy import Policy
 from ghostify.rewriting.apply import rewrite
-from ghostify.search.budget import COSTS, Choice, Choices, check, choices_of, choose
-from ghostify.timing.timer import Stopwatch
+from ghostify.search.budget import COSTS, BudgetPlan, SearchSpace, build_search_space, check_budget, select_plan
+from ghostify.timing.timer import LatencyTimer
 
 POINTS = 12
 STEPS = 6
-ROOM = 1e-6
+SHARE_SLACK = 1e-6
 
 Evaluate = Callable[[nn.Module], float]
 
 
 @dataclass(frozen=True)
-class Point:
+class FrontierPoint:
     """One plan of the curve: its shares of the original's MACs, parameters and, where timed, milliseconds.
 
     `error` is the squared error of the outputs that it is expected to add, relative to their variance (without
@@ -47,7 +47,7 @@ class Point:
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings; layouts by layer, and, where maps are left out, those that are kept and read."""
         layers: dict[str, Any] = {e.conv.name: e.layout.to_dict() for e in self.plan.rewrites}
-        for name, narrowing in self.plan.narrowed.items():
+        for name, narrowing in self.plan.pruned.items():
             layers[name] = {**layers.get(name, {}), "keeps": narrowing.kept_out, "reads": narrowing.kept_in}
         return {"shares": dict(self.shares), "error": self.error, "drop": self.drop, "layers": layers}
 
@@ -62,33 +62,33 @@ def frontier(
     seed: int = 0,
     runtime: str = "eager",
     points: int = POINTS,
-) -> list[Point]:
+) -> list[FrontierPoint]:
     """Plans of least error at `points` costs, evenly from the original's down to the least within reach.
 
     `key` is the cost to go along: "macs", "params" or "latency", in `runtime`. `evaluate` tells how good a model is,
     higher being better; every plan is fitted then, and its drop against the original measured. Raises `GhostifyError`.
     """
-    check({key: 1.0})
-    seen = None if calibration is None else calibrate(program, calibration, seed)
+    check_budget({key: 1.0})
+    seen = None if calibration is None else prepare_calibration(program, calibration, seed)
     keys = tuple(dict.fromkeys(("macs", "params", key)))
     best = None if evaluate is None else evaluate(program.module)
     curve = []
-    with Stopwatch(runtime) as clock:
-        choices = choices_of(program, policy, keys, seen, seed, clock)
-        least = choices.reach[key]
+    with LatencyTimer(runtime) as clock:
+        choices = build_search_space(program, policy, keys, seen, seed, clock)
+        least = choices.minimum_shares[key]
         for k in range(points):
             share = 1 - (1 - least) * k / max(1, points - 1)
-            made = _at(choices, {key: min(1.0, share + ROOM)})
+            made = _at(choices, {key: min(1.0, share + SHARE_SLACK)})
             if made is None:
                 continue
             drop = None
             if evaluate is not None and best is not None:
-                drop = best - _judged(program, made.plan, seen, evaluate, seed)[0]
-            curve.append(Point(made.shares, made.loss, made.plan, drop))
+                drop = best - _fit_and_evaluate(program, made.plan, seen, evaluate, seed)[0]
+            curve.append(FrontierPoint(made.shares, made.loss, made.plan, drop))
     return curve
 
 
-def curve_table(curve: Sequence[Point], title: str = "") -> Table:
+def frontier_table(curve: Sequence[FrontierPoint], title: str = "") -> Table:
     """A table of a frontier for a terminal."""
     result = Table(title=title or None, box=box.SIMPLE_HEAD, pad_edge=False)
     keys = [key for key in COSTS if curve and key in curve[0].shares]
@@ -115,33 +115,33 @@ def plan_for_drop(
     *,
     seed: int = 0,
     runtime: str = "eager",
-    progress: Progress | None = None,
-) -> tuple[Plan, Fits]:
+    progress: ProgressCallback | None = None,
+) -> tuple[Plan, FitResult]:
     """The cheapest plan found, and its fits, whose `evaluate` is at most budget["max_drop"] below the original's.
 
     What it is to be cheap in is the budget's first other key, whose limit holds as well, or MACs: halved in between
     `STEPS` times. Raises `GhostifyError` where the drop is larger at the other limits already.
     """
     allowed, others = budget["max_drop"], {k: v for k, v in budget.items() if k != "max_drop"} or {"macs": 1.0}
-    check(others)
+    check_budget(others)
     if isinstance(allowed, bool) or not isinstance(allowed, int | float) or not allowed >= 0:
         raise GhostifyError(f"budget max_drop={allowed!r} is not a number of at least 0")
     key = next(iter(others))
-    seen = None if calibration is None else calibrate(program, calibration, seed)
+    seen = None if calibration is None else prepare_calibration(program, calibration, seed)
     best = evaluate(program.module)
 
-    def fitted(plan: Plan) -> tuple[float, tuple[Plan, Fits]]:
-        score, fits = _judged(program, plan, seen, evaluate, seed, progress)
+    def fitted(plan: Plan) -> tuple[float, tuple[Plan, FitResult]]:
+        score, fits = _fit_and_evaluate(program, plan, seen, evaluate, seed, progress)
         return best - score, (plan, fits)
 
-    with Stopwatch(runtime) as clock:
-        choices = choices_of(program, policy, tuple(others), seen, seed, clock)
-        drop, found = fitted(choose(choices, others).plan)
+    with LatencyTimer(runtime) as clock:
+        choices = build_search_space(program, policy, tuple(others), seen, seed, clock)
+        drop, found = fitted(select_plan(choices, others).plan)
         if drop > allowed:
             limits = ", ".join(f"{k}={v:g}" for k, v in others.items())
             raise GhostifyError(f"budget max_drop={allowed:g} is out of reach: at {limits} the drop is {drop:.3g}")
         high = others[key] if others[key] <= 1 else min(1.0, others[key] / choices.totals[key])
-        low = min(choices.reach[key], high)
+        low = min(choices.minimum_shares[key], high)
         for _ in range(STEPS):
             share = (low + high) / 2
             made = _at(choices, {**others, key: share})
@@ -153,16 +153,16 @@ def plan_for_drop(
     return found
 
 
-def write_curve(curve: Sequence[Point], file: Path) -> None:
+def write_frontier(curve: Sequence[FrontierPoint], file: Path) -> None:
     """Keep a curve as JSON; raises `GhostifyError` where that cannot be written."""
     try:
-        write_whole(file, json.dumps([point.to_dict() for point in curve], indent=1) + "\n")
+        write_text_atomic(file, json.dumps([point.to_dict() for point in curve], indent=1) + "\n")
     except OSError as error:
         raise GhostifyError(f"{file}: cannot be written: {error.strerror}") from error
 
 
-def read_curve(file: Path) -> list[dict[str, Any]]:
-    """A curve that `write_curve` kept, as plain data; raises `GhostifyError` for anything else."""
+def read_frontier(file: Path) -> list[dict[str, Any]]:
+    """A curve that `write_frontier` kept, as plain data; raises `GhostifyError` for anything else."""
     try:
         curve: list[dict[str, Any]] = json.loads(file.read_text())
         if not curve or any(not point["shares"] or "error" not in point for point in curve):
@@ -172,22 +172,22 @@ def read_curve(file: Path) -> list[dict[str, Any]]:
     return curve
 
 
-def _judged(
+def _fit_and_evaluate(
     program: Program,
     plan: Plan,
     seen: Calibration | None,
     evaluate: Evaluate,
     seed: int,
-    progress: Progress | None = None,
-) -> tuple[float, Fits]:
+    progress: ProgressCallback | None = None,
+) -> tuple[float, FitResult]:
     """How good the model is that a plan makes once it is fitted, and its fits."""
     fits = fit(program, plan, seen, seed=seed, progress=progress)
     return evaluate(rewrite(program, plan, fits.weights)), fits
 
 
-def _at(choices: Choices, budget: Mapping[str, float]) -> Choice | None:
+def _at(choices: SearchSpace, budget: Mapping[str, float]) -> BudgetPlan | None:
     """The choice within these shares, or None where the layers promise them but the whole does not keep them."""
     try:
-        return choose(choices, budget)
-    except OutOfReachError:
+        return select_plan(choices, budget)
+    except InfeasibleBudgetError:
         return None

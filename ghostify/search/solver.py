@@ -22,15 +22,17 @@ OUT_OF_TIME = 1  # scipy's status
 
 
 @dataclass(frozen=True)
-class Tie:
-    """A convolution, of the list number `conv`, `makes` or `reads` as many maps as the link of list `link` keeps."""
+class GroupConstraint:
+    """A convolution, of the list number `conv`, `makes` or `reads` as many maps as the link of list `group` keeps."""
 
     conv: int
-    link: int
+    group: int
     key: str
 
 
-def solve(choices: Sequence[Sequence[Candidate]], limits: list[float], ties: Sequence[Tie] = ()) -> list[int] | None:
+def choose_candidates(
+    choices: Sequence[Sequence[Candidate]], limits: list[float], ties: Sequence[GroupConstraint] = ()
+) -> list[int] | None:
     """One candidate of each list, with the least sum of losses among those whose costs keep within `limits`, or None.
 
     Lists that are tied agree on their maps. A mixed-integer program, to a relative gap of 1e-4. Raises `GhostifyError`
@@ -48,7 +50,7 @@ def solve(choices: Sequence[Sequence[Candidate]], limits: list[float], ties: Seq
     within = LinearConstraint(spent / scale[:, None], -np.inf, np.array(limits) / scale)
     agreeing = [LinearConstraint(_agreement(choices, starts, tie), 0, 0) for tie in ties]
     losses = np.array([c.loss for c in flat])
-    with _mute():
+    with _silence_stdout():
         result = milp(
             losses / max(losses.max(), 1e-300),
             integrality=np.ones(len(flat)),
@@ -65,11 +67,11 @@ def solve(choices: Sequence[Sequence[Candidate]], limits: list[float], ties: Seq
     return [int(result.x[a:b].argmax()) for a, b in pairwise(starts)]
 
 
-def _agreement(choices: Sequence[Sequence[Candidate]], starts: Any, tie: Tie) -> csr_array:
+def _agreement(choices: Sequence[Sequence[Candidate]], starts: Any, tie: GroupConstraint) -> csr_array:
     """For each number of maps that the link may keep: candidates of the convolution with so many, less the link's."""
-    kept = [None if c.kept is None else len(c.kept) for c in choices[tie.link]]
+    kept = [None if c.kept is None else len(c.kept) for c in choices[tie.group]]
     rows = {count: row for row, count in enumerate(kept[1:])}
-    sides = ((tie.conv, [getattr(c, tie.key) for c in choices[tie.conv]], 1.0), (tie.link, kept, -1.0))
+    sides = ((tie.conv, [getattr(c, tie.key) for c in choices[tie.conv]], 1.0), (tie.group, kept, -1.0))
     matrix = lil_array((len(rows), starts[-1]))
     for number, counts, sign in sides:
         for column, count in enumerate(counts, starts[number]):
@@ -79,7 +81,7 @@ def _agreement(choices: Sequence[Sequence[Candidate]], starts: Any, tie: Tie) ->
 
 
 @contextmanager
-def _mute() -> Iterator[None]:
+def _silence_stdout() -> Iterator[None]:
     """Keep standard output clean of what the solver's library writes there past Python, whatever its options say."""
     sys.stdout.flush()
     standing, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from ghostify.deployment.inference_form import deploy
 from ghostify.graph.program import Convolution, Program
 from ghostify.graph.tracing import trace
-from ghostify.io.atomic import write_whole
-from ghostify.modules.ghost import GhostModule, ghost_of
+from ghostify.io.atomic import write_text_atomic
+from ghostify.modules.ghost import GhostModule, build_ghost_module
 from ghostify.modules.layout import GhostLayout
-from ghostify.pruning.slicing import narrowed_conv
-from ghostify.timing.timer import Stopwatch
+from ghostify.pruning.slicing import slice_conv
+from ghostify.timing.timer import LatencyTimer
 
 ROUNDS = 9
 Form = tuple[nn.Conv2d, GhostLayout | None]
@@ -42,55 +42,55 @@ def cache_file() -> Path:
     return cache_folder() / "milliseconds.json"
 
 
-def layer_milliseconds(
-    conv: nn.Conv2d, seen: Convolution, layouts: Sequence[GhostLayout | None], clock: Stopwatch
+def layer_latency(
+    conv: nn.Conv2d, conv_info: Convolution, layouts: Sequence[GhostLayout | None], clock: LatencyTimer
 ) -> list[float]:
     """Median milliseconds of all calls of a layer, norm and ReLU folded in, for each layout (None: as it is).
 
     Measured on random images of the shapes of its calls; kept on disk by shapes, runtime and its version, threads,
     and processor or GPU.
     """
-    return _forms_milliseconds([(conv, layout) for layout in (None, *layouts)], seen, clock)[1:]
+    return _form_latencies([(conv, layout) for layout in (None, *layouts)], conv_info, clock)[1:]
 
 
-def narrowed_milliseconds(conv: nn.Conv2d, seen: Convolution, ways: Sequence[Counts], clock: Stopwatch) -> list[float]:
+def pruned_latency(conv: nn.Conv2d, conv_info: Convolution, ways: Sequence[Counts], clock: LatencyTimer) -> list[float]:
     """The same of a dense or depthwise convolution as it is, first, and where it makes and reads so many maps (None:
     all)."""
     some = ([None if count is None else range(count) for count in way] for way in ways)
-    smaller = [narrowed_conv(conv, *maps) for maps in some]
-    return _forms_milliseconds([(own, None) for own in (conv, *smaller)], seen, clock)
+    smaller = [slice_conv(conv, *maps) for maps in some]
+    return _form_latencies([(own, None) for own in (conv, *smaller)], conv_info, clock)
 
 
-def model_milliseconds(program: Program, clock: Stopwatch) -> float:
+def model_latency(program: Program, clock: LatencyTimer) -> float:
     """Median milliseconds of one forward of the example inputs, in the original's own inference form."""
-    return paired([program.module], program.example, clock)[0]
+    return interleaved_latency([program.module], program.example, clock)[0]
 
 
-def paired(models: Sequence[nn.Module], example: Any, clock: Stopwatch | None = None) -> list[float]:
+def interleaved_latency(models: Sequence[nn.Module], example: Any, clock: LatencyTimer | None = None) -> list[float]:
     """Median milliseconds of one forward of each model's inference form, by turns; in eager PyTorch by default."""
     small = [deploy(m, example) for m in models]
-    return (clock or Stopwatch()).milliseconds(small, [example] * len(small))
+    return (clock or LatencyTimer()).latencies_ms(small, [example] * len(small))
 
 
-def _forms_milliseconds(forms: Sequence[Form], seen: Convolution, clock: Stopwatch) -> list[float]:
+def _form_latencies(forms: Sequence[Form], conv_info: Convolution, clock: LatencyTimer) -> list[float]:
     """Median milliseconds of all calls of a layer, for each form of it."""
     total = [0.0] * len(forms)
-    for shape in [call.input_shape for call in seen.calls if call.input_shape is not None]:
+    for shape in [call.input_shape for call in conv_info.calls if call.input_shape is not None]:
         keys = [_key(form, shape, clock) for form in forms]
-        taken = _beside_the_first(keys, [partial(_made, form, shape) for form in forms], clock)
+        taken = _time_missing(keys, [partial(_build_layer, form, shape) for form in forms], clock)
         total = [spent + more for spent, more in zip(total, taken, strict=True)]
     return total
 
 
-def _beside_the_first(
-    keys: Sequence[str], forms: Sequence[Callable[[], tuple[nn.Module, Tensor]]], clock: Stopwatch
+def _time_missing(
+    keys: Sequence[str], forms: Sequence[Callable[[], tuple[nn.Module, Tensor]]], clock: LatencyTimer
 ) -> list[float]:
     """Milliseconds of each form, by its key on disk; those not known yet are timed by turns with the first."""
     known = _read()
     if any(key not in known for key in keys):
         missing = [k for k, key in enumerate(keys) if key not in known and key != keys[0]]
         models, images = zip(*(forms[k]() for k in (0, *missing)), strict=True)
-        first, *taken = clock.milliseconds(models, images, ROUNDS)
+        first, *taken = clock.latencies_ms(models, images, ROUNDS)
         known.setdefault(keys[0], first)
         share = known[keys[0]] / first  # what was measured before was another mood of the machine
         known |= {keys[k]: spent * share for k, spent in zip(missing, taken, strict=True)}
@@ -98,14 +98,14 @@ def _beside_the_first(
     return [known[key] for key in keys]
 
 
-def _made(form: Form, shape: tuple[int, ...]) -> tuple[nn.Module, Tensor]:
+def _build_layer(form: Form, shape: tuple[int, ...]) -> tuple[nn.Module, Tensor]:
     """A convolution of such attributes, norm and activation behind it, as `deploy` makes it; images for it."""
     conv, layout = form
     plain, images = copy.deepcopy(conv).to(*_timed_as(conv)), _images(conv, shape)
     norm = nn.BatchNorm2d(conv.out_channels).to(plain.weight)
     module = trace(nn.Sequential(plain, norm, nn.ReLU()).eval()).module
     if layout is not None:
-        module.set_submodule("0", _filled(ghost_of(plain, layout)))
+        module.set_submodule("0", _filled(build_ghost_module(plain, layout)))
     return deploy(module, images), images
 
 
@@ -126,7 +126,7 @@ def _images(conv: nn.Conv2d, shape: tuple[int, ...]) -> Tensor:
     return drawn.to(*_timed_as(conv))
 
 
-def _key(form: Form, shape: tuple[int, ...], clock: Stopwatch) -> str:
+def _key(form: Form, shape: tuple[int, ...], clock: LatencyTimer) -> str:
     conv, layout = form
     device, dtype = _timed_as(conv)
     layer = (
@@ -173,6 +173,6 @@ def _write(known: dict[str, float]) -> None:
     file = cache_file()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(known))
+        write_text_atomic(file, json.dumps(known))
     except OSError:
         return  # nowhere to keep it: measured again next time

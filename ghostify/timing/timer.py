@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from ghostify.deployment.exporter import write
+from ghostify.deployment.exporter import write_unchecked
 from ghostify.errors import GhostifyError
 from ghostify.evaluation import metrics
-from ghostify.graph.inputs import as_arguments, tensors_of
+from ghostify.graph.inputs import as_arguments, tensor_leaves
 from ghostify.runtimes.registry import (
     Runtime,
     check_supported,
@@ -36,7 +36,7 @@ ROUNDS = 15
 INPUTS = "inputs.npz"
 
 
-class Stopwatch:
+class LatencyTimer:
     """A context in which inference forms are timed in one runtime, with the present number of threads.
 
     "eager" runs in this process, on the device of the example; all others on the CPU, in a process that lives as long
@@ -48,40 +48,40 @@ class Stopwatch:
         self.version = f"{self.runtime.name} {installed_version(self.runtime)}"
         self.process: subprocess.Popen[str] | None = None
 
-    def __enter__(self) -> Stopwatch:
+    def __enter__(self) -> LatencyTimer:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.process is not None:
-            stop(self.process)
+            stop_worker(self.process)
             self.process = None
 
-    def milliseconds(self, small: Sequence[nn.Module], examples: Sequence[Any], rounds: int = ROUNDS) -> list[float]:
+    def latencies_ms(self, small: Sequence[nn.Module], examples: Sequence[Any], rounds: int = ROUNDS) -> list[float]:
         """Median milliseconds of one forward of each inference form (see `deploy`) on its example, by turns."""
         for example in examples:
             check_supported(self.runtime, example)
         if self.runtime.is_in_process:
-            return metrics.paired_milliseconds(small, [_laid_out(x, self.runtime) for x in examples], rounds=rounds)
+            return metrics.interleaved_latency_ms(small, [_laid_out(x, self.runtime) for x in examples], rounds=rounds)
         with tempfile.TemporaryDirectory() as folder:
             both = enumerate(zip(small, examples, strict=True))
-            files = [store(m, self.runtime.name, x, Path(folder) / str(k)) for k, (m, x) in both]
+            files = [export_for_timing(m, self.runtime.name, x, Path(folder) / str(k)) for k, (m, x) in both]
             if self.process is None:
-                self.process = start(self.runtime.name, torch.get_num_threads())
-            return [statistics.median(own) for own in ask(self.process, files, rounds)]
+                self.process = start_worker(self.runtime.name, torch.get_num_threads())
+            return [statistics.median(own) for own in request_timings(self.process, files, rounds)]
 
 
-def store(small: nn.Module, runtime: str, example: Any, folder: Path) -> Path:
-    """Write an inference form, and the example inputs beside it, for a process of `start`; returns the file."""
+def export_for_timing(small: nn.Module, runtime: str, example: Any, folder: Path) -> Path:
+    """Write an inference form, and the example inputs beside it, for a process of `start_worker`; returns the file."""
     chosen, (args, _) = get_runtime(runtime), as_arguments(example)
     check_supported(chosen, example)
     folder.mkdir(parents=True)
-    np.savez(folder / INPUTS, *[x.numpy() for x in tensors_of(args)])
-    return write(small, args, folder, chosen, for_timing=True)
+    np.savez(folder / INPUTS, *[x.numpy() for x in tensor_leaves(args)])
+    return write_unchecked(small, args, folder, chosen, for_timing=True)
 
 
-def start(runtime: str, threads: int) -> subprocess.Popen[str]:
+def start_worker(runtime: str, threads: int) -> subprocess.Popen[str]:
     """A process that times stored inference forms in one runtime, on lines of standard input."""
     command = [sys.executable, "-m", "ghostify.timing.timer", runtime, str(threads)]
     pipe, path = subprocess.PIPE, os.pathsep.join(p for p in sys.path if p)
@@ -89,7 +89,7 @@ def start(runtime: str, threads: int) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, env=surroundings)
 
 
-def ask(process: subprocess.Popen[str], files: Sequence[Path], rounds: int) -> list[list[float]]:
+def request_timings(process: subprocess.Popen[str], files: Sequence[Path], rounds: int) -> list[list[float]]:
     """Milliseconds of every turn of each stored form; one that was asked for before stays open."""
     assert process.stdin is not None
     assert process.stdout is not None
@@ -106,14 +106,14 @@ def ask(process: subprocess.Popen[str], files: Sequence[Path], rounds: int) -> l
     return times
 
 
-def stop(process: subprocess.Popen[str]) -> None:
+def stop_worker(process: subprocess.Popen[str]) -> None:
     """End such a process."""
     process.kill()
     process.communicate()
 
 
-def serve(runtime: str, threads: int, requests: Iterable[str]) -> None:
-    """Answer `ask` line by line."""
+def run_worker(runtime: str, threads: int, requests: Iterable[str]) -> None:
+    """Answer `request_timings` line by line."""
     torch.set_num_threads(threads)
     answers, sys.stdout = sys.stdout, sys.stderr
     opened: dict[str, partial[Any]] = {}
@@ -125,7 +125,9 @@ def serve(runtime: str, threads: int, requests: Iterable[str]) -> None:
             for name in files:
                 if name not in opened:
                     opened[name] = _open(Path(name), runtime, threads, alone=len(files) == 1)
-            answer: dict[str, Any] = {"times": metrics.by_turns([opened[name] for name in files], request["rounds"])}
+            answer: dict[str, Any] = {
+                "times": metrics.time_interleaved([opened[name] for name in files], request["rounds"])
+            }
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), file=answers, flush=True)
@@ -144,4 +146,4 @@ def _laid_out(values: Any, runtime: Runtime) -> Any:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], int(sys.argv[2]), sys.stdin)
+    run_worker(sys.argv[1], int(sys.argv[2]), sys.stdin)

@@ -15,22 +15,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ghostify.errors import GhostifyError
-from ghostify.io.atomic import staged_folder, write_whole
+from ghostify.io.atomic import staged_folder, write_text_atomic
 
 FACTS, METRICS, BEST, STATE, PROGRESS = "training.json", "metrics.jsonl", "best.safetensors", "state-", "progress.json"
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingProgress:
     """Steps done, the best score so far with its distance to the original, and evaluations since without a gain."""
 
     step: int = 0
     best: float | None = None
-    apart: float = 0.0
-    stale: int = 0
+    distance_to_original: float = 0.0
+    evaluations_without_gain: int = 0
 
 
-class Records:
+class RunFolder:
     """A folder of one training, written by the main process; raises `GhostifyError` if it is another's."""
 
     def __init__(self, folder: Path, facts: Mapping[str, Any], main: bool) -> None:
@@ -46,24 +46,24 @@ class Records:
         elif folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
             raise GhostifyError(f"{folder}: holds something else than a training: use another folder")
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(dict(facts), indent=1) + "\n")
+        write_text_atomic(file, json.dumps(dict(facts), indent=1) + "\n")
 
-    def resume(self, accelerator: Any) -> Progress:
+    def resume(self, accelerator: Any) -> TrainingProgress:
         """Load the newest whole state, and forget what was noted after it."""
         accelerator.wait_for_everyone()
         states = sorted(self.folder.glob(f"{STATE}*[0-9]"))
-        progress = Progress()
+        progress = TrainingProgress()
         if states:
             accelerator.load_state(str(states[-1]))
-            progress = Progress(**json.loads((states[-1] / PROGRESS).read_text()))
+            progress = TrainingProgress(**json.loads((states[-1] / PROGRESS).read_text()))
         if self.main:
             metrics = self.folder / METRICS
             lines = metrics.read_text().splitlines() if metrics.exists() else []
-            write_whole(metrics, "".join(f"{line}\n" for line in lines if _step(line) <= progress.step))
+            write_text_atomic(metrics, "".join(f"{line}\n" for line in lines if _step(line) <= progress.step))
             self.board = _board(self.folder, progress.step)
         return progress
 
-    def save(self, accelerator: Any, progress: Progress) -> None:
+    def save(self, accelerator: Any, progress: TrainingProgress) -> None:
         """Keep the state of all that takes part; the one before goes when this one stands."""
         fresh, place = self.folder / f".{STATE}", self.folder / f"{STATE}{progress.step:09d}"
         with staged_folder(place, staging=fresh) if self.main else nullcontext():
@@ -77,7 +77,7 @@ class Records:
                 shutil.rmtree(old, ignore_errors=True)
         accelerator.wait_for_everyone()
 
-    def note(self, step: int, found: Mapping[str, float]) -> None:
+    def log_metrics(self, step: int, found: Mapping[str, float]) -> None:
         """Add a line of metrics."""
         if not self.main:
             return
@@ -87,7 +87,7 @@ class Records:
             for key, value in found.items():
                 self.board.add_scalar(key, value, step)
 
-    def keep(self, weights: dict[str, Tensor]) -> None:
+    def save_best(self, weights: dict[str, Tensor]) -> None:
         """Keep the best weights."""
         if self.main:
             fresh = self.folder / f".{BEST}"

@@ -21,19 +21,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from ghostify.data.training_data import Lessons, Order, Seeded
+from ghostify.data.training_data import EpochSampler, SeededDataset, TrainingData
 from ghostify.errors import GhostifyError
 from ghostify.graph.batchnorm import has_running_statistics
 from ghostify.graph.call_hooks import AfterCall, on_calls
-from ghostify.graph.inputs import tensors_of
+from ghostify.graph.inputs import tensor_leaves
 from ghostify.modules.ghost import GhostModule
 from ghostify.runtimes.tensors import to_channels_last
 from ghostify.summary import report
-from ghostify.training.losses import answers_apart, features_apart
-from ghostify.training.run_folder import Records
+from ghostify.training.losses import distillation_loss, feature_loss
+from ghostify.training.run_folder import RunFolder
 
 LOG = 10
-Tell = Callable[[int, int, str], None]
+ProgressCallback = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,12 @@ class Recipe:
 def finetune(
     model: nn.Module,
     original: nn.Module,
-    data: Lessons,
+    data: TrainingData,
     folder: str | Path,
     recipe: Recipe | None = None,
     *,
     accelerator: Any = None,
-    tell: Tell | None = None,
+    on_progress: ProgressCallback | None = None,
 ) -> nn.Module:
     """A copy of a converted model, trained towards `original` on `data`; the best of its evaluations.
 
@@ -104,9 +104,9 @@ def finetune(
         raise GhostifyError(f"labels {recipe.labels:g}: the training images have none: set it to 0")
     accelerator = accelerator or _accelerator(recipe.precision)
     training = _Training(accelerator, model, original, data, recipe)
-    records = Records(folder, {**asdict(recipe), **training.facts}, accelerator.is_main_process)
+    records = RunFolder(folder, {**asdict(recipe), **training.facts}, accelerator.is_main_process)
     try:
-        _go(training, records, tell or (lambda *_: None))
+        _train(training, records, on_progress or (lambda *_: None))
     finally:
         records.close()
     result = copy.deepcopy(model)
@@ -124,32 +124,32 @@ def _accelerator(precision: str) -> Any:
         raise GhostifyError(f"precision {precision!r}: an Accelerator of another one is in use: pass it") from error
 
 
-def _go(training: _Training, records: Records, tell: Tell) -> None:
+def _train(training: _Training, records: RunFolder, on_progress: ProgressCallback) -> None:
     """From where the records end to the last step, or to the patience's end."""
     recipe, accelerator = training.recipe, training.accelerator
     every = max(1, round(recipe.evaluate_every * training.per_epoch))
     progress = records.resume(accelerator)
     for step, batch in training.batches(progress.step):
-        if progress.stale >= (recipe.patience or math.inf):
+        if progress.evaluations_without_gain >= (recipe.patience or math.inf):
             break
         found = training.step(step, batch)
         progress = replace(progress, step=step + 1)
         last = progress.step == training.steps
-        tell(progress.step, training.steps, f"loss {found['loss']:.4f}")
+        on_progress(progress.step, training.steps, f"loss {found['loss']:.4f}")
         if not step % LOG or last:
-            records.note(progress.step, found)
+            records.log_metrics(progress.step, found)
         judged = not progress.step % every or last
         if judged:
             score, apart = training.evaluate()
-            better = progress.best is None or (score, -apart) > (progress.best, -progress.apart)
-            records.note(progress.step, {"validation": score, "apart": apart})
+            better = progress.best is None or (score, -apart) > (progress.best, -progress.distance_to_original)
+            records.log_metrics(progress.step, {"validation": score, "apart": apart})
             progress = (
-                replace(progress, best=score, apart=apart, stale=0)
+                replace(progress, best=score, distance_to_original=apart, evaluations_without_gain=0)
                 if better
-                else replace(progress, stale=progress.stale + 1)
+                else replace(progress, evaluations_without_gain=progress.evaluations_without_gain + 1)
             )
             if better:
-                records.keep(training.weights())
+                records.save_best(training.weights())
         if judged or not progress.step % recipe.save_every:
             records.save(accelerator, progress)
 
@@ -157,7 +157,9 @@ def _go(training: _Training, records: Records, tell: Tell) -> None:
 class _Training:
     """What takes part in one training: student, teacher, images, optimizer and schedule."""
 
-    def __init__(self, accelerator: Any, model: nn.Module, original: nn.Module, data: Lessons, recipe: Recipe) -> None:
+    def __init__(
+        self, accelerator: Any, model: nn.Module, original: nn.Module, data: TrainingData, recipe: Recipe
+    ) -> None:
         count, processes = len(data.train), accelerator.num_processes  # type: ignore[arg-type]
         if recipe.batch % processes:
             raise GhostifyError(f"batch {recipe.batch} does not divide among {processes} processes")
@@ -169,7 +171,9 @@ class _Training:
         torch.manual_seed(recipe.seed)
         student = copy.deepcopy(model).requires_grad_().to(memory_format=torch.channels_last)
         teacher = copy.deepcopy(original).requires_grad_(False).eval().to(memory_format=torch.channels_last)
-        self.taught, self.teaching = _listen(student, teacher) if recipe.features else ([], [])
+        self.student_features, self.teacher_features = (
+            _collect_features(student, teacher) if recipe.features else ([], [])
+        )
         optimizer = create_optimizer_v2(
             student, recipe.optimizer, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
         )
@@ -182,12 +186,12 @@ class _Training:
             step_on_epochs=False,
             updates_per_epoch=1,
         )
-        self.order = Order(count, recipe.seed)
+        self.order = EpochSampler(count, recipe.seed)
         share = {"batch_size": recipe.batch // processes, "num_workers": recipe.workers}
-        coming = DataLoader(Seeded(data.train, recipe.seed), sampler=self.order, drop_last=True, **share)
-        judging = DataLoader(data.validation, **share)
-        self.student, self.optimizer, self.coming, self.judging = accelerator.prepare(
-            student, optimizer, coming, judging
+        train_loader = DataLoader(SeededDataset(data.train, recipe.seed), sampler=self.order, drop_last=True, **share)
+        validation_loader = DataLoader(data.validation, **share)
+        self.student, self.optimizer, self.train_loader, self.validation_loader = accelerator.prepare(
+            student, optimizer, train_loader, validation_loader
         )
         self.teacher = teacher.to(accelerator.device)
         self.ema = None if recipe.ema is None else ModelEmaV3(accelerator.unwrap_model(self.student), recipe.ema)
@@ -202,7 +206,7 @@ class _Training:
         while step < self.steps:
             self.order.epoch, begun = divmod(step, self.per_epoch)
             self.order.skip = begun * self.recipe.batch
-            for batch in self.coming:
+            for batch in self.train_loader:
                 yield step, batch
                 step += 1
                 if step == self.steps or not step % self.per_epoch:
@@ -238,27 +242,27 @@ class _Training:
             with torch.no_grad():
                 if recipe.mixup or recipe.cutmix:
                     images, targets = self._mixed(images, labels)
-                wanted = tensors_of(self.teacher(images))
-            answers = tensors_of(self.student(images))
+                wanted = tensor_leaves(self.teacher(images))
+            answers = tensor_leaves(self.student(images))
         found: dict[str, Tensor] = {}
         if recipe.distill:
-            each = [answers_apart(a, w, recipe.temperature) for a, w in zip(answers, wanted, strict=True)]
+            each = [distillation_loss(a, w, recipe.temperature) for a, w in zip(answers, wanted, strict=True)]
             found["distill"] = torch.stack(each).sum()
         if recipe.features:
-            found["features"] = features_apart(self.taught, self.teaching)
+            found["features"] = feature_loss(self.student_features, self.teacher_features)
         if recipe.labels:
             found["labels"] = F.cross_entropy(answers[0].float(), targets, label_smoothing=self._smoothing(targets))
-        self.taught.clear()
-        self.teaching.clear()
+        self.student_features.clear()
+        self.teacher_features.clear()
         total = torch.stack([getattr(recipe, key) * value for key, value in found.items()]).sum()
         return {"loss": total, **found}
 
     def _mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Images and targets blended in pairs; the classes are counted once, by the original's answers."""
         if self.mixup is None:
-            recipe, classes = self.recipe, tensors_of(self.teacher(images[:1]))[0].shape[1]
+            recipe, classes = self.recipe, tensor_leaves(self.teacher(images[:1]))[0].shape[1]
             self.mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=classes)
-            self.teaching.clear()
+            self.teacher_features.clear()
         return self.mixup(images, labels.clamp_min(0))
 
     def _smoothing(self, targets: Tensor) -> float:
@@ -272,17 +276,17 @@ class _Training:
         model = self.student if self.ema is None else self.ema.module
         model.eval()
         right, apart = [], []
-        for images, labels in self.judging:
-            answers, wanted = (tensors_of(m(images))[0] for m in (model, self.teacher))
+        for images, labels in self.validation_loader:
+            answers, wanted = (tensor_leaves(m(images))[0] for m in (model, self.teacher))
             classes = answers.dim() == 2
             asked = labels if self.labelled else wanted.argmax(1) if classes else torch.full_like(labels, -1)
             each = zip(answers.split(1), wanted.split(1), strict=True)
-            own = torch.stack([answers_apart(a, w, self.recipe.temperature) for a, w in each])
+            own = torch.stack([distillation_loss(a, w, self.recipe.temperature) for a, w in each])
             apart.append(self.accelerator.gather_for_metrics(own))
             hit = (answers.argmax(1) == asked).float() if classes else torch.zeros_like(own)
             right.append(self.accelerator.gather_for_metrics(hit))
-        self.taught.clear()
-        self.teaching.clear()
+        self.student_features.clear()
+        self.teacher_features.clear()
         return 100 * torch.cat(right).mean().item(), torch.cat(apart).mean().item()
 
     def weights(self) -> dict[str, Tensor]:
@@ -291,14 +295,14 @@ class _Training:
         return {name: value.detach().cpu() for name, value in model.state_dict().items()}
 
 
-def _listen(student: nn.Module, teacher: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+def _collect_features(student: nn.Module, teacher: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     """Two lists that fill with the maps of the rewritten layers as the models run, in the student's channel order.
 
     Layers that make fewer maps than the original's are left out.
     """
     both: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for line in report(student).lines:
-        if line.reason is not None or line.outputs < line.filters[0]:
+    for line in report(student).layers:
+        if line.skip_reason is not None or line.outputs < line.weight_shape[0]:
             continue
         ghost: Any = _compared(student, line.name)
         moved = isinstance(ghost, GhostModule) and ghost.order is None and bool(line.channels)
