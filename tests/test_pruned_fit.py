@@ -1,5 +1,7 @@
 import pytest
 import torch
+from torch import nn
+from torch.nn import functional as F
 
 from ghostify import GhostifyError, Policy, Rule, deploy, fit, ghostify, load, report, rewrite, save, trace
 from ghostify.evaluation.metrics import predict, relative_error
@@ -58,3 +60,28 @@ def test_blocks_are_not_compared_where_maps_are_missing():
     wish = {"cheap": "auto", "budget": {"macs": 0.6}, "example_inputs": x[:1], "calibration": x}
     with pytest.raises(GhostifyError, match="reconstruct compares maps with the original's"):
         ghostify(model, narrow=True, reconstruct=True, **wish)
+
+
+@pytest.mark.parametrize(
+    "between", [lambda: nn.PReLU(16), nn.SiLU, nn.Hardswish, lambda: nn.ZeroPad2d(1), lambda: Slopes(16)]
+)
+def test_channels_are_pruned_through_what_has_parameters_for_them(between):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), between(), nn.Conv2d(16, 8, 3))
+    model, x = nets.settle(model), nets.images(32)
+    made = ghostify(model, narrow=True, cheap="auto", budget={"macs": 0.5}, example_inputs=x[:1], calibration=x)
+    kept = {line.name: line for line in report(made).lines}["1"].outputs
+    assert kept < 16
+    assert all(len(p) == kept for name, p in made.named_parameters() if name.startswith(("2.", "3.")))
+    assert relative_error(outputs(made, [x]), outputs(model, [x])) < 0.3
+
+
+class Slopes(nn.Module):
+    """PReLU as a function."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.slopes = nn.Parameter(torch.rand(channels))
+
+    def forward(self, x):
+        return F.prelu(x, self.slopes)

@@ -6,6 +6,7 @@ independent ones.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -72,7 +73,8 @@ def activation_stats(activation: nn.Module, source: ChannelStats) -> ChannelStat
     weights = torch.exp(-places.square() / 2)
     weights = weights / weights.sum()
     with torch.no_grad():
-        values = activation((source.mean + places[:, None] * source.var.sqrt()).clone())
+        alike = copy.deepcopy(activation).to("cpu", torch.float64)
+        values = alike((source.mean + places[:, None] * source.var.sqrt()).clone())
     mean = (weights[:, None] * values).sum(0)
     return ChannelStats(mean, (weights[:, None] * (values - mean).square()).sum(0))
 
