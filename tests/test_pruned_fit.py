@@ -73,7 +73,7 @@ def test_channels_are_pruned_through_what_has_parameters_for_them(between):
     kept = {line.name: line for line in report(made).lines}["1"].outputs
     assert kept < 16
     assert all(len(p) == kept for name, p in made.named_parameters() if name.startswith(("2.", "3.")))
-    assert relative_error(outputs(made, [x]), outputs(model, [x])) < 0.3
+    assert relative_error(predict(made, [x]), predict(model, [x])) < 0.3
 
 
 class Slopes(nn.Module):
