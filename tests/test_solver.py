@@ -26,14 +26,14 @@ def test_the_choice_is_the_best_of_all(layers, seed, share, linked):
 
     ties, counts = [], (None, *map(len, KEPT))
     if linked:
-        ties += [GroupConstraint(k, layers + k, "makes") for k in range(layers - 1)]
-        ties += [GroupConstraint(k + 1, layers + k, "reads") for k in range(layers - 1)]
+        ties += [GroupConstraint(k, layers + k, "kept_out_count") for k in range(layers - 1)]
+        ties += [GroupConstraint(k + 1, layers + k, "kept_in_count") for k in range(layers - 1)]
     tied = {(tie.conv, tie.key) for tie in ties}
     choices = [
         [
             drawn(makes=makes, reads=reads)
             for makes, reads in itertools.product(
-                *(counts if (k, key) in tied else (None,) for key in ("makes", "reads"))
+                *(counts if (k, key) in tied else (None,) for key in ("kept_out_count", "kept_in_count"))
             )
             for _ in range(2)
         ]

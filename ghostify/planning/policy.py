@@ -67,7 +67,7 @@ class Rule:
                 f"cheap {self.cheap!r} is unknown: use 'depthwise', 'pointwise', 'auto' or the number of intrinsic "
                 f"maps that each ghost sees"
             )
-        for key in ("activated", "narrow"):
+        for key in ("activated", "prune"):
             if not isinstance(getattr(self, key), bool):
                 raise GhostifyError(f"{key} {getattr(self, key)!r} is neither true nor false")
 

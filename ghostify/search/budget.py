@@ -144,15 +144,15 @@ def build_search_space(
         own = [m for m in thinning.group.members if m.conv.name in numbers]
         others = [m for m in thinning.group.members if m not in own]
         links.append(group_candidates(program, thinning, others, keys, clock))
-        ties += [GroupConstraint(numbers[m.conv.name], link, "makes") for m in own if m.prunes_outputs]
-        ties += [GroupConstraint(numbers[m.conv.name], link, "reads") for m in own if m.prunes_inputs]
+        ties += [GroupConstraint(numbers[m.conv.name], link, "kept_out_count") for m in own if m.prunes_outputs]
+        ties += [GroupConstraint(numbers[m.conv.name], link, "kept_in_count") for m in own if m.prunes_inputs]
     candidates = []
     for k, (target, profile) in enumerate(
         zip(wished, compute_layer_statistics(program, wished, seen, seed), strict=True)
     ):
         made, read = (
             [c.kept for t in ties if (t.conv, t.key) == (k, key) for c in links[t.group - len(wished)] if c.kept]
-            for key in ("makes", "reads")
+            for key in ("kept_out_count", "kept_in_count")
         )
         candidates.append(layer_candidates(program, target, profile, keys, clock, made, [len(kept) for kept in read]))
     lines = tuple(thinning.group for thinning in thinnings)
