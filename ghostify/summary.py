@@ -111,7 +111,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, dicts, numbers and strings; channels as one string a line."""
         data = dataclasses.asdict(self)
-        for line in data["lines"]:
+        for line in data["layers"]:
             line["channels"] = " ".join(map(str, line["channels"]))
         return data
 
@@ -119,8 +119,8 @@ class Report:
     def from_dict(cls, data: dict[str, Any]) -> Report:
         """The inverse of `to_dict`, also after JSON has made lists of tuples."""
         lines = []
-        for item in data["lines"]:
-            shape = {k: None if item[k] is None else tuple(item[k]) for k in ("filters", "output")}
+        for item in data["layers"]:
+            shape = {k: None if item[k] is None else tuple(item[k]) for k in ("weight_shape", "output_size")}
             channels = tuple(map(int, item.get("channels", "").split()))
             lines.append(LayerReport(**{**item, **shape, "channels": channels}))
         counts = {k: data[k] for k in ("macs_before", "macs_after", "images", "seconds")}
@@ -132,7 +132,7 @@ class Report:
             tuple(lines),
             **counts,
             reconstruction=done,
-            missing_attributes=tuple(data.get("lost", ())),
+            missing_attributes=tuple(data.get("missing_attributes", ())),
             notes=tuple(data.get("notes", ())),
         )
 
@@ -182,9 +182,9 @@ def _line(entry: GhostRewrite | PruneRewrite | Skip, fits: FitResult | None) -> 
     before, bias = cost.conv_macs(conv), conv.outputs * conv.bias
     common: dict[str, Any] = {
         "name": conv.name,
-        "kind": conv.kind,
-        "filters": (conv.outputs, conv.inputs // conv.groups, *conv.kernel),
-        "output": _size(conv),
+        "conv_class": conv.conv_class,
+        "weight_shape": (conv.outputs, conv.inputs // conv.groups, *conv.kernel),
+        "output_size": _size(conv),
         "macs_before": before * (places or 1),
         "params_before": before + bias,
     }
@@ -202,14 +202,14 @@ def _line(entry: GhostRewrite | PruneRewrite | Skip, fits: FitResult | None) -> 
     fitted = None if fits is None else fits.weights.get(conv.name)
     left = conv if entry.kept_channels is None else conv_after_pruning(conv, entry.kept_channels)
     if entry.kept_channels is not None:
-        common |= {"makes": left.outputs, "reads": left.inputs}
+        common |= {"kept_out_count": left.outputs, "kept_in_count": left.inputs}
     common |= {
-        "reason": None,
+        "skip_reason": None,
         "macs_after": entry.macs_after * (places or 1),
         "params_after": entry.macs_after + left.outputs * conv.bias,
-        "error": _mean(None if fitted is None else fitted.fit_error),
-        "held_out": _mean(None if fitted is None else fitted.holdout_error),
-        "felt": None if fitted is None else fitted.output_error,
+        "fit_error": _mean(None if fitted is None else fitted.fit_error),
+        "holdout_error": _mean(None if fitted is None else fitted.holdout_error),
+        "output_error": None if fitted is None else fitted.output_error,
     }
     if isinstance(entry, PruneRewrite):
         return LayerReport(**common, intrinsic=left.outputs, width=0, dw_size=0, reorders_output=False)
