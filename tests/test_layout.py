@@ -201,7 +201,7 @@ def test_pruned_and_skipped_layers_have_no_form():
     assert not LINE.is_pruned
     pruned = replace(LINE, width=0, dw_size=0, intrinsic=5, kept_out_count=5, kept_in_count=3)
     assert (pruned.form, pruned.layout, pruned.is_pruned) == (None, None, True)
-    skipped = replace(LINE, width=0, dw_size=0, intrinsic=8, reason="not targeted by any rule")
+    skipped = replace(LINE, width=0, dw_size=0, intrinsic=8, skip_reason="not targeted by any rule")
     assert (skipped.form, skipped.is_pruned) == (None, False)
     assert [outcome_of(x) for x in (LINE, pruned, skipped)] == ["depthwise ghosts", "fewer maps", "left as it is"]
     assert outcome_of(replace(LINE, width=2)) == outcome_of(replace(LINE, width=4, dw_size=1)) == "wider ghosts"
