@@ -27,9 +27,9 @@ def test_every_layer_is_left_alone_for_one_reason_or_costs_something():
 
 def test_what_the_outputs_do_not_feel_costs_nothing():
     made = found(calibration=nets.images(16).split(8))
-    lines = tuple(replace(x, felt=None, held_out=9.0) if x.name == "a.0" else x for x in made.layers)
-    assert layer_costs(replace(made, lines=lines))[-1].line.name == "a.0"
-    assert layer_costs(replace(made, lines=lines))[-1].error_share == 0
+    lines = tuple(replace(x, output_error=None, holdout_error=9.0) if x.name == "a.0" else x for x in made.layers)
+    assert layer_costs(replace(made, layers=lines))[-1].line.name == "a.0"
+    assert layer_costs(replace(made, layers=lines))[-1].error_share == 0
 
 
 def test_without_images_images_are_advised():
@@ -40,9 +40,11 @@ def test_without_images_images_are_advised():
 
 def test_a_layer_that_costs_more_than_it_saves_is_better_left():
     made = found(calibration=nets.images(16).split(8))
-    lines = [replace(x, felt=10.0 if x.name == "a.0" else 0.1, macs_after=x.macs_before - 1) for x in made.layers]
+    lines = [
+        replace(x, output_error=10.0 if x.name == "a.0" else 0.1, macs_after=x.macs_before - 1) for x in made.layers
+    ]
     lines = [replace(x, macs_after=0) if x.name == "b.0" else x for x in lines]
-    said = [one.option for one in suggestions(replace(made, lines=tuple(lines)))]
+    said = [one.option for one in suggestions(replace(made, layers=tuple(lines)))]
     assert "--ignore a.0" in said
     assert "--ignore b.0" not in said
 

@@ -2,7 +2,7 @@ import pytest
 
 from ghostify import Policy, Rule, frontier, ghostify, report, trace
 from ghostify.reporting.charts import COLOURS, error_chart, frontier_chart, layers_chart
-from ghostify.summary import outcome_of
+from ghostify.reporting.outcome import outcome_of
 from tests import nets
 
 
@@ -24,7 +24,7 @@ def test_every_convolution_has_its_bar(made):
     assert list(rows) == [line.name for line in found.layers]
     assert all(rows[x.name]["before"] == x.macs_before and rows[x.name]["after"] == x.macs_after for x in found.layers)
     assert {row["what"] for row in rows.values()} <= set(COLOURS)
-    assert rows["stem.0"]["what"] == outcome_of(found.layers[0]) == "left as it is"
+    assert rows["stem.0"]["what"] == outcome_of(found.layers[0]) == "skipped"
 
 
 def test_costs_add_up(made):

@@ -16,7 +16,8 @@ from ghostify.planning import cost
 from ghostify.reporting.analysis import Times, layer_costs
 from ghostify.reporting.ghost_pictures import is_picturable, picture_ghosts
 from ghostify.reporting.html import Page, TotalRow, write_page
-from ghostify.summary import LayerReport, Report, format_count, report
+from ghostify.summary import LayerReport, Report, report
+from ghostify.text import format_count
 from ghostify.timing.latency import interleaved_latency, layer_latency
 from ghostify.timing.timer import LatencyTimer
 

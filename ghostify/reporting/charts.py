@@ -8,9 +8,10 @@ from typing import Any
 
 from ghostify.errors import GhostifyError
 from ghostify.reporting.analysis import layer_costs
-from ghostify.summary import DEPTHWISE, PRUNED, UNCHANGED, WIDER, Report, outcome_of
+from ghostify.reporting.outcome import DEPTHWISE, PRUNED, SKIPPED, WIDER, outcome_of
+from ghostify.summary import Report
 
-COLOURS = {UNCHANGED: "#9a9a9a", DEPTHWISE: "#0b6e99", WIDER: "#b45309", PRUNED: "#6d28d9"}
+COLOURS = {SKIPPED: "#9a9a9a", DEPTHWISE: "#0b6e99", WIDER: "#b45309", PRUNED: "#6d28d9"}
 STEP = 15
 COSTLIEST = 15
 

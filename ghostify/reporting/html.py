@@ -16,8 +16,9 @@ from ghostify.io.atomic import write_text_atomic
 from ghostify.reporting.analysis import Times, layer_costs, skipped_by_reason, suggestions
 from ghostify.reporting.charts import altair, error_chart, frontier_chart, layers_chart
 from ghostify.reporting.ghost_pictures import LayerPictures
-from ghostify.summary import Report, describe_outcome, format_count
-from ghostify.text import format_shape
+from ghostify.reporting.outcome import describe_outcome
+from ghostify.summary import Report
+from ghostify.text import format_count, format_shape
 
 TEMPLATE = "report.html.j2"
 
