@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ghostify.errors import GhostifyError
 from ghostify.modules.ghost import GhostModule
-from ghostify.reporting.feature_maps import errors_of, ghost_outputs, layer_outputs
+from ghostify.reporting.feature_maps import ghost_outputs, layer_outputs, map_errors
 from ghostify.reporting.images import data_uri, grey_tile
 from ghostify.summary import LayerReport
 
@@ -62,7 +62,7 @@ def picture_ghosts(
         raise GhostifyError(f"{line.name}: is no ghost module that makes all maps of a module of the original's")
     wanted = layer_outputs(original, line.name, batches)
     made = ghost_outputs(module, line.name, batches, line.channels)
-    errors = errors_of(made, wanted)
+    errors = map_errors(made, wanted)
     made = made + (wanted - made).mean((0, 2, 3), keepdim=True)  # constants that the norm behind holds
     own, ghosts = line.channels[: line.intrinsic], line.channels[line.intrinsic :]
     ranked = sorted(range(len(ghosts)), key=lambda j: float(errors[ghosts[j]]))
