@@ -123,7 +123,7 @@ def test_what_is_shown(tmp_path):
     file = write_report(
         made, tmp_path / "r.html", original=model, example_inputs=images[0], images=images, labels=labels
     )
-    assert "same answers on 64 images" in file.read_text()
+    assert "agreement on 64 images" in file.read_text()
 
 
 def test_a_study():

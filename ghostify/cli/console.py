@@ -45,7 +45,9 @@ def show_report(found: Report, title: str, as_json: bool) -> None:
     Console().print(report_table(found, title))
     print_line(f"{found.rewritten} convolutions rewritten, {len(found.layers) - found.rewritten} left as they are")
     worst = [
-        f"{c.line.name} {c.error_share:.0%}" for c in layer_costs(found)[:COSTLIEST] if c.line.output_error is not None
+        f"{c.layer.name} {c.error_share:.0%}"
+        for c in layer_costs(found)[:COSTLIEST]
+        if c.layer.output_error is not None
     ]
     if worst:
         print_line(f"of the error to expect in the outputs, most from {', '.join(worst)}")
