@@ -65,7 +65,7 @@ def test_convert_then_finetune(files, tmp_path):
     assert run("eval", tuned, "--data", data, "--original", weights).returncode == 0
     changed = run(*command, "--epochs", 2)
     assert changed.returncode == 2
-    assert "holds a training of other epochs" in changed.stderr
+    assert "belongs to a run with different epochs" in changed.stderr
     for wrong, said in (("depth=3", "a recipe has no such entry"), ("precision=int8", "precision 'int8' is unknown")):
         refused = run(*command, "--set", wrong)
         assert refused.returncode == 2

@@ -125,13 +125,13 @@ def test_training_ends_when_it_no_longer_gains(tmp_path):
 def test_a_folder_of_another_training_is_refused(tmp_path):
     model, converted, data, _ = setting()
     finetune(converted, model, data, tmp_path / "t", QUICK)
-    with pytest.raises(GhostifyError, match="holds a training of other epochs, learning_rate"):
+    with pytest.raises(GhostifyError, match="belongs to a run with different epochs, learning_rate"):
         finetune(converted, model, data, tmp_path / "t", Recipe(**{**vars(QUICK), "epochs": 1, "learning_rate": 1.0}))
-    with pytest.raises(GhostifyError, match="holds a training of other model"):
+    with pytest.raises(GhostifyError, match="belongs to a run with different model"):
         finetune(ghostify(model, 4), model, data, tmp_path / "t", QUICK)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("")
-    with pytest.raises(GhostifyError, match="holds something else"):
+    with pytest.raises(GhostifyError, match="holds files that are not of a training run"):
         finetune(converted, model, data, tmp_path / "other", QUICK)
 
 
@@ -140,7 +140,7 @@ def test_a_folder_of_another_training_is_refused(tmp_path):
     [
         ({"epochs": 0}, "epochs 0 is not a positive number"),
         ({"precision": "int8"}, "precision 'int8' is unknown"),
-        ({"distill": 0}, "nothing to learn from"),
+        ({"distill": 0}, "distill, features and labels are all 0"),
         ({"batch": 1000}, "batch 1000 is more than the 160 training images"),
     ],
 )
@@ -153,7 +153,7 @@ def test_recipes_that_cannot_be(wish, message, tmp_path):
 def test_another_accelerator_s_precision_is_named(tmp_path):
     model, converted, data, _ = setting()
     finetune(converted, model, data, tmp_path / "a", QUICK)
-    with pytest.raises(GhostifyError, match="precision 'bf16': an Accelerator of another one is in use: pass it"):
+    with pytest.raises(GhostifyError, match="precision is 'bf16', this process has an Accelerator of another one"):
         finetune(converted, model, data, tmp_path / "b", Recipe(precision="bf16"))
     own = importlib.import_module("accelerate").Accelerator(cpu=True)
     finetune(converted, model, data, tmp_path / "b", Recipe(precision="bf16", batch=16), accelerator=own)
@@ -184,7 +184,7 @@ def test_features_are_compared_in_one_order():
 
 SCRIPT = """
 import sys, torch
-from tests.test_finetune import QUICK, nets, setting
+from tests.test_trainer import QUICK, nets, setting
 from ghostify import Recipe, finetune
 model, converted, data, test = setting(make=getattr(nets, sys.argv[3]))
 recipe = Recipe(**{**vars(QUICK), "frozen_norms": True, "epochs": float(sys.argv[2])})
