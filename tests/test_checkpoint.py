@@ -23,9 +23,9 @@ def converted():
 def test_promise_6_a_fresh_process_reloads_bit_equal_without_user_code(tmp_path):
     for make in nets.ALL[:5]:
         model, x, folder = nets.settle(make()), nets.images(), tmp_path / make.__name__
-        made = ghostify(model, calibration=x)
-        save(made, folder)
-        save_file({"x": x, "y": made(x).detach().contiguous()}, folder / "io.safetensors")
+        ghosted = ghostify(model, calibration=x)
+        save(ghosted, folder)
+        save_file({"x": x, "y": ghosted(x).detach().contiguous()}, folder / "io.safetensors")
     script = (
         "import sys, pickle, torch, ghostify; from safetensors.torch import load_file\n"
         "def refuse(*a, **k): raise AssertionError('pickle')\n"
@@ -36,11 +36,11 @@ def test_promise_6_a_fresh_process_reloads_bit_equal_without_user_code(tmp_path)
         "assert 'tests.nets' not in sys.modules"
     )
     command = [sys.executable, "-c", script, *(make.__name__ for make in nets.ALL[:5])]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
 
 
-def test_everything_that_matters_survives(converted, tmp_path):
+def test_report_source_flags_and_modes_survive(converted, tmp_path):
     converted.get_submodule("head").requires_grad_(False)
     converted.stem.train()
     save(converted, tmp_path / "out", source={"name": "timm:x", "arguments": {}})
@@ -63,7 +63,7 @@ def test_memory_format_and_dtype_survive(tmp_path):
     assert weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_a_failed_save_leaves_what_was_there(converted, tmp_path, monkeypatch):
+def test_a_failed_save_changes_nothing(converted, tmp_path, monkeypatch):
     save(converted, tmp_path / "out")
     before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
 
@@ -77,7 +77,7 @@ def test_a_failed_save_leaves_what_was_there(converted, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_failed_swap_brings_the_old_folder_back(converted, tmp_path, monkeypatch):
+def test_a_failed_rename_restores_the_previous_folder(converted, tmp_path, monkeypatch):
     save(converted, tmp_path / "out")
     path_class, rename = type(tmp_path), type(tmp_path).rename
 
@@ -98,7 +98,7 @@ def test_saving_over_a_ghostify_folder_replaces_it_and_over_others_is_refused(co
     save(converted, tmp_path / "out")
     save(converted, tmp_path / "out")
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("dear")
+    (tmp_path / "mine" / "thesis.tex").write_text("text")
     with pytest.raises(GhostifyError, match=r"mine: holds other files and no ghostify\.json"):
         save(converted, tmp_path / "mine")
     (tmp_path / "file").write_text("")
@@ -174,7 +174,7 @@ def test_plain_checkpoints_are_unwrapped_and_never_run(tmp_path, capsys):
     assert "pwned" not in capsys.readouterr().out
 
 
-def test_checkpoints_that_do_not_fit(tmp_path):
+def test_checkpoints_of_other_keys_or_shapes_are_refused(tmp_path):
     state = nets.Straight().state_dict()
     save_file({k: v for k, v in state.items() if k != "fc.bias"}, tmp_path / "less.safetensors")
     save_file({**state, "extra": torch.ones(1)}, tmp_path / "more.safetensors")
