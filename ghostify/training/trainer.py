@@ -24,11 +24,9 @@ from torch.utils.data import DataLoader
 from ghostify.data.training_data import EpochSampler, SeededDataset, TrainingData
 from ghostify.errors import GhostifyError
 from ghostify.graph.batchnorm import has_running_statistics
-from ghostify.graph.call_hooks import AfterCall, on_calls
 from ghostify.graph.inputs import tensor_leaves
-from ghostify.modules.ghost import GhostModule
 from ghostify.runtimes.tensors import to_channels_last
-from ghostify.summary import report
+from ghostify.training.features import collect_features
 from ghostify.training.losses import distillation_loss, feature_loss
 from ghostify.training.run_folder import RunFolder, TrainingProgress
 
@@ -181,7 +179,7 @@ class _Training:
         student = copy.deepcopy(model).requires_grad_().to(memory_format=torch.channels_last)
         teacher = copy.deepcopy(original).requires_grad_(False).eval().to(memory_format=torch.channels_last)
         self.student_features, self.teacher_features = (
-            _collect_features(student, teacher) if recipe.features else ([], [])
+            collect_features(student, teacher) if recipe.features else ([], [])
         )
         optimizer = create_optimizer_v2(
             student, recipe.optimizer, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
@@ -310,38 +308,6 @@ class _Training:
         """The weights that are evaluated: the student's, or their moving average."""
         model = self.accelerator.unwrap_model(self.student) if self.ema is None else self.ema.module
         return {name: value.detach().cpu() for name, value in model.state_dict().items()}
-
-
-def _collect_features(student: nn.Module, teacher: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Two lists that fill with the maps of the rewritten layers as the models run, in the student's channel order.
-
-    Pruned layers are left out.
-    """
-    student_maps: list[Tensor] = []
-    teacher_maps: list[Tensor] = []
-    for layer in report(student).layers:
-        if layer.skip_reason is not None or layer.outputs < layer.weight_shape[0]:
-            continue
-        ghost: Any = _submodule(student, layer.name)
-        is_reordered = isinstance(ghost, GhostModule) and ghost.order is None and bool(layer.channels)
-        channels = list(layer.channels) if is_reordered else slice(None)
-        on_calls([ghost], after=lambda _, output: student_maps.append(output))
-        on_calls([_submodule(teacher, layer.name)], after=_append_to(teacher_maps, channels))
-    return student_maps, teacher_maps
-
-
-def _append_to(maps: list[Tensor], channels: list[int] | slice) -> AfterCall:
-    """A hook that appends these channels of a module's output to a list."""
-    return lambda _, output: maps.append(output[:, channels])
-
-
-def _submodule(model: nn.Module, name: str) -> nn.Module:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        raise GhostifyError(
-            f"{name}: the original has no such module to compare features with. Set features to 0."
-        ) from None
 
 
 def _fingerprint(model: nn.Module) -> str:
