@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ghostify.deprecation import renamed_keywords
 from ghostify.errors import GhostifyError
 from ghostify.fitting.driver import ProgressCallback, fit
 from ghostify.fitting.sensitivity import prepare_calibration
@@ -20,6 +21,7 @@ from ghostify.search.pareto import Evaluate, plan_for_drop
 from ghostify.summary import attach_report, build_report
 
 
+@renamed_keywords(narrow="prune", progress="on_progress")
 def ghostify(
     model: nn.Module,
     ratio: float = 2,
@@ -27,7 +29,7 @@ def ghostify(
     dw_size: int = 3,
     cheap: str | int = "depthwise",
     activated: bool = False,
-    narrow: bool = False,
+    prune: bool = False,
     targets: Pattern | Iterable[Pattern] | None = None,
     ignore: Pattern | Iterable[Pattern] | None = None,
     policy: Policy | None = None,
@@ -38,11 +40,11 @@ def ghostify(
     runtime: str = "eager",
     reconstruct: bool = False,
     seed: int = 0,
-    progress: ProgressCallback | None = None,
+    on_progress: ProgressCallback | None = None,
 ) -> nn.Module:
     """A copy of `model` whose dense convolutions are ghost modules, at about 1 / `ratio` of the multiply-accumulates.
 
-    `ratio`, `dw_size`, `cheap`, `activated`, `narrow`, `targets` and `ignore` make up one `Rule` (see there); `policy`
+    `ratio`, `dw_size`, `cheap`, `activated`, `prune`, `targets` and `ignore` make up one `Rule` (see there); `policy`
     replaces them. Without targets, every dense convolution but the first is rewritten. A `budget` such as
     {"macs": 0.5} - a share of the original's up to 1, a number above; also "params", and "latency", measured on this
     machine in `runtime` ("eager", "compile", "onnx", "openvino", "aotinductor") - replaces the ratio by one for each
@@ -58,7 +60,7 @@ def ghostify(
     if policy is None:
         chosen = ("*",) if targets is None else as_patterns(targets, "targets")
         ignored = () if ignore is None else as_patterns(ignore, "ignore")
-        policy = Policy((Rule(chosen, ignored, ratio, dw_size, cheap, activated, narrow),), keep_first=targets is None)
+        policy = Policy((Rule(chosen, ignored, ratio, dw_size, cheap, activated, prune),), keep_first=targets is None)
     elif targets is not None or ignore is not None:
         raise GhostifyError("targets and ignore belong into the rules of the policy: pass either, not both")
     if reconstruct and any(rule.prune for rule in policy.rules):
@@ -71,16 +73,16 @@ def ghostify(
         if evaluate is None:
             raise GhostifyError("budget max_drop needs to know how good a model is: pass evaluate, or --validation")
         decided, fits = plan_for_drop(
-            program, policy, budget, evaluate, seen, seed=seed, runtime=runtime, progress=progress
+            program, policy, budget, evaluate, seen, seed=seed, runtime=runtime, on_progress=on_progress
         )
     else:
         decided = (
             plan(program, policy) if budget is None else plan_for_budget(program, policy, budget, seen, seed, runtime)
         )
-        fits = fit(program, decided, seen, seed=seed, progress=progress)
+        fits = fit(program, decided, seen, seed=seed, on_progress=on_progress)
     done = None
     if reconstruct and seen is not None:
-        fits, done = reconstruct_blocks(program, decided, fits, seen.batches, seed=seed, progress=progress)
+        fits, done = reconstruct_blocks(program, decided, fits, seen.batches, seed=seed, on_progress=on_progress)
     return attach_report(
         rewrite(program, decided, fits.weights), build_report(decided, fits, done, program.missing_attributes)
     )

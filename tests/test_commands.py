@@ -157,11 +157,26 @@ def test_user_errors_are_one_line_and_code_2(files, tmp_path):
 def test_policy_files(tmp_path):
     (tmp_path / "p.toml").write_text('[[rule]]\ntargets = "a.*"\nratio = 4\n')
     done = run("plan", NET, *SIZE, "--policy", tmp_path / "p.toml", "--json")
-    lines = {line["name"]: line for line in json.loads(done.stdout)["lines"]}
-    assert lines["a.0"]["intrinsic"] == 4
-    assert lines["b.0"]["reason"] == "no rule targets it"
+    layers = {layer["name"]: layer for layer in json.loads(done.stdout)["layers"]}
+    assert layers["a.0"]["intrinsic"] == 4
+    assert layers["b.0"]["skip_reason"] == "no rule targets it"
     both = run("plan", NET, *SIZE, "--policy", tmp_path / "p.toml", "--target", "a.*")
     assert both.returncode == 2
+
+
+def test_narrow_is_accepted_for_prune(files, tmp_path):
+    data, weights = files / "data.npz", files / "w.safetensors"
+    command = ("plan", NET, *SIZE, "--checkpoint", weights, "--calibration", data, "--json")
+    (tmp_path / "p.toml").write_text('[[rule]]\ncheap = "auto"\nnarrow = true\n')
+    rule = ("--cheap", "auto", "--budget", "macs=0.6")
+    pruned, narrowed = run(*command, *rule, "--prune"), run(*command, *rule, "--narrow")
+    from_file = run(*command, "--policy", tmp_path / "p.toml", "--budget", "macs=0.6")
+    assert pruned.returncode == 0, pruned.stderr
+    assert pruned.stdout == narrowed.stdout == from_file.stdout
+    assert pruned.stderr == ""
+    assert narrowed.stderr == "ghostify: --narrow is deprecated. Use --prune.\n"
+    assert from_file.stderr == f"ghostify: {tmp_path / 'p.toml'}: rule 1: narrow is deprecated. Use prune.\n"
+    assert "--narrow" not in run("plan", "--help").stdout
 
 
 @pytest.mark.parametrize("verb", ["plan", "convert", "eval", "export", "demo"])

@@ -30,6 +30,7 @@ from ghostify.cli.options import (
     Ignore,
     Images,
     Model,
+    Narrow,
     Original,
     PolicyFile,
     Prune,
@@ -87,7 +88,8 @@ def plan(
     dw_size: DwSize = 3,
     cheap: Cheap = "depthwise",
     activated: Activated = False,
-    narrow: Prune = False,
+    prune: Prune = False,
+    narrow: Narrow = False,
     target: Targets = None,
     ignore: Ignore = None,
     policy: PolicyFile = None,
@@ -119,7 +121,7 @@ def plan(
     built, prepared = _build_model(_source(model, arg), checkpoint_file, parse_size(input_size))
     program = trace(built, sources.blank_input(prepared.size))
     wished, limits = (
-        parse_policy(policy, ratio, dw_size, cheap, activated, narrow, target, ignore),
+        parse_policy(policy, ratio, dw_size, cheap, activated, prune or narrow, target, ignore),
         parse_budget(budget),
     )
     data = None if calibration is None else sources.read_data(calibration, prepared, limit=images, batch=batch).batches
@@ -151,7 +153,8 @@ def convert(
     dw_size: DwSize = 3,
     cheap: Cheap = "depthwise",
     activated: Activated = False,
-    narrow: Prune = False,
+    prune: Prune = False,
+    narrow: Narrow = False,
     target: Targets = None,
     ignore: Ignore = None,
     policy: PolicyFile = None,
@@ -175,7 +178,7 @@ def convert(
     --budget macs=0.5 --output out/
     """
     source = _source(model, arg)
-    wished = parse_policy(policy, ratio, dw_size, cheap, activated, narrow, target, ignore)
+    wished = parse_policy(policy, ratio, dw_size, cheap, activated, prune or narrow, target, ignore)
     built, prepared = _build_model(source, checkpoint_file, parse_size(input_size))
     data = None if calibration is None else sources.read_data(calibration, prepared, limit=images, batch=batch)
     with progress("fitting", as_json) as told:
@@ -189,7 +192,7 @@ def convert(
             runtime=runtime,
             reconstruct=reconstruct,
             seed=seed,
-            progress=told,
+            on_progress=told,
         )
     checkpoint.save(made, output, source={**source.to_dict(), "input_size": list(prepared.size)})
     found = report(made)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,6 +23,11 @@ COSTLIEST = 3
 def print_line(text: str) -> None:
     """A line, as it is."""
     Console().print(text, highlight=False, markup=False)
+
+
+def print_deprecation(text: str) -> None:
+    """A line on standard error, in the form of the command's errors."""
+    print(f"ghostify: {text}", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ghostify.cli.console import print_deprecation
 from ghostify.data import sources
 from ghostify.errors import GhostifyError
 from ghostify.planning.policy import Policy, Rule
 from ghostify.runtimes.registry import EXPORT_FORMATS, RUNTIMES
 from ghostify.training.trainer import Recipe
+
+
+def _deprecated(old: str, new: str) -> Callable[[bool], bool]:
+    """A callback of a hidden flag that prints one line on standard error where the flag is given."""
+
+    def callback(is_given: bool) -> bool:
+        if is_given:
+            print_deprecation(f"{old} is deprecated. Use {new}.")
+        return is_given
+
+    return callback
+
 
 Model = Annotated[str, typer.Argument(help="timm:NAME, torchvision:NAME or module.path:callable")]
 Ratio = Annotated[float, typer.Option(help="outputs per intrinsic map; 2 halves the dense convolutions")]
@@ -26,9 +41,8 @@ Cheap = Annotated[
 Activated = Annotated[
     bool, typer.Option("--activated", help="let depthwise ghosts read activated maps where that loses less")
 ]
-Prune = Annotated[
-    bool, typer.Option("--narrow", help="let a budget leave out maps that the next dense convolution can do without")
-]
+Prune = Annotated[bool, typer.Option("--prune", help="allow the budget to prune channels")]
+Narrow = Annotated[bool, typer.Option("--narrow", hidden=True, callback=_deprecated("--narrow", "--prune"))]
 Targets = Annotated[list[str] | None, typer.Option("--target", help="convolutions to rewrite: name, glob, re:, class")]
 Ignore = Annotated[list[str] | None, typer.Option(help="convolutions to leave alone: name, glob, re:, class")]
 PolicyFile = Annotated[
@@ -73,7 +87,7 @@ def parse_policy(
     dw_size: int,
     cheap: str,
     activated: bool,
-    narrow: bool,
+    prune: bool,
     target: list[str] | None,
     ignore: list[str] | None,
 ) -> Policy:
@@ -81,10 +95,20 @@ def parse_policy(
     if file is not None:
         if target or ignore:
             raise GhostifyError("--target and --ignore belong into the rules of --policy: give either, not both")
-        return Policy.from_toml(file)
+        return _read_policy(file)
     width: str | int = int(cheap) if cheap.isdigit() else cheap
-    rule = Rule(tuple(target or ("*",)), tuple(ignore or ()), ratio, dw_size, width, activated, narrow)
+    rule = Rule(tuple(target or ("*",)), tuple(ignore or ()), ratio, dw_size, width, activated, prune)
     return Policy((rule,), keep_first=not target)
+
+
+def _read_policy(file: Path) -> Policy:
+    """The rules of a TOML file; prints a line for each deprecated key."""
+    with warnings.catch_warnings(record=True) as deprecations:
+        warnings.simplefilter("always", DeprecationWarning)
+        policy = Policy.from_toml(file)
+    for deprecation in deprecations:
+        print_deprecation(str(deprecation.message))
+    return policy
 
 
 def parse_budget(pairs: list[str] | None) -> dict[str, float] | None:
