@@ -132,7 +132,7 @@ def nearer(made: nn.Module, model: nn.Module, seen: rivals.Seen) -> nn.Module:
 
 
 METHODS: dict[str, Method] = {
-    "ghostify, auto and narrow": partial(ghosts, {"cheap": "auto", "narrow": True}),
+    "ghostify, auto and narrow": partial(ghosts, {"cheap": "auto", "prune": True}),
     "ghostify, auto": partial(ghosts, {"cheap": "auto"}),
     "ghostify, depthwise": partial(ghosts, {}),
     "ghost, first filters kept": partial(starts, True),

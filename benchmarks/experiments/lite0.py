@@ -37,9 +37,9 @@ FORMS = [
     ("ratio 2, depthwise d=3", {}, False),
     ("ratio 2, pointwise", {"cheap": "pointwise"}, False),
     *QUICK,
-    ("auto and narrow, three quarters of the MACs", {"cheap": "auto", "narrow": True, "budget": {"macs": 0.75}}, True),
+    ("auto and narrow, three quarters of the MACs", {"cheap": "auto", "prune": True, "budget": {"macs": 0.75}}, True),
     ("auto, half the MACs", {"cheap": "auto", "budget": {"macs": 0.5}}, True),
-    ("auto and narrow, half the MACs", {"cheap": "auto", "narrow": True, "budget": {"macs": 0.5}}, True),
+    ("auto and narrow, half the MACs", {"cheap": "auto", "prune": True, "budget": {"macs": 0.5}}, True),
 ]
 
 

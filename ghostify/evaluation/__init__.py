@@ -1,1 +1,1 @@
-"""Predictions of models, and how well they agree with labels or with the original."""
+"""Accuracy of models, and comparison with the original."""
