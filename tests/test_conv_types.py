@@ -71,7 +71,7 @@ def test_the_plain_one_computes_the_same_at_every_size(kind, kernel, stride, bia
     [
         (Doubled, "its forward is not one convolution"),
         (Attentive, "its weight depends on its input"),
-        (Mirrored, "it changes its input in a way of its own"),
+        (Mirrored, "it transforms its input"),
     ],
 )
 def test_what_is_no_plain_convolution_is_skipped_by_name(make, why):

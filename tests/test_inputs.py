@@ -56,7 +56,7 @@ def test_the_rest_of_the_arguments_goes_to_starred_inputs():
     alone = fx.GraphModule(Starred(), trace_graph(Starred(), {"x"}))
     assert bind_inputs(alone, (x, 2, 3), {"a": 1}).values == (x, (2, 3), {"a": 1})
     assert torch.equal(call_model(alone, PlaceholderValues((x, (), {}))), x)
-    with pytest.raises(GhostifyError, match=r"\*more took nothing when the model was traced"):
+    with pytest.raises(GhostifyError, match=r"\*more was empty when the model was traced"):
         call_model(alone, PlaceholderValues((x, (2,), {})))
 
 

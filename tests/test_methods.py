@@ -53,7 +53,7 @@ def test_the_classifier_can_be_read_and_reset():
     assert made.get_classifier().weight.requires_grad
     made.reset_classifier(0)
     assert made(x).shape == (2, 16)
-    with pytest.raises(GhostifyError, match="Identity as classifier cannot be made anew"):
+    with pytest.raises(GhostifyError, match="class Identity cannot be recreated"):
         made.reset_classifier(7)
     with pytest.raises(GhostifyError, match="pooling is fixed"):
         made.reset_classifier(7, "max")
