@@ -32,9 +32,9 @@ def inner_modules(norm: nn.Module) -> dict[str, nn.Module]:
 
 def gamma_beta(norm: BatchNorm) -> tuple[Tensor, Tensor]:
     """The learned factor and constant of each channel (n); one and zero where the norm has none."""
-    like = norm.running_var if norm.running_var is not None else torch.empty(norm.num_features)
-    gamma = torch.ones_like(like) if norm.weight is None else norm.weight.detach()
-    return gamma, torch.zeros_like(like) if norm.bias is None else norm.bias.detach()
+    reference = norm.running_var if norm.running_var is not None else torch.empty(norm.num_features)
+    gamma = torch.ones_like(reference) if norm.weight is None else norm.weight.detach()
+    return gamma, torch.zeros_like(reference) if norm.bias is None else norm.bias.detach()
 
 
 def batchnorm_affine(norm: BatchNorm, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:

@@ -69,10 +69,10 @@ class UntraceableError(Exception):
     """A forward cannot be traced; the message is the reason."""
 
 
-def trace_graph(root: nn.Module, given: Set[str]) -> fx.Graph:
+def trace_graph(root: nn.Module, input_names: Set[str]) -> fx.Graph:
     """The graph of a forward, in which every submodule that does not trace is a leaf.
 
-    Tracing restarts with each new leaf. `given` names the optional arguments that stay inputs; the others are fixed at
+    Tracing restarts with each new leaf. `input_names` are optional arguments that stay inputs; others are fixed at
     their defaults. A module that branches on its own mode and contains convolutions, or is `root`, is traced in its
     present mode. Raises `UntraceableError`.
     """
@@ -81,7 +81,7 @@ def trace_graph(root: nn.Module, given: Set[str]) -> fx.Graph:
     leaves: set[str] = set()
     fixed_mode_paths: set[str] = set()
     while True:
-        tracer = _Tracer(leaves, fixed_mode_paths, given)
+        tracer = _Tracer(leaves, fixed_mode_paths, input_names)
         try:
             with _restore_attributes(root), _trace_training_flag(root, tracer), record_methods(root) as mark_methods:
                 graph = tracer.trace(root)
@@ -92,7 +92,7 @@ def trace_graph(root: nn.Module, given: Set[str]) -> fx.Graph:
             for module in root.modules():
                 module._modules.pop("ghostify_mode", None)
             has_convs = any(isinstance(m, nn.Conv2d) for m in root.get_submodule(failed).modules())
-            if tracer.last_mode == failed and failed not in fixed_mode_paths and (has_convs or not failed):
+            if tracer.last_mode_path == failed and failed not in fixed_mode_paths and (has_convs or not failed):
                 fixed_mode_paths.add(failed)
             elif not failed:
                 raise UntraceableError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
@@ -118,10 +118,10 @@ def is_notrace(module: nn.Module) -> bool:
 class _Tracer(fx.Tracer):
     """An fx tracer that turns reads of `self.training` into nodes and does not enter `leaves`."""
 
-    def __init__(self, leaves: Set[str], fixed_mode_paths: set[str], given: Set[str]) -> None:
+    def __init__(self, leaves: Set[str], fixed_mode_paths: set[str], input_names: Set[str]) -> None:
         super().__init__(autowrap_functions=tuple(f for f in get_notrace_functions() if callable(f)))
-        self.leaves, self.fixed_mode_paths, self.given = leaves, fixed_mode_paths, given
-        self.last_mode: str | None = None
+        self.leaves, self.fixed_mode_paths, self.input_names = leaves, fixed_mode_paths, input_names
+        self.last_mode_path: str | None = None
         self.call_stack: list[str] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -147,11 +147,11 @@ class _Tracer(fx.Tracer):
 
     def _proxy_placeholder(self, name: str, concrete_args: Any, sig: Any, fn_for_analysis: Any) -> Any:
         proxy = super()._proxy_placeholder(name, concrete_args, sig, fn_for_analysis)
-        if name.startswith("*") and name.lstrip("*") not in self.given:
+        if name.startswith("*") and name.lstrip("*") not in self.input_names:
             self.create_proxy("call_function", check_no_extra_arguments, (proxy, name), {})
             return _EmptyKeywords() if name.startswith("**") else _EmptyArguments()
         parameter = sig.parameters.get(name)
-        if parameter is None or parameter.default is parameter.empty or name in self.given:
+        if parameter is None or parameter.default is parameter.empty or name in self.input_names:
             return proxy
         if not isinstance(parameter.default, bool | int | float | str | None):
             return proxy
@@ -160,7 +160,7 @@ class _Tracer(fx.Tracer):
 
     def read_training(self, path: str, module: nn.Module) -> fx.Proxy | bool:
         """A node that reads the module's mode; the mode itself, with a check of it in the graph, where it is fixed."""
-        self.last_mode = path
+        self.last_mode_path = path
         if "ghostify_mode" not in module._modules:
             module.ghostify_mode = TrainingFlag().train(module.__dict__["training"])
         mode = self.create_proxy("call_module", join_path(path, "ghostify_mode"), (), {})
@@ -182,7 +182,7 @@ def _restore_attributes(root: nn.Module) -> Iterator[None]:
     finally:
         for module, attributes in saved:
             for key, value in _attributes(module):
-                if key not in attributes and not isinstance(value, Tensor):  # torch.fx stores constants as tensors
+                if key not in attributes and not isinstance(value, Tensor):  # a constant of the graph
                     del module.__dict__[key]
             for key, (value, content) in attributes.items():
                 module.__dict__[key] = value
