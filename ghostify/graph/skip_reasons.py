@@ -1,4 +1,4 @@
-"""Reasons for which a traced convolution cannot be rewritten, as plans and reports state them."""
+"""Why a convolution cannot be rewritten at all: every reason that tracing gives, as "kind" or "kind: details"."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ DIFFERENT_SETTINGS = "one weight with different strides, paddings or biases"
 SHARED_WEIGHT = "weight shared with another module or call"
 HAS_HOOKS = "has hooks"
 
+# details of an unsupported class
 FAILS_ALONE = "its forward fails outside the model"
 NOT_ONE_CONVOLUTION = "its forward is not one convolution"
 TRANSFORMED_INPUT = "it transforms its input"
@@ -21,9 +22,9 @@ INPUT_DEPENDENT_WEIGHT = "its weight depends on its input"
 
 def unsupported_class(conv: nn.Conv2d, detail: str) -> str:
     """The reason for a subclass of `Conv2d` that is not equivalent to a standard convolution."""
-    return f"unsupported class {type(conv).__module__}.{type(conv).__name__}: {detail}"
+    return f"unsupported class: {type(conv).__module__}.{type(conv).__name__}, {detail}"
 
 
 def unsupported_dtype(dtype: torch.dtype) -> str:
     """The reason for a weight that is not real floating point."""
-    return f"weight is {dtype}"
+    return f"unsupported weight dtype: {dtype}"
