@@ -8,7 +8,7 @@ from torch.utils.data import TensorDataset
 
 from benchmarks.experiments import compare
 from benchmarks.lib import rivals
-from ghostify.cli.demo import ResidualNet
+from ghostify.cli.demo_network import ResidualNet
 from ghostify.data.training_data import TrainingData
 from ghostify.evaluation.metrics import predict
 from tests.nets import settle

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from benchmarks.lib import rivals
-from ghostify.cli.demo import ResidualNet
+from ghostify.cli.demo_network import ResidualNet
 from ghostify.evaluation.metrics import predict, relative_error
 from ghostify.planning.cost import count_macs
 from tests.nets import settle

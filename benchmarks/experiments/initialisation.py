@@ -34,7 +34,7 @@ from benchmarks.lib import networks
 from benchmarks.lib.catalogue import EPOCHS, SCHEDULE, initialisations
 from benchmarks.lib.tables import Row, options, publish, recorded
 from ghostify import Policy, Recipe, Rule, finetune, fit, plan, rewrite, trace
-from ghostify.cli.demo import train
+from ghostify.cli.demo_network import train
 from ghostify.data.datasets import LabelledImages
 from ghostify.data.training_data import TrainingData
 from ghostify.evaluation.metrics import predict, top1

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.lib.tables import Row, options, publish
 from ghostify import Policy, Rule, plan, trace
-from ghostify.cli.demo import ResidualNet
+from ghostify.cli.demo_network import ResidualNet
 from ghostify.planning.cost import count_parameters
 from ghostify.planning.planner import Plan
 

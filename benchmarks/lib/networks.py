@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.models import MobileNetV2, vgg16_bn
 
 from ghostify import GhostModule, rewrite
-from ghostify.cli.demo import ResidualNet, train
+from ghostify.cli.demo_network import ResidualNet, train
 from ghostify.data.datasets import LabelledImages, fashion_mnist
 from ghostify.evaluation.metrics import predict, top1
 from ghostify.fitting.initialization import untrained_weights
@@ -54,11 +54,11 @@ def trained(
         model.load_state_dict(load_file(path))
         return model.eval()
 
-    def progress(step: int, steps: int) -> None:
+    def on_progress(step: int, steps: int) -> None:
         if step % 100 == 0:
             print(f"  training {name}: step {step} of {steps}", file=sys.stderr, flush=True)
 
-    train(model, data.train, data.train_labels, epochs=epochs, seed=seed, progress=progress)
+    train(model, data.train, data.train_labels, epochs=epochs, seed=seed, on_progress=on_progress)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
     print(f"  {name}: {accuracy(model, data):.2f} % top-1", file=sys.stderr)
