@@ -85,5 +85,5 @@ def test_a_full_disk_is_told_in_one_line(monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(tempfile, "mkstemp", full)
-    with pytest.raises(GhostifyError, match=r"no room for the calibration's activations \(No space left"):
+    with pytest.raises(GhostifyError, match=r"writing the activations of the calibration failed \(No space left"):
         FileTensor(torch.zeros(4))

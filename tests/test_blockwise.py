@@ -128,7 +128,7 @@ def test_the_same_seed_gives_the_same_model_wherever_it_is_called(seeded, contex
     assert again[1].error_after < again[1].error_before
     for name, weights in first[0].weights.items():
         assert torch.equal(weights.primary_weight, again[0].weights[name].primary_weight)
-        assert torch.equal(weights.shift, again[0].weights[name].norm_shift)
+        assert torch.equal(weights.norm_shift, again[0].weights[name].norm_shift)
 
 
 def test_everything_works_in_inference_mode():
@@ -176,7 +176,7 @@ def test_batches_that_cannot_be_taken_apart_stay_whole():
 
 
 def test_a_step_too_wide_is_taken_back(monkeypatch):
-    monkeypatch.setattr("ghostify.reconstruction.blockwise.RATE", 1e4)
+    monkeypatch.setattr("ghostify.reconstruction.blockwise.LEARNING_RATE", 1e4)
     model, x = nets.settle(nets.Straight()), nets.images(16)
     plain, rebuilt = (ghostify(model, calibration=x, reconstruct=k) for k in (False, True))
     assert [b.steps for b in report(rebuilt).reconstruction.blocks] == [0]
@@ -203,7 +203,7 @@ def test_half_precision_is_trained_in_single():
 def test_it_refuses_without_images_or_with_none_to_judge_by():
     with pytest.raises(GhostifyError, match="reconstruct needs images: pass calibration"):
         ghostify(nets.settle(nets.Straight()), reconstruct=True)
-    with pytest.raises(GhostifyError, match="every 8th calibration image: pass at least 8"):
+    with pytest.raises(GhostifyError, match="holds out every 8th image"):
         ghostify(nets.settle(nets.Straight()), calibration=nets.images(4), reconstruct=True)
 
 

@@ -43,7 +43,7 @@ def test_labels_are_left_out():
 
 @pytest.mark.parametrize("bad", [torch.tensor(1.0), torch.zeros(0, 3, 8, 8), torch.zeros(2, 3, 0, 8)])
 def test_no_images(bad):
-    with pytest.raises(GhostifyError, match="calibration batch 0: holds no images"):
+    with pytest.raises(GhostifyError, match="calibration batch 0: has no images"):
         bind_calibration(module(), [bad])
 
 

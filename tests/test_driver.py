@@ -118,9 +118,9 @@ def test_forms_of_calibration(form):
 @pytest.mark.parametrize(
     ("batches", "message"),
     [
-        ([], "calibration yields no batches"),
-        ([torch.zeros(0, 3, 8, 8)], "calibration batch 0: holds no images"),
-        ([nets.images(2), torch.full((2, 3, 12, 12), float("nan"))], "calibration batch 1: holds NaN"),
+        ([], "calibration: yields no batches"),
+        ([torch.zeros(0, 3, 8, 8)], "calibration batch 0: has no images"),
+        ([nets.images(2), torch.full((2, 3, 12, 12), float("nan"))], "calibration batch 1: has NaN"),
         ([torch.full((2, 3, 12, 12), 3e38)], "calibration batch 0: .* not finite"),
     ],
 )
@@ -176,7 +176,7 @@ def test_no_layer_is_worse_than_data_free_on_held_out_images(images, size, seed,
 
 def test_thin_calibration_is_warned_of():
     model = nets.settle(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 9, 3, padding=1)))
-    with pytest.warns(UserWarning, match=r"calibration is thin: .* 1 of 1 layers \(the first: 2\).* the 4 images"):
+    with pytest.warns(UserWarning, match=r"fit overfits .*: in 1 of 1 layers \(first: 2\).* the 4 images"):
         ghostify(model, calibration=nets.images(4, 1))
 
 
@@ -226,7 +226,7 @@ def test_layers_with_many_maps_are_fitted_pair_by_pair(monkeypatch, bias):
     model, x = nets.settle(model), nets.images(32, 12)
     policy = Policy((Rule(),), keep_first=False)
     together = ghostify(model, policy=policy, calibration=x)
-    monkeypatch.setattr(ghost_fit, "FEATURES", 9 * 23)
+    monkeypatch.setattr(ghost_fit, "MAX_JOINT_FEATURES", 9 * 23)
     monkeypatch.setattr(ghost_fit, "MAX_COARSE_FEATURES", 9 * 12)
     apart, free = ghostify(model, policy=policy, calibration=x), ghostify(model, policy=policy)
     test = nets.images(16, 12, seed=9)

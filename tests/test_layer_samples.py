@@ -40,11 +40,11 @@ def test_moments_are_those_of_all_rows_and_every_eighth_image_is_held_out():
     rows, held = torch.cat([s.y for s in taken]).double(), torch.cat([s.holdout_rows for s in taken])
     assert samples.moments.fitted.count + samples.moments.holdout.count == len(rows)
     assert samples.moments.holdout.count == held.sum()
-    torch.testing.assert_close(samples.moments.both.mean_y, rows.mean(0))
+    torch.testing.assert_close(samples.moments.all_rows.mean_y, rows.mean(0))
 
 
 def test_values_that_are_not_finite_name_batch_and_layer():
-    with pytest.raises(GhostifyError, match=r"calibration batch 0: a\.0 sees values that are not finite"):
+    with pytest.raises(GhostifyError, match=r"calibration batch 0: a\.0 has values that are not finite"):
         sampled(nets.images(8), spoil=True)
 
 

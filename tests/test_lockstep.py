@@ -47,7 +47,7 @@ def test_both_sides_see_what_their_models_see(make, limit):
                 walk.converted.get_submodule(node.target).weight.mul_(1.1)
                 done.add(node.target)
         for side, module in enumerate((walk.original, walk.converted)):
-            for chunk in walk.chunks:
+            for chunk in walk.states:
                 running = Inputs(module, stops)
                 running.run(*chunk.batch.inputs.values, enable_io_processing=False)
                 assert set(running.found) == stops

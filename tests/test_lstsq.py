@@ -93,10 +93,10 @@ def test_errors_and_constants_are_those_of_the_prediction():
     targets = maps + 0.3 * maps.roll(1, 1) + 5
     stats, shifts, y = maps_statistics(maps, targets, 3)
     solution = lstsq.solve_ghosts(stats, GhostLayout(6, 3, Depthwise(3)), torch.eye(6, dtype=torch.float64))
-    channels = solution.groups.channels
+    channels = solution.assignment.channels
     prediction = torch.empty_like(y)
     prediction[:, channels[:3]] = shifts[:, 4] @ solution.intrinsic.T
-    seen = torch.einsum("pdb,jb->pjd", shifts, solution.intrinsic[solution.groups.sources[:, 0]])
+    seen = torch.einsum("pdb,jb->pjd", shifts, solution.intrinsic[solution.assignment.sources[:, 0]])
     prediction[:, channels[3:]] = (seen * solution.kernels[:, 0]).sum(2)
     constants = stats.mean_residuals(solution)
     torch.testing.assert_close((y - prediction).mean(0), constants)
@@ -151,7 +151,7 @@ def test_pointwise_ghosts_are_the_best_low_rank_by_the_metric():
     stats, shifts, y = maps_statistics(mixed, mixed, 1)
     metric = torch.cov(torch.randn(8, 3, dtype=torch.float64)) + 0.05 * torch.eye(8, dtype=torch.float64)
     solution = lstsq.solve_ghosts(stats, GhostLayout(8, 3, Pointwise()), metric)
-    channels = solution.groups.channels
+    channels = solution.assignment.channels
     prediction = torch.empty_like(y)
     prediction[:, channels[:3]] = shifts[:, 0] @ solution.intrinsic.T
     prediction[:, channels[3:]] = prediction[:, channels[:3]] @ solution.kernels[:, :, 0].T

@@ -51,7 +51,7 @@ def test_the_result_saves_loads_deploys_and_trains(tmp_path, squeeze):
 
 def test_narrow_layers_take_images():
     _, program, decided, _ = planned()
-    with pytest.raises(GhostifyError, match="is to be narrow, which takes images"):
+    with pytest.raises(GhostifyError, match="pruning needs calibration images"):
         fit(program, decided)
 
 
@@ -70,7 +70,7 @@ def test_channels_are_pruned_through_what_has_parameters_for_them(between):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), between(), nn.Conv2d(16, 8, 3))
     model, x = nets.settle(model), nets.images(32)
     made = ghostify(model, narrow=True, cheap="auto", budget={"macs": 0.5}, example_inputs=x[:1], calibration=x)
-    kept = {line.name: line for line in report(made).lines}["1"].outputs
+    kept = {line.name: line for line in report(made).layers}["1"].outputs
     assert kept < 16
     assert all(len(p) == kept for name, p in made.named_parameters() if name.startswith(("2.", "3.")))
     assert relative_error(predict(made, [x]), predict(model, [x])) < 0.3

@@ -35,7 +35,7 @@ def test_it_predicts_the_output_error_of_small_noise():
 def test_large_maps_are_felt_from_some_places(monkeypatch):
     model, x = nets.settle(nets.Straight()), nets.images(16, 16)
     whole = sensitivity(model, [x])["a.0"]
-    monkeypatch.setattr(module, "POSITIONS", 100)
+    monkeypatch.setattr(module, "MAX_POSITIONS", 100)
     some = sensitivity(model, [x])["a.0"]
     assert not torch.equal(some, whole)
     torch.testing.assert_close(some.trace(), whole.trace(), rtol=0.2, atol=0)

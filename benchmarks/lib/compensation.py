@@ -109,7 +109,7 @@ def _refit(layer: nn.Conv2d | nn.Linear, inputs: list[Tensor], wanted: list[Tens
         else:
             part.add(x, y)
     pair = SplitMoments(*parts)
-    both = pair.both
+    both = pair.all_rows
     filters = refit_filters(pair, prior.T, torch.ones(len(prior), dtype=torch.float64), free_mean=True)
     weight = unflatten_filters(filters.T, layer) if isinstance(layer, nn.Conv2d) else filters.T
     layer.weight.copy_(weight)
