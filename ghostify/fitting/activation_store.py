@@ -94,7 +94,7 @@ class ActivationStore:
     def _allocate(self, size: int) -> Any:
         """The start of the first free range that is large enough, or None; it is freed when nothing refers to it.
 
-        Tensors made of it refer to it, and so do their views.
+        Tensors created from it refer to it, and so do their views.
         """
         size = -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         for k, (start, end) in enumerate(self.free_ranges):

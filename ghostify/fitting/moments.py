@@ -70,12 +70,12 @@ class Moments(TargetSums):
 
     @property
     def uu(self) -> Tensor:
-        whole = self.upper.clone()
-        for a in range(0, len(whole), TILE_ROWS):
-            b = min(a + TILE_ROWS, len(whole))
-            whole[a:b, a:b] = whole[a:b, a:b].triu() + whole[a:b, a:b].triu(1).T
-            whole[b:, a:b] = whole[a:b, b:].T
-        return whole
+        full = self.upper.clone()
+        for a in range(0, len(full), TILE_ROWS):
+            b = min(a + TILE_ROWS, len(full))
+            full[a:b, a:b] = full[a:b, a:b].triu() + full[a:b, a:b].triu(1).T
+            full[b:, a:b] = full[a:b, b:].T
+        return full
 
     def projected(self, basis: Tensor) -> Moments:
         """Moments of the features that are `basis` (b x a) times these."""
