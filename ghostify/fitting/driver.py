@@ -18,11 +18,11 @@ from ghostify.fitting.bn_statistics import ChannelStats, input_channel_stats
 from ghostify.fitting.calibration import CalibrationBatches
 from ghostify.fitting.data_free import data_free_statistics
 from ghostify.fitting.depthwise_statistics import AssignedStatistics, PerMapStatistics
-from ghostify.fitting.ghost_fit import GhostFit, channel_weights, has_many_maps, to_ghost_weights
+from ghostify.fitting.ghost_fit import GhostFit, has_many_maps, to_ghost_weights
 from ghostify.fitting.lockstep import LockstepRun
 from ghostify.fitting.lstsq import DEFAULT_METHOD, FitMethod, JointStatistics
 from ghostify.fitting.pruned_fit import PrunedConvFit
-from ghostify.fitting.sensitivity import Calibration, Sensitivity, prepare_calibration
+from ghostify.fitting.sensitivity import Calibration, Sensitivity, channel_weights, prepare_calibration
 from ghostify.fitting.stage_timer import StageTimer
 from ghostify.fitting.subgraph_inputs import collect_subgraph_inputs
 from ghostify.graph.batchnorm import BatchNorm, batchnorm_at

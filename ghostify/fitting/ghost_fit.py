@@ -23,15 +23,15 @@ from ghostify.fitting.depthwise_statistics import (
 )
 from ghostify.fitting.ghost_statistics import GhostStatistics, Solution
 from ghostify.fitting.holdout import HoldoutSums
-from ghostify.fitting.layer_samples import LayerSamples, rows_for
+from ghostify.fitting.layer_samples import LayerSamples, inverse_norm_scale, rows_for
 from ghostify.fitting.linear_solvers import leading_vectors
 from ghostify.fitting.lockstep import BatchState, LockstepRun
 from ghostify.fitting.lstsq import DEFAULT_METHOD, FitMethod, JointStatistics
 from ghostify.fitting.moments import AssignedMoments, Moments, PerMapMoments
 from ghostify.fitting.patches import Crop
-from ghostify.fitting.sensitivity import error_metric
+from ghostify.fitting.sensitivity import channel_weights, error_metric
 from ghostify.fitting.stage_timer import StageTimer
-from ghostify.graph.batchnorm import BatchNorm, batchnorm_affine, batchnorm_at, gamma_beta
+from ghostify.graph.batchnorm import batchnorm_at
 from ghostify.graph.program import conv_module
 from ghostify.modules.ghost import GhostWeights
 from ghostify.modules.layout import Depthwise, GhostLayout, Grouped, Pointwise
@@ -43,8 +43,6 @@ MIN_CROP_ROWS = 6_000
 MAX_JOINT_FEATURES = 2304
 MAX_COARSE_FEATURES = 1152
 OVERFIT_TOLERANCE = 1.1
-MIN_RELATIVE_SCALE = 0.01
-MIN_RELATIVE_WEIGHT = 1e-6
 
 
 class GhostFit:
@@ -301,16 +299,6 @@ def has_many_maps(layout: GhostLayout) -> bool:
             assert_never(layout.form)
 
 
-def channel_weights(norm: BatchNorm | None, outputs: int) -> Tensor:
-    """Weights of the squared errors of the outputs (n): gamma^2 / sigma^2 of a following BatchNorm, else 1; also 1
-    where gamma is 0 in all channels."""
-    if norm is None or norm.running_var is None:
-        return torch.ones(outputs, dtype=torch.float64)
-    gamma, _ = gamma_beta(norm)
-    weight = 1 / (norm.running_var.double().cpu() + norm.eps) * gamma.double().cpu().square()
-    return weight.clamp_min(MIN_RELATIVE_WEIGHT * weight.mean()) if weight.any() else torch.ones_like(weight)
-
-
 def to_ghost_weights(conv: nn.Conv2d, entry: GhostRewrite, stats: GhostStatistics, solution: Solution) -> GhostWeights:
     """Filters, kernels and biases of a solution; constants go to the following norm where the layer has no bias."""
     coordinates, assignment, m = solution.intrinsic, solution.assignment, entry.layout.intrinsic
@@ -334,12 +322,3 @@ def to_ghost_weights(conv: nn.Conv2d, entry: GhostRewrite, stats: GhostStatistic
         norm_shift=shift,
         fit_error=relative_to_variance(stats.squared_errors(solution), stats.var),
     )
-
-
-def inverse_norm_scale(norm: BatchNorm | None, outputs: int) -> Tensor:
-    """sigma / gamma of the following norm (n); 0 for channels with a scale near 0, 1 without a norm."""
-    if norm is None or norm.running_var is None:
-        return torch.ones(outputs)
-    scale = batchnorm_affine(norm, norm.running_var.dtype)[0].cpu()
-    is_large = scale.abs() > MIN_RELATIVE_SCALE * scale.abs().max()
-    return torch.where(is_large, 1 / scale, 0).float()

@@ -13,12 +13,14 @@ from ghostify.fitting import patches
 from ghostify.fitting.calibration import HOLDOUT_EVERY, holdout_mask
 from ghostify.fitting.lockstep import BatchState, LockstepRun
 from ghostify.fitting.moments import SplitMoments
+from ghostify.graph.batchnorm import BatchNorm, batchnorm_affine
 from ghostify.numerics import derive_seed
 from ghostify.planning.planner import GhostRewrite, PruneRewrite
 
 MAX_ROWS = 40_000
 MIN_PATCH_ROWS = 14_000
 MAX_PRODUCTS = 34e9
+MIN_RELATIVE_SCALE = 0.01
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +99,15 @@ def regression_target(
         return output
     residual_error = (state.original[residual][:, kept] - state.converted[residual]).float().cpu()
     return torch.addcmul(output, residual_error, gain[kept, None, None])
+
+
+def inverse_norm_scale(norm: BatchNorm | None, outputs: int) -> Tensor:
+    """sigma / gamma of the following norm (n); 0 for channels with a scale near 0, 1 without a norm."""
+    if norm is None or norm.running_var is None:
+        return torch.ones(outputs)
+    scale = batchnorm_affine(norm, norm.running_var.dtype)[0].cpu()
+    is_large = scale.abs() > MIN_RELATIVE_SCALE * scale.abs().max()
+    return torch.where(is_large, 1 / scale, 0).float()
 
 
 def check_finite(rows: Sequence[Tensor], state: BatchState, name: str) -> None:

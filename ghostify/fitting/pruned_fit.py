@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import Tensor, fx
 
 from ghostify.fitting import patches
-from ghostify.fitting.ghost_fit import channel_weights, inverse_norm_scale
 from ghostify.fitting.holdout import HoldoutErrors, HoldoutSums
-from ghostify.fitting.layer_samples import LayerSamples
+from ghostify.fitting.layer_samples import LayerSamples, inverse_norm_scale
 from ghostify.fitting.lockstep import BatchState, LockstepRun
 from ghostify.fitting.lstsq import DEFAULT_METHOD, FitMethod
+from ghostify.fitting.sensitivity import channel_weights
 from ghostify.fitting.stage_timer import StageTimer
 from ghostify.graph.batchnorm import batchnorm_at
 from ghostify.graph.program import conv_module

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from ghostify.fitting import patches
 from ghostify.fitting.calibration import CalibrationBatches, bind_calibration, count_images, split
 from ghostify.fitting.distributed import all_reduce_sum
+from ghostify.graph.batchnorm import BatchNorm, gamma_beta
 from ghostify.graph.inputs import CallInputs, call_model, tensor_leaves
 from ghostify.graph.observation import intercept_convs
 from ghostify.graph.program import Program
@@ -29,6 +30,7 @@ IMAGES_PER_PASS = 8
 MAX_POSITIONS = 256
 OFF_DIAGONAL_SHRINKAGE = 0.1
 MIN_RELATIVE_DIAGONAL = 1e-3
+MIN_RELATIVE_WEIGHT = 1e-6
 
 Sensitivity = dict[str, Tensor]
 
@@ -118,6 +120,16 @@ def error_metric(sensitivity: Tensor) -> Tensor:
     floored = diagonal.clamp_min(MIN_RELATIVE_DIAGONAL * diagonal.mean() + torch.finfo(torch.float32).tiny)
     factor = 1 - OFF_DIAGONAL_SHRINKAGE
     return factor * sensitivity + torch.diag(floored - factor * diagonal)
+
+
+def channel_weights(norm: BatchNorm | None, outputs: int) -> Tensor:
+    """Weights of the squared errors of the outputs (n): gamma^2 / sigma^2 of a following BatchNorm, else 1; also 1
+    where gamma is 0 in all channels."""
+    if norm is None or norm.running_var is None:
+        return torch.ones(outputs, dtype=torch.float64)
+    gamma, _ = gamma_beta(norm)
+    weight = 1 / (norm.running_var.double().cpu() + norm.eps) * gamma.double().cpu().square()
+    return weight.clamp_min(MIN_RELATIVE_WEIGHT * weight.mean()) if weight.any() else torch.ones_like(weight)
 
 
 def _channel_products(gradient: Tensor, seed: int) -> Tensor:
