@@ -10,7 +10,9 @@ import tempfile
 import weakref
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ghostify.errors import GhostifyError
@@ -70,7 +72,7 @@ class ActivationStore:
     """
 
     def __init__(self, limit: int) -> None:
-        self.memory = torch.empty(limit, dtype=torch.uint8).numpy()
+        self.memory: NDArray[np.uint8] = torch.empty(limit, dtype=torch.uint8).numpy()
         self.free_ranges = [(0, limit)]
 
     def put(self, value: Any, *, movable: bool = True) -> Any:
@@ -91,7 +93,7 @@ class ActivationStore:
         offset = tensor.data_ptr() - self.memory.ctypes.data
         return tensor.device.type == "cpu" and 0 <= offset < len(self.memory)
 
-    def _allocate(self, size: int) -> Any:
+    def _allocate(self, size: int) -> NDArray[np.uint8] | None:
         """The start of the first free range that is large enough, or None; it is freed when nothing refers to it.
 
         Tensors created from it refer to it, and so do their views.

@@ -184,7 +184,7 @@ class _FitRun:
         }
 
 
-def _is_inside(path: str, target: Any) -> bool:
+def _is_inside(path: str, target: object) -> bool:
     """Whether a path is a node's target or inside it."""
     return f"{path}.".startswith(f"{target}.")
 

@@ -156,7 +156,9 @@ class _TrainedLayer:
             if conv.bias is not None:
                 self.learning_rates.append((conv.bias, LEARNING_RATE * size * math.sqrt(conv.weight[0].numel())))
         if self.shift is not None:
-            norm: Any = batchnorm_at(module, entry.norm)
+            norm = batchnorm_at(module, entry.norm)
+            assert norm is not None
+            assert norm.running_var is not None
             self.learning_rates.append((self.shift, LEARNING_RATE * float(norm.running_var.float().mean().sqrt())))
             ghost.register_forward_hook(lambda _, inputs, output: output + self.shift[:, None, None])  # noqa: ARG005
             if ghost.activation is not None:
