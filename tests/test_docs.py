@@ -74,7 +74,7 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
-@pytest.mark.filterwarnings("ignore:calibration is thin")
+@pytest.mark.filterwarnings("ignore:fit overfits the calibration images")
 def test_blocks_run(page, folder):
     names = {"__name__": "block"}
     for kind, text, line in blocks(page):
