@@ -61,7 +61,7 @@ def test_a_written_file_has_the_modules_outputs(name, tmp_path):
 
 @SLOW_ONES_MARKED
 @pytest.mark.parametrize("make", [nets.Residual, lambda: nets.conv_norm(3, 8)], ids=["model", "layer"])
-def test_so_has_a_file_for_timing_on_inputs_of_its_size(name, make, tmp_path):
+def test_a_file_for_timing_has_the_modules_outputs_on_inputs_of_its_size(name, make, tmp_path):
     runtime, x = runtime_or_skip(name), nets.images(2)
     deployed = deploy(nets.settle(make()), x)
     run = runtime.load(runtime.write_for_timing(deployed, (x,), tmp_path), 1, True)
