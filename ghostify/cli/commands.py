@@ -57,8 +57,7 @@ from ghostify.io import checkpoint
 from ghostify.planning import cost
 from ghostify.planning.planner import plan as make_plan
 from ghostify.reporting.builder import write_report
-from ghostify.reporting.redundancy import study_layer, write_pictures
-from ghostify.reporting.redundancy import table as study_table
+from ghostify.reporting.redundancy import study_layer, study_table, write_pictures
 from ghostify.runtimes.registry import RUNTIMES
 from ghostify.search.budget import plan_for_budget
 from ghostify.search.pareto import POINTS, Evaluate, frontier_table, read_frontier, write_frontier
@@ -355,7 +354,7 @@ def study_command(
         print(text)
         return
     Console().print(study_table(found))
-    median = facts["ghosts relative, median"]
+    median = facts["ghost_error_median"]
     print_line(f"as a ghost module at ratio 2: ghosts' relative error {median:.3f} (median)")
     print_line(f"{output}: study.json, pairs.png, ghosts.png")
 

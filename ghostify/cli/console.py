@@ -14,7 +14,8 @@ from rich.text import Text
 
 from ghostify.fitting.driver import ProgressCallback as Told
 from ghostify.reporting.analysis import layer_costs
-from ghostify.summary import Report, table
+from ghostify.reporting.table import report_table
+from ghostify.summary import Report
 
 COSTLIEST = 3
 
@@ -41,10 +42,12 @@ def show_report(found: Report, title: str, as_json: bool) -> None:
     if as_json:
         print(json.dumps(found.to_dict(), indent=1))
         return
-    Console().print(table(found, title))
+    Console().print(report_table(found, title))
     print_line(f"{found.rewritten} convolutions rewritten, {len(found.layers) - found.rewritten} left as they are")
     worst = [
-        f"{c.line.name} {c.error_share:.0%}" for c in layer_costs(found)[:COSTLIEST] if c.line.output_error is not None
+        f"{c.layer.name} {c.error_share:.0%}"
+        for c in layer_costs(found)[:COSTLIEST]
+        if c.layer.output_error is not None
     ]
     if worst:
         print_line(f"of the error to expect in the outputs, most from {', '.join(worst)}")
