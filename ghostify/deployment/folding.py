@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
@@ -67,7 +67,7 @@ def fold_norms(module: fx.GraphModule, dense: set[str]) -> dict[fx.Node, Tensor]
     return orders
 
 
-def can_be_dense(module: nn.Module) -> bool:
+def can_be_dense(module: nn.Module) -> TypeGuard[GhostModule]:
     """Whether a module is a ghost module whose ghosts are pixelwise combinations of all intrinsic maps."""
     if not isinstance(module, GhostModule) or module.activation is not None:
         return False

@@ -45,11 +45,11 @@ def deploy(model: nn.Module, example_inputs: Any) -> nn.Module:
     deployed = _traced_copy(model, example_inputs)
     metadata = copy.copy(model.__dict__.get("meta", {}))
     with eval_mode(deployed):
-        paths = [path for path, module in deployed.named_modules() if isinstance(module, fx.GraphModule)]
-        for path in reversed(paths):
-            inputs = _subgraph_inputs(deployed, path, example_inputs)
+        subgraphs = {path: m for path, m in deployed.named_modules() if isinstance(m, fx.GraphModule)}
+        for path, subgraph in reversed(subgraphs.items()):
+            inputs = _subgraph_inputs(deployed, path, subgraph, example_inputs)
             if inputs is not None:
-                _deploy_subgraph(deployed.get_submodule(path), inputs)  # type: ignore[arg-type]
+                _deploy_subgraph(subgraph, inputs)
     deployed = deployed.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     deployed.__dict__["meta"] = metadata
     _check_outputs(expected, deployed, example_inputs)
@@ -78,7 +78,7 @@ def _folded_orders(subgraph: fx.GraphModule, dense: set[str], inputs: Placeholde
 def _to_be_dense(subgraph: fx.GraphModule, inputs: PlaceholderValues) -> set[str]:
     """Paths of the ghost modules that become two dense convolutions: those with few intrinsic maps, and those whose
     output would be reordered, since the second convolution then costs less than the copy."""
-    intrinsic_counts: dict[str, Any] = {
+    intrinsic_counts = {
         path: module.primary_conv.out_channels for path, module in subgraph.named_modules() if can_be_dense(module)
     }
     if not intrinsic_counts:
@@ -93,11 +93,12 @@ def _to_be_dense(subgraph: fx.GraphModule, inputs: PlaceholderValues) -> set[str
     }
 
 
-def _subgraph_inputs(deployed: nn.Module, path: str, example: Any) -> PlaceholderValues | None:
+def _subgraph_inputs(
+    deployed: nn.Module, path: str, subgraph: fx.GraphModule, example: Any
+) -> PlaceholderValues | None:
     """The inputs of the subgraph at `path` when the example inputs run; None if it is not called."""
-    if not path and isinstance(deployed, fx.GraphModule):
-        return bind_inputs(deployed, *as_arguments(example))
-    subgraph: Any = deployed.get_submodule(path)
+    if not path:
+        return bind_inputs(subgraph, *as_arguments(example))
     calls = record_calls(subgraph, deployed, path, bind_example(deployed, example))
     return calls[0] if calls else None
 
