@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ghostify.errors import GhostifyError
 from ghostify.fitting.driver import FitResult
@@ -22,15 +21,16 @@ REPORT_KEY = "ghostify"
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One convolution. MACs are for the example inputs where `output_size` (H, W) is known, else for one position.
+    """One convolution; MACs are for the example inputs where `output_size` (H, W) is known, else for one position.
 
-    `fit_error` and `holdout_error` are relative reconstruction errors, averaged over channels, on the calibration
-    images and on those of them held out; `output_error` is the relative squared error of the model's outputs to expect
-    from the latter. `channels` names the original's channels in the order that the ghost module makes them, intrinsic
-    ones first. `reorders_output` says that the layer's output is put in order by an index, `activated` that its ghosts
-    read activated maps. Where maps are left out, `kept_out_count` counts the outputs and `kept_in_count` the inputs
-    that are left. A convolution that keeps its form with fewer maps has as many intrinsic ones as it makes, and a
-    `width` of 0: no `form`.
+    `fit_error` and `holdout_error` are relative reconstruction errors, averaged over channels, on the fitted
+    calibration images and on the holdout; `output_error` is the relative squared error of the model's outputs that the
+    holdout error predicts. `channels` are the original's channel indices in the order of the ghost module, intrinsic
+    ones first.
+    `reorders_output` says that a gather restores the channel order of the output, `activated` that the ghosts read
+    activated maps. Where channels are pruned, `kept_out_count` and `kept_in_count` count the kept outputs and inputs. A
+    convolution that is pruned only, or skipped, has no `form`: its `width` and `dw_size` are 0, and `intrinsic` is the
+    number of its outputs.
     """
 
     name: str
@@ -56,7 +56,7 @@ class LayerReport:
 
     @property
     def form(self) -> GhostForm | None:
-        """The form of its ghosts; None where it has none, which `width` and `dw_size` store as 0."""
+        """The form of its ghosts; None without ghosts, which `width` and `dw_size` store as 0."""
         return form_of(self.intrinsic, self.width, self.dw_size) if self.width else None
 
     @property
@@ -66,21 +66,21 @@ class LayerReport:
 
     @property
     def is_pruned(self) -> bool:
-        """Whether it keeps its form, with fewer maps."""
+        """Whether it is pruned and has no ghosts."""
         return self.kept_in_count is not None and self.form is None
 
     @property
     def outputs(self) -> int:
-        """The maps that it makes, intrinsic ones and ghosts."""
+        """The number of its output maps, intrinsic ones and ghosts."""
         return self.weight_shape[0] if self.kept_out_count is None else self.kept_out_count
 
 
 @dataclass(frozen=True)
 class Report:
-    """All convolutions in order of use, whole-model MACs where known, images used, seconds of each part, and blocks.
+    """All convolutions in order of first use, the model's MACs where known, calibration images and seconds by stage.
 
-    `missing_attributes` names methods and attributes of the original that the result has not. Errors of lines are those
-    of the closed-form fit, before any reconstruction. `notes` are those of the plan.
+    Errors of layers are those of the closed-form fit, before any `reconstruction`. `missing_attributes` names methods
+    and attributes of the original that the result lacks. `notes` are those of the plan.
     """
 
     layers: tuple[LayerReport, ...]
@@ -94,39 +94,42 @@ class Report:
 
     @property
     def rewritten(self) -> int:
-        return sum(line.skip_reason is None for line in self.layers)
+        """The number of convolutions that became ghost modules or were pruned."""
+        return sum(layer.skip_reason is None for layer in self.layers)
 
     @property
     def fit_time(self) -> str:
-        """How long the fit took, and on what."""
+        """The duration of the fit, with the share of each stage."""
         total = sum(self.seconds.values())
-        shares = ", ".join(f"{name} {spent / total:.0%}" for name, spent in self.seconds.items() if spent)
+        shares = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in self.seconds.items() if seconds)
         return f"{total:.0f} s ({shares})" if total else "0 s"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists, dicts, numbers and strings; channels as one string a line."""
-        data = dataclasses.asdict(self)
-        for line in data["layers"]:
-            line["channels"] = " ".join(map(str, line["channels"]))
+        """The report as JSON data; the channels of each layer as one string."""
+        data = asdict(self)
+        for layer in data["layers"]:
+            layer["channels"] = " ".join(map(str, layer["channels"]))
         return data
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Report:
         """The inverse of `to_dict`, also after JSON has made lists of tuples."""
-        lines = []
+        layers = []
         for item in data["layers"]:
             shape = {k: None if item[k] is None else tuple(item[k]) for k in ("weight_shape", "output_size")}
             channels = tuple(map(int, item.get("channels", "").split()))
-            lines.append(LayerReport(**{**item, **shape, "channels": channels}))
+            layers.append(LayerReport(**{**item, **shape, "channels": channels}))
         counts = {k: data[k] for k in ("macs_before", "macs_after", "images", "seconds")}
-        done = data.get("reconstruction")
-        if done is not None:
-            blocks = tuple(BlockResult(**{**item, "layers": tuple(item["layers"])}) for item in done["blocks"])
-            done = Reconstruction(**{**done, "blocks": blocks})
+        reconstruction = data.get("reconstruction")
+        if reconstruction is not None:
+            blocks = tuple(
+                BlockResult(**{**item, "layers": tuple(item["layers"])}) for item in reconstruction["blocks"]
+            )
+            reconstruction = Reconstruction(**{**reconstruction, "blocks": blocks})
         return cls(
-            tuple(lines),
+            tuple(layers),
             **counts,
-            reconstruction=done,
+            reconstruction=reconstruction,
             missing_attributes=tuple(data.get("missing_attributes", ())),
             notes=tuple(data.get("notes", ())),
         )
@@ -134,9 +137,9 @@ class Report:
 
 @dataclass(frozen=True)
 class ConversionInfo:
-    """What is kept with a converted model beside its layers: its report, and which model the original was.
+    """The report of a converted model, and the source of its original.
 
-    `source` is as in the saved folder: `name`, `arguments` and `input_size`, or whatever the caller of `save` gave.
+    `source` is as in the saved folder: `name`, `arguments` and `input_size`, or other data that `save` was given.
     """
 
     report: Report
@@ -144,94 +147,108 @@ class ConversionInfo:
 
 
 def report(module: nn.Module) -> Report:
-    """The report of a model that `ghostify` made or `load` read; raises `GhostifyError` for any other."""
+    """The report of a model that `ghostify` or `load` returned; raises `GhostifyError` for any other."""
     return conversion_info(module).report
 
 
 def conversion_info(module: nn.Module) -> ConversionInfo:
-    """What is kept with a model that `ghostify` made or `load` read; raises `GhostifyError` for any other."""
+    """The report and source of a model that `ghostify` or `load` returned; raises `GhostifyError` for any other."""
     info = module.__dict__.get("meta", {}).get(REPORT_KEY)
     if not isinstance(info, ConversionInfo):
-        raise GhostifyError(f"{type(module).__name__} carries no report: pass what ghostify() or load() returned")
+        raise GhostifyError(f"{type(module).__name__}: has no report. Pass a model that ghostify() or load() returned.")
     return info
 
 
-def attach_report(module: nn.Module, made: Report, source: dict[str, Any] | None = None) -> nn.Module:
-    """The module, carrying its report and source where torch.fx keeps what copies and pickles take along."""
-    module.__dict__.setdefault("meta", {})[REPORT_KEY] = ConversionInfo(made, source)
+def attach_report(module: nn.Module, report: Report, source: dict[str, Any] | None = None) -> nn.Module:
+    """The module, with its report and source in `meta`, which torch.fx includes in copies and pickles."""
+    module.__dict__.setdefault("meta", {})[REPORT_KEY] = ConversionInfo(report, source)
     return module
 
 
 def build_report(
-    plan: Plan, fits: FitResult | None = None, reconstruction: Reconstruction | None = None, lost: tuple[str, ...] = ()
+    plan: Plan,
+    fits: FitResult | None = None,
+    reconstruction: Reconstruction | None = None,
+    missing_attributes: tuple[str, ...] = (),
 ) -> Report:
-    """The report of a plan, with the errors of its fits, and of its blocks, where they are done."""
-    lines = tuple(_line(entry, fits) for entry in plan.entries)
+    """The report of a plan, with the errors of its fits and of its reconstruction where there are any."""
+    layers = tuple(_layer_report(entry, fits) for entry in plan.entries)
     images, seconds = (0, {}) if fits is None else (fits.images, fits.seconds)
-    return Report(lines, plan.macs_before, plan.macs_after, images, seconds, reconstruction, lost, plan.notes)
-
-
-def _line(entry: GhostRewrite | PruneRewrite | Skip, fits: FitResult | None) -> LayerReport:
-    conv = entry.conv
-    places = cost.total_positions(conv.calls)
-    before, bias = cost.conv_macs(conv), conv.outputs * conv.bias
-    common: dict[str, Any] = {
-        "name": conv.name,
-        "conv_class": conv.conv_class,
-        "weight_shape": (conv.outputs, conv.inputs // conv.groups, *conv.kernel),
-        "output_size": _size(conv),
-        "macs_before": before * (places or 1),
-        "params_before": before + bias,
-    }
-    if isinstance(entry, Skip):
-        same = {"macs_after": common["macs_before"], "params_after": common["params_before"]}
-        return LayerReport(
-            **common,
-            **same,
-            skip_reason=entry.reason,
-            intrinsic=conv.outputs,
-            width=0,
-            dw_size=0,
-            reorders_output=False,
-        )
-    fitted = None if fits is None else fits.weights.get(conv.name)
-    left = conv if entry.kept_channels is None else conv_after_pruning(conv, entry.kept_channels)
-    if entry.kept_channels is not None:
-        common |= {"kept_out_count": left.outputs, "kept_in_count": left.inputs}
-    common |= {
-        "skip_reason": None,
-        "macs_after": entry.macs_after * (places or 1),
-        "params_after": entry.macs_after + left.outputs * conv.bias,
-        "fit_error": _mean(None if fitted is None else fitted.fit_error),
-        "holdout_error": _mean(None if fitted is None else fitted.holdout_error),
-        "output_error": None if fitted is None else fitted.output_error,
-    }
-    if isinstance(entry, PruneRewrite):
-        return LayerReport(**common, intrinsic=left.outputs, width=0, dw_size=0, reorders_output=False)
-    weights = None if fits is None else fits.ghost(conv.name)
-    ordered = weights is not None and bool((weights.channels.diff() == 1).all())
-    stored = entry.layout.to_dict()
-    return LayerReport(
-        **common,
-        intrinsic=stored["intrinsic"],
-        width=stored["width"],
-        dw_size=stored["dw_size"],
-        reorders_output=entry.permutation_target is None and not ordered,
-        activated=weights is not None and weights.activated,
-        channels=() if weights is None else _originals(entry, weights.channels.tolist()),
+    return Report(
+        layers, plan.macs_before, plan.macs_after, images, seconds, reconstruction, missing_attributes, plan.notes
     )
 
 
-def _originals(entry: GhostRewrite, channels: list[int]) -> tuple[int, ...]:
-    """The original's channels, from their places among those that are left."""
-    keeps = None if entry.kept_channels is None else entry.kept_channels.kept_out
-    return tuple(channels) if keeps is None else tuple(keeps[k] for k in channels)
+def _layer_report(entry: GhostRewrite | PruneRewrite | Skip, fits: FitResult | None) -> LayerReport:
+    conv = entry.conv
+    positions = cost.total_positions(conv.calls) or 1
+    macs_per_position, bias_count = cost.conv_macs(conv), conv.outputs * conv.bias
+    macs_before, params_before = macs_per_position * positions, macs_per_position + bias_count
+    unchanged = LayerReport(
+        name=conv.name,
+        conv_class=conv.conv_class,
+        weight_shape=(conv.outputs, conv.inputs // conv.groups, *conv.kernel),
+        output_size=_output_size(conv),
+        skip_reason=None,
+        intrinsic=conv.outputs,
+        width=0,
+        dw_size=0,
+        reorders_output=False,
+        macs_before=macs_before,
+        macs_after=macs_before,
+        params_before=params_before,
+        params_after=params_before,
+    )
+    if isinstance(entry, Skip):
+        return replace(unchanged, skip_reason=entry.reason)
+    changed = _with_costs_and_errors(unchanged, entry, positions, fits)
+    return changed if isinstance(entry, PruneRewrite) else _with_ghosts(changed, entry, fits)
 
 
-def _size(conv: Convolution) -> tuple[int, int] | None:
+def _with_costs_and_errors(
+    layer: LayerReport, entry: GhostRewrite | PruneRewrite, positions: int, fits: FitResult | None
+) -> LayerReport:
+    conv, kept = entry.conv, entry.kept_channels
+    pruned = conv if kept is None else conv_after_pruning(conv, kept)
+    weights = None if fits is None else fits.weights.get(conv.name)
+    return replace(
+        layer,
+        intrinsic=pruned.outputs,
+        macs_after=entry.macs_after * positions,
+        params_after=entry.macs_after + pruned.outputs * conv.bias,
+        fit_error=None if weights is None else _mean(weights.fit_error),
+        holdout_error=None if weights is None else _mean(weights.holdout_error),
+        output_error=None if weights is None else weights.output_error,
+        kept_out_count=None if kept is None else pruned.outputs,
+        kept_in_count=None if kept is None else pruned.inputs,
+    )
+
+
+def _with_ghosts(layer: LayerReport, entry: GhostRewrite, fits: FitResult | None) -> LayerReport:
+    weights = None if fits is None else fits.ghost(entry.conv.name)
+    in_order = weights is not None and bool((weights.channels.diff() == 1).all())
+    layout = entry.layout.to_dict()
+    return replace(
+        layer,
+        intrinsic=layout["intrinsic"],
+        width=layout["width"],
+        dw_size=layout["dw_size"],
+        reorders_output=entry.permutation_target is None and not in_order,
+        activated=weights is not None and weights.activated,
+        channels=() if weights is None else _original_channels(entry, weights.channels.tolist()),
+    )
+
+
+def _original_channels(entry: GhostRewrite, channels: list[int]) -> tuple[int, ...]:
+    """The original's channel indices of `channels`, which count the kept ones."""
+    kept_out = None if entry.kept_channels is None else entry.kept_channels.kept_out
+    return tuple(channels) if kept_out is None else tuple(kept_out[k] for k in channels)
+
+
+def _output_size(conv: Convolution) -> tuple[int, int] | None:
     shape = conv.calls[0].output_shape if conv.calls else None
     return None if shape is None else (shape[-2], shape[-1])
 
 
-def _mean(values: Any) -> float | None:
+def _mean(values: Tensor | None) -> float | None:
     return None if values is None else float(values.mean())

@@ -63,7 +63,7 @@ def test_promise_3_errors_say_what_and_what_to_do(wish, message):
 
 
 def test_promise_3_a_model_without_a_report_says_so():
-    with pytest.raises(GhostifyError, match="carries no report"):
+    with pytest.raises(GhostifyError, match="has no report"):
         report(fx.symbolic_trace(nets.settle(nets.Straight())))
 
 

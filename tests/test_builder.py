@@ -150,6 +150,6 @@ def test_layers_that_cannot_be_shown_are_named(tmp_path):
         write_report(converted, file, layers=["a.0"])
     with pytest.raises(GhostifyError, match=r"nothing: not a convolution of the report. Choose one of stem\.0"):
         write_report(converted, file, original=model, images=[x], layers=["nothing"], runtime=None)
-    with pytest.raises(GhostifyError, match="carries no report"):
+    with pytest.raises(GhostifyError, match="has no report"):
         write_report(torch.nn.Conv2d(1, 1, 1), file)
     assert not file.exists()

@@ -190,6 +190,6 @@ def test_checkpoints_of_other_keys_or_shapes_are_refused(tmp_path):
 
 
 def test_only_converted_models_are_saved(tmp_path):
-    with pytest.raises(GhostifyError, match="carries no report"):
+    with pytest.raises(GhostifyError, match="has no report"):
         save(fx.symbolic_trace(nets.settle(nets.Straight())), tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -34,5 +34,5 @@ def test_copies_and_pickles_keep_the_report_and_the_source():
     info = ConversionInfo(report(model), {"name": "timm:x"})
     assert conversion_info(copy.deepcopy(model)) == info
     assert pickle.loads(pickle.dumps(conversion_info(model))) == info
-    with pytest.raises(GhostifyError, match="Conv2d carries no report"):
+    with pytest.raises(GhostifyError, match="Conv2d: has no report"):
         report(torch.nn.Conv2d(1, 1, 1))

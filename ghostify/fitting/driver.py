@@ -175,9 +175,7 @@ class _FitRun:
         modules |= {e.conv.local_path for e in changes if e.kept_channels}
         tensors = [name for e in changes if e.kept_channels for name, _ in e.kept_channels.tensors]
         paths = {e.conv.subgraph_path for e in self.plan.changes}
-        inner_paths = [
-            p.removeprefix(f"{path}.") for p in {e.conv.subgraph_path for e in self.plan.changes} if p != path
-        ]
+        inner_paths = [p.removeprefix(f"{path}.") for p in paths if p != path]
         return {
             n.name
             for n in self.program.subgraphs[path].graph.nodes
