@@ -7,8 +7,9 @@ from torch.utils.data import TensorDataset
 from ghostify import GhostifyError, finetune, ghostify, load, save, trace, write_report
 from ghostify.data.training_data import TrainingData
 from ghostify.deployment.inference_form import deploy
-from ghostify.evaluation.metrics import interleaved_latency_ms, predict, relative_error
+from ghostify.evaluation.metrics import predict, relative_error
 from ghostify.reporting.redundancy import study_layer
+from ghostify.timing.interleaved import interleaved_latency_ms
 from ghostify.training.losses import distillation_loss
 from ghostify.training.trainer import Recipe
 from tests import nets
@@ -122,12 +123,12 @@ def test_what_is_shown(tmp_path):
     file = write_report(
         made, tmp_path / "r.html", original=model, example_inputs=images[0], images=images, labels=labels
     )
-    assert "same answers on 64 images" in file.read_text()
+    assert "agreement on 64 images" in file.read_text()
 
 
 def test_a_study():
     found = study_layer(trace(on_gpu(lambda: nets.Straight(16)), X[:2].cuda()), "a.0", [X.cuda()])
-    assert {v.device.type for v in (found.maps, found.ghosted, found.errors)} == {"cpu"}
+    assert {v.device.type for v in (found.maps, found.ghost_maps, found.errors)} == {"cpu"}
     assert 0 < found.errors.median() < 1
 
 

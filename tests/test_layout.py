@@ -21,7 +21,7 @@ from ghostify.modules.layout import (
     round_up_width,
 )
 from ghostify.planning import cost
-from ghostify.reporting.charts import outcome_of
+from ghostify.reporting.outcome import outcome_of
 from ghostify.search.candidates import _LossEstimator
 from ghostify.summary import LayerReport
 
@@ -199,9 +199,9 @@ def test_the_solver_refuses_a_form_that_it_does_not_handle(monkeypatch):
 def test_pruned_and_skipped_layers_have_no_form():
     assert LINE.layout == GhostLayout(8, 4, Depthwise(3))
     assert not LINE.is_pruned
-    pruned = replace(LINE, width=0, dw_size=0, intrinsic=5, makes=5, reads=3)
+    pruned = replace(LINE, width=0, dw_size=0, intrinsic=5, kept_out_count=5, kept_in_count=3)
     assert (pruned.form, pruned.layout, pruned.is_pruned) == (None, None, True)
-    skipped = replace(LINE, width=0, dw_size=0, intrinsic=8, reason="no rule targets it")
+    skipped = replace(LINE, width=0, dw_size=0, intrinsic=8, skip_reason="no rule targets it")
     assert (skipped.form, skipped.is_pruned) == (None, False)
-    assert [outcome_of(x) for x in (LINE, pruned, skipped)] == ["depthwise ghosts", "fewer maps", "left as it is"]
+    assert [outcome_of(x) for x in (LINE, pruned, skipped)] == ["depthwise ghosts", "pruned", "skipped"]
     assert outcome_of(replace(LINE, width=2)) == outcome_of(replace(LINE, width=4, dw_size=1)) == "wider ghosts"

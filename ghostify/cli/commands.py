@@ -29,10 +29,10 @@ from ghostify.cli.options import (
     DwSize,
     Folder,
     Format,
+    FormerPrune,
     Ignore,
     Images,
     Model,
-    Narrow,
     Original,
     PolicyFile,
     Prune,
@@ -56,8 +56,7 @@ from ghostify.graph.tracing import trace
 from ghostify.io.checkpoint import load, save
 from ghostify.planning.planner import plan
 from ghostify.reporting.builder import write_report
-from ghostify.reporting.redundancy import study_layer, write_pictures
-from ghostify.reporting.redundancy import table as study_table
+from ghostify.reporting.redundancy import study_layer, study_table, write_pictures
 from ghostify.runtimes.registry import RUNTIMES
 from ghostify.search.budget import plan_for_budget
 from ghostify.search.pareto import POINTS, frontier_table, read_frontier, write_frontier
@@ -88,7 +87,7 @@ def plan_command(
     cheap: Cheap = "depthwise",
     activated: Activated = False,
     prune: Prune = False,
-    narrow: Narrow = False,
+    former_prune: FormerPrune = False,
     target: Targets = None,
     ignore: Ignore = None,
     policy: PolicyFile = None,
@@ -119,7 +118,7 @@ def plan_command(
     """
     network, prepared = build_model(model_source(model, arg), checkpoint, parse_size(input_size))
     program = trace(network, blank_input(prepared.size))
-    rules = parse_policy(policy, ratio, dw_size, cheap, activated, prune or narrow, target, ignore)
+    rules = parse_policy(policy, ratio, dw_size, cheap, activated, prune or former_prune, target, ignore)
     limits = parse_budget(budget)
     batches = None if calibration is None else read_data(calibration, prepared, limit=images, batch=batch).batches
     title = f"{model} at {format_shape(prepared.size)}"
@@ -149,7 +148,7 @@ def convert_command(
     cheap: Cheap = "depthwise",
     activated: Activated = False,
     prune: Prune = False,
-    narrow: Narrow = False,
+    former_prune: FormerPrune = False,
     target: Targets = None,
     ignore: Ignore = None,
     policy: PolicyFile = None,
@@ -174,7 +173,7 @@ def convert_command(
     --budget macs=0.5 --output out/
     """
     source = model_source(model, arg)
-    rules = parse_policy(policy, ratio, dw_size, cheap, activated, prune or narrow, target, ignore)
+    rules = parse_policy(policy, ratio, dw_size, cheap, activated, prune or former_prune, target, ignore)
     network, prepared = build_model(source, checkpoint, parse_size(input_size))
     data = None if calibration is None else read_data(calibration, prepared, limit=images, batch=batch)
     with progress_bar("fitting", as_json) as on_progress:
@@ -313,7 +312,7 @@ def study_command(
         print(text)
         return
     Console().print(study_table(study))
-    median = facts["ghosts relative, median"]
+    median = facts["ghost_error_median"]
     print_line(f"as a ghost module at ratio 2: median relative error of the ghosts {median:.3f}")
     print_line(f"{output}: study.json, pairs.png, ghosts.png")
 

@@ -44,7 +44,7 @@ Activated = Annotated[
     bool, typer.Option("--activated", help="allow depthwise ghosts to read activated maps where the error is smaller")
 ]
 Prune = Annotated[bool, typer.Option("--prune", help="allow the budget to prune channels")]
-Narrow = Annotated[bool, typer.Option("--narrow", hidden=True, callback=_deprecated("--narrow", "--prune"))]
+FormerPrune = Annotated[bool, typer.Option("--narrow", hidden=True, callback=_deprecated("--narrow", "--prune"))]
 Targets = Annotated[
     list[str] | None, typer.Option("--target", help="convolutions to rewrite: name, glob, re:PATTERN or class name")
 ]

@@ -164,10 +164,12 @@ def _rule(program: Program, policy: Policy, conv: Convolution) -> Rule | Skip:
     if conv.unsupported_reason:
         return Skip(conv, conv.unsupported_reason)
     module = program.conv(conv.name)
-    rule = next((r for r in policy.rules if r.matches(conv.name, module, conv.kind)), None)
+    rule = next((r for r in policy.rules if r.matches(conv.name, module, conv.conv_class)), None)
     if rule is None:
         return Skip(conv, "no rule targets it")
-    return Skip(conv, "ignored by the rule that targets it") if rule.ignores(conv.name, module, conv.kind) else rule
+    return (
+        Skip(conv, "ignored by the rule that targets it") if rule.ignores(conv.name, module, conv.conv_class) else rule
+    )
 
 
 def _target(program: Program, policy: Policy, conv: Convolution, first: bool) -> PlanTarget | Skip:
@@ -232,7 +234,7 @@ def _entry(
     narrowed: Mapping[str, KeptChannels],
 ) -> GhostRewrite | PruneRewrite | Skip:
     conv = decided.conv if isinstance(decided, Skip) else decided[0].conv
-    own, kept_channels = subgraphs[conv.part], narrowed.get(conv.name)
+    own, kept_channels = subgraphs[conv.subgraph_path], narrowed.get(conv.name)
     entry = decided if isinstance(decided, Skip) else _rewrite(own, *decided, kept_channels)
     return (
         entry if kept_channels is None or isinstance(entry, GhostRewrite) else _prune(own.wiring, conv, kept_channels)
@@ -257,7 +259,7 @@ def _check_patterns_match(program: Program, policy: Policy) -> None:
         for key in ("targets", "ignore"):
             for pattern in getattr(rule, key):
                 single = Rule(targets=(pattern,))
-                if pattern == "*" or any(single.matches(c.name, m, c.kind) for c, m in convs):
+                if pattern == "*" or any(single.matches(c.name, m, c.conv_class) for c, m in convs):
                     continue
                 if isinstance(pattern, str) and any(pattern == c.name for c in program.convolutions):
                     continue

@@ -58,7 +58,7 @@ class Unprunable:
 def find_pruning_groups(program: Program) -> Iterator[PruningGroup | Unprunable]:
     """Every channel group that a convolution of the program makes, in order of first use in each part."""
     for path, part in program.subgraphs.items():
-        convs = {call.node: c for c in program.convolutions if c.part == path for call in c.calls}
+        convs = {call.node: c for c in program.convolutions if c.subgraph_path == path for call in c.calls}
         for channels in find_channel_groups(part).groups:
             makers = [convs[m.node] for m in channels.producers if m.node in convs]
             if not makers:

@@ -225,7 +225,7 @@ def _parameters_per_channel(program: Program, group: PruningGroup) -> int:
 
 def _per_map(program: Program, conv: Convolution, norm: str) -> int:
     """Parameters a map of a norm in a convolution's part."""
-    return cost.count_parameters(program.subgraphs[conv.part].get_submodule(norm)) // conv.outputs
+    return cost.count_parameters(program.subgraphs[conv.subgraph_path].get_submodule(norm)) // conv.outputs
 
 
 def _dominates(a: Candidate, b: Candidate) -> bool:
