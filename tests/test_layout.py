@@ -21,7 +21,7 @@ from ghostify.modules.layout import (
     round_up_width,
 )
 from ghostify.planning import cost
-from ghostify.reporting.charts import outcome_of
+from ghostify.reporting.outcome import outcome_of
 from ghostify.search.loss_estimator import LossEstimator
 from ghostify.summary import LayerReport
 
@@ -205,8 +205,8 @@ def test_pruned_and_skipped_layers_have_no_form():
     assert (skipped.form, skipped.is_pruned) == (None, False)
     assert [outcome_of(x) for x in (LAYER_REPORT, pruned, skipped)] == [
         "depthwise ghosts",
-        "fewer maps",
-        "left as it is",
+        "pruned",
+        "skipped",
     ]
     assert (
         outcome_of(replace(LAYER_REPORT, width=2))

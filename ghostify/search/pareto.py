@@ -118,7 +118,7 @@ def plan_for_drop(
     *,
     seed: int = 0,
     runtime: str = "eager",
-    progress: ProgressCallback | None = None,
+    on_progress: ProgressCallback | None = None,
 ) -> tuple[Plan, FitResult]:
     """The cheapest plan, of those tried, whose `evaluate` is at most budget["max_drop"] below the original's; its fit.
 
@@ -134,7 +134,7 @@ def plan_for_drop(
     original_score = evaluate(program.module)
 
     def evaluated(plan: Plan) -> tuple[float, tuple[Plan, FitResult]]:
-        score, fits = _fit_and_evaluate(program, plan, prepared, evaluate, seed, progress)
+        score, fits = _fit_and_evaluate(program, plan, prepared, evaluate, seed, on_progress)
         return original_score - score, (plan, fits)
 
     with LatencyTimer(runtime) as timer:
@@ -206,10 +206,10 @@ def _fit_and_evaluate(
     calibration: Calibration | None,
     evaluate: Evaluate,
     seed: int,
-    progress: ProgressCallback | None = None,
+    on_progress: ProgressCallback | None = None,
 ) -> tuple[float, FitResult]:
     """The score of the fitted model of a plan, and its fit."""
-    fits = fit(program, plan, calibration, seed=seed, progress=progress)
+    fits = fit(program, plan, calibration, seed=seed, on_progress=on_progress)
     return evaluate(rewrite(program, plan, fits.weights)), fits
 
 
