@@ -142,7 +142,7 @@ def test_models_that_people_use(name):
     model = timm.create_model(name) if kind == "timm" else torchvision.models.get_model(name, weights=None)
     x = torch.randn(2, 3, 64, 64)
     converted = ghostify(model.eval(), 2, example_inputs=x)
-    made = report(converted)
-    assert made.rewritten > 5
-    assert made.macs_after < 0.75 * made.macs_before
+    summary = report(converted)
+    assert summary.rewritten > 5
+    assert summary.macs_after < 0.75 * summary.macs_before
     assert converted(x).shape == model(x).shape

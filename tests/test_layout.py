@@ -22,7 +22,7 @@ from ghostify.modules.layout import (
 )
 from ghostify.planning import cost
 from ghostify.reporting.outcome import outcome_of
-from ghostify.search.candidates import _LossEstimator
+from ghostify.search.loss_estimator import LossEstimator
 from ghostify.summary import LayerReport
 
 
@@ -178,8 +178,8 @@ LAYER_REPORT = LayerReport("a", "Conv2d", (8, 3, 3, 3), None, None, 4, 1, 3, Fal
         lambda layout: may_read_activated(layout.form),
         lambda layout: assignment.assign_ghosts(torch.rand(8, 8), layout),
         lambda layout: ghost_fit.has_many_maps(layout),
-        lambda layout: _LossEstimator(None, 3).of(layout),
-        lambda layout: _LossEstimator(None, 3).least(layout),
+        lambda layout: LossEstimator(None, 3).of(layout),
+        lambda layout: LossEstimator(None, 3).lower_bound(layout),
         lambda _: outcome_of(LayerReportOfUnknownForm(**LAYER_REPORT.__dict__)),
     ],
 )

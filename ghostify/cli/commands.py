@@ -29,10 +29,10 @@ from ghostify.cli.options import (
     DwSize,
     Folder,
     Format,
+    FormerPrune,
     Ignore,
     Images,
     Model,
-    Narrow,
     Original,
     PolicyFile,
     Prune,
@@ -87,7 +87,7 @@ def plan_command(
     cheap: Cheap = "depthwise",
     activated: Activated = False,
     prune: Prune = False,
-    narrow: Narrow = False,
+    former_prune: FormerPrune = False,
     target: Targets = None,
     ignore: Ignore = None,
     policy: PolicyFile = None,
@@ -109,7 +109,7 @@ def plan_command(
     input_size: Size = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what would become of each convolution; with --frontier, the error at each cost. Converts nothing.
+    """Show what would become of each convolution. With --frontier, show the error at each cost. Converts nothing.
 
     Example: ghostify plan timm:resnet18 --ratio 2
 
@@ -118,7 +118,7 @@ def plan_command(
     """
     network, prepared = build_model(model_source(model, arg), checkpoint, parse_size(input_size))
     program = trace(network, blank_input(prepared.size))
-    rules = parse_policy(policy, ratio, dw_size, cheap, activated, prune or narrow, target, ignore)
+    rules = parse_policy(policy, ratio, dw_size, cheap, activated, prune or former_prune, target, ignore)
     limits = parse_budget(budget)
     batches = None if calibration is None else read_data(calibration, prepared, limit=images, batch=batch).batches
     title = f"{model} at {format_shape(prepared.size)}"
@@ -148,7 +148,7 @@ def convert_command(
     cheap: Cheap = "depthwise",
     activated: Activated = False,
     prune: Prune = False,
-    narrow: Narrow = False,
+    former_prune: FormerPrune = False,
     target: Targets = None,
     ignore: Ignore = None,
     policy: PolicyFile = None,
@@ -167,13 +167,13 @@ def convert_command(
     seed: Annotated[int, typer.Option(help="seed of the sampled positions")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Convert a model with trained weights and save the result as a folder.
+    """Convert a trained model and save the result as a folder.
 
     Example: ghostify convert timm:resnet18 --checkpoint resnet18.safetensors --calibration photos/ --cheap auto
     --budget macs=0.5 --output out/
     """
     source = model_source(model, arg)
-    rules = parse_policy(policy, ratio, dw_size, cheap, activated, prune or narrow, target, ignore)
+    rules = parse_policy(policy, ratio, dw_size, cheap, activated, prune or former_prune, target, ignore)
     network, prepared = build_model(source, checkpoint, parse_size(input_size))
     data = None if calibration is None else read_data(calibration, prepared, limit=images, batch=batch)
     with progress_bar("fitting", as_json) as on_progress:
@@ -207,7 +207,7 @@ def eval_command(
     allow: Allow = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure accuracy, MACs and parameters of a converted model, and compare it with the original.
+    """Measure a converted model, and compare it with the original. Shows accuracy, MACs, parameters and speedup.
 
     Example: ghostify eval out/ --data test/ --original resnet18.safetensors
     """
@@ -237,7 +237,7 @@ def finetune_command(
     allow: Allow = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train a converted model towards the original's outputs; resumes after an interruption.
+    """Train a converted model towards the original's outputs. Resumes after an interruption.
 
     Example: ghostify finetune out/ --data photos/ --original resnet18.safetensors --batch 8 --output tuned/
 
@@ -271,7 +271,7 @@ def export_command(
     input_size: Size = None,
     allow: Allow = None,
 ) -> None:
-    """Export the inference form of a converted model for another runtime, and verify its outputs there.
+    """Export a converted model for another runtime. Writes its inference form and verifies the outputs there.
 
     Example: ghostify export out/ --format onnx
     """
@@ -296,7 +296,7 @@ def study_command(
     input_size: Size = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure how well the maps of a layer predict each other: single maps, and one half from the other half.
+    """Measure how well the maps of a layer predict each other. Tries single maps, and one half from the other half.
 
     Example: ghostify study timm:resnet18 --layer layer1.0.conv1 --checkpoint resnet18.safetensors --data photos/
     --output study/
@@ -334,7 +334,7 @@ def report_command(
     allow: Allow = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what the conversion did: on the terminal, or as an HTML page with charts and pictures.
+    """Show what the conversion did, layer by layer. Prints a table, or writes an HTML page with charts and pictures.
 
     Example: ghostify report out/ --html report.html --original resnet18.safetensors --data test/
     """
@@ -362,7 +362,7 @@ def report_command(
 
 @app.command("doctor")
 def doctor_command(as_json: AsJson = False) -> None:
-    """Show the versions, threads, runtimes, extras and data of this machine.
+    """Show the versions, runtimes, extras and data of this machine.
 
     Example: ghostify doctor
     """
@@ -376,7 +376,7 @@ def demo_command(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train a small network on images of this machine, convert it, and compare accuracy, MACs and latency.
+    """Train a small network, convert it and compare the two. Uses images that are on this machine.
 
     Example: ghostify demo
     """

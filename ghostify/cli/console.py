@@ -57,9 +57,9 @@ def show_report(report: Report, title: str, as_json: bool) -> None:
     Console().print(report_table(report, title))
     print_line(f"{report.rewritten} convolutions rewritten, {len(report.layers) - report.rewritten} skipped")
     shares = [
-        f"{c.layer.name} {c.error_share:.0%}"
-        for c in layer_costs(report)[:LAYERS_SHOWN]
-        if c.layer.output_error is not None
+        f"{cost.layer.name} {cost.error_share:.0%}"
+        for cost in layer_costs(report)[:LAYERS_SHOWN]
+        if cost.layer.output_error is not None
     ]
     if shares:
         print_line(f"largest shares of the predicted output error: {', '.join(shares)}")

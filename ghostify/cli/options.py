@@ -15,6 +15,7 @@ from ghostify.data import sources
 from ghostify.errors import GhostifyError
 from ghostify.planning.policy import Policy, Rule
 from ghostify.runtimes.registry import EXPORT_FORMATS, RUNTIMES
+from ghostify.search.costs import budget_help
 from ghostify.training.trainer import Recipe
 
 
@@ -36,15 +37,15 @@ DwSize = Annotated[int, typer.Option(help="kernel size of the cheap operation")]
 Cheap = Annotated[
     str,
     typer.Option(
-        help="cheap operation: depthwise, pointwise, the number of intrinsic maps per ghost, or auto (with a budget): "
-        "the form with the smaller predicted error"
+        help="cheap operation: depthwise, pointwise, the number of intrinsic maps per ghost, or auto: with a "
+        "budget, the form with the smaller predicted error"
     ),
 ]
 Activated = Annotated[
-    bool, typer.Option("--activated", help="allow depthwise ghosts of activated maps, where the error is smaller")
+    bool, typer.Option("--activated", help="allow depthwise ghosts to read activated maps where the error is smaller")
 ]
 Prune = Annotated[bool, typer.Option("--prune", help="allow the budget to prune channels")]
-Narrow = Annotated[bool, typer.Option("--narrow", hidden=True, callback=_deprecated("--narrow", "--prune"))]
+FormerPrune = Annotated[bool, typer.Option("--narrow", hidden=True, callback=_deprecated("--narrow", "--prune"))]
 Targets = Annotated[
     list[str] | None, typer.Option("--target", help="convolutions to rewrite: name, glob, re:PATTERN or class name")
 ]
@@ -55,8 +56,7 @@ Size = Annotated[str | None, typer.Option("--input-size", help="C,H,W of an imag
 Budget = Annotated[
     list[str] | None,
     typer.Option(
-        help="limit in place of the ratio: macs=0.5, params=0.5 or latency=0.7 (up to 1 a share of the original's, "
-        "above 1 a number, of milliseconds for latency), or max_drop=0.5 (of --validation); best with --cheap auto"
+        help=f"limit in place of the ratio: {budget_help()}; or max_drop=0.5 (on --validation); best with --cheap auto"
     ),
 ]
 Runtime = Annotated[str, typer.Option(help=f"runtime to measure latency in: {', '.join(RUNTIMES)}")]
@@ -65,7 +65,7 @@ Calibration = Annotated[
     Path | None, typer.Option(help="folder of images, or .npy, .npz, .safetensors; default: none (data-free)")
 ]
 Validation = Annotated[
-    Path | None, typer.Option(help="labelled images whose top-1 % max_drop limits; not those of the final test")
+    Path | None, typer.Option(help="labelled images to measure the drop on, in points of top-1; not the test images")
 ]
 Images = Annotated[int, typer.Option(min=1, help="maximum number of calibration images, sampled evenly")]
 Batch = Annotated[int, typer.Option(min=1, help="calibration images per batch")]

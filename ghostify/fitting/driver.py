@@ -31,7 +31,7 @@ from ghostify.graph.program import Program, get_subgraph
 from ghostify.modules.ghost import GhostWeights
 from ghostify.planning.planner import GhostRewrite, Plan
 from ghostify.pruning.slicing import slice_conv, slice_norm
-from ghostify.rewriting.apply import FittedWeights, insert_fitted, insert_pruned, rewrite_part
+from ghostify.rewriting.apply import FittedWeights, insert_fitted, insert_pruned, rewrite_subgraph
 
 OVERFIT_RATIO = 1.5
 OVERFIT_MIN_ERROR = 0.02
@@ -126,7 +126,7 @@ class _FitRun:
             else:
                 self._fit_subgraph(path, get_subgraph(converted, path), batches, calibration.sensitivity)
             if path != changed_paths[-1]:
-                rewrite_part(converted, path, self.plan, self.weights)
+                rewrite_subgraph(converted, path, self.plan, self.weights)
         self.progress(len(self.weights), len(self.fitted), "")
 
     def _fit_subgraph(

@@ -31,7 +31,7 @@ from ghostify.reconstruction.block_runner import (
 )
 from ghostify.reconstruction.blocks import Block, split_into_blocks
 from ghostify.reconstruction.optimizer import adam_steps
-from ghostify.rewriting.apply import ghost_path, insert_ghost, rewrite_part
+from ghostify.rewriting.apply import ghost_path, insert_ghost, rewrite_subgraph
 
 DEFAULT_STEPS = 200
 LEARNING_RATE = 1e-2
@@ -86,7 +86,7 @@ def reconstruct_blocks(
         module = eval_copy(traced)
         for path in program.subgraphs:
             if path:
-                rewrite_part(module, path, plan, fits.weights)
+                rewrite_subgraph(module, path, plan, fits.weights)
         entries = [e for e in plan.rewrites if not e.conv.subgraph_path]
         layers = {e.conv.name: _TrainedLayer(module, e, fits.ghost(e.conv.name)) for e in entries}
         original, converted = BlockRunner(eval_copy(traced)), BlockRunner(module)
