@@ -54,7 +54,7 @@ def test_promise_2_dtype_and_memory_format_carry_over(dtype):
     [
         ({"targets": "nothing.*"}, "targets 'nothing.*' matches no convolution"),
         ({"ratio": 0.9}, "ratio 0.9 is not a number of at least 1"),
-        ({"policy": Policy(), "targets": "a.0"}, "pass either, not both"),
+        ({"policy": Policy(), "targets": "a.0"}, "Pass either, not both"),
     ],
 )
 def test_promise_3_errors_say_what_and_what_to_do(wish, message):

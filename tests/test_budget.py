@@ -156,7 +156,7 @@ def test_latency_goes_together_with_other_budgets():
 def test_maps_are_left_out_within_a_budget():
     model, x = nets.settle(nets.Inverted(16)), nets.images(32)
     wish = {"cheap": "auto", "budget": {"macs": 0.6}, "example_inputs": x[:1], "calibration": x.split(8)}
-    made = ghostify(model, narrow=True, **wish)
+    made = ghostify(model, prune=True, **wish)
     lines = {line.name: line for line in report(made).layers}
     expand, between, project = (lines[name] for name in ("expand.0", "depthwise.0", "project.0"))
     assert expand.is_pruned
@@ -172,7 +172,7 @@ def test_maps_are_left_out_within_a_budget():
 def test_ghosts_and_fewer_maps_meet_in_one_layer(tmp_path):
     model, x = nets.settle(nets.Straight(32)), nets.images(64)
     wish = {"cheap": "auto", "budget": {"macs": 0.3}, "example_inputs": x[:1], "calibration": x.split(16)}
-    made, plain = ghostify(model, narrow=True, **wish), ghostify(model, **wish)
+    made, plain = ghostify(model, prune=True, **wish), ghostify(model, **wish)
     both = [line for line in report(made).layers if line.kept_in_count is not None and line.width]
     assert both
     for line in both:
@@ -192,7 +192,7 @@ def test_ghosts_and_fewer_maps_meet_in_one_layer(tmp_path):
 
 def test_residual_streams_are_pruned_where_that_loses_least(monkeypatch):
     model, x, test = nets.settle(nets.Residual(16)), nets.images(64), nets.images(64, seed=9)
-    wish = {"targets": "*", "narrow": True, "cheap": "auto", "budget": {"macs": 0.35}, "calibration": x.split(16)}
+    wish = {"targets": "*", "prune": True, "cheap": "auto", "budget": {"macs": 0.35}, "calibration": x.split(16)}
     made = ghostify(model, example_inputs=x[:1], **wish)
     lines = {line.name: line for line in report(made).layers}
     kept = lines["stem.0"].outputs
@@ -217,7 +217,7 @@ def test_residual_streams_are_pruned_where_that_loses_least(monkeypatch):
 )
 def test_the_report_says_why_nothing_can_be_pruned(model, reasons):
     x = nets.images(16)
-    wish = {"narrow": True, "cheap": "auto", "budget": {"macs": 0.9}, "example_inputs": x[:1], "calibration": x}
+    wish = {"prune": True, "cheap": "auto", "budget": {"macs": 0.9}, "example_inputs": x[:1], "calibration": x}
     (note,) = report(ghostify(nets.settle(model), **wish)).notes
     assert note.startswith("no channel group can be pruned; channels of ")
     assert all(reason in note for reason in reasons)
@@ -226,9 +226,9 @@ def test_the_report_says_why_nothing_can_be_pruned(model, reasons):
 def test_narrow_takes_a_budget_and_images():
     model, x = nets.settle(nets.Inverted()), nets.images(4)
     with pytest.raises(GhostifyError, match="narrow leaves out maps by a budget"):
-        ghostify(model, narrow=True)
+        ghostify(model, prune=True)
     with pytest.raises(GhostifyError, match="narrow looks at what maps predict of each other: pass calibration"):
-        ghostify(model, narrow=True, cheap="auto", budget={"macs": 0.5}, example_inputs=x)
+        ghostify(model, prune=True, cheap="auto", budget={"macs": 0.5}, example_inputs=x)
 
 
 def test_what_is_reachable_with_fewer_maps_can_be_reached():
@@ -244,7 +244,7 @@ def test_what_is_reachable_with_fewer_maps_can_be_reached():
 def test_parameters_of_norms_go_with_their_maps(make):
     model, x = nets.settle(make(16)), nets.images(32)
     program = trace(model, x[:1])
-    for wish in ({"narrow": True}, {"activated": True, "cheap": "depthwise"}):
+    for wish in ({"prune": True}, {"activated": True, "cheap": "depthwise"}):
         choices = build_search_space(
             program, Policy((Rule(**{"cheap": "auto", **wish}),)), ("params",), x, 0, LatencyTimer()
         )

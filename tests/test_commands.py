@@ -1,6 +1,7 @@
 """The command in processes of its own, once per verb, and its errors."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -66,7 +67,7 @@ def test_convert_then_finetune(files, tmp_path):
     changed = run(*command, "--epochs", 2)
     assert changed.returncode == 2
     assert "belongs to a run with different epochs" in changed.stderr
-    for wrong, said in (("depth=3", "a recipe has no such entry"), ("precision=int8", "precision 'int8' is unknown")):
+    for wrong, said in (("depth=3", "unknown training setting"), ("precision=int8", "precision 'int8' is unknown")):
         refused = run(*command, "--set", wrong)
         assert refused.returncode == 2
         assert said in refused.stderr
@@ -94,7 +95,7 @@ def test_convert_keeps_within_a_drop(files, tmp_path):
     assert found["macs_after"] < found["macs_before"]
     refused = run("convert", NET, *SIZE, *options, *wish)
     assert refused.returncode == 2
-    assert "pass evaluate" in refused.stderr
+    assert "Pass evaluate (--validation)" in refused.stderr
 
 
 def test_convert_then_eval(files, tmp_path):
@@ -104,19 +105,22 @@ def test_convert_then_eval(files, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "fitted to 24 images" in " ".join(done.stdout.split())
-    assert "2 convolutions rewritten, 1 left as they are" in done.stdout
-    assert "of 1 blocks reconstructed, outputs' error on held-out images" in " ".join(done.stdout.split())
+    assert "2 convolutions rewritten, 1 skipped" in done.stdout
+    assert "of 1 blocks reconstructed, output error on holdout" in " ".join(done.stdout.split())
     assert load(tmp_path / "out")(torch.zeros(2, 3, 12, 12)).shape == (2, 5)
     judged = run(
         "eval", tmp_path / "out", "--data", files / "data.npz", "--original", files / "w.safetensors", "--json"
     )
     assert judged.returncode == 0, judged.stderr
     facts = json.loads(judged.stdout)
-    assert facts["original's top-1 %"] == 100
-    assert facts["top-1 %"] == facts["same answers as the original %"] > 50
-    assert facts["MACs an image"] < facts["original's MACs an image"]
+    assert facts["original_top1_percent"] == 100
+    assert facts["top1_percent"] == facts["agreement_percent"] > 50
+    assert facts["macs"] < facts["original_macs"]
+    assert all(re.fullmatch("[a-z0-9_]+", key) for key in facts)
     alone = run("eval", tmp_path / "out", "--data", files / "data.npz")
     assert "top-1 %" in alone.stdout
+    assert "MACs per image" in alone.stdout
+    assert "original" not in alone.stdout
     written = run("export", tmp_path / "out", "--format", "pt2")
     assert written.returncode == 0, written.stderr
     assert "any batch of 3x12x12" in " ".join(written.stdout.split())
@@ -140,11 +144,11 @@ def test_user_errors_are_one_line_and_code_2(files, tmp_path):
     for arguments, message in (
         (("plan", "timm:resnet81"), "ghostify: model 'timm:resnet81': timm has no model of this name"),
         (("plan", NET, "--ratio", "0.5"), "ghostify: ratio 0.5 is not a number of at least 1"),
-        (("plan", NET, "--input-size", "3x4"), "ghostify: --input-size '3x4' is not C,H,W"),
+        (("plan", NET, "--input-size", "3x4"), "ghostify: --input-size '3x4': is not three positive sizes. Use C,H,W"),
         (("plan", NET, *SIZE, "--target", "zzz"), "ghostify: targets 'zzz' matches no convolution"),
         (("convert", NET, *SIZE, *weights, "--calibration", tmp_path / "no.npy"), "no.npy: cannot be read"),
         (("convert", NET, "--arg", "width=4", *SIZE, *weights), "does not fit Straight"),
-        (("convert", NET, *SIZE, *weights, "--reconstruct"), "ghostify: reconstruct needs images"),
+        (("convert", NET, *SIZE, *weights, "--reconstruct"), "ghostify: reconstruct: needs images. Pass calibration"),
         (("eval", tmp_path, "--data", files / "data.npz"), "is not a ghostify folder"),
     ):
         done = run(*arguments)
@@ -157,11 +161,26 @@ def test_user_errors_are_one_line_and_code_2(files, tmp_path):
 def test_policy_files(tmp_path):
     (tmp_path / "p.toml").write_text('[[rule]]\ntargets = "a.*"\nratio = 4\n')
     done = run("plan", NET, *SIZE, "--policy", tmp_path / "p.toml", "--json")
-    lines = {line["name"]: line for line in json.loads(done.stdout)["lines"]}
-    assert lines["a.0"]["intrinsic"] == 4
-    assert lines["b.0"]["reason"] == "no rule targets it"
+    layers = {layer["name"]: layer for layer in json.loads(done.stdout)["layers"]}
+    assert layers["a.0"]["intrinsic"] == 4
+    assert layers["b.0"]["skip_reason"] == "no rule targets it"
     both = run("plan", NET, *SIZE, "--policy", tmp_path / "p.toml", "--target", "a.*")
     assert both.returncode == 2
+
+
+def test_narrow_is_accepted_for_prune(files, tmp_path):
+    data, weights = files / "data.npz", files / "w.safetensors"
+    command = ("plan", NET, *SIZE, "--checkpoint", weights, "--calibration", data, "--json")
+    (tmp_path / "p.toml").write_text('[[rule]]\ncheap = "auto"\nnarrow = true\n')
+    rule = ("--cheap", "auto", "--budget", "macs=0.6")
+    pruned, narrowed = run(*command, *rule, "--prune"), run(*command, *rule, "--narrow")
+    from_file = run(*command, "--policy", tmp_path / "p.toml", "--budget", "macs=0.6")
+    assert pruned.returncode == 0, pruned.stderr
+    assert pruned.stdout == narrowed.stdout == from_file.stdout
+    assert pruned.stderr == ""
+    assert narrowed.stderr == "ghostify: --narrow is deprecated. Use --prune.\n"
+    assert from_file.stderr == f"ghostify: {tmp_path / 'p.toml'}: rule 1: narrow is deprecated. Use prune.\n"
+    assert "--narrow" not in run("plan", "--help").stdout
 
 
 @pytest.mark.parametrize("verb", ["plan", "convert", "eval", "export", "demo"])
@@ -176,7 +195,7 @@ def test_report_on_the_terminal_and_as_a_page(files, tmp_path):
     assert done.returncode == 0, done.stderr
     shown = run("report", out)
     assert shown.returncode == 0, shown.stderr
-    assert "of the error to expect in the outputs, most from" in shown.stdout
+    assert "largest shares of the predicted output error:" in shown.stdout
     assert all(len(line) <= 80 for line in shown.stdout.splitlines())
     done = run("report", out, "--html", page, "--original", weights, "--data", data, "--runtime", "none")
     assert done.returncode == 0, done.stderr
@@ -184,7 +203,7 @@ def test_report_on_the_terminal_and_as_a_page(files, tmp_path):
     assert "top-1 on 24 images" in page.read_text()
     refused = run("report", out, "--html", tmp_path / "s.html", "--data", data)
     assert refused.returncode == 2
-    assert "pass its checkpoint as --original" in refused.stderr
+    assert "Pass its checkpoint as --original" in refused.stderr
     bad = run("report", out, "--html", tmp_path / "s.html", "--frontier", weights)
     assert bad.returncode == 2
     assert "is no curve of `ghostify plan --frontier`" in bad.stderr

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Accuracy of models, and comparison with the original."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import fnmatch
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from ghostify.deprecation import rename_keys, renamed_keywords, warn_renamed
 from ghostify.errors import GhostifyError
 from ghostify.modules.layout import Depthwise, GhostForm, Grouped, Pointwise
 
@@ -22,6 +23,7 @@ else:
 
 Pattern = str | Callable[[str, nn.Module], bool]
 CHEAP_FORMS = ("depthwise", "pointwise", "auto")
+RENAMED_FIELDS = {"narrow": "prune"}
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,12 @@ class Rule:
             case _:
                 raise GhostifyError(f"cheap {self.cheap!r}: names no form of ghost. Use 'depthwise' or 'pointwise'.")
 
+    @property
+    def narrow(self) -> bool:
+        """The former name of `prune`."""
+        warn_renamed("Rule.narrow", "prune")
+        return self.prune
+
     def matches(self, name: str, module: nn.Module, kind: str) -> bool:
         """Whether this rule speaks of the convolution."""
         return any(_matches(p, name, module, kind) for p in self.targets)
@@ -93,6 +101,9 @@ class Rule:
     def ignores(self, name: str, module: nn.Module, kind: str) -> bool:
         """Whether this rule leaves the convolution alone."""
         return any(_matches(p, name, module, kind) for p in self.ignore)
+
+
+Rule.__init__ = renamed_keywords(**RENAMED_FIELDS)(Rule.__init__)  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)
@@ -123,7 +134,8 @@ class Policy:
             raise GhostifyError(f"{where}: keep_first is neither true nor false")
         rules = []
         for number, table in enumerate(tables, 1):
-            _check_keys(table, {f.name for f in fields(Rule)}, f"{where}: rule {number}")
+            _check_keys(table, {f.name for f in fields(Rule)}, f"{where}: rule {number}", former=RENAMED_FIELDS)
+            table = rename_keys(table, RENAMED_FIELDS, f"{where}: rule {number}")
             try:
                 rules.append(Rule(**table))
             except GhostifyError as error:
@@ -153,9 +165,9 @@ def _matches(pattern: Pattern, name: str, module: nn.Module, kind: str) -> bool:
     return pattern in (name, kind) or fnmatch.fnmatchcase(name, pattern)
 
 
-def _check_keys(table: Any, keys: set[str], where: str) -> None:
+def _check_keys(table: Any, keys: set[str], where: str, former: Container[str] = ()) -> None:
     if not isinstance(table, dict):
         raise GhostifyError(f"{where}: is not a table")
     for key in table:
-        if key not in keys:
+        if key not in keys and key not in former:
             raise GhostifyError(f"{where}: unknown key {key!r}: known are {', '.join(sorted(keys))}")

@@ -58,7 +58,7 @@ def reconstruct_blocks(
     *,
     steps: int = STEPS,
     seed: int = 0,
-    progress: ProgressCallback | None = None,
+    on_progress: ProgressCallback | None = None,
 ) -> tuple[FitResult, Reconstruction]:
     """Fits with better weights, and what became of each block.
 
@@ -88,8 +88,8 @@ def reconstruct_blocks(
         for block in blocks_of(traced.graph, calls):
             targets = [original.run(block, p.original) for p in parts]
             if block.layers:
-                if progress:
-                    progress(sum(len(b.layers) for b in blocks), len(layers), f"block of {block.layers[0]}")
+                if on_progress:
+                    on_progress(sum(len(b.layers) for b in blocks), len(layers), f"block of {block.layers[0]}")
                 trained = [layers[name] for name in block.layers]
                 drawn = derive_seed(seed, len(blocks))
                 blocks.append(_reconstruct_block(converted, block, trained, parts, targets, steps, drawn))
@@ -97,8 +97,8 @@ def reconstruct_blocks(
                 part.original, part.converted = target, converted.run(block, part.converted)
         judge = _BlockLoss(("output",), [p.original for p in held])
         before, after = (judge.error(held, made) for made in (first, [p.converted for p in held]))
-    if progress:
-        progress(len(layers), len(layers), "")
+    if on_progress:
+        on_progress(len(layers), len(layers), "")
     fits = replace(fits, seconds={**fits.seconds, "reconstruction": time.perf_counter() - started})
     if not after < before:
         return fits, Reconstruction(

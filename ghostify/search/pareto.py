@@ -115,7 +115,7 @@ def plan_for_drop(
     *,
     seed: int = 0,
     runtime: str = "eager",
-    progress: ProgressCallback | None = None,
+    on_progress: ProgressCallback | None = None,
 ) -> tuple[Plan, FitResult]:
     """The cheapest plan found, and its fits, whose `evaluate` is at most budget["max_drop"] below the original's.
 
@@ -131,7 +131,7 @@ def plan_for_drop(
     best = evaluate(program.module)
 
     def fitted(plan: Plan) -> tuple[float, tuple[Plan, FitResult]]:
-        score, fits = _fit_and_evaluate(program, plan, seen, evaluate, seed, progress)
+        score, fits = _fit_and_evaluate(program, plan, seen, evaluate, seed, on_progress)
         return best - score, (plan, fits)
 
     with LatencyTimer(runtime) as clock:
@@ -178,10 +178,10 @@ def _fit_and_evaluate(
     seen: Calibration | None,
     evaluate: Evaluate,
     seed: int,
-    progress: ProgressCallback | None = None,
+    on_progress: ProgressCallback | None = None,
 ) -> tuple[float, FitResult]:
     """How good the model is that a plan makes once it is fitted, and its fits."""
-    fits = fit(program, plan, seen, seed=seed, progress=progress)
+    fits = fit(program, plan, seen, seed=seed, on_progress=on_progress)
     return evaluate(rewrite(program, plan, fits.weights)), fits
 
 
