@@ -13,7 +13,8 @@ from ghostify import GhostifyError, load, report, save
 from ghostify.imports import import_object
 from ghostify.io.format1 import IMPORT_PATHS, LAYER_KEYS, RECONSTRUCTION_KEYS, REPORT_KEYS, upgrade
 
-FOLDERS = sorted(p for p in (Path(__file__).parent / "data/format1").iterdir() if p.is_dir())
+FORMAT1 = Path(__file__).parent / "data/format1"
+FOLDERS = sorted(p for p in FORMAT1.iterdir() if p.is_dir())
 every_folder = pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: p.name)
 
 
@@ -90,11 +91,27 @@ def test_the_errors_of_a_reconstruction_keep_their_values():
     }
 
 
-def test_every_old_import_path_becomes_one_that_exists():
+def test_every_old_import_path_becomes_one_that_exists_and_occurs_in_a_folder():
     for old, new in IMPORT_PATHS.items():
         import_object(new)
         with pytest.raises(ImportError):
             import_object(old)
+    texts = [(folder / "ghostify.json").read_text() for folder in FOLDERS]
+    assert all(any(f'"{old}"' in text for text in texts) for old in IMPORT_PATHS)
+
+
+def test_the_guards_of_a_traced_model_of_format_1_still_check():
+    model = load(FORMAT1 / "guards").eval()
+    x = torch.zeros(1, 3, 8, 8)
+    assert model(x).shape == (1, 4)
+    for arguments, message in (
+        ((x, 2.0), "argument 'scale' was fixed at its default"),
+        ((x, 1.0, x), "when the model was traced"),
+    ):
+        with pytest.raises(GhostifyError, match=message):
+            model(*arguments)
+    with pytest.raises(GhostifyError, match="branches on its mode and was traced in eval mode"):
+        model.train()(x)
 
 
 def test_a_folder_of_format_1_with_a_forged_digest_is_refused(tmp_path):

@@ -17,7 +17,7 @@ def test_features_are_compared_in_one_order():
     assert len(student) == 2
     assert all(relative_map_error(s, t) < 0.05 for s, t in zip(student, teacher, strict=True))
     model = nets.settle(nets.Inverted())
-    pruning = {"narrow": True, "cheap": "auto", "budget": {"macs": 0.6}, "example_inputs": x[:1]}
+    pruning = {"prune": True, "cheap": "auto", "budget": {"macs": 0.6}, "example_inputs": x[:1]}
     ghosted = ghostify(model, **pruning, calibration=[x])
     student, teacher = collect_features(ghosted, model)
     ghosted(x), model(x)
