@@ -18,7 +18,7 @@ def predict(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
 
 
 def top1(outputs: Tensor, labels: Tensor) -> float:
-    """Percentage of images whose largest output (N x classes) is that of the label (N)."""
+    """Percentage of predictions (N x classes) whose largest value is at the label (N)."""
     return 100 * (outputs.argmax(1) == labels).float().mean().item()
 
 

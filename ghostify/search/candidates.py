@@ -219,7 +219,7 @@ def _copied(program: Program, conv: Convolution) -> int:
 
 def _parameters_per_channel(program: Program, group: PruningGroup) -> int:
     """Parameters that norms and activations have for a channel of a group."""
-    own = dict(program.subgraphs[group.part].named_parameters())
+    own = dict(program.subgraphs[group.subgraph_path].named_parameters())
     return sum(member.path in own for member in group.channels.parameters)
 
 
