@@ -6,7 +6,6 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -71,7 +70,7 @@ def show_report(report: Report, title: str, as_json: bool) -> None:
         print_line(f"{improved} of {len(reconstruction.blocks)} blocks reconstructed, output error on holdout {errors}")
 
 
-def show_facts(facts: Mapping[str, Any], labels: Mapping[str, str], as_json: bool) -> None:
+def show_facts(facts: Mapping[str, str | int | float], labels: Mapping[str, str], as_json: bool) -> None:
     """Print facts as JSON, or with their labels: by default the key with spaces."""
     if as_json:
         print(json.dumps(facts, indent=1))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from typing import Any
 
 import torch
 
@@ -26,9 +25,9 @@ EXTRAS = {
 LABELS = {"pytorch_threads": "PyTorch threads", "fashion_mnist": "Fashion-MNIST"}
 
 
-def collect_facts() -> dict[str, Any]:
+def collect_facts() -> dict[str, str | int]:
     """Facts by key, in words that name what is missing and how to install it."""
-    facts: dict[str, Any] = {"python": platform.python_version(), **versions()}
+    facts: dict[str, str | int] = {"python": platform.python_version(), **versions()}
     facts["processor"] = f"{processor() or platform.machine()}, {os.cpu_count()} cores"
     facts["pytorch_threads"] = torch.get_num_threads()
     facts["accelerator"] = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "none"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from ghostify.data.sources import ImageData
@@ -22,11 +20,11 @@ LABELS = {
 }
 
 
-def collect_facts(converted: nn.Module, original: nn.Module | None, data: ImageData) -> dict[str, Any]:
+def collect_facts(converted: nn.Module, original: nn.Module | None, data: ImageData) -> dict[str, int | float]:
     """Results by key; those that need labels or the original are there only with them."""
     example = data.batches[0][:1]
     comparison = compare_models(converted, original, data.batches, data.labels)
-    facts: dict[str, Any] = {"images": comparison.images}
+    facts: dict[str, int | float] = {"images": comparison.images}
     models = {"": (converted, comparison.top1), "original_": (original, comparison.original_top1)}
     for prefix, (model, accuracy) in models.items():
         if model is not None:
