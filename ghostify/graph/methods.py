@@ -31,7 +31,7 @@ class TracedModule(fx.GraphModule):
     Each method runs a part of the module's own graph, so that changes of the graph change the method too.
     """
 
-    def recompile(self) -> Any:
+    def recompile(self) -> fx.graph.PythonCode:
         code = super().recompile()
         for name, method in _methods(self.graph).items():
             setattr(type(self), name, method)

@@ -152,7 +152,7 @@ def is_channelwise_module(module: nn.Module) -> bool:
 def channel_parameters(module: nn.Module, node: fx.Node) -> tuple[str, ...]:
     """Paths in `module` of the parameters and buffers that have one entry per channel of a channelwise node.
 
-    Removing or permuting the node's channels must slice or permute them alike, along their first dimension.
+    Removing or permuting the node's channels must slice or permute them too, along their first dimension.
     """
     if node.op != "call_module":
         op = op_of_call(node)

@@ -125,6 +125,6 @@ def get_subgraph(module: nn.Module, path: str) -> fx.GraphModule:
 
 
 def set_subgraph(module: nn.Module, path: str, subgraph: fx.GraphModule) -> None:
-    """Store a changed subgraph at its path in `module`, in place; a traced subgraph is there already."""
+    """Store a changed single convolution at its path in `module`, in place; any other is in `module` already."""
     if not isinstance(module.get_submodule(path), fx.GraphModule):
         module.set_submodule(path, subgraph.get_submodule(SINGLE_CONV_NAME))

@@ -30,7 +30,7 @@ class TrainingFlag(nn.Module):
         return self.training
 
 
-def check_default_argument(value: Any, default: Any, name: str) -> None:
+def check_default_argument(value: object, default: object, name: str) -> None:
     """Raise `GhostifyError` where an optional argument is not at its default, at which it was traced."""
     if value is not default and not (type(value) is type(default) and value == default):
         raise GhostifyError(
@@ -39,7 +39,7 @@ def check_default_argument(value: Any, default: Any, name: str) -> None:
         )
 
 
-def check_no_extra_arguments(value: Any, name: str) -> None:
+def check_no_extra_arguments(value: object, name: str) -> None:
     """Raise `GhostifyError` where `*args` or `**kwargs`, traced as empty, are not empty."""
     if value:
         raise GhostifyError(
@@ -140,7 +140,7 @@ class _Tracer(fx.Tracer):
         self.call_stack.pop()  # not in a `finally`: after an error the top names the module that does not trace
         return result
 
-    def create_arg(self, a: Any) -> Any:
+    def create_arg(self, a: object) -> Any:
         if isinstance(a, dict) and type(a) not in PLAIN_DICTS:
             raise TypeError(f"it creates a {type(a).__name__}, which a graph would replace by a plain dict")
         return super().create_arg(a)
@@ -205,9 +205,10 @@ def _trace_training_flag(root: nn.Module, tracer: _Tracer) -> Iterator[None]:
     """Make reads of `training` of the modules of `root` nodes of the graph, while active."""
     paths: Mapping[int, str] = {id(m): path for path, m in root.named_modules()}
 
-    def get_mode(module: nn.Module) -> Any:
+    def get_mode(module: nn.Module) -> fx.Proxy | bool:
         path = None if isinstance(module, TrainingFlag) else paths.get(id(module))
-        return module.__dict__["training"] if path is None else tracer.read_training(path, module)
+        mode: bool = module.__dict__["training"]
+        return mode if path is None else tracer.read_training(path, module)
 
     def set_mode(module: nn.Module, mode: bool) -> None:
         module.__dict__["training"] = mode
