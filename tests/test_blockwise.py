@@ -201,7 +201,7 @@ def test_half_precision_is_trained_in_single():
 
 
 def test_it_refuses_without_images_or_with_none_to_judge_by():
-    with pytest.raises(GhostifyError, match="reconstruct needs images: pass calibration"):
+    with pytest.raises(GhostifyError, match="reconstruct: needs images"):
         ghostify(nets.settle(nets.Straight()), reconstruct=True)
     with pytest.raises(GhostifyError, match="every 8th calibration image: pass at least 8"):
         ghostify(nets.settle(nets.Straight()), calibration=nets.images(4), reconstruct=True)

@@ -188,7 +188,7 @@ def test_the_effort_is_told_by_its_parts():
 
 def test_progress_is_told_and_ends():
     seen = []
-    ghostify(nets.settle(nets.Straight()), calibration=nets.images(4), progress=lambda *told: seen.append(told))
+    ghostify(nets.settle(nets.Straight()), calibration=nets.images(4), on_progress=lambda *told: seen.append(told))
     assert seen == [(0, 2, "a.0"), (1, 2, "b.0"), (2, 2, "")]
 
 

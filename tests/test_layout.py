@@ -22,7 +22,7 @@ from ghostify.modules.layout import (
 )
 from ghostify.planning import cost
 from ghostify.reporting.outcome import outcome_of
-from ghostify.search.candidates import _LossEstimator
+from ghostify.search.loss_estimator import LossEstimator
 from ghostify.summary import LayerReport
 
 
@@ -178,8 +178,8 @@ LAYER_REPORT = LayerReport("a", "Conv2d", (8, 3, 3, 3), None, None, 4, 1, 3, Fal
         lambda layout: may_read_activated(layout.form),
         lambda layout: assignment.assign_ghosts(torch.rand(8, 8), layout),
         lambda layout: ghost_fit.has_many_maps(layout),
-        lambda layout: _LossEstimator(None, 3).of(layout),
-        lambda layout: _LossEstimator(None, 3).least(layout),
+        lambda layout: LossEstimator(None, 3).of(layout),
+        lambda layout: LossEstimator(None, 3).lower_bound(layout),
         lambda _: outcome_of(LayerReportOfUnknownForm(**LAYER_REPORT.__dict__)),
     ],
 )
@@ -201,7 +201,7 @@ def test_pruned_and_skipped_layers_have_no_form():
     assert not LAYER_REPORT.is_pruned
     pruned = replace(LAYER_REPORT, width=0, dw_size=0, intrinsic=5, kept_out_count=5, kept_in_count=3)
     assert (pruned.form, pruned.layout, pruned.is_pruned) == (None, None, True)
-    skipped = replace(LAYER_REPORT, width=0, dw_size=0, intrinsic=8, skip_reason="no rule targets it")
+    skipped = replace(LAYER_REPORT, width=0, dw_size=0, intrinsic=8, skip_reason="not targeted by any rule")
     assert (skipped.form, skipped.is_pruned) == (None, False)
     assert [outcome_of(x) for x in (LAYER_REPORT, pruned, skipped)] == ["depthwise ghosts", "pruned", "skipped"]
     wider, pointwise = replace(LAYER_REPORT, width=2), replace(LAYER_REPORT, width=4, dw_size=1)

@@ -39,7 +39,7 @@ def test_the_fit_makes_good_what_leaving_out_costs(squeeze):
 def test_the_result_saves_loads_deploys_and_trains(tmp_path, squeeze):
     model, x = nets.settle(nets.Inverted(squeeze=squeeze)), nets.images(32)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    made = ghostify(model, narrow=True, cheap="auto", budget={"macs": 0.6}, example_inputs=x[:1], calibration=x)
+    made = ghostify(model, prune=True, cheap="auto", budget={"macs": 0.6}, example_inputs=x[:1], calibration=x)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     again = load(save(made, tmp_path / "out"))
     assert torch.equal(again(x), made(x))
@@ -58,8 +58,8 @@ def test_narrow_layers_take_images():
 def test_blocks_are_not_compared_where_maps_are_missing():
     model, x = nets.settle(nets.Inverted()), nets.images(16)
     wish = {"cheap": "auto", "budget": {"macs": 0.6}, "example_inputs": x[:1], "calibration": x}
-    with pytest.raises(GhostifyError, match="reconstruct compares maps with the original's"):
-        ghostify(model, narrow=True, reconstruct=True, **wish)
+    with pytest.raises(GhostifyError, match="reconstruct: does not support pruned channels"):
+        ghostify(model, prune=True, reconstruct=True, **wish)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_channels_are_pruned_through_what_has_parameters_for_them(between):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), between(), nn.Conv2d(16, 8, 3))
     model, x = nets.settle(model), nets.images(32)
-    made = ghostify(model, narrow=True, cheap="auto", budget={"macs": 0.5}, example_inputs=x[:1], calibration=x)
+    made = ghostify(model, prune=True, cheap="auto", budget={"macs": 0.5}, example_inputs=x[:1], calibration=x)
     kept = {line.name: line for line in report(made).lines}["1"].outputs
     assert kept < 16
     assert all(len(p) == kept for name, p in made.named_parameters() if name.startswith(("2.", "3.")))

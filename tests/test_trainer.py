@@ -175,7 +175,7 @@ def test_features_are_compared_in_one_order():
     assert len(student) == 2
     assert all(relative_map_error(s, t) < 0.05 for s, t in zip(student, teacher, strict=True))
     model = nets.settle(nets.Inverted())
-    narrow = {"narrow": True, "cheap": "auto", "budget": {"macs": 0.6}, "example_inputs": x[:1]}
+    narrow = {"prune": True, "cheap": "auto", "budget": {"macs": 0.6}, "example_inputs": x[:1]}
     made = ghostify(model, **narrow, calibration=[x])
     student, teacher = _collect_features(made, model)
     made(x), model(x)

@@ -1,4 +1,4 @@
-"""One network of each of forty families, as the whole zoo is examined by `benchmarks/experiments/zoo.py`."""
+"""One network of each of forty families, examined as in `benchmarks/experiments/zoo.py`."""
 
 import pytest
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from ghostify.deprecation import renamed_keywords
 from ghostify.errors import GhostifyError
 from ghostify.fitting import lstsq, patches
 from ghostify.fitting.bn_statistics import ChannelStats, input_channel_stats
@@ -30,7 +31,7 @@ from ghostify.graph.program import Program, get_subgraph
 from ghostify.modules.ghost import GhostWeights
 from ghostify.planning.planner import GhostRewrite, Plan
 from ghostify.pruning.slicing import slice_conv, slice_norm
-from ghostify.rewriting.apply import FittedWeights, insert_fitted, insert_pruned, rewrite_part
+from ghostify.rewriting.apply import FittedWeights, insert_fitted, insert_pruned, rewrite_subgraph
 
 OVERFIT_RATIO = 1.5
 OVERFIT_MIN_ERROR = 0.02
@@ -53,13 +54,14 @@ class FitResult:
         return found
 
 
+@renamed_keywords(progress="on_progress")
 def fit(
     program: Program,
     plan: Plan,
     calibration: Iterable[Any] | Calibration | None = None,
     *,
     seed: int = 0,
-    progress: ProgressCallback | None = None,
+    on_progress: ProgressCallback | None = None,
     method: FitMethod = DEFAULT_METHOD,
 ) -> FitResult:
     """Fit every rewrite of `plan`: data-free without `calibration`, else to the original's outputs on its batches.
@@ -69,7 +71,7 @@ def fit(
     same weights. Raises `GhostifyError` for an empty calibration, or one with values that are not finite; warns where
     the error on images held out is much above that on the others. `method` replaces steps of the fit in ablations.
     """
-    fitting = _FitRun(program, plan, seed, progress, method)
+    fitting = _FitRun(program, plan, seed, on_progress, method)
     if calibration is None:
         for name in plan.pruned:
             raise GhostifyError(f"{name}: is to be narrow, which takes images: pass calibration")
@@ -123,7 +125,7 @@ class _FitRun:
             else:
                 self._fit_subgraph(path, get_subgraph(converted, path), batches, calibration.sensitivity)
             if path != rewritten[-1]:
-                rewrite_part(converted, path, self.plan, self.weights)
+                rewrite_subgraph(converted, path, self.plan, self.weights)
         self.progress(len(self.weights), len(self.fitted), "")
 
     def _fit_subgraph(

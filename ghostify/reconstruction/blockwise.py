@@ -24,7 +24,7 @@ from ghostify.planning.planner import GhostRewrite, Plan
 from ghostify.reconstruction.block_runner import IMAGES, BlockRunner, ImageBatch, Values, eval_copy, split_images
 from ghostify.reconstruction.blocks import Block, blocks_of
 from ghostify.reconstruction.optimizer import adam_steps
-from ghostify.rewriting.apply import ghost_path, insert_ghost, rewrite_part
+from ghostify.rewriting.apply import ghost_path, insert_ghost, rewrite_subgraph
 
 STEPS = 200
 RATE = 1e-2
@@ -58,7 +58,7 @@ def reconstruct_blocks(
     *,
     steps: int = STEPS,
     seed: int = 0,
-    progress: ProgressCallback | None = None,
+    on_progress: ProgressCallback | None = None,
 ) -> tuple[FitResult, Reconstruction]:
     """Fits with better weights, and what became of each block.
 
@@ -77,7 +77,7 @@ def reconstruct_blocks(
         module = eval_copy(traced)
         for path in program.subgraphs:
             if path:
-                rewrite_part(module, path, plan, fits.weights)
+                rewrite_subgraph(module, path, plan, fits.weights)
         entries = [e for e in plan.rewrites if not e.conv.subgraph_path]
         layers = {e.conv.name: _Layer(module, e, fits.ghost(e.conv.name)) for e in entries}
         original, converted = BlockRunner(eval_copy(traced)), BlockRunner(module)
@@ -88,8 +88,8 @@ def reconstruct_blocks(
         for block in blocks_of(traced.graph, calls):
             targets = [original.run(block, p.original) for p in parts]
             if block.layers:
-                if progress:
-                    progress(sum(len(b.layers) for b in blocks), len(layers), f"block of {block.layers[0]}")
+                if on_progress:
+                    on_progress(sum(len(b.layers) for b in blocks), len(layers), f"block of {block.layers[0]}")
                 trained = [layers[name] for name in block.layers]
                 drawn = derive_seed(seed, len(blocks))
                 blocks.append(_reconstruct_block(converted, block, trained, parts, targets, steps, drawn))
@@ -97,8 +97,8 @@ def reconstruct_blocks(
                 part.original, part.converted = target, converted.run(block, part.converted)
         judge = _BlockLoss(("output",), [p.original for p in held])
         before, after = (judge.error(held, made) for made in (first, [p.converted for p in held]))
-    if progress:
-        progress(len(layers), len(layers), "")
+    if on_progress:
+        on_progress(len(layers), len(layers), "")
     fits = replace(fits, seconds={**fits.seconds, "reconstruction": time.perf_counter() - started})
     if not after < before:
         return fits, Reconstruction(
