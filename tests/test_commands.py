@@ -78,7 +78,7 @@ def test_plan_writes_the_frontier(files, tmp_path):
     options = ("--checkpoint", files / "w.safetensors", "--calibration", data, "--validation", data, "--points", 3)
     process = run("plan", NET, *SIZE, *options, "--cheap", "auto", "--frontier", tmp_path / "f.json")
     assert process.returncode == 0, process.stderr
-    assert "expected error" in process.stdout
+    assert "predicted error" in process.stdout
     curve = json.loads((tmp_path / "f.json").read_text())
     assert [p["shares"]["macs"] for p in curve] == sorted((p["shares"]["macs"] for p in curve), reverse=True)
     assert curve[0]["drop"] == 0
