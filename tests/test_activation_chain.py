@@ -69,9 +69,9 @@ def test_the_slopes_of_the_chosen_channels_are_kept():
     model = nets.settle(Slopes())
     program = trace(model)
     entry = next(e for e in plan(program, Policy((Rule(activated=True),))).rewrites if e.conv.name == "b")
-    line, kept = copy_activation_chain(program.subgraphs[""], entry), torch.tensor([5, 0, 3])
+    chain, kept = copy_activation_chain(program.subgraphs[""], entry), torch.tensor([5, 0, 3])
     x = torch.randn(2, 8, 5, 5)
-    torch.testing.assert_close(slice_chain(line, kept)(x[:, kept]), line(x)[:, kept])
+    torch.testing.assert_close(slice_chain(chain, kept)(x[:, kept]), chain(x)[:, kept])
 
 
 def test_it_loses_no_more_than_the_linear_form_on_held_out_images():
@@ -79,8 +79,8 @@ def test_it_loses_no_more_than_the_linear_form_on_held_out_images():
         model, x = nets.settle(make()), nets.images(64, 16)
         errors = []
         for activated in (False, True):
-            found = report(ghostify(model, activated=activated, calibration=x.split(16)))
-            errors.append({line.name: line.holdout_error for line in found.layers if line.skip_reason is None})
+            summary = report(ghostify(model, activated=activated, calibration=x.split(16)))
+            errors.append({layer.name: layer.holdout_error for layer in summary.layers if layer.skip_reason is None})
         first = next(iter(errors[0]))
         assert errors[1][first] <= errors[0][first]
 
@@ -158,22 +158,22 @@ def test_the_module_computes_what_the_papers_does():
 
 def test_ghosts_read_what_the_consumer_sees():
     gm, _ = activated_ghost()
-    seen = {}
+    recorded = {}
 
     def keep(name):
-        return lambda *call: seen.update({name: call[-1]})
+        return lambda *call: recorded.update({name: call[-1]})
 
     gm.conv.activation.register_forward_hook(keep("read"))
-    gm.relu.register_forward_hook(keep("behind"))
+    gm.relu.register_forward_hook(keep("activated"))
     predict(gm, [nets.images(4, 16)])
     order = torch.arange(8) if gm.conv.order is None else gm.conv.order
-    torch.testing.assert_close(seen["read"], seen["behind"][:, torch.argsort(order)[:4]])
+    torch.testing.assert_close(recorded["read"], recorded["activated"][:, torch.argsort(order)[:4]])
 
 
 def test_it_survives_saving_training_and_reconstruction(tmp_path):
     gm, model = activated_ghost()
     assert chosen(gm)
-    assert any(line.activated for line in report(gm).layers)
+    assert any(layer.activated for layer in report(gm).layers)
     again = load(save(gm, tmp_path / "out"))
     x = nets.images(4, 16)
     assert torch.equal(predict(again, [x]), predict(gm, [x]))
@@ -203,8 +203,8 @@ def test_narrowed_takes_the_channels_and_the_shift():
     entry = plan(program, Policy((Rule(activated=True),))).rewrites[0]
     channels, shift = torch.tensor([3, 0]), torch.arange(16.0)
     program.module.get_submodule(entry.norm).running_mean.sub_(shift)
-    line = slice_chain(copy_activation_chain(program.module, entry), channels)
+    chain = slice_chain(copy_activation_chain(program.module, entry), channels)
     maps = torch.randn(2, 16, 5, 5)
     whole = model.a[2](model.a[1](maps + shift[:, None, None]))
-    torch.testing.assert_close(line(maps[:, channels]), whole[:, channels])
-    assert line[0].num_features == 2
+    torch.testing.assert_close(chain(maps[:, channels]), whole[:, channels])
+    assert chain[0].num_features == 2

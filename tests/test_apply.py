@@ -51,23 +51,23 @@ def test_any_convolution_keeps_shape_dtype_and_layout_or_is_skipped(conv, ratio,
     x = x.to(memory_format=torch.channels_last) if last else x
     policy = Policy((Rule(ratio=ratio, dw_size=d, cheap=cheap),), keep_first=False)
     program = trace(model, x)
-    decided = plan(program, policy)
-    converted = rewrite(program, decided, fit(program, decided, [x] if calibrated else None).weights)
-    wanted, found = model(x), converted(x)
-    if decided.skips:
-        assert decided.skips[0].reason
-        assert torch.equal(wanted, found)
+    planned = plan(program, policy)
+    converted = rewrite(program, planned, fit(program, planned, [x] if calibrated else None).weights)
+    expected, actual = model(x), converted(x)
+    if planned.skips:
+        assert planned.skips[0].reason
+        assert torch.equal(expected, actual)
         return
-    assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
-    assert found.isfinite().all()
+    assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
+    assert actual.isfinite().all()
     ghost = converted.get_submodule("0")
     assert isinstance(ghost, GhostModule)
     several = min(conv.in_channels, ghost.primary_conv.out_channels) > 1
-    if several and wanted.is_contiguous(memory_format=torch.channels_last):
-        assert found.is_contiguous(memory_format=torch.channels_last)
+    if several and expected.is_contiguous(memory_format=torch.channels_last):
+        assert actual.is_contiguous(memory_format=torch.channels_last)
     assert (ghost.primary_conv.bias is None) == (conv.bias is None)
     assert all(p.requires_grad is not frozen for p in ghost.parameters())
-    assert decided.macs_after < decided.macs_before
+    assert planned.macs_after < planned.macs_before
 
 
 @given(st.integers(0, 10**6))
@@ -96,26 +96,26 @@ def random_network(seed):
         node, channels = values[-1 - pick(min(3, len(values)))]
         kind = pick(5)
         if kind == 3:
-            partners = [v for v in values if v[1] == channels]
-            made = (graph.call_function(torch.add, (node, partners[pick(len(partners))][0])), channels)
+            operands = [v for v in values if v[1] == channels]
+            value = (graph.call_function(torch.add, (node, operands[pick(len(operands))][0])), channels)
         elif kind == 4:
             other = values[pick(len(values))]
-            made = (graph.call_function(torch.cat, ([node, other[0]], 1)), channels + other[1])
+            value = (graph.call_function(torch.cat, ([node, other[0]], 1)), channels + other[1])
         else:
             outputs = channels if kind == 2 else 2 + pick(9)
             again = [name for name, size in shared if size == channels]
             if kind == 2 and again:
-                made = (graph.call_module(again[0], (node,)), channels)
+                value = (graph.call_module(again[0], (node,)), channels)
             else:
                 setattr(root, f"conv{i}", nn.Conv2d(channels, outputs, 3, padding=1, bias=kind != 1))
-                made = (graph.call_module(f"conv{i}", (node,)), outputs)
+                value = (graph.call_module(f"conv{i}", (node,)), outputs)
                 if kind == 2:
                     shared.append((f"conv{i}", channels))
             if kind == 1:
                 setattr(root, f"norm{i}", nn.BatchNorm2d(outputs))
-                made = (graph.call_module(f"norm{i}", (made[0],)), outputs)
-                made = (graph.call_function(torch.relu, (made[0],)), outputs)
-        values.append(made)
+                value = (graph.call_module(f"norm{i}", (value[0],)), outputs)
+                value = (graph.call_function(torch.relu, (value[0],)), outputs)
+        values.append(value)
     graph.output(values[-1][0])
     return nets.settle(fx.GraphModule(root, graph), seed)
 

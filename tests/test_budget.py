@@ -43,14 +43,14 @@ def test_the_planned_ratios_beat_one_for_all():
     uniform = ghostify(model, 2, cheap="pointwise", example_inputs=x[:1], calibration=x)
     share = report(uniform).macs_after / report(uniform).macs_before
     planned = ghostify(model, cheap="auto", budget={"macs": share}, example_inputs=x[:1], calibration=x)
-    lines = {line.name: line for line in report(planned).layers}
-    assert lines["a.0"].intrinsic == 8
-    wanted = predict(model, [test])
-    assert relative_error(predict(planned, [test]), wanted) < relative_error(predict(uniform, [test]), wanted)
+    layers = {layer.name: layer for layer in report(planned).layers}
+    assert layers["a.0"].intrinsic == 8
+    expected = predict(model, [test])
+    assert relative_error(predict(planned, [test]), expected) < relative_error(predict(uniform, [test]), expected)
 
 
 @pytest.mark.parametrize(
-    ("budget", "wish", "message"),
+    ("budget", "options", "message"),
     [
         ({"macs": 0.01}, {}, r"budget macs=0.01 is infeasible: the minimum under these rules is 0\.\d+"),
         ({"flops": 0.5}, {}, r"budget 'flops': is unknown\. Use macs, params, latency"),
@@ -59,10 +59,10 @@ def test_the_planned_ratios_beat_one_for_all():
         ({"macs": 0.5}, {"cheap": 2}, "a budget selects the cheap operation's width"),
     ],
 )
-def test_budgets_that_cannot_be(budget, wish, message):
+def test_budgets_that_cannot_be(budget, options, message):
     with pytest.raises(GhostifyError, match=message):
         ghostify(
-            nets.settle(nets.Straight()), budget=budget, example_inputs=nets.images(1), **{"cheap": "auto", **wish}
+            nets.settle(nets.Straight()), budget=budget, example_inputs=nets.images(1), **{"cheap": "auto", **options}
         )
 
 
@@ -99,23 +99,23 @@ def test_planning_a_model_in_training_mode_leaves_its_statistics_alone():
 
 
 @pytest.fixture
-def clock(monkeypatch, tmp_path):
-    """A clock that counts multiply-accumulates, and adds `overhead` to the time of whatever is no plain convolution;
-    whole models take `whole` times what their layers do."""
+def fake_timer(monkeypatch, tmp_path):
+    """A timer that counts multiply-accumulates. It adds `overhead` to all but single convolutions; complete models take
+    `whole` times the sum of their layers."""
 
-    class Clock:
+    class FakeTimer:
         overhead, whole = 0.0, 1.0
 
-    def milliseconds(_, models, examples, _rounds=0):
+    def latencies_ms(_, models, examples, _rounds=0):
         convs = [sum(isinstance(m, torch.nn.Conv2d) for m in model.modules()) for model in models]
         macs = [float(cost.count_macs(m, x)) for m, x in zip(models, examples, strict=True)]
         if min(convs) > 3:
-            return [macs[0], *(Clock.whole * spent for spent in macs[1:])]
-        return [spent + Clock.overhead * (count > 1) for spent, count in zip(macs, convs, strict=True)]
+            return [macs[0], *(FakeTimer.whole * latency for latency in macs[1:])]
+        return [latency + FakeTimer.overhead * (count > 1) for latency, count in zip(macs, convs, strict=True)]
 
-    monkeypatch.setattr(LatencyTimer, "latencies_ms", milliseconds)
+    monkeypatch.setattr(LatencyTimer, "latencies_ms", latencies_ms)
     monkeypatch.setenv("GHOSTIFY_CACHE", str(tmp_path))
-    return Clock
+    return FakeTimer
 
 
 def timed(share, **more):
@@ -123,89 +123,89 @@ def timed(share, **more):
     return program, plan_for_budget(program, Policy((Rule(cheap="auto"),)), {"latency": share, **more})
 
 
-@pytest.mark.usefixtures("clock")
+@pytest.mark.usefixtures("fake_timer")
 def test_a_latency_budget_is_kept_by_measured_time():
-    program, decided = timed(0.6)
-    assert 0.4 * program.macs < decided.macs_after <= 0.6 * program.macs
-    assert len(decided.rewrites) > 0
+    program, planned = timed(0.6)
+    assert 0.4 * program.macs < planned.macs_after <= 0.6 * program.macs
+    assert len(planned.rewrites) > 0
 
 
-def test_no_layer_is_rewritten_that_does_not_get_faster(clock):
-    clock.overhead = 1e12
+def test_no_layer_is_rewritten_that_does_not_get_faster(fake_timer):
+    fake_timer.overhead = 1e12
     with pytest.raises(GhostifyError, match=r"budget latency=0.6 is infeasible: the minimum under these rules is 1"):
         timed(0.6)
-    _, decided = timed(1.0)
-    assert not decided.rewrites
+    _, planned = timed(1.0)
+    assert not planned.rewrites
 
 
-def test_the_plan_is_revised_where_the_layers_do_not_add_up(clock):
-    clock.whole = 1.2
-    program, decided = timed(0.6)
-    assert decided.macs_after <= 1.01 * 0.6 / 1.2 * program.macs
-    clock.whole = 5.0
+def test_the_plan_is_revised_where_the_layers_do_not_add_up(fake_timer):
+    fake_timer.whole = 1.2
+    program, planned = timed(0.6)
+    assert planned.macs_after <= 1.01 * 0.6 / 1.2 * program.macs
+    fake_timer.whole = 5.0
     with pytest.raises(GhostifyError, match=r"latency=0.6 is infeasible: .* the complete model takes"):
         timed(0.6)
 
 
-@pytest.mark.usefixtures("clock")
+@pytest.mark.usefixtures("fake_timer")
 def test_latency_goes_together_with_other_budgets():
-    program, decided = timed(0.9, macs=0.5)
-    assert decided.macs_after <= 0.5 * program.macs
+    program, planned = timed(0.9, macs=0.5)
+    assert planned.macs_after <= 0.5 * program.macs
 
 
 def test_maps_are_left_out_within_a_budget():
     model, x = nets.settle(nets.Inverted(16)), nets.images(32)
-    wish = {"cheap": "auto", "budget": {"macs": 0.6}, "example_inputs": x[:1], "calibration": x.split(8)}
-    made = ghostify(model, prune=True, **wish)
-    lines = {line.name: line for line in report(made).layers}
-    expand, between, project = (lines[name] for name in ("expand.0", "depthwise.0", "project.0"))
+    options = {"cheap": "auto", "budget": {"macs": 0.6}, "example_inputs": x[:1], "calibration": x.split(8)}
+    converted = ghostify(model, prune=True, **options)
+    layers = {layer.name: layer for layer in report(converted).layers}
+    expand, between, project = (layers[name] for name in ("expand.0", "depthwise.0", "project.0"))
     assert expand.is_pruned
     assert (
         expand.intrinsic == between.kept_in_count == between.intrinsic == project.kept_in_count < expand.weight_shape[0]
     )
-    assert cost.count_macs(made, x[:1]) == report(made).macs_after <= 0.6 * cost.count_macs(model, x[:1])
-    plain = ghostify(model, **wish)
-    wanted = predict(model, [x])
-    assert relative_error(predict(made, [x]), wanted) < relative_error(predict(plain, [x]), wanted)
+    assert cost.count_macs(converted, x[:1]) == report(converted).macs_after <= 0.6 * cost.count_macs(model, x[:1])
+    unpruned = ghostify(model, **options)
+    expected = predict(model, [x])
+    assert relative_error(predict(converted, [x]), expected) < relative_error(predict(unpruned, [x]), expected)
 
 
 def test_ghosts_and_fewer_maps_meet_in_one_layer(tmp_path):
     model, x = nets.settle(nets.Straight(32)), nets.images(64)
-    wish = {"cheap": "auto", "budget": {"macs": 0.3}, "example_inputs": x[:1], "calibration": x.split(16)}
-    made, plain = ghostify(model, prune=True, **wish), ghostify(model, **wish)
-    both = [line for line in report(made).layers if line.kept_in_count is not None and line.width]
-    assert both
-    for line in both:
-        ghost = made.get_submodule(line.name)
-        assert ghost.primary_conv.in_channels == line.kept_in_count
-        assert ghost.primary_conv.out_channels == line.intrinsic
-        assert len(line.channels) == line.outputs
-        assert set(line.channels) <= set(range(line.weight_shape[0]))
-    assert cost.count_macs(made, x[:1]) == report(made).macs_after <= 0.3 * cost.count_macs(model, x[:1])
-    wanted = predict(model, [x])
-    assert relative_error(predict(made, [x]), wanted) < relative_error(predict(plain, [x]), wanted)
-    again = load(save(made, tmp_path / "out"))
-    assert torch.equal(again(x), made(x))
-    assert report(again) == report(made)
-    torch.testing.assert_close(deploy(made, x[:1])(x), made(x), atol=1e-4, rtol=1e-3)
+    options = {"cheap": "auto", "budget": {"macs": 0.3}, "example_inputs": x[:1], "calibration": x.split(16)}
+    converted, unpruned = ghostify(model, prune=True, **options), ghostify(model, **options)
+    pruned_ghosts = [layer for layer in report(converted).layers if layer.kept_in_count is not None and layer.width]
+    assert pruned_ghosts
+    for layer in pruned_ghosts:
+        ghost = converted.get_submodule(layer.name)
+        assert ghost.primary_conv.in_channels == layer.kept_in_count
+        assert ghost.primary_conv.out_channels == layer.intrinsic
+        assert len(layer.channels) == layer.outputs
+        assert set(layer.channels) <= set(range(layer.weight_shape[0]))
+    assert cost.count_macs(converted, x[:1]) == report(converted).macs_after <= 0.3 * cost.count_macs(model, x[:1])
+    expected = predict(model, [x])
+    assert relative_error(predict(converted, [x]), expected) < relative_error(predict(unpruned, [x]), expected)
+    again = load(save(converted, tmp_path / "out"))
+    assert torch.equal(again(x), converted(x))
+    assert report(again) == report(converted)
+    torch.testing.assert_close(deploy(converted, x[:1])(x), converted(x), atol=1e-4, rtol=1e-3)
 
 
 def test_residual_streams_are_pruned_where_that_loses_least(monkeypatch):
     model, x, test = nets.settle(nets.Residual(16)), nets.images(64), nets.images(64, seed=9)
-    wish = {"targets": "*", "prune": True, "cheap": "auto", "budget": {"macs": 0.35}, "calibration": x.split(16)}
-    made = ghostify(model, example_inputs=x[:1], **wish)
-    lines = {line.name: line for line in report(made).layers}
-    kept = lines["stem.0"].outputs
-    assert kept == lines["conv2"].outputs == lines["conv1"].kept_in_count == lines["head"].kept_in_count < 16
-    assert made.get_submodule("bn2").num_features == len(made.get_submodule("stem.1").running_var) == kept
-    assert cost.count_macs(made, x[:1]) == report(made).macs_after <= 0.35 * cost.count_macs(model, x[:1])
-    torch.testing.assert_close(deploy(made, x[:1])(x), made(x), atol=1e-4, rtol=1e-3)
-    budgets = sys.modules["ghostify.search.budget"]
-    chains = [g for g in find_pruning_groups(trace(model, x[:1])) if isinstance(g, PruningGroup)]
-    monkeypatch.setattr(budgets, "find_pruning_groups", lambda _: [g for g in chains if not g.channels.residual])
-    without = ghostify(model, example_inputs=x[:1], **wish)
-    wanted = predict(model, [test])
-    assert relative_error(predict(made, [test]), wanted) < relative_error(predict(without, [test]), wanted)
+    options = {"targets": "*", "prune": True, "cheap": "auto", "budget": {"macs": 0.35}, "calibration": x.split(16)}
+    converted = ghostify(model, example_inputs=x[:1], **options)
+    layers = {layer.name: layer for layer in report(converted).layers}
+    kept = layers["stem.0"].outputs
+    assert kept == layers["conv2"].outputs == layers["conv1"].kept_in_count == layers["head"].kept_in_count < 16
+    assert converted.get_submodule("bn2").num_features == len(converted.get_submodule("stem.1").running_var) == kept
+    assert cost.count_macs(converted, x[:1]) == report(converted).macs_after <= 0.35 * cost.count_macs(model, x[:1])
+    torch.testing.assert_close(deploy(converted, x[:1])(x), converted(x), atol=1e-4, rtol=1e-3)
+    budget_module = sys.modules["ghostify.search.budget"]
+    groups = [g for g in find_pruning_groups(trace(model, x[:1])) if isinstance(g, PruningGroup)]
+    monkeypatch.setattr(budget_module, "find_pruning_groups", lambda _: [g for g in groups if not g.channels.residual])
+    other = ghostify(model, example_inputs=x[:1], **options)
+    expected = predict(model, [test])
+    assert relative_error(predict(converted, [test]), expected) < relative_error(predict(other, [test]), expected)
 
 
 @pytest.mark.parametrize(
@@ -220,8 +220,8 @@ def test_residual_streams_are_pruned_where_that_loses_least(monkeypatch):
 )
 def test_the_report_says_why_nothing_can_be_pruned(model, reasons):
     x = nets.images(16)
-    wish = {"prune": True, "cheap": "auto", "budget": {"macs": 0.9}, "example_inputs": x[:1], "calibration": x}
-    (note,) = report(ghostify(nets.settle(model), **wish)).notes
+    options = {"prune": True, "cheap": "auto", "budget": {"macs": 0.9}, "example_inputs": x[:1], "calibration": x}
+    (note,) = report(ghostify(nets.settle(model), **options)).notes
     assert note.startswith("no channel group can be pruned; channels of ")
     assert all(reason in note for reason in reasons)
 
@@ -247,20 +247,20 @@ def test_what_is_reachable_with_fewer_maps_can_be_reached():
 def test_parameters_of_norms_go_with_their_maps(make):
     model, x = nets.settle(make(16)), nets.images(32)
     program = trace(model, x[:1])
-    for wish in ({"prune": True}, {"activated": True, "cheap": "depthwise"}):
-        choices = build_search_space(
-            program, Policy((Rule(**{"cheap": "auto", **wish}),)), ("params",), x, 0, LatencyTimer()
+    for options in ({"prune": True}, {"activated": True, "cheap": "depthwise"}):
+        space = build_search_space(
+            program, Policy((Rule(**{"cheap": "auto", **options}),)), ("params",), x, 0, LatencyTimer()
         )
-        made = select_plan(choices, {"params": (1 + choices.minimum_shares["params"]) / 2})
-        converted = rewrite(program, made.plan, fit(program, made.plan, x).weights)
-        promised, found = made.shares["params"] * cost.count_parameters(model), cost.count_parameters(converted)
-        assert found <= promised + 0.5
-        assert "activated" in wish or found == pytest.approx(promised)
+        selected = select_plan(space, {"params": (1 + space.minimum_shares["params"]) / 2})
+        converted = rewrite(program, selected.plan, fit(program, selected.plan, x).weights)
+        predicted, actual = selected.shares["params"] * cost.count_parameters(model), cost.count_parameters(converted)
+        assert actual <= predicted + 0.5
+        assert "activated" in options or actual == pytest.approx(predicted)
 
 
-@pytest.mark.usefixtures("clock")
+@pytest.mark.usefixtures("fake_timer")
 def test_fewer_maps_are_timed_layer_by_layer():
     program, x = trace(nets.settle(nets.Inverted(32)), nets.images(2)), nets.images(16)
-    decided = plan_for_budget(program, Policy((Rule(cheap="auto", prune=True),)), {"latency": 0.6}, x)
-    assert decided.pruned
-    assert decided.macs_after <= 0.6 * program.macs
+    planned = plan_for_budget(program, Policy((Rule(cheap="auto", prune=True),)), {"latency": 0.6}, x)
+    assert planned.pruned
+    assert planned.macs_after <= 0.6 * program.macs

@@ -78,8 +78,8 @@ def test_plan_writes_the_frontier(files, tmp_path):
     options = ("--checkpoint", files / "w.safetensors", "--calibration", data, "--validation", data, "--points", 3)
     process = run("plan", NET, *SIZE, *options, "--cheap", "auto", "--frontier", tmp_path / "f.json")
     assert process.returncode == 0, process.stderr
-    assert "expected error" in process.stdout
-    curve = json.loads((tmp_path / "f.json").read_text())
+    assert "predicted error" in process.stdout
+    curve = json.loads((tmp_path / "f.json").read_text())["points"]
     assert [p["shares"]["macs"] for p in curve] == sorted((p["shares"]["macs"] for p in curve), reverse=True)
     assert curve[0]["drop"] == 0
     assert set(curve[2]["layers"]) == {"a.0", "b.0"}

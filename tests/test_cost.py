@@ -21,12 +21,12 @@ def test_the_plans_macs_are_what_torch_counts(make, ratio, cheap):
 
 def test_macs_by_hand():
     program = trace(nets.settle(nets.Straight()), nets.images(1))
-    decided = plan(program, Policy((Rule(ratio=3, dw_size=5),)))
-    a = decided.rewrites[0]
+    planned = plan(program, Policy((Rule(ratio=3, dw_size=5),)))
+    a = planned.rewrites[0]
     assert a.macs_before == 16 * 8 * 9
     assert a.macs_after == 6 * 8 * 9 + 10 * 25
-    assert decided.macs_before - decided.macs_after == sum(
-        (r.macs_before - r.macs_after) * r.conv.calls[0].output_shape[2] ** 2 for r in decided.rewrites
+    assert planned.macs_before - planned.macs_after == sum(
+        (r.macs_before - r.macs_after) * r.conv.calls[0].output_shape[2] ** 2 for r in planned.rewrites
     )
 
 

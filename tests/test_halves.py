@@ -18,8 +18,8 @@ def halves_of(maps, seed=0):
 def test_halves_are_the_images_of_even_and_of_odd_numbers():
     maps = torch.randn(12, 3, 4, 4)
     whole, covariances = covariances_of(halves_of(maps))
-    for own, images in zip((whole, *covariances), (maps, maps[::2], maps[1::2]), strict=True):
-        torch.testing.assert_close(own, images.transpose(0, 1).flatten(1).double().cov(correction=0))
+    for covariance_of_images, images in zip((whole, *covariances), (maps, maps[::2], maps[1::2]), strict=True):
+        torch.testing.assert_close(covariance_of_images, images.transpose(0, 1).flatten(1).double().cov(correction=0))
 
 
 def test_of_one_image_there_is_only_the_whole():
@@ -36,7 +36,7 @@ def test_each_half_is_tested_on_the_other():
 def test_every_convolution_is_visited_once_a_batch():
     program = trace(nets.settle(nets.Residual()), nets.images(1))
     calibration, visited = prepare_calibration(program, nets.images(8).split(4)), []
-    visit_convs(program, calibration, lambda first, part, node, *_: visited.append((first, part, node.name)))
+    visit_convs(program, calibration, lambda first, path, node, *_: visited.append((first, path, node.name)))
     calls = [(c.subgraph_path, call.node) for c in program.convolutions for call in c.calls]
     assert sorted(visited) == sorted((first, *call) for first in (0, 4) for call in calls)
 

@@ -18,21 +18,21 @@ FORMS = [None, GhostLayout(16, 8, Depthwise(3)), GhostLayout(16, 4, Pointwise())
 
 
 @pytest.fixture
-def clock(monkeypatch, tmp_path):
+def measured_counts(monkeypatch, tmp_path):
     """A clock that counts multiply-accumulates; the list of what was measured."""
     measured = []
 
-    def milliseconds(_, models, examples, _rounds=0):
+    def count_as_latency(_, models, examples, _rounds=0):
         measured.append(len(models))
         return [float(count_macs(m, x)) for m, x in zip(models, examples, strict=True)]
 
-    monkeypatch.setattr(LatencyTimer, "latencies_ms", milliseconds)
+    monkeypatch.setattr(LatencyTimer, "latencies_ms", count_as_latency)
     monkeypatch.setenv("GHOSTIFY_CACHE", str(tmp_path / "cache"))
     return measured
 
 
-def layer_milliseconds(conv, seen, layouts, clock=None):
-    return latency.layer_latency(conv, seen, layouts, clock or LatencyTimer())
+def layer_latency(conv, conv_info, layouts, timer=None):
+    return latency.layer_latency(conv, conv_info, layouts, timer or LatencyTimer())
 
 
 def layer(size=12, name="a.0"):
@@ -40,26 +40,26 @@ def layer(size=12, name="a.0"):
     return program.conv(name), next(c for c in program.convolutions if c.name == name)
 
 
-def test_each_form_is_measured_as_it_is_deployed(clock):
-    conv, seen = layer()
+def test_each_form_is_measured_as_it_is_deployed(measured_counts):
+    conv, conv_info = layer()
     positions = 2 * 12 * 12
-    assert layer_milliseconds(conv, seen, FORMS) == [
+    assert layer_latency(conv, conv_info, FORMS) == [
         positions * 16 * 8 * 9,
         positions * (8 * 8 * 9 + 8 * 9),
         positions * (4 * 8 * 9 + 4 * 16),  # few intrinsic maps: one more dense convolution
     ]
-    assert clock == [3]
+    assert measured_counts == [3]
 
 
-def test_what_was_measured_is_kept_by_shape_and_layout(clock, tmp_path):
-    conv, seen = layer()
-    first = layer_milliseconds(conv, seen, FORMS[:2])
-    assert layer_milliseconds(conv, seen, FORMS[:2]) == first
-    assert clock == [2]
-    layer_milliseconds(conv, seen, FORMS)
-    assert clock == [2, 2]  # the new one, beside the original
-    layer_milliseconds(*layer(size=16), FORMS[:2])
-    assert clock == [2, 2, 2]
+def test_what_was_measured_is_kept_by_shape_and_layout(measured_counts, tmp_path):
+    conv, conv_info = layer()
+    first = layer_latency(conv, conv_info, FORMS[:2])
+    assert layer_latency(conv, conv_info, FORMS[:2]) == first
+    assert measured_counts == [2]
+    layer_latency(conv, conv_info, FORMS)
+    assert measured_counts == [2, 2]  # the new form, next to the original
+    layer_latency(*layer(size=16), FORMS[:2])
+    assert measured_counts == [2, 2, 2]
     (file,) = (tmp_path / "cache").iterdir()
     assert len(json.loads(file.read_text())) == 5
 
@@ -76,16 +76,16 @@ def test_what_was_measured_is_kept_by_shape_and_layout(clock, tmp_path):
 def test_the_keys_on_disk_stay_what_they_were(layout, text, monkeypatch):
     """Whatever the classes are called, so that what was measured once is found again."""
     monkeypatch.setattr(latency, "processor", lambda: "Some CPU")
-    clock = LatencyTimer()
+    timer = LatencyTimer()
     conv = nn.Conv2d(8, 16, 3, padding=1, bias=False)
     facts = (
         "('Conv2d', 8, 16, (3, 3), (1, 1), (1, 1), 'zeros', (1, 1), 1, 2, 12, 11, "
-        f"{text}, {torch.get_num_threads()}, {clock.version!r}, 'Some CPU')"
+        f"{text}, {torch.get_num_threads()}, {timer.version!r}, 'Some CPU')"
     )
-    assert latency._key((conv, layout), (2, 8, 12, 11), clock) == hashlib.sha256(facts.encode()).hexdigest()[:24]
+    assert latency._key((conv, layout), (2, 8, 12, 11), timer) == hashlib.sha256(facts.encode()).hexdigest()[:24]
 
 
-@pytest.mark.usefixtures("clock")
+@pytest.mark.usefixtures("measured_counts")
 def test_each_runtime_is_measured_for_itself():
     measured = []
 
@@ -95,61 +95,65 @@ def test_each_runtime_is_measured_for_itself():
             return [1.0] * len(models)
 
     pytest.importorskip("onnxruntime")
-    conv, seen = layer()
-    eager = layer_milliseconds(conv, seen, FORMS)
-    assert layer_milliseconds(conv, seen, FORMS, Other("onnx")) == [1.0] * 3 != eager
-    assert layer_milliseconds(conv, seen, FORMS, Other("eager")) == eager
+    conv, conv_info = layer()
+    eager = layer_latency(conv, conv_info, FORMS)
+    assert layer_latency(conv, conv_info, FORMS, Other("onnx")) == [1.0] * 3 != eager
+    assert layer_latency(conv, conv_info, FORMS, Other("eager")) == eager
     assert measured == [3]
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "{"])
-def test_a_damaged_cache_is_begun_anew(clock, content):
+def test_a_damaged_cache_is_replaced(measured_counts, content):
     latency.cache_file().parent.mkdir()
     latency.cache_file().write_text(content)
-    assert layer_milliseconds(*layer(), [None])[0] > 0
-    assert clock == [1]
+    assert layer_latency(*layer(), [None])[0] > 0
+    assert measured_counts == [1]
 
 
-@pytest.mark.usefixtures("clock")
+@pytest.mark.usefixtures("measured_counts")
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("GHOSTIFY_CACHE", str(tmp_path / "file"))
-    assert layer_milliseconds(*layer(), [None])[0] > 0
+    assert layer_latency(*layer(), [None])[0] > 0
 
 
-def test_fewer_maps_are_measured_at_the_layers_own_size(clock):
-    """Behind a pooling, a convolution has fewer positions than the one before it."""
+def test_fewer_maps_are_measured_at_the_layers_own_size(measured_counts):
+    """After a pooling, a convolution has fewer positions than before."""
     program = trace(nets.settle(nets.Inverted(16)), nets.images(2))
-    seen = {conv.name: conv for conv in program.convolutions}
-    for name, ways in (("expand.0", [(5, None), (None, 8)]), ("depthwise.0", [(5, 5)]), ("project.0", [(None, 5)])):
-        conv, (call,) = program.conv(name), seen[name].calls
-        per_map = cost.conv_macs(seen[name]) / conv.out_channels / (1 if conv.groups > 1 else conv.in_channels)
-        positions = cost.total_positions(seen[name].calls)
-        counts = [(m or conv.out_channels) * (1 if conv.groups > 1 else r or conv.in_channels) for m, r in ways]
+    conv_info = {conv.name: conv for conv in program.convolutions}
+    for name, kept_counts in (
+        ("expand.0", [(5, None), (None, 8)]),
+        ("depthwise.0", [(5, 5)]),
+        ("project.0", [(None, 5)]),
+    ):
+        conv, (call,) = program.conv(name), conv_info[name].calls
+        per_map = cost.conv_macs(conv_info[name]) / conv.out_channels / (1 if conv.groups > 1 else conv.in_channels)
+        positions = cost.total_positions(conv_info[name].calls)
+        counts = [(m or conv.out_channels) * (1 if conv.groups > 1 else r or conv.in_channels) for m, r in kept_counts]
         whole = count_macs(conv, torch.zeros(call.input_shape))
-        taken = latency.pruned_latency(conv, seen[name], ways, LatencyTimer())
-        assert taken == [whole, *(per_map * count * positions for count in counts)]
-    assert clock == [3, 2, 2]
+        latencies_ms = latency.pruned_latency(conv, conv_info[name], kept_counts, LatencyTimer())
+        assert latencies_ms == [whole, *(per_map * count * positions for count in counts)]
+    assert measured_counts == [3, 2, 2]
 
 
-def test_how_a_layer_pads_is_part_of_its_time(clock):
-    conv, seen = layer()
+def test_how_a_layer_pads_is_part_of_its_time(measured_counts):
+    conv, conv_info = layer()
     for mode in ("zeros", "reflect"):
         conv.padding_mode = mode
-        layer_milliseconds(conv, seen, [None])
-    assert clock == [1, 1]
+        layer_latency(conv, conv_info, [None])
+    assert measured_counts == [1, 1]
 
 
-@pytest.mark.usefixtures("clock")
+@pytest.mark.usefixtures("measured_counts")
 def test_all_calls_count():
     program = trace(nets.settle(nets.Shared()), nets.images(1))
-    seen = next(c for c in program.convolutions if len(c.calls) > 1)
-    conv = program.conv(seen.name)
-    one = count_macs(conv, nets.images(1).new_zeros(seen.calls[0].input_shape))
-    assert layer_milliseconds(conv, seen, [None])[0] >= len(seen.calls) * one > 0
+    conv_info = next(c for c in program.convolutions if len(c.calls) > 1)
+    conv = program.conv(conv_info.name)
+    of_one_call = count_macs(conv, nets.images(1).new_zeros(conv_info.calls[0].input_shape))
+    assert layer_latency(conv, conv_info, [None])[0] >= len(conv_info.calls) * of_one_call > 0
 
 
-@pytest.mark.usefixtures("clock")
+@pytest.mark.usefixtures("measured_counts")
 def test_models_are_measured_in_their_inference_form():
     model, x = nets.settle(nets.Residual()), nets.images(2)
     assert model_latency(trace(model, x), LatencyTimer()) == count_macs(model, x)

@@ -17,10 +17,10 @@ def test_few_images_are_not_taken_to_be_simple():
     halves = tuple(h.T @ h / len(h) for h in rows.split(6))
     eye = torch.eye(8, dtype=torch.float64)
     crossed = truncation_losses(LayerStatistics(halves, None, eye))
-    own = [truncation_losses(LayerStatistics((h,), None, eye)) for h in halves]
-    torch.testing.assert_close(own[0], torch.cat((torch.zeros(1), torch.linalg.eigvalsh(halves[0]).cumsum(0))))
-    assert (crossed[1:-1] > (own[0] + own[1])[1:-1] / 2).all()
-    assert crossed[-1] == pytest.approx(float((own[0] + own[1])[-1] / 2))
+    uncrossed = [truncation_losses(LayerStatistics((h,), None, eye)) for h in halves]
+    torch.testing.assert_close(uncrossed[0], torch.cat((torch.zeros(1), torch.linalg.eigvalsh(halves[0]).cumsum(0))))
+    assert (crossed[1:-1] > (uncrossed[0] + uncrossed[1])[1:-1] / 2).all()
+    assert crossed[-1] == pytest.approx(float((uncrossed[0] + uncrossed[1])[-1] / 2))
 
 
 @given(st.integers(2, 12), st.sampled_from([1.25, 1.5, 2, 3, 4]), st.integers(0, 99))
@@ -49,9 +49,9 @@ def smooth_filters(seed, outputs):
 def predicted_and_fitted(filters, layout):
     """What planning expects a layout to lose under white inputs, and what the fit to the same moments loses."""
     d = layout.kernel_size
-    one, pairs = white_input_statistics(filters, 1), white_input_statistics(filters, d, map_by_map=True)
-    weights = 1 / one.var / len(filters)
-    losses = LossEstimator(LayerStatistics((one.gram[0, :, 0],), pairs, torch.diag(weights)), d)
+    joint, pairs = white_input_statistics(filters, 1), white_input_statistics(filters, d, map_by_map=True)
+    weights = 1 / joint.var / len(filters)
+    losses = LossEstimator(LayerStatistics((joint.gram[0, :, 0],), pairs, torch.diag(weights)), d)
     stats = white_input_statistics(filters, d)
     solution = lstsq.solve_ghosts(stats, layout, torch.diag(weights))
     return losses, float((weights * stats.squared_errors(solution)).sum())

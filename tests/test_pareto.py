@@ -19,8 +19,8 @@ def settled():
 
 def likeness(model, x):
     """An evaluation: 100 for the original's own outputs, less by their relative error in percent."""
-    wanted = predict(model, [x])
-    return lambda other: 100 * (1 - relative_error(predict(other, [x]), wanted))
+    expected = predict(model, [x])
+    return lambda other: 100 * (1 - relative_error(predict(other, [x]), expected))
 
 
 def test_the_curve_goes_from_the_original_down_to_what_is_within_reach():
@@ -53,13 +53,13 @@ def test_a_point_of_the_curve_is_what_its_budget_gives():
 def test_the_cheapest_model_within_a_drop(others):
     model, x = settled()
     score = likeness(model, x)
-    made = ghostify(
+    converted = ghostify(
         model, cheap="auto", budget={"max_drop": 5, **others}, example_inputs=x[:1], calibration=x, evaluate=score
     )
-    assert score(made) >= 95
-    found = report(made)
-    assert found.macs_after < others.get("macs", 1) * found.macs_before
-    assert cost.count_parameters(made) <= others.get("params", 1) * cost.count_parameters(model)
+    assert score(converted) >= 95
+    summary = report(converted)
+    assert summary.macs_after < others.get("macs", 1) * summary.macs_before
+    assert cost.count_parameters(converted) <= others.get("params", 1) * cost.count_parameters(model)
     stricter = (
         ghostify(
             model, cheap="auto", budget={"max_drop": 0.1, **others}, example_inputs=x[:1], calibration=x, evaluate=score
@@ -67,21 +67,21 @@ def test_the_cheapest_model_within_a_drop(others):
         if not others
         else None
     )
-    assert stricter is None or (score(stricter) >= 99.9 and report(stricter).macs_after > found.macs_after)
+    assert stricter is None or (score(stricter) >= 99.9 and report(stricter).macs_after > summary.macs_after)
 
 
 def test_a_limit_that_the_original_keeps_changes_nothing():
     model, x = settled()
     given = {"cheap": "auto", "example_inputs": x[:1], "calibration": x, "evaluate": likeness(model, x)}
     whole = trace(model, x[:1]).macs
-    made = [ghostify(model, budget={"max_drop": 5, "macs": limit}, **given) for limit in (1.0, 3 * whole)]
-    assert report(made[0]).macs_after == report(made[1]).macs_after < whole
+    models = [ghostify(model, budget={"max_drop": 5, "macs": limit}, **given) for limit in (1.0, 3 * whole)]
+    assert report(models[0]).macs_after == report(models[1]).macs_after < whole
 
 
 def test_no_drop_at_all_leaves_the_model_as_it_is():
     model, x = settled()
-    decided, fits = plan_for_drop(trace(model, x[:1]), AUTO, {"max_drop": 0}, likeness(model, x), x)
-    assert not decided.rewrites
+    planned, fits = plan_for_drop(trace(model, x[:1]), AUTO, {"max_drop": 0}, likeness(model, x), x)
+    assert not planned.rewrites
     assert not fits.weights
 
 
@@ -101,15 +101,15 @@ def test_drops_that_cannot_be(budget, message):
 
 def test_a_drop_needs_an_evaluation():
     model, x = settled()
-    with pytest.raises(GhostifyError, match="pass evaluate"):
+    with pytest.raises(GhostifyError, match="Pass evaluate"):
         ghostify(model, cheap="auto", budget={"max_drop": 1}, example_inputs=x)
 
 
 def test_the_curve_is_the_same_each_time():
     model, x = settled()
-    one, two = (frontier(trace(model, x[:1]), AUTO, calibration=x, points=3) for _ in range(2))
-    assert one == two
-    assert all(torch.isfinite(torch.tensor(p.error)) for p in one)
+    first, second = (frontier(trace(model, x[:1]), AUTO, calibration=x, points=3) for _ in range(2))
+    assert first == second
+    assert all(torch.isfinite(torch.tensor(p.error)) for p in first)
 
 
 @pytest.fixture

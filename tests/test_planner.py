@@ -31,14 +31,14 @@ def test_reasons_for_leaving_a_convolution_alone():
         nn.Conv2d(8, 8, 3),
     )
     rules = (Rule("5", ratio=1), Rule(("0", "1", "2", "3", "4", "6"), ignore="6"))
-    found = reasons(model, Policy(rules))
-    assert found["0"] == "first convolution (keep_first)"
-    assert found["1"] == "depthwise convolution"
-    assert found["2"] == "grouped convolution: 2 groups"
-    assert found["3"] == "no MACs saved: 64 per output position before, 68 after"
-    assert found["4"] == "no ghost maps at ratio 2: 1 output"
-    assert found["5"] == "ratio 1"
-    assert found["6"] == "ignored by its rule"
+    skipped = reasons(model, Policy(rules))
+    assert skipped["0"] == "first convolution (keep_first)"
+    assert skipped["1"] == "depthwise convolution"
+    assert skipped["2"] == "grouped convolution: 2 groups"
+    assert skipped["3"] == "no MACs saved: 64 per output position before, 68 after"
+    assert skipped["4"] == "no ghost maps at ratio 2: 1 output"
+    assert skipped["5"] == "ratio 1"
+    assert skipped["6"] == "ignored by its rule"
     assert reasons(model, Policy((Rule("6"),)))["5"] == "not targeted by any rule"
 
 

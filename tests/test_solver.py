@@ -16,49 +16,49 @@ KEPT = ((0,), (0, 2))
 
 @given(st.integers(1, 3), st.integers(0, 999), st.floats(0.1, 1), st.booleans())
 @settings(max_examples=60, deadline=None)
-def test_the_choice_is_the_best_of_all(layers, seed, share, linked):
-    """Of convolutions one behind another, with links between them or without."""
+def test_the_choice_is_the_best_of_all(layers, seed, share, grouped):
+    """For a chain of convolutions, with channel groups between them or without."""
     generator = torch.Generator().manual_seed(seed)
 
     def drawn(**maps):
         costs = tuple(torch.rand(2, generator=generator).tolist())
         return Candidate(None, costs, float(torch.rand((), generator=generator)), **maps)
 
-    ties, counts = [], (None, *map(len, KEPT))
-    if linked:
-        ties += [GroupConstraint(k, layers + k, "kept_out_count") for k in range(layers - 1)]
-        ties += [GroupConstraint(k + 1, layers + k, "kept_in_count") for k in range(layers - 1)]
-    tied = {(tie.conv, tie.key) for tie in ties}
-    choices = [
+    constraints, counts = [], (None, *map(len, KEPT))
+    if grouped:
+        constraints += [GroupConstraint(k, layers + k, "kept_out_count") for k in range(layers - 1)]
+        constraints += [GroupConstraint(k + 1, layers + k, "kept_in_count") for k in range(layers - 1)]
+    constrained = {(constraint.conv, constraint.key) for constraint in constraints}
+    candidates = [
         [
             drawn(kept_out_count=kept_out, kept_in_count=kept_in)
             for kept_out, kept_in in itertools.product(
-                *(counts if (k, key) in tied else (None,) for key in ("kept_out_count", "kept_in_count"))
+                *(counts if (k, key) in constrained else (None,) for key in ("kept_out_count", "kept_in_count"))
             )
             for _ in range(2)
         ]
         for k in range(layers)
     ]
-    choices += [[drawn(kept=kept) for kept in (None, *KEPT)] for _ in range(layers - 1)] if linked else []
+    candidates += [[drawn(kept=kept) for kept in (None, *KEPT)] for _ in range(layers - 1)] if grouped else []
 
     def agree(picks):
-        kept = (picks[tie.group].kept for tie in ties)
+        kept = (picks[constraint.group].kept for constraint in constraints)
         return all(
-            getattr(picks[tie.conv], tie.key) == (None if own is None else len(own))
-            for tie, own in zip(ties, kept, strict=True)
+            getattr(picks[constraint.conv], constraint.key) == (None if channels is None else len(channels))
+            for constraint, channels in zip(constraints, kept, strict=True)
         )
 
-    limits = [share * sum(max(c.costs[k] for c in options) for options in choices) for k in range(2)]
+    limits = [share * sum(max(c.costs[k] for c in alternatives) for alternatives in candidates) for k in range(2)]
     possible = [
         sum(c.loss for c in picks)
-        for picks in itertools.product(*choices)
+        for picks in itertools.product(*candidates)
         if agree(picks) and all(sum(c.costs[k] for c in picks) <= limit for k, limit in enumerate(limits))
     ]
-    found = choose_candidates(choices, limits, ties)
-    if found is None:
+    solution = choose_candidates(candidates, limits, constraints)
+    if solution is None:
         assert not possible
         return
-    picks = [options[i] for options, i in zip(choices, found, strict=True)]
+    picks = [alternatives[i] for alternatives, i in zip(candidates, solution, strict=True)]
     assert agree(picks)
     assert all(sum(c.costs[k] for c in picks) <= limit * (1 + 1e-6) + 1e-9 for k, limit in enumerate(limits))
     assert sum(c.loss for c in picks) <= min(possible, default=float("inf")) + 1e-3
@@ -68,9 +68,9 @@ def test_a_timeout_is_not_infeasibility(monkeypatch):
     monkeypatch.setattr(solving, "SECONDS", 0)
     generator = torch.Generator().manual_seed(0)
     rows = torch.rand(40, 30, 3, generator=generator).tolist()
-    choices = [[Candidate(None, (a, b), loss) for a, b, loss in options] for options in rows]
+    candidates = [[Candidate(None, (a, b), loss) for a, b, loss in alternatives] for alternatives in rows]
     with pytest.raises(GhostifyError, match="no plan found in 0 s"):
-        choose_candidates(choices, [12.0, 12.0])
+        choose_candidates(candidates, [12.0, 12.0])
 
 
 def test_what_a_library_writes_past_python_stays_out_of_standard_output(capfd):

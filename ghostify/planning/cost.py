@@ -1,4 +1,4 @@
-"""What things cost: multiply-accumulates (one multiply-add is one MAC) and parameters."""
+"""Multiply-accumulates (one multiply-add is one MAC) and parameters of layers and models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ghostify.modules.layout import GhostLayout
 
 
 def total_positions(calls: Iterable[ConvCall]) -> int | None:
-    """Output positions over all images of all calls, or None where no shapes are known."""
+    """Output positions of all calls on all images, or None where a call has no shapes."""
     total = 0
     for call in calls:
         if call.output_positions is None:
@@ -35,12 +35,12 @@ def ghost_macs(conv: Convolution, layout: GhostLayout) -> int:
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Parameters, each counted once."""
+    """The number of parameters, each counted once."""
     return sum(p.numel() for p in module.parameters())
 
 
 def count_macs(model: nn.Module, example_inputs: Any) -> int:
-    """MACs of one forward in evaluation mode (see `MacCounter`); the mode is put back."""
+    """MACs of one forward in evaluation mode (see `MacCounter`); the mode is restored."""
     args, kwargs = as_arguments(example_inputs)
     with eval_mode(model), MacCounter() as counter:
         model(*args, **kwargs)
