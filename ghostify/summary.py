@@ -182,7 +182,7 @@ def _line(entry: GhostRewrite | PruneRewrite | Skip, fits: FitResult | None) -> 
     before, bias = cost.conv_macs(conv), conv.outputs * conv.bias
     common: dict[str, Any] = {
         "name": conv.name,
-        "conv_class": conv.kind,
+        "conv_class": conv.conv_class,
         "weight_shape": (conv.outputs, conv.inputs // conv.groups, *conv.kernel),
         "output_size": _size(conv),
         "macs_before": before * (places or 1),

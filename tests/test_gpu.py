@@ -7,8 +7,9 @@ from torch.utils.data import TensorDataset
 from ghostify import GhostifyError, finetune, ghostify, load, save, trace, write_report
 from ghostify.data.training_data import TrainingData
 from ghostify.deployment.inference_form import deploy
-from ghostify.evaluation.metrics import interleaved_latency_ms, predict, relative_error
+from ghostify.evaluation.metrics import predict, relative_error
 from ghostify.reporting.redundancy import study_layer
+from ghostify.timing.interleaved import interleaved_latency_ms
 from ghostify.training.losses import distillation_loss
 from ghostify.training.trainer import Recipe
 from tests import nets

@@ -37,7 +37,7 @@ def test_every_convolution_is_visited_once_a_batch():
     program = trace(nets.settle(nets.Residual()), nets.images(1))
     calibration, visited = prepare_calibration(program, nets.images(8).split(4)), []
     visit_convs(program, calibration, lambda first, part, node, *_: visited.append((first, part, node.name)))
-    calls = [(c.part, call.node) for c in program.convolutions for call in c.calls]
+    calls = [(c.subgraph_path, call.node) for c in program.convolutions for call in c.calls]
     assert sorted(visited) == sorted((first, *call) for first in (0, 4) for call in calls)
 
 

@@ -37,7 +37,7 @@ def test_a_shared_convolution_is_listed_once_with_both_calls():
 def test_functional_convolutions_are_found_by_their_weight():
     program = trace(nets.settle(nets.Functional()), nets.images(1))
     named = {c.name: c for c in program.convolutions}
-    assert named["kernel"].kind == "conv2d"
+    assert named["kernel"].is_functional
     assert named["kernel"].unsupported_reason is None
     assert program.conv("kernel").stride == (2, 2)
     computed = [c for c in program.convolutions if c.unsupported_reason]
@@ -65,7 +65,7 @@ def test_a_convolution_inside_what_does_not_trace_is_a_part_of_its_own():
     program = trace(model, x)
     assert list(program.subgraphs) == ["gate.conv", ""]
     gate = next(c for c in program.convolutions if c.name == "gate.conv")
-    assert (gate.part, gate.local_path, gate.unsupported_reason) == ("gate.conv", "conv", None)
+    assert (gate.subgraph_path, gate.local_path, gate.unsupported_reason) == ("gate.conv", "conv", None)
     assert gate.calls[0].output_shape == (1, 8, 12, 12)
     assert program.conv("gate.conv") is program.module.gate.conv
 
@@ -78,7 +78,7 @@ def test_a_class_that_does_not_trace_stays_around_the_parts_that_do():
     assert isinstance(program.module.backbone, fx.GraphModule)
     assert [c.name for c in program.convolutions] == ["backbone.stem.0", "backbone.a.0", "head.weight", "gate.conv"]
     assert torch.equal(program.module(x), model(x))
-    head = next(c for c in program.convolutions if c.part == "head")
+    head = next(c for c in program.convolutions if c.subgraph_path == "head")
     assert head.calls[0].output_positions == 2 * (144 + 36)
 
 
@@ -240,7 +240,7 @@ def test_modules_that_refer_to_each_other_in_a_circle_are_traced_unless_they_are
     model = nets.settle(nets.Wild())
     model.gate.owner = [model]
     program = trace(model, nets.images(1))
-    assert [c.part for c in program.convolutions] == ["backbone", "backbone", "head", "gate.conv"]
+    assert [c.subgraph_path for c in program.convolutions] == ["backbone", "backbone", "head", "gate.conv"]
     model.gate.registered = model
     with pytest.raises(GhostifyError, match=r"gate\.registered is a module that it lies in itself"):
         trace(model, nets.images(1))
@@ -268,5 +268,5 @@ def test_convolutions_that_run_as_functions_where_nothing_traces_are_listed():
     with pytest.warns(UserWarning, match="1 convolutions run as functions in forwards .* the first is weight"):
         program = trace(model, x)
     (found,) = [c for c in program.convolutions if c.name == "weight"]
-    assert (found.inputs, found.outputs, found.kernel, found.kind) == (8, 6, (3, 3), "conv2d")
+    assert (found.inputs, found.outputs, found.kernel, found.is_functional) == (8, 6, (3, 3), True)
     assert "as a function" in found.unsupported_reason

@@ -32,7 +32,8 @@ from ghostify import GhostifyError, save
 from ghostify.deployment.inference_form import deploy
 from ghostify.planning.cost import count_macs
 from ghostify.runtimes.registry import RUNTIMES
-from ghostify.timing.timer import INPUTS, export_for_timing, request_timings, start_worker, stop_worker
+from ghostify.timing.timer import export_for_timing, request_timings, start_worker, stop_worker
+from ghostify.timing.worker import INPUTS
 
 TURNS, REPEATS, PAUSE = 8, 5, 0.05
 

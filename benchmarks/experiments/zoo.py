@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-import re
 import statistics
 import sys
 import tempfile
@@ -45,6 +44,7 @@ from ghostify.fitting.initialization import untrained_weights
 from ghostify.graph.inputs import tensor_leaves
 from ghostify.io.checkpoint import versions
 from ghostify.planning.cost import count_macs
+from ghostify.planning.skip_reasons import kind_of
 from ghostify.summary import attach_report, build_report
 
 FILE, COMMAND = RESULTS / "zoo.json", "python benchmarks/experiments/zoo.py"
@@ -157,11 +157,6 @@ def examine(name: str, fitted: bool) -> Row:
 def shapes(outputs: list[Tensor], is_graph: bool) -> list[torch.Size]:
     """The shapes; without the number of boxes for a detector, which keeps its class."""
     return [v.shape if is_graph else v.shape[1:] for v in outputs]
-
-
-def kind_of(reason: str) -> str:
-    """The reason without the name in it."""
-    return reason.split(":")[0].split("'")[0].strip()
 
 
 def leaves(model: nn.Module, x: tuple[Tensor, ...]) -> list[Tensor]:
@@ -297,8 +292,7 @@ def write_table(rows: list[Row]) -> None:
     lines += ["", "Convolutions that ratio 2 does not rewrite, by reason:", ""]
     reasons: Counter[str] = Counter()
     for row in measured:
-        for reason, count in row["skipped"].items():
-            reasons[re.sub(r" \(\d+\)| of \d+ maps", "", reason)] += count
+        reasons.update(row["skipped"])
     lines += ["| reason | convolutions |", "|---|---|", *(f"| {k} | {v:,} |" for k, v in reasons.most_common())]
     lines += ["", "Not good:", ""] if len(measured) < len(required) else []
     lines += [f"- `{r['name']}`: {r['outcome']}" for r in required if r["outcome"] != "good"]

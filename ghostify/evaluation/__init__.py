@@ -1,1 +1,1 @@
-"""Accuracy of models, and comparison with the original."""
+"""Predictions of models, and how well they agree with labels or with the original."""

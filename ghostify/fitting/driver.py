@@ -101,9 +101,9 @@ class _FitRun:
 
     def fit_data_free(self, entry: GhostRewrite) -> GhostWeights:
         """The fit of one layer without images."""
-        part, conv = self.program.subgraphs[entry.conv.part], self.program.conv(entry.conv.name)
+        part, conv = self.program.subgraphs[entry.conv.subgraph_path], self.program.conv(entry.conv.name)
         norm = batchnorm_at(part, entry.norm)
-        inputs = self.known(entry.conv.part).get(entry.conv.calls[0].node)
+        inputs = self.known(entry.conv.subgraph_path).get(entry.conv.calls[0].node)
         if entry.kept_channels is not None:
             keeps, reads = entry.kept_channels.kept_out, entry.kept_channels.kept_in
             conv = slice_conv(conv, keeps, reads)
@@ -113,7 +113,7 @@ class _FitRun:
 
     def fit_subgraphs(self, calibration: Calibration) -> None:
         """One part after another, inner ones first; each sees what the parts before it have become."""
-        rewritten = [p for p in self.program.subgraphs if any(e.conv.part == p for e in self.plan.changes)]
+        rewritten = [p for p in self.program.subgraphs if any(e.conv.subgraph_path == p for e in self.plan.changes)]
         converted = self.program.module if rewritten == [""] else copy.deepcopy(self.program.module)
         for path in rewritten:
             batches: CalibrationBatches | None = calibration.batches
@@ -133,10 +133,10 @@ class _FitRun:
     ) -> None:
         """The layers of one part, one after another, on the way through it in both models."""
         part, clock = self.program.subgraphs[path], self.clock
-        entries = {call.node: e for e in self.fitted if e.conv.part == path for call in e.conv.calls}
+        entries = {call.node: e for e in self.fitted if e.conv.subgraph_path == path for call in e.conv.calls}
         walk = LockstepRun(part, batches.local_batches, set(entries), self._changed(path), converted=converted)
         for change in self.plan.changes:
-            if change.conv.part == path:
+            if change.conv.subgraph_path == path:
                 insert_pruned(walk.converted, change)
         layers: dict[str, GhostFit | PrunedConvFit] = {}
         for node, coming in clock.time_items("forward", walk.steps()):
@@ -164,15 +164,15 @@ class _FitRun:
     def _fit_unreached(self, path: str) -> None:
         """A part that no calibration image reaches is fitted without images, and named."""
         warnings.warn(f"no calibration image reaches {path}: it is fitted without images", stacklevel=4)
-        self.weights |= {e.conv.name: self.fit_data_free(e) for e in self.plan.rewrites if e.conv.part == path}
+        self.weights |= {e.conv.name: self.fit_data_free(e) for e in self.plan.rewrites if e.conv.subgraph_path == path}
 
     def _changed(self, path: str) -> set[str]:
         """Nodes of a part whose modules a fit changes, or hold parts that are rewritten already."""
-        changes = [e for e in self.plan.changes if e.conv.part == path]
+        changes = [e for e in self.plan.changes if e.conv.subgraph_path == path]
         own = {e.norm for e in changes}
         own |= {e.conv.local_path for e in changes if e.kept_channels}
         tensors = [name for e in changes if e.kept_channels for name, _ in e.kept_channels.tensors]
-        inner = [p.removeprefix(f"{path}.") for p in {e.conv.part for e in self.plan.changes} if p != path]
+        inner = [p.removeprefix(f"{path}.") for p in {e.conv.subgraph_path for e in self.plan.changes} if p != path]
         return {
             n.name
             for n in self.program.subgraphs[path].graph.nodes

@@ -65,7 +65,7 @@ def output_sensitivity(
     """
     images = min(max(-(-batches.images // SHARE), LEAST_IMAGES), IMAGES) if images is None else images
     dense = [c for c in program.convolutions if c.unsupported_reason is None and c.groups == 1]
-    names = {(c.part, call.node): c.name for c in dense for call in c.calls}
+    names = {(c.subgraph_path, call.node): c.name for c in dense for call in c.calls}
     module = copy.deepcopy(program.module).eval().requires_grad_(False)
     spreads = _output_deviations(module, _first(batches, min(images, SPREAD_OVER)))
     sums = {c.name: torch.zeros(c.outputs, c.outputs, dtype=torch.float64) for c in dense}

@@ -47,7 +47,7 @@ def following_norm(wiring: GraphIndex, nodes: list[str]) -> str | None:
 def following_norm_of(program: Program, conv: Convolution) -> str | None:
     """`following_norm` of one convolution of a program, as a path in its part; who asks of many keeps a `GraphIndex` a
     part."""
-    return following_norm(GraphIndex(program.subgraphs[conv.part]), [call.node for call in conv.calls])
+    return following_norm(GraphIndex(program.subgraphs[conv.subgraph_path]), [call.node for call in conv.calls])
 
 
 def following_activation(wiring: GraphIndex, nodes: list[str], norm: str | None) -> str | None:

@@ -16,7 +16,7 @@ from ghostify.graph.functional_conv import Conv2dCall, Conv2dRecorder
 from ghostify.graph.inputs import CallInputs, bind_inputs, run_example
 from ghostify.graph.modes import eval_mode
 from ghostify.graph.op_queries import is_conv2d
-from ghostify.graph.program import SINGLE_CONV_NAME, ConvCall, Convolution
+from ghostify.graph.program import FUNCTIONAL_CONV, SINGLE_CONV_NAME, ConvCall, Convolution
 
 UNTRACED_REASON = "it runs as a function in a forward that does not trace"
 
@@ -89,7 +89,7 @@ class _Beside:
         name = self.names.get(id(weight), f"conv2d[{len(self.found)}]")
         groups, kernel = given["groups"], (weight.shape[2], weight.shape[3])
         sizes = weight.shape[1] * groups, weight.shape[0], kernel, groups, given["bias"] is not None
-        self.found.setdefault(name, Convolution(name, "conv2d", *sizes, (), UNTRACED_REASON))
+        self.found.setdefault(name, Convolution(name, FUNCTIONAL_CONV, *sizes, (), UNTRACED_REASON))
         self.last = made, name
 
     def forget(self, made: Any) -> None:

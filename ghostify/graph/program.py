@@ -13,6 +13,7 @@ from ghostify.graph.functional_conv import as_conv_module, weight_path
 
 Shape = tuple[int, ...]
 SINGLE_CONV_NAME = "conv"
+FUNCTIONAL_CONV = "conv2d"
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,13 @@ class ConvCall:
 class Convolution:
     """A two-dimensional convolution of the model, with every call of it.
 
-    `name` is the module's path, or the path of the weight for `torch.nn.functional.conv2d`; `part` the path of the part
-    whose graph calls it. `kind` is the class name, or "conv2d" for the function. `unsupported_reason` says why it
-    cannot be taken apart, if it cannot.
+    `name` is the module's path, or the path of the weight for `torch.nn.functional.conv2d`; `subgraph_path` is the path
+    of the subgraph that calls it. `conv_class` is the class name, or "conv2d" for the function. `unsupported_reason`
+    says why it cannot be rewritten, None where it can.
     """
 
     name: str
-    kind: str
+    conv_class: str
     inputs: int
     outputs: int
     kernel: tuple[int, int]
@@ -46,7 +47,12 @@ class Convolution:
     bias: bool
     calls: tuple[ConvCall, ...]
     unsupported_reason: str | None = None
-    part: str = ""
+    subgraph_path: str = ""
+
+    @property
+    def is_functional(self) -> bool:
+        """Whether it is a call of `torch.nn.functional.conv2d`, not of a module."""
+        return self.conv_class == FUNCTIONAL_CONV
 
     @property
     def macs_per_output(self) -> int:
@@ -55,10 +61,10 @@ class Convolution:
 
     @property
     def local_path(self) -> str:
-        """Its path within its part."""
-        if self.part == self.name:
+        """Its path within its subgraph."""
+        if self.subgraph_path == self.name:
             return SINGLE_CONV_NAME
-        return self.name.removeprefix(f"{self.part}.") if self.part else self.name
+        return self.name.removeprefix(f"{self.subgraph_path}.") if self.subgraph_path else self.name
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +87,7 @@ class Program:
     def conv(self, name: str) -> nn.Conv2d:
         """The convolution `name` as a plain module; it shares the program's parameters where it is one there."""
         found = next(c for c in self.convolutions if c.name == name)
-        return conv_module(self.subgraphs[found.part], found.local_path)
+        return conv_module(self.subgraphs[found.subgraph_path], found.local_path)
 
 
 def called_module(module: nn.Module, node: fx.Node) -> nn.Module:

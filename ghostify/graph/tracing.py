@@ -20,7 +20,7 @@ from ghostify.graph.observation import ForwardRecord, record_forward
 from ghostify.graph.op_queries import is_conv2d, is_standard_conv
 from ghostify.graph.partition import models_match, record_first_calls, trace_submodules
 from ghostify.graph.paths import join_path
-from ghostify.graph.program import ConvCall, Convolution, Program
+from ghostify.graph.program import FUNCTIONAL_CONV, ConvCall, Convolution, Program
 from ghostify.modules.hooks import has_hooks
 
 Parts = dict[str, fx.GraphModule]
@@ -137,7 +137,9 @@ def _called_convs(
             )
             found.append(_make_convolution(part, readers, path, whole, name, nodes, seen, idle))
     order = {key: k for k, key in enumerate(calls)}
-    return tuple(sorted(found, key=lambda c: min(order.get((c.part, call.node), len(order)) for call in c.calls)))
+    return tuple(
+        sorted(found, key=lambda c: min(order.get((c.subgraph_path, call.node), len(order)) for call in c.calls))
+    )
 
 
 def _in_call_order(parts: Parts, calls: list[tuple[str, str]]) -> Parts:
@@ -183,13 +185,13 @@ def _make_convolution(
     if weight_path(part, nodes[0]) is None:
         shape = calls[0].output_shape or (0, 0)
         computed = "its weight is computed in the forward"
-        return Convolution(whole, "conv2d", 0, shape[1], (0, 0), 1, False, calls, computed, path)
+        return Convolution(whole, FUNCTIONAL_CONV, 0, shape[1], (0, 0), 1, False, calls, computed, path)
     conv = as_conv_module(part, nodes[0])
     if len({call_settings_key(n) for n in nodes}) > 1:
         obstacle: str | None = "one weight is used with different strides, paddings or biases"
     else:
         obstacle = _unsupported_reason(readers, conv, own_uses=len(nodes))
-    return _of_module(whole, conv, calls, idle or obstacle, path, kind="conv2d")
+    return _of_module(whole, conv, calls, idle or obstacle, path, conv_class=FUNCTIONAL_CONV)
 
 
 def _of_module(
@@ -198,12 +200,12 @@ def _of_module(
     calls: tuple[ConvCall, ...],
     obstacle: str | None,
     part: str = "",
-    kind: str | None = None,
+    conv_class: str | None = None,
 ) -> Convolution:
     kernel = (conv.kernel_size[0], conv.kernel_size[1])
     return Convolution(
         name,
-        kind or type(conv).__name__,
+        conv_class or type(conv).__name__,
         conv.in_channels,
         conv.out_channels,
         kernel,

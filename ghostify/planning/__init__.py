@@ -1,1 +1,1 @@
-"""What is wished, and what becomes of every convolution."""
+"""The user's rules, and the plan: each convolution once, rewritten, pruned or skipped with its reason."""

@@ -17,7 +17,7 @@ from ghostify.modules.layout import (
     may_read_activated,
     round_up_width,
 )
-from ghostify.planning import cost
+from ghostify.planning import cost, skip_reasons
 from ghostify.planning.policy import Policy, Rule
 from ghostify.pruning.channel_groups import ChannelGroup, ChannelGroups, find_channel_groups
 from ghostify.pruning.kept_channels import KeptChannels
@@ -164,10 +164,10 @@ def _rule(program: Program, policy: Policy, conv: Convolution) -> Rule | Skip:
     if conv.unsupported_reason:
         return Skip(conv, conv.unsupported_reason)
     module = program.conv(conv.name)
-    rule = next((r for r in policy.rules if r.matches(conv.name, module, conv.kind)), None)
+    rule = next((r for r in policy.rules if r.matches(conv.name, module, conv.conv_class)), None)
     if rule is None:
-        return Skip(conv, "no rule targets it")
-    return Skip(conv, "ignored by the rule that targets it") if rule.ignores(conv.name, module, conv.kind) else rule
+        return Skip(conv, skip_reasons.NOT_TARGETED)
+    return Skip(conv, skip_reasons.IGNORED) if rule.ignores(conv.name, module, conv.conv_class) else rule
 
 
 def _target(program: Program, policy: Policy, conv: Convolution, first: bool) -> PlanTarget | Skip:
@@ -175,10 +175,10 @@ def _target(program: Program, policy: Policy, conv: Convolution, first: bool) ->
     if isinstance(rule, Skip):
         return rule
     if first and policy.keep_first:
-        return Skip(conv, "the first convolution is kept")
+        return Skip(conv, skip_reasons.FIRST_CONV)
     if conv.groups > 1:
-        kind = "depthwise" if conv.groups == conv.inputs else f"grouped ({conv.groups})"
-        return Skip(conv, f"{kind}: only dense convolutions are rewritten")
+        is_depthwise = conv.groups == conv.inputs
+        return Skip(conv, skip_reasons.DEPTHWISE if is_depthwise else skip_reasons.grouped(conv.groups))
     return PlanTarget(conv, rule)
 
 
@@ -192,9 +192,9 @@ def _with_ratio(target: PlanTarget | Skip) -> tuple[PlanTarget, GhostLayout] | S
         raise GhostifyError("narrow leaves out maps by a budget: pass budget={'macs': 0.5}")
     intrinsic = intrinsic_count(conv.outputs, rule.ratio)
     if rule.ratio == 1:
-        return Skip(conv, "ratio 1 keeps every map")
+        return Skip(conv, skip_reasons.RATIO_ONE)
     if not 1 <= intrinsic < conv.outputs:
-        return Skip(conv, f"ratio {rule.ratio:g} leaves no ghosts of {conv.outputs} maps")
+        return Skip(conv, skip_reasons.no_ghost_maps(rule.ratio, conv.outputs))
     return target, make_layout(conv.outputs, intrinsic, rule.cheap, rule.dw_size)
 
 
@@ -213,7 +213,7 @@ def _rewrite(
     left = conv if kept_channels is None else conv_after_pruning(conv, kept_channels)
     dense, after = cost.conv_macs(left), cost.ghost_macs(left, layout)
     if after >= dense:
-        return Skip(conv, f"nothing is saved: {dense} MACs a position before, {after} after")
+        return Skip(conv, skip_reasons.no_macs_saved(dense, after))
     nodes, wiring = [call.node for call in conv.calls], subgraph.wiring
     norm = following_norm(wiring, nodes)
     residual_operand = find_residual_operand(wiring, nodes, norm)
@@ -232,7 +232,7 @@ def _entry(
     narrowed: Mapping[str, KeptChannels],
 ) -> GhostRewrite | PruneRewrite | Skip:
     conv = decided.conv if isinstance(decided, Skip) else decided[0].conv
-    own, kept_channels = subgraphs[conv.part], narrowed.get(conv.name)
+    own, kept_channels = subgraphs[conv.subgraph_path], narrowed.get(conv.name)
     entry = decided if isinstance(decided, Skip) else _rewrite(own, *decided, kept_channels)
     return (
         entry if kept_channels is None or isinstance(entry, GhostRewrite) else _prune(own.wiring, conv, kept_channels)
@@ -257,7 +257,7 @@ def _check_patterns_match(program: Program, policy: Policy) -> None:
         for key in ("targets", "ignore"):
             for pattern in getattr(rule, key):
                 single = Rule(targets=(pattern,))
-                if pattern == "*" or any(single.matches(c.name, m, c.kind) for c, m in convs):
+                if pattern == "*" or any(single.matches(c.name, m, c.conv_class) for c, m in convs):
                     continue
                 if isinstance(pattern, str) and any(pattern == c.name for c in program.convolutions):
                     continue

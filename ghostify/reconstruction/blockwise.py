@@ -78,7 +78,7 @@ def reconstruct_blocks(
         for path in program.subgraphs:
             if path:
                 rewrite_part(module, path, plan, fits.weights)
-        entries = [e for e in plan.rewrites if not e.conv.part]
+        entries = [e for e in plan.rewrites if not e.conv.subgraph_path]
         layers = {e.conv.name: _Layer(module, e, fits.ghost(e.conv.name)) for e in entries}
         original, converted = BlockRunner(eval_copy(traced)), BlockRunner(module)
         whole = blocks_of(traced.graph, {})[0]

@@ -32,7 +32,7 @@ def rewrite(program: Program, plan: Plan, weights: Mapping[str, FittedWeights]) 
 
 def rewrite_part(module: nn.Module, path: str, plan: Plan, weights: Mapping[str, FittedWeights]) -> None:
     """Rewrite one part of a copy of the program's module, in place."""
-    changes = [e for e in plan.changes if e.conv.part == path]
+    changes = [e for e in plan.changes if e.conv.subgraph_path == path]
     if not changes:
         return
     part = get_subgraph(module, path)
@@ -53,7 +53,7 @@ def rewrite_part(module: nn.Module, path: str, plan: Plan, weights: Mapping[str,
 
 def ghost_path(entry: GhostRewrite) -> str:
     """Path of the ghost module in its part: the convolution's own, or beside the weight of a functional one."""
-    return entry.conv.local_path if entry.conv.kind != "conv2d" else f"{entry.conv.local_path}_ghost"
+    return f"{entry.conv.local_path}_ghost" if entry.conv.is_functional else entry.conv.local_path
 
 
 def insert_fitted(module: fx.GraphModule, entry: GhostRewrite | PruneRewrite, weights: FittedWeights) -> None:
@@ -110,7 +110,7 @@ def insert_ghost(module: fx.GraphModule, entry: GhostRewrite, weights: GhostWeig
     ghost = build_ghost_module(conv_module(module, entry.conv.local_path), entry.layout)
     _load_ghost_weights(ghost, weights)
     ghost.recompute = entry.norm is not None
-    if entry.conv.kind == "conv2d":
+    if entry.conv.is_functional:
         _replace_functional_calls(module, entry)
     setattr(owner, leaf, ghost)
     if entry.norm is not None and weights.norm_shift is not None:

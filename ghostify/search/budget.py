@@ -12,7 +12,7 @@ from ghostify.fitting.initialization import untrained_weights
 from ghostify.fitting.sensitivity import Calibration, prepare_calibration
 from ghostify.graph.program import Program
 from ghostify.modules.layout import GhostLayout
-from ghostify.planning import cost
+from ghostify.planning import cost, skip_reasons
 from ghostify.planning.planner import Plan, PlanTarget, Skip, build_plan, may_prune, resolve_targets
 from ghostify.planning.policy import Policy
 from ghostify.pruning.pruning_groups import PruningGroup, Unprunable, find_pruning_groups
@@ -265,4 +265,4 @@ def _decided(
     if isinstance(target, Skip):
         return target
     layout = layouts[target.conv.name]
-    return Skip(target.conv, "the budget is kept without it") if layout is None else (target, layout)
+    return Skip(target.conv, skip_reasons.NOT_NEEDED) if layout is None else (target, layout)

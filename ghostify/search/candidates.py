@@ -219,13 +219,13 @@ def _copied(program: Program, conv: Convolution) -> int:
 
 def _parameters_per_channel(program: Program, group: PruningGroup) -> int:
     """Parameters that norms and activations have for a channel of a group."""
-    own = dict(program.subgraphs[group.part].named_parameters())
+    own = dict(program.subgraphs[group.subgraph_path].named_parameters())
     return sum(member.path in own for member in group.channels.parameters)
 
 
 def _per_map(program: Program, conv: Convolution, norm: str) -> int:
     """Parameters a map of a norm in a convolution's part."""
-    return cost.count_parameters(program.subgraphs[conv.part].get_submodule(norm)) // conv.outputs
+    return cost.count_parameters(program.subgraphs[conv.subgraph_path].get_submodule(norm)) // conv.outputs
 
 
 def _dominates(a: Candidate, b: Candidate) -> bool:

@@ -59,7 +59,7 @@ def compute_group_statistics(
 ) -> list[GroupStatistics]:
     """Those of the groups all of whose consumers the calibration images reach, by one forward of the original."""
     groups = list(groups)
-    consumers = {(g.part, conv.calls[0].node): conv for g in groups for conv in g.consumers}
+    consumers = {(g.subgraph_path, conv.calls[0].node): conv for g in groups for conv in g.consumers}
     inputs = {key: [Moments.zero(conv.inputs, 0) for _ in range(2)] for key, conv in consumers.items()}
     outputs = {key: Moments.zero(conv.outputs, 0) for key, conv in consumers.items()}
 

@@ -96,9 +96,11 @@ def _data_free(program: Program, wished: list[PlanTarget]) -> Iterator[LayerStat
     wiring = {path: GraphIndex(part) for path, part in program.subgraphs.items()}
     known = {path: input_channel_stats(part) for path, part in program.subgraphs.items()}
     for target in wished:
-        conv, part = program.conv(target.conv.name), program.subgraphs[target.conv.part]
-        norm = batchnorm_at(part, following_norm(wiring[target.conv.part], [call.node for call in target.conv.calls]))
-        inputs = known[target.conv.part].get(target.conv.calls[0].node)
+        conv, part = program.conv(target.conv.name), program.subgraphs[target.conv.subgraph_path]
+        norm = batchnorm_at(
+            part, following_norm(wiring[target.conv.subgraph_path], [call.node for call in target.conv.calls])
+        )
+        inputs = known[target.conv.subgraph_path].get(target.conv.calls[0].node)
         one = data_free_statistics(conv, norm, 1, inputs=inputs)
         assert isinstance(one, JointStatistics)
         maps = None
@@ -114,7 +116,7 @@ def _profiled(
 ) -> dict[str, LayerStatistics]:
     """Profiles from one forward of the original over the calibration images, and what its outputs feel."""
     images = calibration.batches.images
-    by_node = {(t.conv.part, call.node): t for t in wished for call in t.conv.calls}
+    by_node = {(t.conv.subgraph_path, call.node): t for t in wished for call in t.conv.calls}
     halves = {t.conv.name: [Moments.zero(t.conv.outputs, 0) for _ in range(2)] for t in wished}
     maps = {t.conv.name: PerMapMoments.zero(t.conv.outputs, t.rule.dw_size**2) for t in wished if _wants_maps(t)}
 
