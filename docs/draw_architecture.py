@@ -3,7 +3,7 @@
     python docs/draw_architecture.py
 
 Reads the import statements of the sources and the first line of each package's docstring; nothing is imported. A
-package is drawn above all that it imports. An arrow is left out where a path of other arrows says the same.
+package is drawn above all that it imports. An arrow is omitted where other arrows imply it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Graph = dict[str, set[str]]
 
 
 def unit_of(module: str) -> str:
-    """The package in ghostify that a module belongs to, or the module itself where it is in none."""
+    """The package in ghostify that contains a module, or the module itself if it is at the top level."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else parts[0]
 
@@ -50,7 +50,7 @@ def is_module(name: str) -> bool:
 
 
 def import_graph() -> Graph:
-    """For each package, and each module that is in none, which others it imports; without `__init__`, `__main__`."""
+    """Packages and top-level modules with their imports of each other, without `__init__` and `__main__`."""
     graph: Graph = {}
     for file in sorted(SOURCES.rglob("*.py")):
         parts = file.relative_to(SOURCES).with_suffix("").parts
@@ -60,7 +60,7 @@ def import_graph() -> Graph:
 
 
 def reduced(graph: Graph) -> Graph:
-    """Only the imports that no path of other imports implies."""
+    """The imports that no path of other imports implies."""
 
     @cache
     def reachable(unit: str) -> frozenset[str]:
@@ -70,7 +70,7 @@ def reduced(graph: Graph) -> Graph:
 
 
 def levels(graph: Graph) -> dict[str, int]:
-    """0 for what imports nothing, else one more than the highest level of what is imported."""
+    """0 for a package without imports, else one more than the highest level of its imports."""
 
     @cache
     def level(unit: str) -> int:
@@ -80,20 +80,20 @@ def levels(graph: Graph) -> dict[str, int]:
 
 
 def columns(graph: Graph, level: dict[str, int]) -> dict[str, int]:
-    """Column 0 for the longest chain of imports; for the others the first in which their arrows cross no box."""
+    """Column 0 for the longest chain of imports, for others the first column in which their arrows cross no box."""
     users = {unit: [u for u, needs in graph.items() if unit in needs] for unit in graph}
     column: dict[str, int] = {}
     unit = max(graph, key=lambda u: level[u])
     while unit not in column:
         column[unit] = 0
         unit = max(sorted(graph[unit]), key=lambda u: level[u], default=unit)
-    taken: dict[int, list[tuple[int, int]]] = {}
+    occupied: dict[int, list[tuple[int, int]]] = {}
     for unit in sorted(graph.keys() - column.keys(), key=lambda u: (level[u], u)):
         low = min([level[unit], *(level[u] + 1 for u in graph[unit])])
         high = max([low, *(level[u] - 1 for u in users[unit])])
-        free = (k for k in range(1, len(graph)) if all(b < low or high < a for a, b in taken.get(k, [])))
+        free = (k for k in range(1, len(graph)) if all(b < low or high < a for a, b in occupied.get(k, [])))
         column[unit] = next(free)
-        taken.setdefault(column[unit], []).append((low, high))
+        occupied.setdefault(column[unit], []).append((low, high))
     return column
 
 
@@ -124,7 +124,7 @@ def drawing() -> str:
 
 
 def arrow(upper: tuple[int, int], lower: tuple[int, int]) -> str:
-    """From a box down to one that it imports: straight in the outer column of both, a curve in the row next to it."""
+    """An arrow from a box down to one that it imports: vertical in the outer column, curved next to the other."""
     x, y, u, v = upper[0] + WIDTH // 2, upper[1] + HEIGHT, lower[0] + WIDTH // 2, lower[1]
     turn = y if u > x else v - GAP_Y
     bend = f"L{x} {turn} C{x} {turn + GAP_Y} {u} {turn} {u} {turn + GAP_Y}"

@@ -1,4 +1,4 @@
-"""MkDocs hooks: the page of the command shows what --help says."""
+"""MkDocs hooks: the page of the command line shows the output of --help."""
 
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -11,11 +11,11 @@ MARK = "<!-- help -->"
 def on_page_markdown(markdown, **_):
     if MARK not in markdown:
         return markdown
-    verbs = list(get_command(app).commands)
-    return markdown.replace(MARK, "\n".join(map(section, verbs)))
+    names = list(get_command(app).commands)
+    return markdown.replace(MARK, "\n".join(map(section, names)))
 
 
-def section(verb):
-    done = CliRunner().invoke(app, [verb, "--help"], terminal_width=80, prog_name="ghostify")
-    text = "\n".join(line.rstrip() for line in done.output.strip().splitlines())
-    return f"## ghostify {verb}\n\n```text\n{text}\n```\n"
+def section(name):
+    result = CliRunner().invoke(app, [name, "--help"], terminal_width=80, prog_name="ghostify")
+    text = "\n".join(line.rstrip() for line in result.output.strip().splitlines())
+    return f"## ghostify {name}\n\n```text\n{text}\n```\n"

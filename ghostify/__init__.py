@@ -1,12 +1,23 @@
-"""ghostify: a compiler pass that rewrites a trained CNN's convolutions into ghost modules."""
+"""ghostify makes trained CNNs cheaper: it rewrites their convolutions into ghost modules with `torch.fx`.
+
+    from ghostify import ghostify, save
+
+    converted = ghostify(model, ratio=2, example_inputs=x, calibration=images)
+    save(converted, "out/")
+
+`model` is any trained `torch.nn.Module` with `Conv2d` layers, `x` one input of it, and `images` a few hundred
+unlabelled inputs in batches. `load("out/")` restores the converted model without the code of the original.
+"""
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from ghostify.api import ghostify
 from ghostify.data.sources import preprocessing, read_data
 from ghostify.data.training_data import load_training_data
 from ghostify.deployment.exporter import export
 from ghostify.deployment.inference_form import deploy
+from ghostify.deprecation import warn_renamed
 from ghostify.errors import GhostifyError
 from ghostify.fitting.driver import fit
 from ghostify.graph.tracing import trace
@@ -51,3 +62,13 @@ __all__ = [
     "trace",
     "write_report",
 ]
+
+RENAMED_FUNCTIONS = {"lessons": "load_training_data", "plan_within": "plan_for_budget"}
+
+
+def __getattr__(name: str) -> Any:
+    """Public functions by their former names, with a `DeprecationWarning`."""
+    if name not in RENAMED_FUNCTIONS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warn_renamed(f"{__name__}.{name}", RENAMED_FUNCTIONS[name])
+    return globals()[RENAMED_FUNCTIONS[name]]

@@ -1,4 +1,4 @@
-"""`ghostify`: the stages composed."""
+"""`ghostify()`: trace, plan, fit and rewrite a model in one call."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ghostify.deprecation import renamed_keywords
 from ghostify.errors import GhostifyError
 from ghostify.fitting.driver import ProgressCallback, fit
 from ghostify.fitting.sensitivity import prepare_calibration
@@ -20,6 +21,7 @@ from ghostify.search.pareto import Evaluate, plan_for_drop
 from ghostify.summary import attach_report, build_report
 
 
+@renamed_keywords(narrow="prune", progress="on_progress")
 def ghostify(
     model: nn.Module,
     ratio: float = 2,
@@ -27,7 +29,7 @@ def ghostify(
     dw_size: int = 3,
     cheap: str | int = "depthwise",
     activated: bool = False,
-    narrow: bool = False,
+    prune: bool = False,
     targets: Pattern | Iterable[Pattern] | None = None,
     ignore: Pattern | Iterable[Pattern] | None = None,
     policy: Policy | None = None,
@@ -38,49 +40,55 @@ def ghostify(
     runtime: str = "eager",
     reconstruct: bool = False,
     seed: int = 0,
-    progress: ProgressCallback | None = None,
+    on_progress: ProgressCallback | None = None,
 ) -> nn.Module:
-    """A copy of `model` whose dense convolutions are ghost modules, at about 1 / `ratio` of the multiply-accumulates.
+    """A copy of `model` with ghost modules for dense convolutions, at about 1 / `ratio` of the multiply-accumulates.
 
-    `ratio`, `dw_size`, `cheap`, `activated`, `narrow`, `targets` and `ignore` make up one `Rule` (see there); `policy`
-    replaces them. Without targets, every dense convolution but the first is rewritten. A `budget` such as
-    {"macs": 0.5} - a share of the original's up to 1, a number above; also "params", and "latency", measured on this
-    machine in `runtime` ("eager", "compile", "onnx", "openvino", "aotinductor") - replaces the ratio by one for each
-    layer, and needs `example_inputs`. With {"max_drop": 0.5} it is as cheap as `evaluate`, which says how good a model
-    is, allows: at most so far below the original (see `plan_for_drop`).
-    `calibration` yields batches, in whatever form the model's forward takes; each layer is then fitted to the
-    original's outputs on them, otherwise the fit is data-free. `reconstruct` then takes gradient steps, block by block,
-    towards the original's outputs on the same batches. `example_inputs` adds shapes and MACs to the report. Raises
-    `GhostifyError`.
+    `ratio`, `dw_size`, `cheap`, `activated`, `prune`, `targets` and `ignore` form one `Rule` (see there); a `policy`
+    replaces them. By default, every dense convolution but the first is rewritten.
+
+    A `budget` such as {"macs": 0.5} replaces the ratio by one for each layer, and needs `example_inputs`. Its keys are
+    "macs", "params" and "latency": values up to 1 are shares of the original's, larger ones numbers (milliseconds for
+    "latency"). Latency is measured on this machine in `runtime` ("eager", "compile", "onnx", "openvino",
+    "aotinductor"). {"max_drop": 0.5} selects the cheapest model whose score by `evaluate(model)` is at most 0.5 below
+    that of the original (see `plan_for_drop`).
+
+    `calibration` yields batches in any form that the model's forward takes. Each layer is fitted to the original's
+    outputs on them; without them, the fit is data-free. With `reconstruct`, gradient steps on the same batches follow,
+    block by block. `example_inputs` adds shapes and MACs to the report. `on_progress(done, total, text)` is called
+    during the fit. The same inputs and `seed` give the same result. Raises `GhostifyError`.
     """
     if reconstruct and calibration is None:
-        raise GhostifyError("reconstruct needs images: pass calibration, a few hundred unlabelled ones")
+        raise GhostifyError("reconstruct: needs images. Pass calibration, such as a few hundred unlabelled images.")
     if policy is None:
-        chosen = ("*",) if targets is None else as_patterns(targets, "targets")
+        selected = ("*",) if targets is None else as_patterns(targets, "targets")
         ignored = () if ignore is None else as_patterns(ignore, "ignore")
-        policy = Policy((Rule(chosen, ignored, ratio, dw_size, cheap, activated, narrow),), keep_first=targets is None)
+        policy = Policy((Rule(selected, ignored, ratio, dw_size, cheap, activated, prune),), keep_first=targets is None)
     elif targets is not None or ignore is not None:
-        raise GhostifyError("targets and ignore belong into the rules of the policy: pass either, not both")
+        raise GhostifyError("targets, ignore: are set in the rules of the policy. Pass either, not both.")
     if reconstruct and any(rule.prune for rule in policy.rules):
-        raise GhostifyError(
-            "reconstruct compares maps with the original's, which narrow leaves out: choose one of them"
-        )
+        raise GhostifyError("reconstruct: does not support pruned channels. Pass either reconstruct or prune.")
     program = trace(model, example_inputs)
-    seen = None if calibration is None else prepare_calibration(program, calibration, seed)
+    prepared = None if calibration is None else prepare_calibration(program, calibration, seed)
     if budget is not None and "max_drop" in budget:
         if evaluate is None:
-            raise GhostifyError("budget max_drop needs to know how good a model is: pass evaluate, or --validation")
-        decided, fits = plan_for_drop(
-            program, policy, budget, evaluate, seen, seed=seed, runtime=runtime, progress=progress
+            raise GhostifyError("budget max_drop: needs the model's score. Pass evaluate (--validation).")
+        planned, fits = plan_for_drop(
+            program, policy, budget, evaluate, prepared, seed=seed, runtime=runtime, on_progress=on_progress
         )
     else:
-        decided = (
-            plan(program, policy) if budget is None else plan_for_budget(program, policy, budget, seen, seed, runtime)
+        planned = (
+            plan(program, policy)
+            if budget is None
+            else plan_for_budget(program, policy, budget, prepared, seed, runtime)
         )
-        fits = fit(program, decided, seen, seed=seed, progress=progress)
-    done = None
-    if reconstruct and seen is not None:
-        fits, done = reconstruct_blocks(program, decided, fits, seen.batches, seed=seed, progress=progress)
+        fits = fit(program, planned, prepared, seed=seed, on_progress=on_progress)
+    reconstruction = None
+    if reconstruct and prepared is not None:
+        fits, reconstruction = reconstruct_blocks(
+            program, planned, fits, prepared.batches, seed=seed, on_progress=on_progress
+        )
     return attach_report(
-        rewrite(program, decided, fits.weights), build_report(decided, fits, done, program.missing_attributes)
+        rewrite(program, planned, fits.weights),
+        build_report(planned, fits, reconstruction, program.missing_attributes),
     )

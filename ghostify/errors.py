@@ -1,9 +1,9 @@
-"""The package's error, and its one kind that a search goes on from."""
+"""The errors of the package."""
 
 
 class GhostifyError(Exception):
-    """What the user can mend: which node or file, what is wrong, what to do - in one line."""
+    """An error that the user can fix; its one line names the node or file, the problem and the remedy."""
 
 
 class InfeasibleBudgetError(GhostifyError):
-    """No plan keeps within a budget."""
+    """No plan meets the budget."""

@@ -1,4 +1,4 @@
-"""Objects by the name under which they are imported."""
+"""Import of objects by name."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from typing import Any
 
 
 def import_object(name: str) -> Any:
-    """The object called "module:attribute", of which the attribute may be dotted; raises what importing raises."""
+    """The object named "module:attribute", where the attribute may be dotted; raises what the import raises."""
     module, _, attribute = name.partition(":")
     return reduce(getattr, attribute.split("."), importlib.import_module(module))

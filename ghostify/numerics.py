@@ -1,4 +1,4 @@
-"""Relative errors, tolerance checks and derived seeds, defined once for all packages; tensors only."""
+"""Relative errors, tolerance checks and derived seeds; tensors only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SEED_STRIDE = 1_000_003
 
 
 def relative_to_variance(squared_error: Tensor, variance: Tensor, minimum: float = MIN_VARIANCE) -> Tensor:
-    """The squared error divided by the variance, both means or both sums; by `minimum` where that is larger."""
+    """A squared error relative to a variance, which is at least `minimum`; both are means or both are sums."""
     return squared_error / variance.clamp_min(minimum)
 
 
@@ -53,25 +53,25 @@ def find_mismatch(
 
     NaN equals NaN, and an infinity equals itself. Tensors of different shapes differ by infinity.
     """
-    wanted = reference.detach().double()
-    finite = wanted[wanted.isfinite()]
+    expected = reference.detach().double()
+    finite = expected[expected.isfinite()]
     largest = finite.abs().max().item() if finite.numel() else 0.0
     if output.shape != reference.shape:
         return Mismatch(float("inf"), largest)
-    found = output.detach().double()
-    close = torch.isclose(found, wanted, rtol=of_each, atol=of_each + of_largest * largest, equal_nan=True)
+    actual = output.detach().double()
+    close = torch.isclose(actual, expected, rtol=of_each, atol=of_each + of_largest * largest, equal_nan=True)
     if close.all():
         return None
-    return Mismatch((found - wanted)[~close].abs().nan_to_num(nan=float("inf")).max().item(), largest)
+    return Mismatch((actual - expected)[~close].abs().nan_to_num(nan=float("inf")).max().item(), largest)
 
 
 def outputs_match(outputs: Sequence[Tensor], reference: Sequence[Tensor], tolerance: float) -> bool:
-    """Whether two models gave as many tensors, each |y - r| <= tolerance (1 + |r|) at every element."""
+    """Whether both have the same number of tensors, with |y - r| <= tolerance (1 + |r|) at every element."""
     if len(outputs) != len(reference):
         return False
     return all(find_mismatch(y, r, of_each=tolerance) is None for y, r in zip(outputs, reference, strict=True))
 
 
 def derive_seed(seed: int, number: int) -> int:
-    """The seed of the step or image `number` of work that the user seeded; far apart for neighbouring user seeds."""
+    """The seed of step or image `number`, `SEED_STRIDE` away from that of the next user seed."""
     return seed * SEED_STRIDE + number

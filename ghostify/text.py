@@ -1,4 +1,4 @@
-"""Facts as short text, the same wherever they are shown."""
+"""Formatting of values as short text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 def format_shape(sizes: Iterable[int | str]) -> str:
-    """Sizes as in 3x224x224."""
+    """The sizes joined as in 3x224x224."""
     return "x".join(map(str, sizes))
 
 

@@ -1,4 +1,4 @@
-"""The `ghostify` command in processes of its own, forked from one that has the program in memory already."""
+"""The `ghostify` command in new processes, forked from one that has imported the package."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from subprocess import CompletedProcess
 
 FORKS = get_context("forkserver")
 FORKS.set_forkserver_preload(["ghostify.cli.commands"])
-SECONDS = 300
+TIMEOUT_SECONDS = 300
 
 
 def run_command(*arguments: object, cwd: Path) -> CompletedProcess[str]:
-    """What `ghostify ARGUMENTS` prints in a folder, and its exit code; seconds faster than a new interpreter."""
+    """Output and exit code of `ghostify ARGUMENTS` in a folder; seconds faster than in a new interpreter."""
     words = [str(word) for word in arguments]
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
         process = FORKS.Process(target=_main, args=(words, cwd, out, err, dict(os.environ)))
         process.start()
-        process.join(SECONDS)
+        process.join(TIMEOUT_SECONDS)
         if process.is_alive():
             process.kill()
             process.join()

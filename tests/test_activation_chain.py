@@ -192,8 +192,8 @@ def test_wider_ghosts_stay_linear():
     assert all(e.activation is None for e in plan(trace(nets.settle(nets.Straight())), policy).rewrites)
 
 
-def test_a_word_that_is_no_truth():
-    with pytest.raises(GhostifyError, match="activated 'yes' is neither true nor false"):
+def test_activated_must_be_a_boolean():
+    with pytest.raises(GhostifyError, match="activated 'yes': is not a boolean"):
         Rule(activated="yes")
 
 

@@ -54,7 +54,7 @@ def test_promise_2_dtype_and_memory_format_carry_over(dtype):
     [
         ({"targets": "nothing.*"}, "targets 'nothing.*' matches no convolution"),
         ({"ratio": 0.9}, "ratio 0.9 is not a number of at least 1"),
-        ({"policy": Policy(), "targets": "a.0"}, "pass either, not both"),
+        ({"policy": Policy(), "targets": "a.0"}, "Pass either, not both"),
     ],
 )
 def test_promise_3_errors_say_what_and_what_to_do(wish, message):
@@ -142,7 +142,7 @@ def test_models_that_people_use(name):
     model = timm.create_model(name) if kind == "timm" else torchvision.models.get_model(name, weights=None)
     x = torch.randn(2, 3, 64, 64)
     converted = ghostify(model.eval(), 2, example_inputs=x)
-    made = report(converted)
-    assert made.rewritten > 5
-    assert made.macs_after < 0.75 * made.macs_before
+    summary = report(converted)
+    assert summary.rewritten > 5
+    assert summary.macs_after < 0.75 * summary.macs_before
     assert converted(x).shape == model(x).shape

@@ -1,4 +1,4 @@
-"""The comparison's pictures: what is drawn of which rows, and that it becomes an SVG with a mark for every method."""
+"""The comparison's figures: points of the rows, and an SVG with a mark for every method."""
 
 import pytest
 
@@ -7,32 +7,32 @@ from benchmarks.lib.catalogue import label
 from benchmarks.lib.figures import family, shape
 
 
-def rows(methods, *, taught):
+def rows(methods, *, distilled):
     yield {"how": "original", "score": 90.0, "macs": 1.0, "latency": 1.0}
     for method in methods:
         for seed, score in enumerate((89.0, 88.0)):
             limit = {"limit": ["macs", 0.5], "seed": seed, "macs": 0.5, "latency": 0.6 + seed / 10}
-            yield {"how": f"{method}, seed {seed}", "method": method, "score": score, "taught": taught, **limit}
+            yield {"how": f"{method}, seed {seed}", "method": method, "score": score, "taught": distilled, **limit}
 
 
 def test_a_point_is_the_mean_of_the_seeds_with_their_range():
-    drawn = list(pareto.points(list(rows(["low rank"], taught=90.5))))
-    untaught, by_time, taught, _ = drawn
-    assert (untaught["lost"], untaught["least"], untaught["most"]) == (1.5, 1.0, 2.0)
+    shown = list(pareto.points(list(rows(["low rank"], distilled=90.5))))
+    untrained, by_time, distilled, _ = shown
+    assert (untrained["lost"], untrained["minimum"], untrained["maximum"]) == (1.5, 1.0, 2.0)
     assert by_time["share"] == pytest.approx(0.65)
-    assert taught["lost"] == 0  # better than the original: on the edge
+    assert distilled["lost"] == 0  # better than the original: clipped
 
 
-def test_what_was_not_trained_has_no_points_there():
-    assert {p["stage"] for p in pareto.points(list(rows(["Tucker"], taught=None)))} == {"not trained"}
+def test_results_without_training_have_no_points_after_training():
+    assert {p["stage"] for p in pareto.points(list(rows(["Tucker"], distilled=None)))} == {"not trained"}
 
 
 def test_the_picture_names_every_method():
-    svg = pareto.picture(list(rows(compare.METHODS, taught=89.5)))
+    svg = pareto.picture(list(rows(compare.METHODS, distilled=89.5)))
     assert svg.startswith("<svg")
     assert all(label(method) in svg for method in compare.METHODS)
 
 
-def test_every_method_has_a_mark_of_its_own():
+def test_every_method_has_its_own_mark():
     methods = [label(method) for method in compare.METHODS]
     assert len({(family(m), shape(m, methods)) for m in methods}) == len(methods)

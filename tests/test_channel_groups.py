@@ -14,27 +14,27 @@ from ghostify.pruning.channel_groups import find_channel_groups
 from ghostify.pruning.kept_channels import kept_by_path, prune_channels
 from ghostify.pruning.permutation import permute_group
 from tests import nets
-from tests.test_rewrite import random_network
+from tests.test_apply import random_network
 
 
-class Wired(nn.Module):
-    """A stem `a` of 6 channels, `how` they are treated, and a last convolution `z` that reads `reads` channels."""
+class Between(nn.Module):
+    """A convolution `a` of 6 channels, the function `between`, and a last convolution `z` of `inputs` channels."""
 
-    def __init__(self, how, reads=6, **modules):
+    def __init__(self, between, inputs=6, **modules):
         super().__init__()
-        self.how, self.a, self.z = how, nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(reads, 4, 1)
+        self.between, self.a, self.z = between, nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(inputs, 4, 1)
         for name, module in modules.items():
             setattr(self, name, module)
 
     def forward(self, x):
-        return self.z(self.how(self, self.a(x)))
+        return self.z(self.between(self, self.a(x)))
 
 
-def wired(how, reads=6, **modules):
-    return lambda: Wired(how, reads, **modules)
+def between(function, inputs=6, **modules):
+    return lambda: Between(function, inputs, **modules)
 
 
-class Excited(nn.Module):
+class LinearSqueezeExcite(nn.Module):
     """Squeeze-excite with linear layers."""
 
     def __init__(self):
@@ -46,7 +46,7 @@ class Excited(nn.Module):
         return x * scale.view(x.size(0), -1, 1, 1)
 
 
-class Head(nn.Module):
+class FlattenedHead(nn.Module):
     """A classifier of flattened maps."""
 
     def __init__(self, flatten):
@@ -58,7 +58,7 @@ class Head(nn.Module):
         return self.last(F.relu(self.fc(self.flatten(self.pool(F.relu(self.a(x)))))))
 
 
-class Pooled(Head):
+class PooledHead(FlattenedHead):
     """A classifier of pooled maps."""
 
     def __init__(self, flatten):
@@ -73,36 +73,40 @@ def conv(inputs, outputs, **options):
     return nn.Conv2d(inputs, outputs, 3, padding=1, **options)
 
 
-ALIKE = {
-    "norm": wired(lambda m, x: F.relu(m.n(x)), n=nn.BatchNorm2d(6)),
-    "norm with activation": wired(lambda m, x: m.n(x), n=BatchNormAct2d(6)),
-    "PReLU": wired(lambda m, x: m.p(x), p=nn.PReLU(6)),
-    "PReLU of one value": wired(lambda m, x: m.p(x), p=nn.PReLU()),
-    "prelu": wired(lambda m, x: F.prelu(x, m.w), w=nn.Parameter(torch.rand(6))),
-    "x sigmoid x": wired(lambda _, x: x * torch.sigmoid(x)),
-    "hardswish": wired(lambda _, x: F.hardswish(x)),
-    "hardswish in words": wired(lambda _, x: x * (F.relu6(x + 3) / 6)),
-    "pad": wired(lambda _, x: F.pad(x, (1, 2, 0, 1))),
-    "pool": wired(lambda m, x: F.avg_pool2d(m.p(x), 2), p=nn.MaxPool2d(2)),
-    "interpolate": wired(lambda _, x: F.interpolate(x, size=x.shape[-2:])),
-    "drop": wired(lambda m, x: m.s(m.p(F.dropout(x, 0.5, m.training))), p=DropPath(0.5), s=StochasticDepth(0.5, "row")),
-    "depthwise": wired(lambda m, x: m.d(x), d=conv(6, 6, groups=6)),
-    "squeeze-excite": wired(lambda m, x: m.s(x), s=SqueezeExcitation(6, 2)),
-    "squeeze-excite, hard": wired(lambda m, x: m.s(x), s=SqueezeExcitation(6, 2, scale_activation=nn.Hardsigmoid)),
-    "squeeze-excite, linear": wired(lambda m, x: m.s(x), s=Excited()),
-    "residual": wired(lambda m, x: F.relu(x + m.b(x)), b=conv(6, 6)),
-    "residual in place": wired(lambda m, x: x.add_(m.b(x)), b=conv(6, 6)),
-    "two consumers": wired(lambda m, x: torch.cat((m.b(x), m.c(x)), 1), 9, b=conv(6, 5), c=conv(6, 4)),
-    "concatenation": wired(lambda m, x: m.n(torch.cat((x, m.b(x)), 1)), 11, b=conv(6, 5), n=nn.BatchNorm2d(11)),
-    "concatenation of itself": wired(lambda _, x: torch.cat((x, x), 1), 12),
-    "concatenation plus whole": wired(lambda m, x: torch.cat((x, m.b(x)), 1) + m.c(x), 11, b=conv(6, 5), c=conv(6, 11)),
-    "flatten": lambda: Head(lambda x: torch.flatten(x, 1)),
-    "flatten module": lambda: Head(nn.Flatten()),
-    "view": lambda: Head(lambda x: x.view(x.shape[0], -1)),
-    "pool and flatten": lambda: Pooled(lambda x: F.adaptive_avg_pool2d(x, 1).flatten(1)),
-    "mean": lambda: Pooled(lambda x: x.mean((2, 3))),
-    "pool and squeeze": lambda: Pooled(lambda x: x.mean((2, 3), keepdim=True).squeeze(-1).squeeze(-1)),
-    "pool and index": lambda: Pooled(lambda x: F.adaptive_avg_pool2d(x, 1)[:, :, 0, 0]),
+CHANNELWISE = {
+    "norm": between(lambda m, x: F.relu(m.n(x)), n=nn.BatchNorm2d(6)),
+    "norm with activation": between(lambda m, x: m.n(x), n=BatchNormAct2d(6)),
+    "PReLU": between(lambda m, x: m.p(x), p=nn.PReLU(6)),
+    "PReLU of one value": between(lambda m, x: m.p(x), p=nn.PReLU()),
+    "prelu": between(lambda m, x: F.prelu(x, m.w), w=nn.Parameter(torch.rand(6))),
+    "x sigmoid x": between(lambda _, x: x * torch.sigmoid(x)),
+    "hardswish": between(lambda _, x: F.hardswish(x)),
+    "hardswish in steps": between(lambda _, x: x * (F.relu6(x + 3) / 6)),
+    "pad": between(lambda _, x: F.pad(x, (1, 2, 0, 1))),
+    "pool": between(lambda m, x: F.avg_pool2d(m.p(x), 2), p=nn.MaxPool2d(2)),
+    "interpolate": between(lambda _, x: F.interpolate(x, size=x.shape[-2:])),
+    "drop": between(
+        lambda m, x: m.s(m.p(F.dropout(x, 0.5, m.training))), p=DropPath(0.5), s=StochasticDepth(0.5, "row")
+    ),
+    "depthwise": between(lambda m, x: m.d(x), d=conv(6, 6, groups=6)),
+    "squeeze-excite": between(lambda m, x: m.s(x), s=SqueezeExcitation(6, 2)),
+    "squeeze-excite, hard": between(lambda m, x: m.s(x), s=SqueezeExcitation(6, 2, scale_activation=nn.Hardsigmoid)),
+    "squeeze-excite, linear": between(lambda m, x: m.s(x), s=LinearSqueezeExcite()),
+    "residual": between(lambda m, x: F.relu(x + m.b(x)), b=conv(6, 6)),
+    "residual in place": between(lambda m, x: x.add_(m.b(x)), b=conv(6, 6)),
+    "two consumers": between(lambda m, x: torch.cat((m.b(x), m.c(x)), 1), 9, b=conv(6, 5), c=conv(6, 4)),
+    "concatenation": between(lambda m, x: m.n(torch.cat((x, m.b(x)), 1)), 11, b=conv(6, 5), n=nn.BatchNorm2d(11)),
+    "concatenation of itself": between(lambda _, x: torch.cat((x, x), 1), 12),
+    "concatenation plus whole": between(
+        lambda m, x: torch.cat((x, m.b(x)), 1) + m.c(x), 11, b=conv(6, 5), c=conv(6, 11)
+    ),
+    "flatten": lambda: FlattenedHead(lambda x: torch.flatten(x, 1)),
+    "flatten module": lambda: FlattenedHead(nn.Flatten()),
+    "view": lambda: FlattenedHead(lambda x: x.view(x.shape[0], -1)),
+    "pool and flatten": lambda: PooledHead(lambda x: F.adaptive_avg_pool2d(x, 1).flatten(1)),
+    "mean": lambda: PooledHead(lambda x: x.mean((2, 3))),
+    "pool and squeeze": lambda: PooledHead(lambda x: x.mean((2, 3), keepdim=True).squeeze(-1).squeeze(-1)),
+    "pool and index": lambda: PooledHead(lambda x: F.adaptive_avg_pool2d(x, 1)[:, :, 0, 0]),
 }
 
 
@@ -112,11 +116,11 @@ def groups_of(model):
 
 
 def permuted(module, groups, seed=0):
-    generator, changed = torch.Generator().manual_seed(seed), copy.deepcopy(module)
+    generator, permuted_copy = torch.Generator().manual_seed(seed), copy.deepcopy(module)
     for group in groups:
         if group.permuting_obstacle is None:
-            permute_group(changed, group, torch.randperm(group.size, generator=generator))
-    return changed
+            permute_group(permuted_copy, group, torch.randperm(group.size, generator=generator))
+    return permuted_copy
 
 
 def assert_permutable(model, seed=0):
@@ -127,7 +131,7 @@ def assert_permutable(model, seed=0):
 
 
 def assert_prunable(model, seed=0):
-    """Leaving channels out is the same as not reading them."""
+    """Pruning channels is the same as multiplying them by zero where they are read."""
     module, groups = groups_of(nets.settle(model).double())
     generator = torch.Generator().manual_seed(seed)
     kept = {}
@@ -135,98 +139,104 @@ def assert_prunable(model, seed=0):
         if group.pruning_obstacle is None and group.size > 1:
             count = int(torch.randint(1, group.size, (), generator=generator))
             kept[group] = torch.randperm(group.size, generator=generator)[:count].sort().values.tolist()
-    blind, pruned, x = copy.deepcopy(module), copy.deepcopy(module), nets.images(2, 8).double()
-    for group, own in kept.items():
-        lost = [k for k in range(group.size) if k not in own]
+    zeroed, pruned, x = copy.deepcopy(module), copy.deepcopy(module), nets.images(2, 8).double()
+    for group, kept_channels in kept.items():
+        removed = [k for k in range(group.size) if k not in kept_channels]
         for member in group.consumers:
-            weight = blind.get_submodule(member.path).weight.data
-            weight.unflatten(1, (-1, member.width))[:, [member.start + k for k in lost]] = 0
+            weight = zeroed.get_submodule(member.path).weight.data
+            weight.unflatten(1, (-1, member.width))[:, [member.start + k for k in removed]] = 0
     prune_channels(pruned, kept_by_path(module, kept))
-    torch.testing.assert_close(pruned(x), blind(x))
+    torch.testing.assert_close(pruned(x), zeroed(x))
     return kept
 
 
-@pytest.mark.parametrize("name", ALIKE)
+@pytest.mark.parametrize("name", CHANNELWISE)
 def test_groups_can_be_pruned(name):
-    assert assert_prunable(ALIKE[name]())
+    assert assert_prunable(CHANNELWISE[name]())
 
 
 @given(st.integers(0, 10**6))
 @settings(max_examples=60, deadline=None)
-def test_every_free_group_of_a_random_network_can_be_pruned(seed):
+def test_every_group_without_obstacle_in_a_random_network_can_be_pruned(seed):
     assert_prunable(random_network(seed), seed)
 
 
-@pytest.mark.parametrize("name", ALIKE)
-def test_channels_are_free_through_what_treats_them_apart(name):
-    groups = assert_permutable(ALIKE[name]())
-    (own,) = [g for g in groups if any(m.path == "a" for m in g.producers)][:1]
-    assert own.permuting_obstacle is None
-    assert own.pruning_obstacle is None
+@pytest.mark.parametrize("name", CHANNELWISE)
+def test_channelwise_operators_are_no_obstacle(name):
+    groups = assert_permutable(CHANNELWISE[name]())
+    (group,) = [g for g in groups if any(m.path == "a" for m in g.producers)][:1]
+    assert group.permuting_obstacle is None
+    assert group.pruning_obstacle is None
 
 
 @pytest.mark.parametrize(
-    ("how", "modules", "reason"),
+    ("function", "modules", "reason"),
     [
-        (lambda _, x: x.flip(1), {}, "flip may mix them"),
-        (lambda _, x: F.pad(x, (0, 0, 0, 0, 1, -1)), {}, "pad may mix them"),
-        (lambda m, x: m.n(x), {"n": nn.GroupNorm(2, 6)}, "n may mix them"),
-        (lambda m, x: m.g(x), {"g": conv(6, 6, groups=3)}, "g: it convolves in groups"),
+        (lambda _, x: x.flip(1), {}, "flip may mix channels"),
+        (lambda _, x: F.pad(x, (0, 0, 0, 0, 1, -1)), {}, "pad may mix channels"),
+        (lambda m, x: m.n(x), {"n": nn.GroupNorm(2, 6)}, "n may mix channels"),
+        (lambda m, x: m.g(x), {"g": conv(6, 6, groups=3)}, "g convolves in groups"),
         (lambda m, x: m.g(x), {"g": conv(6, 6)}, None),
         (lambda m, x: m.g(m.g(x)), {"g": conv(6, 6)}, "g is called several times"),
         (lambda m, x: m.n(m.n(x)), {"n": nn.BatchNorm2d(6)}, "n is called several times"),
-        (lambda m, x: x * m.s, {"s": nn.Parameter(torch.rand(1, 6, 1, 1))}, "mul may mix them"),
-        (lambda m, x: x * m.g(x), {"g": conv(6, 1)}, "mul may mix them"),
-        (lambda _, x: x * x.mean(1, keepdim=True), {}, "mean may mix them"),
-        (lambda m, x: F.conv2d(x, m.w), {"w": nn.Parameter(torch.rand(6, 6, 1, 1))}, "the function conv2d reads them"),
-        (lambda _, x: torch.cat((x, x), 2), {}, "cat may mix them"),
+        (lambda m, x: x * m.s, {"s": nn.Parameter(torch.rand(1, 6, 1, 1))}, "mul may mix channels"),
+        (lambda m, x: x * m.g(x), {"g": conv(6, 1)}, "mul may mix channels"),
+        (lambda _, x: x * x.mean(1, keepdim=True), {}, "mean may mix channels"),
+        (
+            lambda m, x: F.conv2d(x, m.w),
+            {"w": nn.Parameter(torch.rand(6, 6, 1, 1))},
+            "the function conv2d reads the channels",
+        ),
+        (lambda _, x: torch.cat((x, x), 2), {}, "cat may mix channels"),
     ],
 )  # fmt: skip
-def test_what_mixes_channels_fixes_them(how, modules, reason):
-    groups = assert_permutable(Wired(how, **modules))
-    assert groups[0].fixed == reason
+def test_operators_that_mix_channels_are_obstacles(function, modules, reason):
+    groups = assert_permutable(Between(function, **modules))
+    assert groups[0].order_obstacle == reason
 
 
-def test_channels_of_the_output_are_fixed():
+def test_channels_of_the_output_cannot_change():
     groups = assert_permutable(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)))
-    assert [g.fixed for g in groups] == [None, "they reach the output"]
+    assert [g.order_obstacle for g in groups] == [None, "the channels reach the output"]
 
 
-def test_hooks_fix():
+def test_hooks_are_obstacles():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
     model[1].register_forward_hook(lambda *_: None)
-    assert groups_of(model)[1][0].fixed == "1 has hooks"
+    assert groups_of(model)[1][0].order_obstacle == "1 has hooks"
 
 
-def test_shared_weights_fix():
+def test_shared_weights_are_obstacles():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1))
     model[2].weight = model[1].weight
-    assert [g.fixed for g in groups_of(model)[1]][:3] == ["1 shares its weights"] * 2 + ["2 shares its weights"]
+    reasons = [g.order_obstacle for g in groups_of(model)[1]]
+    assert reasons[:3] == ["1 shares its weights"] * 2 + ["2 shares its weights"]
 
 
-def test_the_ends_of_methods_fix():
+def test_boundaries_of_methods_are_obstacles():
     groups = assert_permutable(nets.Methods())
-    assert [g.fixed for g in groups][:3] == [None, None, "the method forward_features begins or ends there"]
+    reason = "the method forward_features starts or ends at them"
+    assert [g.order_obstacle for g in groups][:3] == [None, None, reason]
 
 
 @pytest.mark.parametrize(
-    ("how", "reason"),
+    ("function", "reason"),
     [
-        (lambda _, x: F.interpolate(x, scale_factor=x.size(1) / 6), "their number is read"),
-        (lambda _, x: F.interpolate(x, scale_factor=x.shape[1] / 6), "their number is read"),
+        (lambda _, x: F.interpolate(x, scale_factor=x.size(1) / 6), "the number of channels is read"),
+        (lambda _, x: F.interpolate(x, scale_factor=x.shape[1] / 6), "the number of channels is read"),
         (lambda _, x: F.interpolate(x, size=(x.size(2), x.size(-1))), None),
         (lambda _, x: F.interpolate(x, size=x.shape[2:]), None),
     ],
 )
-def test_reading_the_number_of_channels_forbids_leaving_some_out(how, reason):
-    groups = groups_of(Wired(how))[1]
-    assert groups[0].fixed is None
+def test_reading_the_number_of_channels_is_an_obstacle_to_pruning(function, reason):
+    groups = groups_of(Between(function))[1]
+    assert groups[0].order_obstacle is None
     assert groups[0].pruning_obstacle == reason
 
 
-def test_a_constant_number_of_features_does_too():
-    groups = groups_of(Head(lambda x: x.view(x.size(0), -1, 1, 1).view(x.size(0), -1)))[1]
-    assert groups[0].fixed is not None
+def test_reshaping_features_to_maps_is_an_obstacle():
+    groups = groups_of(FlattenedHead(lambda x: x.view(x.size(0), -1, 1, 1).view(x.size(0), -1)))[1]
+    assert groups[0].order_obstacle is not None
 
 
 def test_the_members_of_a_residual_stream():
@@ -237,18 +247,18 @@ def test_the_members_of_a_residual_stream():
     assert stream.residual
     assert not inner.residual
     assert [m.path for m in inner.producers + inner.consumers] == ["conv1", "conv2"]
-    assert head.fixed == "they reach the output"
+    assert head.order_obstacle == "the channels reach the output"
 
 
-def test_a_concatenation_gives_each_its_place():
+def test_each_group_has_its_position_in_a_concatenation():
     _, groups = groups_of(nets.Branches())
     left, right = (next(g for g in groups if g.producers[0].path == path) for path in ("left.0", "right"))
     assert [(m.path, m.start, m.count) for m in left.consumers] == [("last.0", 0, 8)]
     assert [(m.path, m.start, m.count) for m in right.consumers] == [("last.0", 8, 12)]
 
 
-def test_a_sum_with_a_concatenation_cuts_the_producer():
-    _, groups = groups_of(ALIKE["concatenation plus whole"]())
+def test_a_sum_with_a_concatenation_splits_the_producer():
+    _, groups = groups_of(CHANNELWISE["concatenation plus whole"]())
     assert [[(m.path, m.start, m.count) for m in g.producers] for g in groups[:2]] == [
         [("a", 0, 6), ("c", 0, 6)],
         [("b", 0, 5), ("c", 6, 5)],
@@ -256,18 +266,18 @@ def test_a_sum_with_a_concatenation_cuts_the_producer():
 
 
 def test_each_channel_of_flattened_maps_is_several_features():
-    _, groups = groups_of(ALIKE["flatten"]())
+    _, groups = groups_of(CHANNELWISE["flatten"]())
     assert [(m.path, m.width) for m in groups[0].consumers] == [("fc", 4)]
 
 
-def test_squeeze_excite_blocks_are_known():
+def test_squeeze_excite_blocks_are_gates():
     _, groups = groups_of(nets.Inverted(squeeze=True))
-    (own,) = [g for g in groups if g.producers[0].path == "expand.0"]
-    assert [(m.path, m.gate) for m in own.producers] == [("expand.0", False), ("squeeze.fc2", True)]
-    assert [(m.path, m.gate) for m in own.consumers] == [("squeeze.fc1", True), ("project.0", False)]
+    (group,) = [g for g in groups if g.producers[0].path == "expand.0"]
+    assert [(m.path, m.gate) for m in group.producers] == [("expand.0", False), ("squeeze.fc2", True)]
+    assert [(m.path, m.gate) for m in group.consumers] == [("squeeze.fc1", True), ("project.0", False)]
 
 
 @given(st.integers(0, 10**6))
 @settings(max_examples=60, deadline=None)
-def test_every_free_group_of_a_random_network_can_be_permuted(seed):
+def test_every_group_without_obstacle_in_a_random_network_can_be_permuted(seed):
     assert_permutable(random_network(seed), seed)

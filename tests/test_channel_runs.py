@@ -7,7 +7,7 @@ sizes = st.lists(st.integers(1, 4), min_size=1, max_size=5)
 
 
 def labels(runs):
-    """The piece and the position in it of every channel."""
+    """The run, and the position in it, of every channel."""
     return [(id(piece), k) for piece in pieces_of(runs) for k in range(piece.size)]
 
 
@@ -28,13 +28,13 @@ def test_joined_runs_are_the_finest_partition_into_runs(shapes, pairs):
             continue
         join_runs(left, right)
         for k in range(sum(run.size for run in left)):
-            one, other = root((a % len(values), k)), root((b % len(values), k))
-            if one != other:
-                parent[one] = other
-    found = {(v, k): label for v, runs in enumerate(values) for k, label in enumerate(labels(runs))}
-    for one in found:
-        for other in found:
-            assert (root(one) == root(other)) == (found[one] == found[other])
+            first, second = root((a % len(values), k)), root((b % len(values), k))
+            if first != second:
+                parent[first] = second
+    label_of = {(v, k): label for v, runs in enumerate(values) for k, label in enumerate(labels(runs))}
+    for first in label_of:
+        for second in label_of:
+            assert (root(first) == root(second)) == (label_of[first] == label_of[second])
 
 
 def test_a_run_can_be_joined_with_a_shifted_copy_of_itself():
@@ -43,8 +43,9 @@ def test_a_run_can_be_joined_with_a_shifted_copy_of_itself():
     assert len({id(piece) for piece in pieces_of((first, run, last))}) == 1
 
 
-def test_reasons_go_to_all_that_changes_together():
-    whole, first, last = ChannelRun(4, counted="read"), ChannelRun(1), ChannelRun(3, fixed="returned")
-    join_runs((first, last), (whole,))
-    assert [(p.size, p.counted, p.fixed) for p in whole.pieces()] == [(1, "read", None), (3, "read", "returned")]
-    assert not join_runs((whole,), (first, last))
+def test_joined_runs_have_the_obstacles_of_both():
+    run, first, last = ChannelRun(4, count_obstacle="read"), ChannelRun(1), ChannelRun(3, order_obstacle="returned")
+    join_runs((first, last), (run,))
+    obstacles = [(piece.size, piece.count_obstacle, piece.order_obstacle) for piece in run.pieces()]
+    assert obstacles == [(1, "read", None), (3, "read", "returned")]
+    assert not join_runs((run,), (first, last))

@@ -1,6 +1,7 @@
-"""The command in processes of its own, once per verb, and its errors."""
+"""Every command in its own process, and the errors of the commands."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ def run(*arguments, cwd=ROOT):
 
 
 def run_alone(*arguments, cwd=ROOT):
-    """In a new interpreter, which finds modules where a console script does."""
+    """In a new interpreter, with the import path of a console script."""
     command = [sys.executable, "-c", SCRIPT, *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, timeout=300)
 
@@ -43,12 +44,12 @@ def files(tmp_path_factory):
 
 
 def test_plan_needs_no_weights():
-    done = run("plan", "timm:resnet10t", "--ratio", 2)
-    assert done.returncode == 0, done.stderr
-    assert "layer1.0.conv1" in done.stdout
-    assert "the first convolution" in " ".join(done.stdout.replace("│", " ").split())
-    assert all(len(line) <= 80 for line in done.stdout.splitlines())  # no terminal: as in a log file
-    assert "\x1b" not in done.stdout
+    process = run("plan", "timm:resnet10t", "--ratio", 2)
+    assert process.returncode == 0, process.stderr
+    assert "layer1.0.conv1" in process.stdout
+    assert "first convolution" in " ".join(process.stdout.replace("│", " ").split())
+    assert all(len(line) <= 80 for line in process.stdout.splitlines())  # no terminal: as in a log file
+    assert "\x1b" not in process.stdout
     machine = run("plan", NET, *SIZE, "--json")
     assert json.loads(machine.stdout)["macs_after"] < json.loads(machine.stdout)["macs_before"]
 
@@ -56,17 +57,17 @@ def test_plan_needs_no_weights():
 def test_convert_then_finetune(files, tmp_path):
     out, tuned, data = tmp_path / "out", tmp_path / "tuned", files / "data.npz"
     weights = files / "w.safetensors"
-    done = run("convert", NET, *SIZE, "--checkpoint", weights, "--output", out)
-    assert done.returncode == 0, done.stderr
+    process = run("convert", NET, *SIZE, "--checkpoint", weights, "--output", out)
+    assert process.returncode == 0, process.stderr
     command = ("finetune", out, "--data", data, "--original", weights, "--output", tuned, "--batch", 8)
-    done = run(*command, "--epochs", 4, "--set", "labels=0.5", "--set", "save_every=3")
-    assert done.returncode == 0, done.stderr
-    assert "step 8: top-1" in done.stdout
+    process = run(*command, "--epochs", 4, "--set", "labels=0.5", "--set", "save_every=3")
+    assert process.returncode == 0, process.stderr
+    assert "step 8: top-1" in process.stdout
     assert run("eval", tuned, "--data", data, "--original", weights).returncode == 0
     changed = run(*command, "--epochs", 2)
     assert changed.returncode == 2
-    assert "holds a training of other epochs" in changed.stderr
-    for wrong, said in (("depth=3", "a recipe has no such entry"), ("precision=int8", "precision 'int8' is unknown")):
+    assert "belongs to a run with different epochs" in changed.stderr
+    for wrong, said in (("depth=3", "unknown training setting"), ("precision=int8", "precision 'int8' is unknown")):
         refused = run(*command, "--set", wrong)
         assert refused.returncode == 2
         assert said in refused.stderr
@@ -75,9 +76,9 @@ def test_convert_then_finetune(files, tmp_path):
 def test_plan_writes_the_frontier(files, tmp_path):
     data = files / "data.npz"
     options = ("--checkpoint", files / "w.safetensors", "--calibration", data, "--validation", data, "--points", 3)
-    done = run("plan", NET, *SIZE, *options, "--cheap", "auto", "--frontier", tmp_path / "f.json")
-    assert done.returncode == 0, done.stderr
-    assert "expected error" in done.stdout
+    process = run("plan", NET, *SIZE, *options, "--cheap", "auto", "--frontier", tmp_path / "f.json")
+    assert process.returncode == 0, process.stderr
+    assert "expected error" in process.stdout
     curve = json.loads((tmp_path / "f.json").read_text())
     assert [p["shares"]["macs"] for p in curve] == sorted((p["shares"]["macs"] for p in curve), reverse=True)
     assert curve[0]["drop"] == 0
@@ -87,36 +88,39 @@ def test_plan_writes_the_frontier(files, tmp_path):
 def test_convert_keeps_within_a_drop(files, tmp_path):
     data = files / "data.npz"
     options = ("--checkpoint", files / "w.safetensors", "--calibration", data, "--output", tmp_path / "out")
-    wish = ("--cheap", "auto", "--budget", "max_drop=10")
-    done = run("convert", NET, *SIZE, *options, *wish, "--validation", data, "--json")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["macs_after"] < found["macs_before"]
-    refused = run("convert", NET, *SIZE, *options, *wish)
+    limit = ("--cheap", "auto", "--budget", "max_drop=10")
+    process = run("convert", NET, *SIZE, *options, *limit, "--validation", data, "--json")
+    assert process.returncode == 0, process.stderr
+    summary = json.loads(process.stdout)
+    assert summary["macs_after"] < summary["macs_before"]
+    refused = run("convert", NET, *SIZE, *options, *limit)
     assert refused.returncode == 2
-    assert "pass evaluate" in refused.stderr
+    assert "Pass evaluate (--validation)" in refused.stderr
 
 
 def test_convert_then_eval(files, tmp_path):
-    done = run(
+    process = run(
         "convert", NET, *SIZE, "--checkpoint", files / "w.safetensors", "--calibration", files / "data.npz",
         "--output", tmp_path / "out", "--batch", 6, "--reconstruct",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "fitted to 24 images" in " ".join(done.stdout.split())
-    assert "2 convolutions rewritten, 1 left as they are" in done.stdout
-    assert "of 1 blocks reconstructed, outputs' error on held-out images" in " ".join(done.stdout.split())
+    assert process.returncode == 0, process.stderr
+    assert "fitted to 24 images" in " ".join(process.stdout.split())
+    assert "2 convolutions rewritten, 1 skipped" in process.stdout
+    assert "of 1 blocks reconstructed, output error on holdout" in " ".join(process.stdout.split())
     assert load(tmp_path / "out")(torch.zeros(2, 3, 12, 12)).shape == (2, 5)
-    judged = run(
+    evaluated = run(
         "eval", tmp_path / "out", "--data", files / "data.npz", "--original", files / "w.safetensors", "--json"
     )
-    assert judged.returncode == 0, judged.stderr
-    facts = json.loads(judged.stdout)
-    assert facts["original's top-1 %"] == 100
-    assert facts["top-1 %"] == facts["same answers as the original %"] > 50
-    assert facts["MACs an image"] < facts["original's MACs an image"]
+    assert evaluated.returncode == 0, evaluated.stderr
+    facts = json.loads(evaluated.stdout)
+    assert facts["original_top1_percent"] == 100
+    assert facts["top1_percent"] == facts["agreement_percent"] > 50
+    assert facts["macs"] < facts["original_macs"]
+    assert all(re.fullmatch("[a-z0-9_]+", key) for key in facts)
     alone = run("eval", tmp_path / "out", "--data", files / "data.npz")
     assert "top-1 %" in alone.stdout
+    assert "MACs per image" in alone.stdout
+    assert "original" not in alone.stdout
     written = run("export", tmp_path / "out", "--format", "pt2")
     assert written.returncode == 0, written.stderr
     assert "any batch of 3x12x12" in " ".join(written.stdout.split())
@@ -126,42 +130,57 @@ def test_convert_then_eval(files, tmp_path):
 
 def test_demo(tmp_path):
     code = "import ghostify.data.datasets as d; d.FASHION_MNIST = (); from ghostify.cli.commands import main; main()"
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code, "demo"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300
     )
-    assert done.returncode == 0, done.stderr
-    assert "calibrated" in done.stdout
-    assert "bit-equal" in done.stdout
+    assert process.returncode == 0, process.stderr
+    assert "calibrated" in process.stdout
+    assert "bit-equal" in process.stdout
     assert not list(tmp_path.iterdir())
 
 
 def test_user_errors_are_one_line_and_code_2(files, tmp_path):
     weights = ("--checkpoint", files / "w.safetensors", "--output", tmp_path / "out")
     for arguments, message in (
-        (("plan", "timm:resnet81"), "ghostify: timm has no model 'resnet81'"),
+        (("plan", "timm:resnet81"), "ghostify: model 'timm:resnet81': timm has no model of this name"),
         (("plan", NET, "--ratio", "0.5"), "ghostify: ratio 0.5 is not a number of at least 1"),
-        (("plan", NET, "--input-size", "3x4"), "ghostify: --input-size '3x4' is not C,H,W"),
+        (("plan", NET, "--input-size", "3x4"), "ghostify: --input-size '3x4': is not three positive sizes. Use C,H,W"),
         (("plan", NET, *SIZE, "--target", "zzz"), "ghostify: targets 'zzz' matches no convolution"),
         (("convert", NET, *SIZE, *weights, "--calibration", tmp_path / "no.npy"), "no.npy: cannot be read"),
         (("convert", NET, "--arg", "width=4", *SIZE, *weights), "does not fit Straight"),
-        (("convert", NET, *SIZE, *weights, "--reconstruct"), "ghostify: reconstruct needs images"),
-        (("eval", tmp_path, "--data", files / "data.npz"), "is no ghostify folder"),
+        (("convert", NET, *SIZE, *weights, "--reconstruct"), "ghostify: reconstruct: needs images. Pass calibration"),
+        (("eval", tmp_path, "--data", files / "data.npz"), "is not a ghostify folder"),
     ):
-        done = run(*arguments)
-        assert done.returncode == 2, (arguments, done.stdout, done.stderr)
-        assert message in done.stderr
-        assert len(done.stderr.strip().splitlines()) == 1
+        process = run(*arguments)
+        assert process.returncode == 2, (arguments, process.stdout, process.stderr)
+        assert message in process.stderr
+        assert len(process.stderr.strip().splitlines()) == 1
         assert not list(tmp_path.iterdir())
 
 
 def test_policy_files(tmp_path):
     (tmp_path / "p.toml").write_text('[[rule]]\ntargets = "a.*"\nratio = 4\n')
-    done = run("plan", NET, *SIZE, "--policy", tmp_path / "p.toml", "--json")
-    lines = {line["name"]: line for line in json.loads(done.stdout)["lines"]}
-    assert lines["a.0"]["intrinsic"] == 4
-    assert lines["b.0"]["reason"] == "no rule targets it"
-    both = run("plan", NET, *SIZE, "--policy", tmp_path / "p.toml", "--target", "a.*")
-    assert both.returncode == 2
+    process = run("plan", NET, *SIZE, "--policy", tmp_path / "p.toml", "--json")
+    layers = {layer["name"]: layer for layer in json.loads(process.stdout)["layers"]}
+    assert layers["a.0"]["intrinsic"] == 4
+    assert layers["b.0"]["skip_reason"] == "not targeted by any rule"
+    refused = run("plan", NET, *SIZE, "--policy", tmp_path / "p.toml", "--target", "a.*")
+    assert refused.returncode == 2
+
+
+def test_narrow_is_accepted_for_prune(files, tmp_path):
+    data, weights = files / "data.npz", files / "w.safetensors"
+    command = ("plan", NET, *SIZE, "--checkpoint", weights, "--calibration", data, "--json")
+    (tmp_path / "p.toml").write_text('[[rule]]\ncheap = "auto"\nnarrow = true\n')
+    rule = ("--cheap", "auto", "--budget", "macs=0.6")
+    pruned, narrowed = run(*command, *rule, "--prune"), run(*command, *rule, "--narrow")
+    from_file = run(*command, "--policy", tmp_path / "p.toml", "--budget", "macs=0.6")
+    assert pruned.returncode == 0, pruned.stderr
+    assert pruned.stdout == narrowed.stdout == from_file.stdout
+    assert pruned.stderr == ""
+    assert narrowed.stderr == "ghostify: --narrow is deprecated. Use --prune.\n"
+    assert from_file.stderr == f"ghostify: {tmp_path / 'p.toml'}: rule 1: narrow is deprecated. Use prune.\n"
+    assert "--narrow" not in run("plan", "--help").stdout
 
 
 @pytest.mark.parametrize("verb", ["plan", "convert", "eval", "export", "demo"])
@@ -172,30 +191,30 @@ def test_help_has_an_example(verb):
 def test_report_on_the_terminal_and_as_a_page(files, tmp_path):
     out, page, data = tmp_path / "out", tmp_path / "r.html", files / "data.npz"
     weights = files / "w.safetensors"
-    done = run("convert", NET, *SIZE, "--checkpoint", weights, "--calibration", data, "--output", out)
-    assert done.returncode == 0, done.stderr
+    process = run("convert", NET, *SIZE, "--checkpoint", weights, "--calibration", data, "--output", out)
+    assert process.returncode == 0, process.stderr
     shown = run("report", out)
     assert shown.returncode == 0, shown.stderr
-    assert "of the error to expect in the outputs, most from" in shown.stdout
+    assert "largest shares of the predicted output error:" in shown.stdout
     assert all(len(line) <= 80 for line in shown.stdout.splitlines())
-    done = run("report", out, "--html", page, "--original", weights, "--data", data, "--runtime", "none")
-    assert done.returncode == 0, done.stderr
+    process = run("report", out, "--html", page, "--original", weights, "--data", data, "--runtime", "none")
+    assert process.returncode == 0, process.stderr
     assert "tests.nets:Straight at 3x12x12" in page.read_text()
     assert "top-1 on 24 images" in page.read_text()
     refused = run("report", out, "--html", tmp_path / "s.html", "--data", data)
     assert refused.returncode == 2
-    assert "pass its checkpoint as --original" in refused.stderr
+    assert "Pass its checkpoint as --original" in refused.stderr
     bad = run("report", out, "--html", tmp_path / "s.html", "--frontier", weights)
     assert bad.returncode == 2
-    assert "is no curve of `ghostify plan --frontier`" in bad.stderr
+    assert "is not a readable frontier" in bad.stderr
     assert not (tmp_path / "s.html").exists()
 
 
 def test_doctor_names_versions_and_runtimes():
-    done = run("doctor")
-    assert done.returncode == 0, done.stderr
-    assert torch.__version__ in done.stdout
-    assert all(f"runtime {name}" in done.stdout for name in RUNTIMES)
+    process = run("doctor")
+    assert process.returncode == 0, process.stderr
+    assert torch.__version__ in process.stdout
+    assert all(f"runtime {name}" in process.stdout for name in RUNTIMES)
     assert json.loads(run("doctor", "--json").stdout)["torch"] == torch.__version__
 
 
@@ -206,8 +225,8 @@ def test_help_lists_runtimes_and_formats(verb, names):
 
 
 def test_the_version_is_printed():
-    done = run_alone("--version")
-    assert (done.returncode, done.stdout) == (0, f"ghostify {ghostify.__version__}\n")
+    process = run_alone("--version")
+    assert (process.returncode, process.stdout) == (0, f"ghostify {ghostify.__version__}\n")
 
 
 BRANCHING = """
@@ -231,14 +250,14 @@ def test_a_class_of_the_users_comes_from_the_present_folder_and_is_allowed_by_na
     np.save(tmp_path / "x.npy", nets.images(4).numpy())
     shapes = {"a.weight": (8, 3, 3, 3), "a.bias": (8,), "b.weight": (8, 8, 3, 3), "b.bias": (8,)}
     save_file({name: torch.randn(shape) for name, shape in shapes.items()}, tmp_path / "w.safetensors")
-    made = run_alone(
+    converted = run_alone(
         "convert", "ours:Net", *SIZE, "--checkpoint", "w.safetensors", "--target", "b", "--output", "out", cwd=tmp_path
     )
-    assert made.returncode == 0, made.stderr
+    assert converted.returncode == 0, converted.stderr
     for verb in (("eval", "out", "--data", "x.npy"), ("report", "out")):
         refused = run(*verb, cwd=tmp_path)
         assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
-        assert "names ours:Net" in refused.stderr
+        assert "ours:Net: is not in an allowed package" in refused.stderr
         assert "--allow ours" in refused.stderr
-        done = run(*verb, "--allow", "ours", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+        process = run(*verb, "--allow", "ours", cwd=tmp_path)
+        assert process.returncode == 0, process.stderr

@@ -8,22 +8,22 @@ from ghostify.evaluation.metrics import predict, relative_error
 from tests import nets
 
 
-def test_a_verdict_on_labelled_images():
+def test_comparison_on_labelled_images():
     model, x = nets.settle(nets.Straight()), nets.images(16)
-    made, labels = ghostify(model, 2), predict(model, [x]).argmax(1)
-    found = compare_models(made, model, x.split(8), labels)
-    answers, wanted = predict(made, [x]), predict(model, [x])
-    assert found.images == 16
-    assert found.original_top1 == pytest.approx(100)
+    converted, labels = ghostify(model, 2), predict(model, [x]).argmax(1)
+    comparison = compare_models(converted, model, x.split(8), labels)
+    outputs, expected = predict(converted, [x]), predict(model, [x])
+    assert comparison.images == 16
+    assert comparison.original_top1 == pytest.approx(100)
     assert (
-        found.top1
-        == found.agreement
-        == pytest.approx(100 * (answers.argmax(1) == wanted.argmax(1)).float().mean().item())
+        comparison.top1
+        == comparison.agreement
+        == pytest.approx(100 * (outputs.argmax(1) == expected.argmax(1)).float().mean().item())
     )
-    assert found.error == pytest.approx(relative_error(answers, wanted))
+    assert comparison.error == pytest.approx(relative_error(outputs, expected))
 
 
-def test_what_is_not_there_is_not_judged():
+def test_values_are_none_without_labels_or_original():
     x = nets.images(4)
     alone = compare_models(nets.settle(nets.Straight()), None, [x], None)
     assert (alone.top1, alone.original_top1, alone.agreement, alone.error) == (None, None, None, None)
@@ -32,7 +32,7 @@ def test_what_is_not_there_is_not_judged():
     assert compare_models(maps, maps, [x], None).agreement is None
 
 
-def test_several_outputs_cannot_be_judged():
+def test_several_outputs_are_refused():
     class Two(nn.Module):
         def forward(self, x):
             return x, x

@@ -8,7 +8,7 @@ from ghostify.fitting.distributed import all_reduce_sum, rank_and_world_size
 from tests import nets
 
 
-def test_alone_everything_is_mine():
+def test_without_a_process_group_there_is_one_process():
     tensor = torch.ones(2)
     assert rank_and_world_size() == (0, 1)
     assert all_reduce_sum(tensor)[0] is tensor
@@ -21,30 +21,30 @@ def converted(budget):
     return ghostify(model, calibration=x.split(8), **options)
 
 
-def work(rank, processes, port, queue):
+def run_process(rank, processes, port, queue):
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=processes)
     for budget in (False, True):
-        found = converted(budget)
-        queue.put((budget, {k: v.numpy() for k, v in found.state_dict().items()}, report(found).images))
+        model = converted(budget)
+        queue.put((budget, {k: v.numpy() for k, v in model.state_dict().items()}, report(model).images))
     distributed.destroy_process_group()
 
 
-def test_two_processes_find_what_one_finds():
+def test_two_processes_give_the_result_of_one():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()
-    processes = [context.Process(target=work, args=(k, 2, port, queue)) for k in range(2)]
+    processes = [context.Process(target=run_process, args=(k, 2, port, queue)) for k in range(2)]
     for process in processes:
         process.start()
     results = [queue.get() for _ in range(4)]
     for process in processes:
         process.join()
-    alone = {budget: converted(budget).state_dict() for budget in (False, True)}
+    expected = {budget: converted(budget).state_dict() for budget in (False, True)}
     assert sorted(budget for budget, *_ in results) == [False, False, True, True]
     for budget, state, images in results:
         assert images == 32
-        for name, value in alone[budget].items():
+        for name, value in expected[budget].items():
             torch.testing.assert_close(torch.from_numpy(state[name]), value, rtol=1e-3, atol=1e-4, msg=name)

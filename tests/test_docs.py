@@ -1,8 +1,8 @@
-"""Every block of Python and of commands in README and docs runs as it stands, tiny networks and images in the place of
-ResNet-18's and MobileNet's, and multiply-accumulates in the place of time, on which no two runs agree.
+"""Every block of Python and of commands in README and docs runs.
 
-Blocks of a page share their names and one folder, in which there are weights and photographs. What cannot run here, as
-it needs several machines or your own files, is marked as a console session.
+Tiny networks and images replace ResNet-18 and MobileNet, and multiply-accumulates replace latencies, which differ from
+run to run. The blocks of a page share their names and a folder with weights and photographs. Blocks that need several
+machines or the user's files are marked as console sessions and do not run.
 """
 
 import os
@@ -28,9 +28,9 @@ from tests.nets import settle
 ROOT = Path(__file__).parent.parent
 GENERATED = ("results.md", "zoo.md")
 PAGES = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").rglob("*.md") if p.name not in GENERATED)]
-STAND_INS = {"resnet18": "test_resnet", "pretrained=True": "pretrained=False", "224, 224": "64, 64"}
-STAND_INS |= {"mobilenetv2_050": "test_efficientnet", "8, 3, 96, 96": "8, 3, 64, 64"}
-STAND_INS |= {'"latency": 0.95': '"macs": 0.95', "latency=0.95": "macs=0.95"}
+REPLACEMENTS = {"resnet18": "test_resnet", "pretrained=True": "pretrained=False", "224, 224": "64, 64"}
+REPLACEMENTS |= {"mobilenetv2_050": "test_efficientnet", "8, 3, 96, 96": "8, 3, 64, 64"}
+REPLACEMENTS |= {'"latency": 0.95': '"macs": 0.95', "latency=0.95": "macs=0.95"}
 
 
 def blocks(page):
@@ -39,18 +39,18 @@ def blocks(page):
             yield token.info.split()[0] if token.info else "", token.content, token.map[0] + 1
 
 
-def stood_in(text):
-    for name, other in STAND_INS.items():
+def with_replacements(text):
+    for name, other in REPLACEMENTS.items():
         text = text.replace(name, other)
     return text
 
 
 def commands(text):
-    """The words after `ghostify` of each line, split as a shell does."""
+    """The arguments of `ghostify` in each line, split as by a shell."""
     for line in text.replace("\\\n", " ").splitlines():
-        program, *words = shlex.split(line, comments=True)
+        program, *arguments = shlex.split(line, comments=True)
         assert program == "ghostify"
-        yield words
+        yield arguments
 
 
 @pytest.fixture
@@ -58,33 +58,33 @@ def folder(tmp_path, monkeypatch):
     torch.manual_seed(0)
     save_file(settle(timm.create_model("test_resnet")).state_dict(), tmp_path / "test_resnet.safetensors")
     draw = np.random.default_rng(0)
-    for place in ("photos", "test"):
-        for kind in ("cat", "dog"):
-            (tmp_path / place / kind).mkdir(parents=True)
+    for dataset in ("photos", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / dataset / name).mkdir(parents=True)
             for k in range(8):
                 pixels = draw.integers(0, 256, (6, 6, 3), dtype=np.uint8)
                 Image.fromarray(pixels).resize((160, 160), Image.Resampling.BICUBIC).save(
-                    tmp_path / place / kind / f"{k}.png"
+                    tmp_path / dataset / name / f"{k}.png"
                 )
     monkeypatch.setenv("COLUMNS", "200")
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
-        monkeypatch.setenv(name, value)  # as torchrun has it, of one process
+        monkeypatch.setenv(name, value)  # as by torchrun with one process
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
-@pytest.mark.filterwarnings("ignore:calibration is thin")
+@pytest.mark.filterwarnings("ignore:fit overfits the calibration images")
 def test_blocks_run(page, folder):
     names = {"__name__": "block"}
     for kind, text, line in blocks(page):
         assert kind in ("python", "bash", "console", "toml", "text", "")
         if kind == "python":
-            exec(compile("\n" * line + stood_in(text), page.name, "exec"), names)
+            exec(compile("\n" * line + with_replacements(text), page.name, "exec"), names)
         elif kind == "bash":
-            for command in commands(stood_in(text)):
-                done = run_command(*command, cwd=folder)
-                assert done.returncode == 0, f"{page.name}, line {line}: {' '.join(command)}: {done.stderr}"
+            for command in commands(with_replacements(text)):
+                result = run_command(*command, cwd=folder)
+                assert result.returncode == 0, f"{page.name}, line {line}: {' '.join(command)}: {result.stderr}"
 
 
 def test_the_readme_is_short_and_begins_with_code():
@@ -93,16 +93,16 @@ def test_the_readme_is_short_and_begins_with_code():
     assert "```python" in "\n".join(text.split("\n")[:25])
 
 
-def test_the_page_of_results_is_that_of_the_result_files():
+def test_the_results_page_matches_the_result_files():
     assert (ROOT / "docs/results.md").read_text() == pages.page()
 
 
-def test_the_example_of_every_verb_is_among_the_blocks_that_run():
+def test_the_example_of_every_command_is_among_the_blocks():
     shown = " ".join(" ".join(text.split()) for page in PAGES for kind, text, _ in blocks(page) if kind == "bash")
-    for verb, command in get_command(app).commands.items():
+    for name, command in get_command(app).commands.items():
         examples = [part.split("\n\n")[0] for part in (command.help or "").split("Example: ")[1:]]
-        assert examples, verb
-        missing = [e for e in examples if verb != "demo" and " ".join(e.split()) not in shown]
+        assert examples, name
+        missing = [e for e in examples if name != "demo" and " ".join(e.split()) not in shown]
         assert missing == []
 
 
@@ -116,10 +116,10 @@ def test_public_names_are_all_in_the_reference():
 
 def test_the_site_builds_without_a_warning(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "-q", "-d", str(tmp_path / "site")]
-    done = subprocess.run(
+    result = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=300, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     )
-    assert done.returncode == 0, done.stderr
+    assert result.returncode == 0, result.stderr
     shown = (tmp_path / "site/command/index.html").read_text()
     assert "ghostify finetune" in shown
     assert "Example: ghostify convert" in shown

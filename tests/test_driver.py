@@ -53,10 +53,10 @@ def dense_equivalent(ghost, layout, inputs):
 @settings(max_examples=20, deadline=None)
 def test_a_convolution_that_is_a_ghost_is_recovered(outputs_, ratio, cheap, seed):
     torch.manual_seed(seed)
-    decided = plan(
+    chosen_plan = plan(
         trace(nn.Sequential(nn.Conv2d(5, outputs_, 3))), Policy((Rule(ratio=ratio, cheap=cheap, dw_size=1),), False)
     )
-    layout = decided.rewrites[0].layout
+    layout = chosen_plan.rewrites[0].layout
     ghost = build_ghost_module(nn.Conv2d(5, outputs_, 3, bias=False), layout)
     for parameter in ghost.parameters():
         nn.init.normal_(parameter)
@@ -91,8 +91,8 @@ def test_spatial_ghosts_are_recovered_up_to_the_border(d, bias):
     converted = ghostify(model, policy=policy)
     x = torch.randn(4, 5, 24, 24)
     inside = slice(d, -d)
-    wanted, found = model(x)[..., inside, inside], converted(x)[..., inside, inside]
-    assert ((found - wanted).square().sum() / wanted.square().sum()) < 1e-4
+    expected, outputs = model(x)[..., inside, inside], converted(x)[..., inside, inside]
+    assert ((outputs - expected).square().sum() / expected.square().sum()) < 1e-4
 
 
 def test_the_fit_is_deterministic_under_a_seed():
@@ -104,8 +104,8 @@ def test_the_fit_is_deterministic_under_a_seed():
 
 def test_batching_of_the_calibration_set_does_not_matter():
     model, x = nets.settle(nets.Straight()), nets.images(16, 12)
-    whole, parts = (ghostify(model, calibration=x.split(k)) for k in (16, 5))
-    torch.testing.assert_close(whole(x), parts(x), rtol=1e-3, atol=1e-3)
+    single, several = (ghostify(model, calibration=x.split(k)) for k in (16, 5))
+    torch.testing.assert_close(single(x), several(x), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("form", ["tensor", "pair", "dict"])
@@ -118,13 +118,13 @@ def test_forms_of_calibration(form):
 @pytest.mark.parametrize(
     ("batches", "message"),
     [
-        ([], "calibration yields no batches"),
-        ([torch.zeros(0, 3, 8, 8)], "calibration batch 0: holds no images"),
-        ([nets.images(2), torch.full((2, 3, 12, 12), float("nan"))], "calibration batch 1: holds NaN"),
+        ([], "calibration: yields no batches"),
+        ([torch.zeros(0, 3, 8, 8)], "calibration batch 0: has no images"),
+        ([nets.images(2), torch.full((2, 3, 12, 12), float("nan"))], "calibration batch 1: has NaN"),
         ([torch.full((2, 3, 12, 12), 3e38)], "calibration batch 0: .* not finite"),
     ],
 )
-def test_strange_calibration_is_refused(batches, message):
+def test_invalid_calibration_is_an_error(batches, message):
     with pytest.raises(GhostifyError, match=message):
         ghostify(nets.settle(nets.Straight()), calibration=batches)
 
@@ -132,18 +132,18 @@ def test_strange_calibration_is_refused(batches, message):
 @pytest.mark.parametrize(
     "x", [nets.images(1), torch.zeros(4, 3, 12, 12), nets.images(4, 1)], ids=["one", "constant", "pixel"]
 )
-def test_poor_calibration_still_gives_a_finite_model(x):
+def test_little_calibration_gives_a_finite_model(x):
     model = nets.settle(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 9, 3, padding=1)))
     converted = ghostify(model, calibration=x)
     assert converted(nets.images()).isfinite().all()
 
 
-def test_batchnorm_keeps_its_variance_and_takes_up_the_shift():
+def test_batchnorm_keeps_its_variance_and_its_mean_takes_the_shift():
     model, x = nets.settle(nets.Straight()), nets.images(16)
     program = trace(model)
-    decided = plan(program)
-    fits = fit(program, decided, x)
-    converted = rewrite(program, decided, fits.weights)
+    chosen_plan = plan(program)
+    fits = fit(program, chosen_plan, x)
+    converted = rewrite(program, chosen_plan, fits.weights)
     norm, before = converted.get_submodule("b.1"), model.b[1]
     assert torch.equal(norm.running_var, before.running_var)
     shift = fits.weights["b.0"].norm_shift
@@ -151,130 +151,133 @@ def test_batchnorm_keeps_its_variance_and_takes_up_the_shift():
     assert converted.get_submodule("b.0").primary_conv.bias is None
 
 
-def test_held_out_images_are_judged_apart():
+def test_the_report_has_errors_on_the_holdout():
     model, x = nets.settle(nets.Straight()), nets.images(16)
-    lines = [line for line in report(ghostify(model, calibration=x)).layers if line.skip_reason is None]
-    assert all(0 <= line.holdout_error < 1 and 0 <= line.fit_error < 1 for line in lines)
-    assert all(line.holdout_error is None for line in report(ghostify(model, calibration=x[:1])).layers)
+    layers = [layer for layer in report(ghostify(model, calibration=x)).layers if layer.skip_reason is None]
+    assert all(0 <= layer.holdout_error < 1 and 0 <= layer.fit_error < 1 for layer in layers)
+    assert all(layer.holdout_error is None for layer in report(ghostify(model, calibration=x[:1])).layers)
 
 
 @given(st.integers(2, 9), st.integers(1, 6), st.integers(0, 99), st.sampled_from(["depthwise", "pointwise"]))
 @settings(max_examples=25)
-def test_no_layer_is_worse_than_data_free_on_held_out_images(images, size, seed, cheap):
-    """One layer at a time, on as few images and pixels as there are, judged by the images that the fit held out."""
+def test_no_layer_is_worse_than_data_free_on_the_holdout(images, size, seed, cheap):
+    """One layer, on few images and pixels, evaluated on the holdout of the fit."""
     torch.manual_seed(seed)
     model = nets.settle(nn.Sequential(nn.Conv2d(3, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12)))
     x, policy = torch.randn(images, 3, size, size), Policy((Rule(cheap=cheap),), keep_first=False)
     program = trace(model)
-    decided = plan(program, policy)
-    fitted, free = fit(program, decided, x).weights, fit(program, decided).weights
+    chosen_plan = plan(program, policy)
+    fitted, free = fit(program, chosen_plan, x).weights, fit(program, chosen_plan).weights
     every = min(8, images)
-    held = x[every - 1 :: every]
-    losses = [error(model, rewrite(program, decided, weights), held) for weights in (fitted, free)]
-    assert losses[0] <= losses[1] * 1.1 + 1e-6
+    holdout = x[every - 1 :: every]
+    errors = [error(model, rewrite(program, chosen_plan, weights), holdout) for weights in (fitted, free)]
+    assert errors[0] <= errors[1] * 1.1 + 1e-6
 
 
-def test_thin_calibration_is_warned_of():
+def test_overfitting_is_warned_of():
     model = nets.settle(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 9, 3, padding=1)))
-    with pytest.warns(UserWarning, match=r"calibration is thin: .* 1 of 1 layers \(the first: 2\).* the 4 images"):
+    with pytest.warns(UserWarning, match=r"fit overfits .*: in 1 of 1 layers \(first: 2\).* the 4 images"):
         ghostify(model, calibration=nets.images(4, 1))
 
 
-def test_the_effort_is_told_by_its_parts():
-    found = report(ghostify(nets.settle(nets.Straight()), calibration=nets.images(8)))
-    assert set(found.seconds) == {"sensitivity", "forward", "moments", "solving"}
-    assert all(name in found.fit_time for name in found.seconds)
+def test_the_report_has_the_seconds_of_each_stage():
+    fit_report = report(ghostify(nets.settle(nets.Straight()), calibration=nets.images(8)))
+    assert set(fit_report.seconds) == {"sensitivity", "forward", "moments", "solving"}
+    assert all(name in fit_report.fit_time for name in fit_report.seconds)
 
 
-def test_progress_is_told_and_ends():
-    seen = []
-    ghostify(nets.settle(nets.Straight()), calibration=nets.images(4), progress=lambda *told: seen.append(told))
-    assert seen == [(0, 2, "a.0"), (1, 2, "b.0"), (2, 2, "")]
+def test_progress_is_reported_to_the_end():
+    reports = []
+    ghostify(nets.settle(nets.Straight()), calibration=nets.images(4), on_progress=lambda *args: reports.append(args))
+    assert reports == [(0, 2, "a.0"), (1, 2, "b.0"), (2, 2, "")]
 
 
-def test_in_place_operations_do_not_mix_the_two_sides():
+def test_in_place_operations_do_not_mix_the_two_models():
     class InPlace(nn.Module):
         def __init__(self):
             super().__init__()
             self.stem, self.conv = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
             self.last = nn.Conv2d(8, 8, 3, padding=1)
 
-        def forward(self, x, plainly: bool = False):
+        def forward(self, x, out_of_place: bool = False):
             x = self.stem(x)
             y = self.conv(x)
-            x = x + y if plainly else x.add_(y)
+            x = x + y if out_of_place else x.add_(y)
             return self.last(x)
 
     model, x = InPlace().eval(), nets.images(16)
-    plain = copy.deepcopy(model)
-    plain.forward = lambda x: model.__class__.forward(plain, x, plainly=True)
-    torch.testing.assert_close(ghostify(model, calibration=x)(x), ghostify(plain, calibration=x)(x))
+    reference = copy.deepcopy(model)
+    reference.forward = lambda x: model.__class__.forward(reference, x, out_of_place=True)
+    torch.testing.assert_close(ghostify(model, calibration=x)(x), ghostify(reference, calibration=x)(x))
 
 
 def test_layouts_of_the_report_match_the_modules():
     converted = ghostify(nets.settle(nets.Straight()), 3, calibration=nets.images(8))
-    for line in report(converted).layers:
-        if line.skip_reason is None:
-            ghost = converted.get_submodule(line.name)
-            assert ghost.primary_conv.out_channels == line.intrinsic
-            assert line.layout.ghosts == 2 * line.weight_shape[0] // 3
+    for layer in report(converted).layers:
+        if layer.skip_reason is None:
+            ghost = converted.get_submodule(layer.name)
+            assert ghost.primary_conv.out_channels == layer.intrinsic
+            assert layer.layout.ghosts == 2 * layer.weight_shape[0] // 3
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_layers_with_many_maps_are_fitted_pair_by_pair(monkeypatch, bias):
+def test_layers_with_many_maps_are_fitted_without_moments_between_maps(monkeypatch, bias):
     model = nn.Sequential(nn.Conv2d(3, 24, 3, padding=1, bias=bias), *([] if bias else [nn.BatchNorm2d(24)]))
     model, x = nets.settle(model), nets.images(32, 12)
     policy = Policy((Rule(),), keep_first=False)
-    together = ghostify(model, policy=policy, calibration=x)
-    monkeypatch.setattr(ghost_fit, "FEATURES", 9 * 23)
+    joint = ghostify(model, policy=policy, calibration=x)
+    monkeypatch.setattr(ghost_fit, "MAX_JOINT_FEATURES", 9 * 23)
     monkeypatch.setattr(ghost_fit, "MAX_COARSE_FEATURES", 9 * 12)
-    apart, free = ghostify(model, policy=policy, calibration=x), ghostify(model, policy=policy)
+    per_map, free = ghostify(model, policy=policy, calibration=x), ghostify(model, policy=policy)
     test = nets.images(16, 12, seed=9)
-    assert error(model, together, test) <= error(model, apart, test) * 1.02 < error(model, free, test)
-    line = report(apart).layers[0]
-    assert line.holdout_error == pytest.approx(line.fit_error, rel=0.2)
+    assert error(model, joint, test) <= error(model, per_map, test) * 1.02 < error(model, free, test)
+    layer = report(per_map).layers[0]
+    assert layer.holdout_error == pytest.approx(layer.fit_error, rel=0.2)
 
 
 @pytest.mark.parametrize("name", ["a.0", "b.0"])
 @pytest.mark.parametrize("cheap", ["depthwise", "pointwise"])
-def test_what_the_outputs_feel_of_a_layer_is_foretold(name, cheap):
+def test_the_output_error_of_a_layer_is_predicted(name, cheap):
     """Within a factor: errors are taken as independent of gradients and of each other's positions."""
     model, x = nets.settle(nets.Straight(16)), nets.images(64, 16)
-    made = ghostify(model, 2, cheap=cheap, targets=name, example_inputs=x[:1], calibration=x.split(16))
-    line = next(line for line in report(made).layers if line.name == name)
-    really = relative_error(predict(made, [x]), predict(model, [x]))
-    assert really / 5 < line.output_error < 5 * really
-    assert sorted(line.channels) == list(range(line.weight_shape[0]))
-    assert all(line.output_error is None for line in report(ghostify(model, 2)).layers)
+    converted = ghostify(model, 2, cheap=cheap, targets=name, example_inputs=x[:1], calibration=x.split(16))
+    layer = next(layer for layer in report(converted).layers if layer.name == name)
+    measured = relative_error(predict(converted, [x]), predict(model, [x]))
+    assert measured / 5 < layer.output_error < 5 * measured
+    assert sorted(layer.channels) == list(range(layer.weight_shape[0]))
+    assert all(layer.output_error is None for layer in report(ghostify(model, 2)).layers)
 
 
 @pytest.mark.parametrize("images", [0, 16])
-def test_a_layer_that_its_norm_silences_is_fitted_all_the_same(images):
-    """A residual branch whose last norm starts at zero, as timm's do; wide, so that principal maps stand for all."""
+def test_a_layer_before_a_norm_with_gamma_zero_is_fitted(images):
+    """A residual branch whose last norm starts at zero, as in timm; wide enough for principal maps."""
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 512, 3, padding=1), nn.BatchNorm2d(512)).eval()
     nn.init.zeros_(model[2].weight)
     x = nets.images(max(images, 1))
-    made = ghostify(model, 2, example_inputs=x[:1], calibration=x.split(8) if images else None)
-    assert all(p.isfinite().all() for p in made.state_dict().values())
-    torch.testing.assert_close(made(x), model(x))
+    converted = ghostify(model, 2, example_inputs=x[:1], calibration=x.split(8) if images else None)
+    assert all(p.isfinite().all() for p in converted.state_dict().values())
+    torch.testing.assert_close(converted(x), model(x))
 
 
 def test_each_step_of_a_fit_can_be_replaced():
     model, x = nets.settle(nets.Residual()), nets.images(32, 16)
     program = trace(model, x[:1])
-    decided = plan(program, Policy((Rule(ratio=2),)))
-    called = []
+    chosen_plan = plan(program, Policy((Rule(ratio=2),)))
+    called_steps = []
 
     def spy(name):
         step = getattr(DEFAULT_METHOD, name)
-        return lambda *args, **options: called.append(name) or step(*args, **options)
+        return lambda *args, **options: called_steps.append(name) or step(*args, **options)
 
     steps = [f.name for f in fields(FitMethod)]
-    watched = fit(program, decided, x.split(8), method=FitMethod(**{name: spy(name) for name in steps}))
-    usual = fit(program, decided, x.split(8))
-    assert set(called) == set(steps)
-    for name, weights in usual.weights.items():
-        assert torch.equal(weights.primary_weight, watched.weights[name].primary_weight)
+    replaced = fit(program, chosen_plan, x.split(8), method=FitMethod(**{name: spy(name) for name in steps}))
+    default = fit(program, chosen_plan, x.split(8))
+    assert set(called_steps) == set(steps)
+    for name, weights in default.weights.items():
+        assert torch.equal(weights.primary_weight, replaced.weights[name].primary_weight)
     method = FitMethod(refit_filters=lambda _moments, prior, *_, **__: prior)
-    kept = fit(program, decided, x.split(8), method=method)
-    assert any(not torch.equal(w.primary_weight, kept.weights[n].primary_weight) for n, w in usual.weights.items())
+    original_filters = fit(program, chosen_plan, x.split(8), method=method)
+    assert any(
+        not torch.equal(w.primary_weight, original_filters.weights[n].primary_weight)
+        for n, w in default.weights.items()
+    )

@@ -6,7 +6,7 @@ from ghostify.modules.ghost import GhostModule, build_ghost_module, is_channels_
 from ghostify.modules.layout import Depthwise, GhostLayout, Grouped, Pointwise
 
 
-def test_order_says_where_each_channel_was_computed():
+def test_order_is_the_position_of_each_channel_in_the_concatenation():
     primary, cheap = nn.Conv2d(1, 2, 1, bias=False), nn.Conv2d(2, 2, 1, groups=2, bias=False)
     primary.weight.data = torch.tensor([1.0, 2.0]).reshape(2, 1, 1, 1)
     cheap.weight.data = torch.tensor([10.0, 10.0]).reshape(2, 1, 1, 1)
@@ -14,7 +14,7 @@ def test_order_says_where_each_channel_was_computed():
     assert ghost(torch.ones(1, 1, 1, 1)).flatten().tolist() == [10, 1, 20, 2]
 
 
-def test_ghost_of_carries_attributes_over():
+def test_a_ghost_module_has_the_attributes_of_the_convolution():
     conv = nn.Conv2d(4, 8, (3, 1), (2, 1), (1, 0), (1, 2), padding_mode="reflect", dtype=torch.float64)
     conv.weight.requires_grad_(False)
     conv.eval().to(memory_format=torch.channels_last)
@@ -31,17 +31,17 @@ def test_ghost_of_carries_attributes_over():
     assert conv.weight.shape[0] == 8
 
 
-def test_the_layout_of_1_x_1_filters_is_told_by_their_strides():
+def test_the_strides_decide_the_memory_format_of_1_x_1_filters():
     conv = nn.Conv2d(4, 8, 1)
-    plain = build_ghost_module(conv, GhostLayout(8, 4, Pointwise()))
-    last = build_ghost_module(conv.to(memory_format=torch.channels_last), GhostLayout(8, 4, Pointwise()))
+    contiguous = build_ghost_module(conv, GhostLayout(8, 4, Pointwise()))
+    channels_last = build_ghost_module(conv.to(memory_format=torch.channels_last), GhostLayout(8, 4, Pointwise()))
     assert conv.weight.is_contiguous()
-    assert not is_channels_last(plain.primary_conv.weight)
-    assert is_channels_last(last.primary_conv.weight)
-    assert last.primary_conv.weight.stride() == conv.weight[:4].stride()
+    assert not is_channels_last(contiguous.primary_conv.weight)
+    assert is_channels_last(channels_last.primary_conv.weight)
+    assert channels_last.primary_conv.weight.stride() == conv.weight[:4].stride()
 
 
-def test_what_forwards_ask_a_convolution_for_is_answered():
+def test_attributes_of_a_convolution_are_forwarded_to_the_primary_one():
     ghost = build_ghost_module(nn.Conv2d(4, 8, 3, stride=2, padding=1, dilation=2), GhostLayout(8, 4, Depthwise(3)))
     assert (ghost.stride, ghost.kernel_size, ghost.dilation, ghost.in_channels) == ((2, 2), (3, 3), (2, 2), 4)
     assert ghost.weight is ghost.primary_conv.weight
@@ -49,7 +49,7 @@ def test_what_forwards_ask_a_convolution_for_is_answered():
         _ = ghost.groups
 
 
-SHAPES = [
+LAYOUTS = [
     GhostLayout(8, 4, Depthwise(3)),
     GhostLayout(7, 4, Depthwise(3)),
     GhostLayout(8, 3, Depthwise(1)),
@@ -58,7 +58,7 @@ SHAPES = [
 ]
 
 
-def filled(layout, bias=True, order=True, dtype=torch.float64):
+def random_ghost(layout, bias=True, order=True, dtype=torch.float64):
     torch.manual_seed(0)
     ghost = build_ghost_module(nn.Conv2d(3, layout.outputs, 3, padding=1, bias=bias, dtype=dtype), layout)
     for parameter in ghost.parameters():
@@ -67,29 +67,29 @@ def filled(layout, bias=True, order=True, dtype=torch.float64):
     return ghost
 
 
-def gradients(ghost, x, how=lambda made: made):
+def gradients(ghost, x, cast=lambda output: output):
     x = x.clone().requires_grad_()
-    made = how(ghost(x))
-    weights = torch.randn(made.shape, generator=torch.Generator().manual_seed(0)).to(made)
-    return made, torch.autograd.grad((made.square() * weights).sum(), [x, *ghost.parameters()])
+    output = cast(ghost(x))
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output)
+    return output, torch.autograd.grad((output.square() * weights).sum(), [x, *ghost.parameters()])
 
 
 @pytest.mark.parametrize("order", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("layout", SHAPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_recomputed_ghosts_have_the_same_gradients(layout, bias, order):
-    ghost, x = filled(layout, bias, order), torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    ghost, x = random_ghost(layout, bias, order), torch.randn(2, 3, 6, 6, dtype=torch.float64)
     for images in (x, x.contiguous(memory_format=torch.channels_last)):
         ghost.recompute = False
-        made, wanted = gradients(ghost, images)
+        expected_output, expected = gradients(ghost, images)
         ghost.recompute = True
-        again, found = gradients(ghost, images)
-        assert torch.equal(made, again)
-        torch.testing.assert_close(found, wanted)
+        output, actual = gradients(ghost, images)
+        assert torch.equal(expected_output, output)
+        torch.testing.assert_close(actual, expected)
 
 
-def test_recomputed_ghosts_have_second_derivatives_and_frozen_parts():
-    ghost, x = filled(SHAPES[1]), torch.randn(1, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+def test_recomputed_ghosts_have_second_derivatives_and_frozen_parameters():
+    ghost, x = random_ghost(LAYOUTS[1]), torch.randn(1, 3, 4, 4, dtype=torch.float64, requires_grad=True)
     ghost.recompute = True
     assert torch.autograd.gradcheck(ghost, x)
     assert torch.autograd.gradgradcheck(ghost, x)
@@ -100,27 +100,27 @@ def test_recomputed_ghosts_have_second_derivatives_and_frozen_parts():
 
 
 def test_recomputed_ghosts_under_autocast():
-    ghost, x = filled(SHAPES[0], dtype=torch.float32), torch.randn(2, 3, 6, 6)
-    both = []
+    ghost, x = random_ghost(LAYOUTS[0], dtype=torch.float32), torch.randn(2, 3, 6, 6)
+    results = []
     for ghost.recompute in (False, True):
         with torch.autocast("cpu", torch.bfloat16):
-            both.append(gradients(ghost, x, lambda made: made.float()))
-    assert torch.equal(both[0][0], both[1][0])
-    torch.testing.assert_close(both[1][1], both[0][1], rtol=0.05, atol=0.5)
-    assert all(g.dtype == torch.float32 for g in both[1][1])
+            results.append(gradients(ghost, x, lambda output: output.float()))
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[1][1], results[0][1], rtol=0.05, atol=0.5)
+    assert all(g.dtype == torch.float32 for g in results[1][1])
 
 
-def kept(model, x):
-    """Bytes that autograd keeps for the backward, each storage once."""
-    found = {}
+def saved_bytes(model, x):
+    """Bytes that autograd stores for the backward, each storage once."""
+    storage_bytes = {}
 
-    def keep(tensor):
-        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    def record(tensor):
+        storage_bytes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        made = model(x)
-    return sum(found.values()), made
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda t: t):
+        output = model(x)
+    return sum(storage_bytes.values()), output
 
 
 @pytest.mark.parametrize(
@@ -128,40 +128,40 @@ def kept(model, x):
     [GhostLayout(64, 32, Depthwise(3)), GhostLayout(64, 24, Depthwise(3)), GhostLayout(64, 32, Pointwise())],
     ids=str,
 )
-def test_training_keeps_no_more_than_with_the_convolution(layout):
+def test_training_stores_no_more_than_with_the_convolution(layout):
     conv, norm, x = nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), torch.randn(4, 3, 16, 16)
     ghost = build_ghost_module(conv, layout)
-    before, _ = kept(nn.Sequential(conv, norm), x)
-    ordinary, _ = kept(nn.Sequential(ghost, norm), x)
+    original, _ = saved_bytes(nn.Sequential(conv, norm), x)
+    stored, _ = saved_bytes(nn.Sequential(ghost, norm), x)
     ghost.recompute = True
-    after, _ = kept(nn.Sequential(ghost, norm), x)
-    assert after <= before + 4096 < ordinary
+    recomputed, _ = saved_bytes(nn.Sequential(ghost, norm), x)
+    assert recomputed <= original + 4096 < stored
 
 
-def test_an_overwritten_output_is_noticed():
-    ghost = filled(SHAPES[0])
+def test_overwriting_the_output_is_an_error():
+    ghost = random_ghost(LAYOUTS[0])
     ghost.recompute = True
-    made = ghost(torch.randn(1, 3, 6, 6, dtype=torch.float64))
+    output = ghost(torch.randn(1, 3, 6, 6, dtype=torch.float64))
     with pytest.raises(RuntimeError, match="inplace operation"):
-        made.relu_().sum().backward()
+        output.relu_().sum().backward()
 
 
-def test_what_is_no_plain_convolution_any_more_goes_the_ordinary_way():
-    ghost, x = filled(SHAPES[0], order=False), torch.randn(1, 3, 6, 6, dtype=torch.float64)
+def test_hooks_and_parametrizations_turn_recomputation_off():
+    ghost, x = random_ghost(LAYOUTS[0], order=False), torch.randn(1, 3, 6, 6, dtype=torch.float64)
     ghost.recompute = True
     calls = []
     ghost.cheap_operation.register_forward_hook(lambda *_: calls.append(1))
     ghost(x).sum().backward()
     assert len(calls) == 1
-    weighted = filled(SHAPES[0], order=False)
+    weighted = random_ghost(LAYOUTS[0], order=False)
     weighted.recompute = True
     nn.utils.parametrizations.weight_norm(weighted.cheap_operation)
     weighted(x).sum().backward()
     assert weighted.cheap_operation.parametrizations.weight.original0.grad is not None
 
 
-def test_recomputing_modules_trace_and_save_like_others():
-    ghost = filled(SHAPES[0], dtype=torch.float32)
+def test_recomputing_modules_trace_and_export_like_others():
+    ghost = random_ghost(LAYOUTS[0], dtype=torch.float32)
     ghost.recompute = True
     x = torch.randn(1, 3, 6, 6)
     assert torch.equal(torch.fx.symbolic_trace(ghost)(x), ghost(x))

@@ -40,7 +40,7 @@ WISHES = [
     {"calibration": True, "cheap": 2, "activated": False},
     {"calibration": True, "activated": True},
     {"calibration": True, "cheap": "auto", "budget": {"macs": 0.7}},
-    {"calibration": True, "cheap": "auto", "narrow": True, "budget": {"macs": 0.6}},
+    {"calibration": True, "cheap": "auto", "prune": True, "budget": {"macs": 0.6}},
     {"calibration": True, "reconstruct": True},
 ]
 

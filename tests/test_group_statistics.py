@@ -52,7 +52,7 @@ def test_a_group_that_no_image_reaches_is_left_out():
     reached = trace(model, x)
     for traced, part, count in ((program, "seldom", 0), (reached, "often", 2)):
         groups = groups_of(traced)
-        assert {group.part for group in groups} == {part}
+        assert {group.subgraph_path for group in groups} == {part}
         assert len(groups) == 2
         assert len(compute_group_statistics(traced, groups, prepare_calibration(traced, x), 0)) == count
 

@@ -14,12 +14,12 @@ def test_sums_over_batches_give_the_errors_of_all_rows(seed, free_mean):
     sums = HoldoutSums(3)
     for rows in torch.arange(40).split(7):
         sums.add((target + noise)[rows], target[rows])
-    found = sums.errors(sensitivity, free_mean=free_mean)
-    assert found is not None
+    errors = sums.errors(sensitivity, free_mean=free_mean)
+    assert errors is not None
     variance = target.var(0, correction=0) if free_mean else target.square().mean(0)
-    torch.testing.assert_close(found.relative, noise.square().mean(0) / variance)
-    assert found.output_error == pytest.approx(((noise @ sensitivity) * noise).sum(1).mean().item())
+    torch.testing.assert_close(errors.relative, noise.square().mean(0) / variance)
+    assert errors.output_error == pytest.approx(((noise @ sensitivity) * noise).sum(1).mean().item())
 
 
-def test_without_held_out_rows_nothing_is_known():
+def test_without_holdout_rows_there_are_no_errors():
     assert HoldoutSums(3).errors(None, free_mean=True) is None

@@ -90,7 +90,7 @@ def test_each_runtime_is_measured_for_itself():
     measured = []
 
     class Other(LatencyTimer):
-        def milliseconds(self, models, _examples, _rounds=0):
+        def latencies_ms(self, models, _examples, _rounds=0):
             measured.append(len(models))
             return [1.0] * len(models)
 

@@ -45,7 +45,7 @@ def test_groups_keep_within_the_limit(monkeypatch):
     wished = profiles(None)[0]
     sizes = [8 * t.conv.outputs**2 * 11 for t in wished]
     monkeypatch.setattr(layer_statistics, "MAX_BYTES", max(sizes))
-    groups = list(layer_statistics._groups(wished))
+    groups = list(layer_statistics._chunks(wished))
     assert [t for group in groups for t in group] == wished
     assert all(sum(8 * t.conv.outputs**2 * 11 for t in group) <= max(sizes) for group in groups)
     assert len(groups) > 1

@@ -22,7 +22,7 @@ from ghostify.modules.layout import (
 )
 from ghostify.planning import cost
 from ghostify.reporting.outcome import outcome_of
-from ghostify.search.candidates import _LossEstimator
+from ghostify.search.loss_estimator import LossEstimator
 from ghostify.summary import LayerReport
 
 
@@ -43,19 +43,19 @@ def test_the_number_of_intrinsic_maps_is_rounded_up(outputs, ratio, maps):
 
 
 @given(st.integers(2, 40), st.data())
-def test_a_rounded_width_is_the_least_that_divides_evenly(outputs, data):
+def test_a_rounded_width_is_the_smallest_that_divides_evenly(outputs, data):
     intrinsic = data.draw(st.integers(1, outputs - 1))
     width = data.draw(st.integers(1, intrinsic))
 
     def divides(w):
         return intrinsic % w == 0 and (outputs - intrinsic) % (intrinsic // w) == 0
 
-    fitting = [w for w in range(width, intrinsic + 1) if w == 1 or divides(w)]
-    assert round_up_width(outputs, intrinsic, width) == fitting[0]
+    feasible = [w for w in range(width, intrinsic + 1) if w == 1 or divides(w)]
+    assert round_up_width(outputs, intrinsic, width) == feasible[0]
 
 
 @given(layouts())
-def test_every_ghost_is_made_once_and_groups_are_served_evenly(layout):
+def test_every_ghost_is_computed_once_and_groups_have_equal_shares(layout):
     specs = layout.conv_specs
     assert sum(spec.outputs for spec in specs) == layout.ghosts == sum(layout.capacities)
     assert all((spec.stop - spec.start) % spec.groups == spec.outputs % spec.groups == 0 for spec in specs)
@@ -80,18 +80,18 @@ def test_the_built_module_has_the_layouts_outputs_cost_and_parameters(layout, bi
 
 @given(layouts())
 @settings(deadline=None)
-def test_the_layout_can_be_read_off_the_module_and_what_is_stored(layout):
+def test_the_layout_follows_from_the_module_and_from_the_stored_numbers(layout):
     assert build_ghost_module(nn.Conv2d(3, layout.outputs, 3), layout).layout == layout
     outputs, intrinsic, width, kernel_size = layout.to_dict().values()
     assert GhostLayout.of_width(outputs, intrinsic, width, kernel_size) == layout
 
 
-def test_what_is_stored_of_a_layout():
+def test_the_stored_numbers_of_a_layout():
     stored = GhostLayout(16, 8, Grouped(4, 3)).to_dict()
     assert stored == {"outputs": 16, "intrinsic": 8, "width": 4, "dw_size": 3}
 
 
-def test_what_the_forms_compute_by_hand():
+def test_the_forms_against_sums_by_hand():
     """Ghosts of maps 1, 2, 3, 4 (constant, inside the border) by kernels of ones."""
     for form, ghosts in (
         (Depthwise(3), [9, 18, 27, 36]),
@@ -137,7 +137,7 @@ def test_the_layout_of_a_module_is_that_of_its_present_convolutions(cheap, layou
         (8, 1, Pointwise(), r"Use Depthwise\(kernel_size=1\)"),
     ],
 )
-def test_layouts_that_build_nothing_or_have_a_simpler_form_are_refused(outputs, intrinsic, form, message):
+def test_layouts_that_build_no_module_or_have_a_simpler_form_are_errors(outputs, intrinsic, form, message):
     with pytest.raises(GhostifyError, match=message):
         GhostLayout(outputs, intrinsic, form)
 
@@ -150,21 +150,21 @@ def test_low_rank_is_one_pixel_of_all_intrinsic_maps(layout):
 
 
 @dataclass(frozen=True)
-class Unheard:
-    """A form that nothing handles."""
+class UnknownForm:
+    """A form that no `match` handles."""
 
 
-def unheard_layout():
+def layout_of_unknown_form():
     layout = GhostLayout(8, 4, Depthwise(3))
-    object.__setattr__(layout, "form", Unheard())
+    object.__setattr__(layout, "form", UnknownForm())
     return layout
 
 
-class UnheardLine(LayerReport):
-    form = Unheard()
+class LayerReportOfUnknownForm(LayerReport):
+    form = UnknownForm()
 
 
-LINE = LayerReport("a", "Conv2d", (8, 3, 3, 3), None, None, 4, 1, 3, False, 1, 1, 1, 1)
+LAYER_REPORT = LayerReport("a", "Conv2d", (8, 3, 3, 3), None, None, 4, 1, 3, False, 1, 1, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -178,30 +178,31 @@ LINE = LayerReport("a", "Conv2d", (8, 3, 3, 3), None, None, 4, 1, 3, False, 1, 1
         lambda layout: may_read_activated(layout.form),
         lambda layout: assignment.assign_ghosts(torch.rand(8, 8), layout),
         lambda layout: ghost_fit.has_many_maps(layout),
-        lambda layout: _LossEstimator(None, 3).of(layout),
-        lambda layout: _LossEstimator(None, 3).least(layout),
-        lambda _: outcome_of(UnheardLine(**LINE.__dict__)),
+        lambda layout: LossEstimator(None, 3).of(layout),
+        lambda layout: LossEstimator(None, 3).lower_bound(layout),
+        lambda _: outcome_of(LayerReportOfUnknownForm(**LAYER_REPORT.__dict__)),
     ],
 )
-def test_a_form_that_nothing_handles_fails_instead_of_passing_for_another(decide):
-    with pytest.raises(AssertionError, match="Unheard"):
-        decide(unheard_layout())
+def test_an_unknown_form_is_an_error(decide):
+    with pytest.raises(AssertionError, match="UnknownForm"):
+        decide(layout_of_unknown_form())
 
 
-def test_the_solver_refuses_a_form_that_it_does_not_handle(monkeypatch):
-    """Even if its channels were grouped by then."""
+def test_an_unknown_form_is_an_error_in_the_solver(monkeypatch):
+    """Even after its channels were grouped."""
     monkeypatch.setattr(lstsq, "pair_costs", lambda *_: None)
     monkeypatch.setattr(lstsq, "assign_ghosts", lambda *_: None)
-    with pytest.raises(AssertionError, match="Unheard"):
-        lstsq.solve_ghosts(None, unheard_layout(), torch.eye(8))
+    with pytest.raises(AssertionError, match="UnknownForm"):
+        lstsq.solve_ghosts(None, layout_of_unknown_form(), torch.eye(8))
 
 
 def test_pruned_and_skipped_layers_have_no_form():
-    assert LINE.layout == GhostLayout(8, 4, Depthwise(3))
-    assert not LINE.is_pruned
-    pruned = replace(LINE, width=0, dw_size=0, intrinsic=5, kept_out_count=5, kept_in_count=3)
+    assert LAYER_REPORT.layout == GhostLayout(8, 4, Depthwise(3))
+    assert not LAYER_REPORT.is_pruned
+    pruned = replace(LAYER_REPORT, width=0, dw_size=0, intrinsic=5, kept_out_count=5, kept_in_count=3)
     assert (pruned.form, pruned.layout, pruned.is_pruned) == (None, None, True)
-    skipped = replace(LINE, width=0, dw_size=0, intrinsic=8, skip_reason="no rule targets it")
+    skipped = replace(LAYER_REPORT, width=0, dw_size=0, intrinsic=8, skip_reason="not targeted by any rule")
     assert (skipped.form, skipped.is_pruned) == (None, False)
-    assert [outcome_of(x) for x in (LINE, pruned, skipped)] == ["depthwise ghosts", "pruned", "skipped"]
-    assert outcome_of(replace(LINE, width=2)) == outcome_of(replace(LINE, width=4, dw_size=1)) == "wider ghosts"
+    assert [outcome_of(x) for x in (LAYER_REPORT, pruned, skipped)] == ["depthwise ghosts", "pruned", "skipped"]
+    wider, pointwise = replace(LAYER_REPORT, width=2), replace(LAYER_REPORT, width=4, dw_size=1)
+    assert outcome_of(wider) == outcome_of(pointwise) == "wider ghosts"

@@ -13,7 +13,7 @@ def moments(size, rank, seed=0):
 
 
 @given(st.integers(1, 6), st.integers(1, 5), st.integers(0, 99))
-def test_explained_is_what_the_solution_explains(size, targets, seed):
+def test_explained_variance_is_that_of_the_solution(size, targets, seed):
     generator = torch.Generator().manual_seed(seed)
     matrix = moments(size, size + 2, seed).expand(3, -1, -1)
     right = torch.randn(3, size, targets, generator=generator, dtype=torch.float64)
@@ -33,15 +33,15 @@ def test_singular_matrices_are_damped_more():
     assert solution.isfinite().all()
 
 
-def test_matrices_that_hold_nan_are_an_error():
+def test_matrices_with_nan_are_an_error():
     with pytest.raises(torch.linalg.LinAlgError):
         linear_solvers.factor_damped(torch.full((2, 2), float("nan")), torch.tensor(1.0))
 
 
 @pytest.mark.parametrize("count", [2, 20])
-def test_leading_vectors_span_what_eigh_says(count):
+def test_leading_vectors_span_the_space_of_eigh(count):
     matrix = moments(40, count)
-    found = linear_solvers.leading_vectors(matrix, count)
-    torch.testing.assert_close(found.T @ found, torch.eye(count, dtype=torch.float64))
+    vectors = linear_solvers.leading_vectors(matrix, count)
+    torch.testing.assert_close(vectors.T @ vectors, torch.eye(count, dtype=torch.float64))
     expected = torch.linalg.eigh(matrix).eigenvectors[:, -count:]
-    torch.testing.assert_close(found @ found.T, expected @ expected.T)
+    torch.testing.assert_close(vectors @ vectors.T, expected @ expected.T)

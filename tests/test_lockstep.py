@@ -16,56 +16,56 @@ def convolutions(module):
 
 
 class Inputs(fx.Interpreter):
-    """What each of the named nodes reads first."""
+    """The first input of each of the named nodes."""
 
     def __init__(self, module, names):
         super().__init__(module)
-        self.names, self.found = names, {}
+        self.names, self.inputs = names, {}
 
     def run_node(self, n):
         if n.name in self.names:
-            self.found[n.name] = self.env[n.all_input_nodes[0]].clone()
+            self.inputs[n.name] = self.env[n.all_input_nodes[0]].clone()
         return super().run_node(n)
 
 
 @pytest.mark.parametrize("limit", [0, 1 << 30], ids=["in files", "in memory"])
 @pytest.mark.parametrize("make", nets.ALL, ids=lambda c: c.__name__)
-def test_both_sides_see_what_their_models_see(make, limit):
+def test_both_models_get_the_inputs_of_a_separate_run(make, limit):
     model, x = nets.settle(make()), nets.images(6)
     program = trace(model)
     stops = convolutions(program.module)
-    walk = LockstepRun(
+    lockstep = LockstepRun(
         program.module, bind_calibration(program.module, x.split(4)).local_batches, stops, set(), limit=limit
     )
-    seen, done = {}, set()
+    recorded, changed = {}, set()
     with torch.no_grad():
-        for node, arriving in walk.steps():
-            for chunk in arriving:
+        for node, states in lockstep.steps():
+            for state in states:
                 source = node.all_input_nodes[0]
-                seen[node.name, chunk.batch.first] = chunk.original[source].clone(), chunk.value(source).clone()
-            if node.target not in done:
-                walk.converted.get_submodule(node.target).weight.mul_(1.1)
-                done.add(node.target)
-        for side, module in enumerate((walk.original, walk.converted)):
-            for chunk in walk.chunks:
-                running = Inputs(module, stops)
-                running.run(*chunk.batch.inputs.values, enable_io_processing=False)
-                assert set(running.found) == stops
-                for name, value in running.found.items():
-                    torch.testing.assert_close(seen[name, chunk.batch.first][side], value)
+                recorded[node.name, state.batch.first] = state.original[source].clone(), state.value(source).clone()
+            if node.target not in changed:
+                lockstep.converted.get_submodule(node.target).weight.mul_(1.1)
+                changed.add(node.target)
+        for k, module in enumerate((lockstep.original, lockstep.converted)):
+            for state in lockstep.states:
+                interpreter = Inputs(module, stops)
+                interpreter.run(*state.batch.inputs.values, enable_io_processing=False)
+                assert set(interpreter.inputs) == stops
+                for name, value in interpreter.inputs.items():
+                    torch.testing.assert_close(recorded[name, state.batch.first][k], value)
 
 
-def test_only_what_is_still_read_is_kept():
+def test_only_values_that_are_still_read_are_kept():
     model = nets.settle(nets.Straight())
     program = trace(model)
-    walk = LockstepRun(
+    lockstep = LockstepRun(
         program.module,
         bind_calibration(program.module, nets.images(4)).local_batches,
         convolutions(program.module),
         set(),
     )
     with torch.no_grad():
-        for _, arriving in walk.steps():
-            for chunk in arriving:
-                assert len(chunk.original) <= 2
-                assert len(chunk.converted) <= 2
+        for _, states in lockstep.steps():
+            for state in states:
+                assert len(state.original) <= 2
+                assert len(state.converted) <= 2

@@ -30,25 +30,25 @@ def test_streamed_ridge_equals_lstsq_on_materialised_data(seed, rows):
     uu, uy, _ = moments_of(u, y).raw()
     strength = 0.1 * uu.diagonal().mean()
     stacked = torch.cat((u / rows**0.5, strength.sqrt() * torch.eye(5, dtype=torch.float64)))
-    wanted = torch.cat((y / rows**0.5, strength.sqrt() * prior))
-    expected = torch.linalg.lstsq(stacked, wanted).solution
+    stacked_targets = torch.cat((y / rows**0.5, strength.sqrt() * prior))
+    expected = torch.linalg.lstsq(stacked, stacked_targets).solution
     torch.testing.assert_close(solve_ridge(uu, uy, prior, 0.1), expected)
 
 
-def test_dense_prediction_takes_the_ridge_that_held_out_rows_prefer():
+def test_the_filter_refit_uses_the_ridge_with_the_smallest_holdout_error():
     generator = torch.Generator().manual_seed(0)
     u = torch.randn(300, 6, generator=generator, dtype=torch.float64)
     true = torch.randn(6, 4, generator=generator, dtype=torch.float64)
-    fit, test = moments_of(u[:200], u[:200] @ true + 2), moments_of(u[200:], u[200:] @ true + 2)
-    assert lstsq.best_ridge(fit.centred(), test.centred(), torch.zeros_like(true), torch.ones(4), 0.1) == 1e-4
-    filters = lstsq.refit_filters(SplitMoments(fit, test), torch.zeros_like(true), torch.ones(4), free_mean=True)
+    fitted, holdout = moments_of(u[:200], u[:200] @ true + 2), moments_of(u[200:], u[200:] @ true + 2)
+    assert lstsq.best_ridge(fitted.centred(), holdout.centred(), torch.zeros_like(true), torch.ones(4), 0.1) == 1e-4
+    filters = lstsq.refit_filters(SplitMoments(fitted, holdout), torch.zeros_like(true), torch.ones(4), free_mean=True)
     torch.testing.assert_close(filters, true, rtol=1e-3, atol=1e-3)
     few = moments_of(u[:8], u[:8] @ true + 3 * torch.randn(8, 4, generator=generator, dtype=torch.float64))
-    assert lstsq.best_ridge(few.centred(), test.centred(), true, torch.ones(4), 0.01) == 1.0
+    assert lstsq.best_ridge(few.centred(), holdout.centred(), true, torch.ones(4), 0.01) == 1.0
 
 
 def maps_statistics(maps, targets, d):
-    """Statistics straight from maps (N x b x H x W) and targets, with the maps themselves as dense predictions."""
+    """Statistics of maps (N x b x H x W) and targets, with the maps themselves as refitted maps."""
     b = maps.shape[1]
     shifts = F.unfold(maps, d, padding=d // 2).reshape(len(maps), b, d * d, -1).permute(0, 3, 2, 1).flatten(0, 1)
     y = targets.permute(0, 2, 3, 1).flatten(0, 2)
@@ -75,15 +75,15 @@ def maps_statistics(maps, targets, d):
 def test_kernels_equal_lstsq_on_materialised_data(d, width):
     maps = torch.randn(4, 8, 6, 6, dtype=torch.float64)
     stats, shifts, y = maps_statistics(maps, maps + 0.1 * maps.flip(1), d)
-    groups = GhostAssignment(
+    assignment = GhostAssignment(
         torch.arange(4).reshape(-1, width),
         torch.arange(4, 8),
         torch.arange(4).reshape(-1, width).repeat_interleave(width, 0),
     )
-    solution = lstsq._with_kernels(stats, groups, stats.initial_coordinates[:4])
-    for j, ghost in enumerate(groups.ghosts):
-        seen = shifts[:, :, groups.sources[j]].transpose(1, 2).flatten(1)
-        centred = seen - seen.mean(0)
+    solution = lstsq._with_kernels(stats, assignment, stats.initial_coordinates[:4])
+    for j, ghost in enumerate(assignment.ghosts):
+        features = shifts[:, :, assignment.sources[j]].transpose(1, 2).flatten(1)
+        centred = features - features.mean(0)
         expected = torch.linalg.lstsq(centred, (y[:, ghost] - y[:, ghost].mean())[:, None], driver="gelsd").solution
         torch.testing.assert_close(solution.kernels[j].flatten(), expected.flatten(), rtol=2e-2, atol=2e-3)
 
@@ -93,24 +93,24 @@ def test_errors_and_constants_are_those_of_the_prediction():
     targets = maps + 0.3 * maps.roll(1, 1) + 5
     stats, shifts, y = maps_statistics(maps, targets, 3)
     solution = lstsq.solve_ghosts(stats, GhostLayout(6, 3, Depthwise(3)), torch.eye(6, dtype=torch.float64))
-    channels = solution.groups.channels
+    channels = solution.assignment.channels
     prediction = torch.empty_like(y)
     prediction[:, channels[:3]] = shifts[:, 4] @ solution.intrinsic.T
-    seen = torch.einsum("pdb,jb->pjd", shifts, solution.intrinsic[solution.groups.sources[:, 0]])
-    prediction[:, channels[3:]] = (seen * solution.kernels[:, 0]).sum(2)
+    neighbours = torch.einsum("pdb,jb->pjd", shifts, solution.intrinsic[solution.assignment.sources[:, 0]])
+    prediction[:, channels[3:]] = (neighbours * solution.kernels[:, 0]).sum(2)
     constants = stats.mean_residuals(solution)
     torch.testing.assert_close((y - prediction).mean(0), constants)
     torch.testing.assert_close((y - prediction - constants).square().mean(0), stats.squared_errors(solution))
 
 
-def test_the_joint_refit_only_lowers_the_error():
+def test_the_joint_refit_lowers_the_error():
     torch.manual_seed(0)
     mixing = torch.randn(10, 4, dtype=torch.float64)
     maps = torch.einsum("ij,njhw->nihw", mixing, torch.randn(8, 4, 10, 10, dtype=torch.float64))
     stats, _, _ = maps_statistics(maps, maps, 3)
     weights = torch.rand(10, dtype=torch.float64) + 0.1
-    groups = lstsq.assign_ghosts(lstsq.pair_costs(stats, weights), GhostLayout(10, 5, Depthwise(3)))
-    before = lstsq._with_kernels(stats, groups, stats.initial_coordinates[groups.intrinsic.flatten()])
+    assignment = lstsq.assign_ghosts(lstsq.pair_costs(stats, weights), GhostLayout(10, 5, Depthwise(3)))
+    before = lstsq._with_kernels(stats, assignment, stats.initial_coordinates[assignment.intrinsic.flatten()])
     after = lstsq._refit_jointly(stats, before, weights)
     assert (weights * stats.squared_errors(after)).sum() < 0.99 * (weights * stats.squared_errors(before)).sum()
 
@@ -125,13 +125,15 @@ def test_pointwise_ghosts_reach_the_error_of_low_rank():
 
 
 class Largest(TorchDispatchMode):
+    """Number of elements of the largest storage among all results."""
+
     elements = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        stored = (t.untyped_storage().nbytes() // t.element_size() for t in tree_leaves(made) if torch.is_tensor(t))
+        result = function(*args, **(kwargs or {}))
+        stored = (t.untyped_storage().nbytes() // t.element_size() for t in tree_leaves(result) if torch.is_tensor(t))
         self.elements = max(self.elements, *stored, 0)
-        return made
+        return result
 
 
 def test_ghosts_of_one_group_share_its_system():
@@ -151,7 +153,7 @@ def test_pointwise_ghosts_are_the_best_low_rank_by_the_metric():
     stats, shifts, y = maps_statistics(mixed, mixed, 1)
     metric = torch.cov(torch.randn(8, 3, dtype=torch.float64)) + 0.05 * torch.eye(8, dtype=torch.float64)
     solution = lstsq.solve_ghosts(stats, GhostLayout(8, 3, Pointwise()), metric)
-    channels = solution.groups.channels
+    channels = solution.assignment.channels
     prediction = torch.empty_like(y)
     prediction[:, channels[:3]] = shifts[:, 0] @ solution.intrinsic.T
     prediction[:, channels[3:]] = prediction[:, channels[:3]] @ solution.kernels[:, :, 0].T
@@ -162,7 +164,7 @@ def test_pointwise_ghosts_are_the_best_low_rank_by_the_metric():
     assert (metric * errors).sum().item() == pytest.approx(least.item(), rel=1e-2)
 
 
-def test_dead_and_duplicate_maps_are_survived():
+def test_dead_and_duplicate_maps_give_finite_kernels():
     maps = torch.randn(3, 6, 5, 5, dtype=torch.float64)
     maps[:, 1] = 0
     maps[:, 3] = maps[:, 2]

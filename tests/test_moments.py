@@ -6,7 +6,7 @@ from ghostify.fitting.moments import Moments, PerMapMoments
 
 
 @given(st.integers(1, 40), st.integers(0, 40), st.integers(0, 99))
-def test_moments_of_parts_add_up_to_those_of_the_whole(first, second, seed):
+def test_moments_of_two_batches_add_up_to_those_of_all_rows(first, second, seed):
     generator = torch.Generator().manual_seed(seed)
     u, y = torch.randn(first + second, 3, generator=generator), torch.randn(first + second, 2, generator=generator)
     whole, a, b = (Moments.zero(3, 2) for _ in range(3))
@@ -29,7 +29,7 @@ def test_centred_moments_are_covariances():
     torch.testing.assert_close(moments.raw()[0], rows.T @ rows / 500)
 
 
-def test_map_moments_are_blocks_of_the_full_ones():
+def test_per_map_moments_are_blocks_of_the_full_ones():
     v, y = torch.randn(60, 9, 4, dtype=torch.float64), torch.randn(60, 4, dtype=torch.float64)
     full, maps = Moments.zero(36, 4), PerMapMoments.zero(4, 9)
     full.add(v.flatten(1), y)

@@ -30,11 +30,11 @@ def test_the_mean_has_an_error_of_one_and_the_reference_none(seed):
 def test_errors_per_map_are_those_of_variances(seed):
     reference, estimate = maps(seed), maps(seed + 100)
     per_map = relative_squared_error(estimate, reference, over=(0, 2, 3), ignore_mean=True, per_map=True)
-    wanted = (estimate - reference).var((0, 2, 3)) / reference.var((0, 2, 3))
-    torch.testing.assert_close(per_map, wanted)
+    expected = (estimate - reference).var((0, 2, 3)) / reference.var((0, 2, 3))
+    torch.testing.assert_close(per_map, expected)
     shifted = estimate + torch.arange(3.0)[:, None, None]
     torch.testing.assert_close(
-        relative_squared_error(shifted, reference, over=(0, 2, 3), ignore_mean=True, per_map=True), wanted
+        relative_squared_error(shifted, reference, over=(0, 2, 3), ignore_mean=True, per_map=True), expected
     )
 
 
@@ -56,8 +56,8 @@ def test_a_mismatch_says_how_far_and_of_what():
 @given(st.floats(-10, 10), st.floats(-10, 10), st.floats(1e-4, 1))
 def test_outputs_match_as_torch_says(a, b, tolerance):
     y, r = torch.tensor([a, math.nan, math.inf]), torch.tensor([b, math.nan, math.inf])
-    wanted = torch.allclose(y.double(), r.double(), tolerance, tolerance, equal_nan=True)
-    assert outputs_match([y], [r], tolerance) == wanted
+    expected = torch.allclose(y.double(), r.double(), tolerance, tolerance, equal_nan=True)
+    assert outputs_match([y], [r], tolerance) == expected
     assert not outputs_match([y, y], [r], tolerance)
 
 

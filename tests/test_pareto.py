@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -5,7 +7,7 @@ from ghostify import GhostifyError, Policy, Rule, ghostify, report, trace
 from ghostify.evaluation.metrics import predict, relative_error
 from ghostify.planning import cost
 from ghostify.search.budget import plan_for_budget
-from ghostify.search.pareto import frontier, plan_for_drop
+from ghostify.search.pareto import frontier, plan_for_drop, read_frontier, write_frontier
 from tests import nets
 
 AUTO = Policy((Rule(cheap="auto"),))
@@ -33,7 +35,7 @@ def test_the_curve_goes_from_the_original_down_to_what_is_within_reach():
     assert not curve[0].plan.rewrites
     assert all(p.plan.macs_after == round(p.shares["macs"] * program.macs) for p in curve)
     assert curve[-1].drop > curve[0].drop
-    with pytest.raises(GhostifyError, match=f"these rules reach {macs[-1]:.2f}"):
+    with pytest.raises(GhostifyError, match=f"the minimum under these rules is {macs[-1]:.2f}"):
         plan_for_budget(program, AUTO, {"macs": macs[-1] / 2}, x)
 
 
@@ -86,9 +88,9 @@ def test_no_drop_at_all_leaves_the_model_as_it_is():
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
-        ({"max_drop": 0.1, "macs": 0.5}, r"max_drop=0.1 is out of reach: at macs=0.5 the drop is \d"),
-        ({"max_drop": -1}, "max_drop=-1 is not a number of at least 0"),
-        ({"max_drop": 1, "flops": 0.5}, "budget 'flops' is unknown"),
+        ({"max_drop": 0.1, "macs": 0.5}, r"max_drop=0.1 is infeasible: at macs=0.5 the drop is \d"),
+        ({"max_drop": -1}, "max_drop=-1: is not a number of at least 0"),
+        ({"max_drop": 1, "flops": 0.5}, "budget 'flops': is unknown"),
     ],
 )
 def test_drops_that_cannot_be(budget, message):
@@ -108,3 +110,46 @@ def test_the_curve_is_the_same_each_time():
     one, two = (frontier(trace(model, x[:1]), AUTO, calibration=x, points=3) for _ in range(2))
     assert one == two
     assert all(torch.isfinite(torch.tensor(p.error)) for p in one)
+
+
+@pytest.fixture
+def pruned_curve():
+    program = trace(nets.settle(nets.Inverted(16)), nets.images(1))
+    return frontier(program, Policy((Rule(cheap="auto", prune=True),)), calibration=nets.images(16), points=3)
+
+
+def test_a_frontier_is_read_as_it_was_written(pruned_curve, tmp_path):
+    file = tmp_path / "frontier.json"
+    write_frontier(pruned_curve, file)
+    assert json.loads(file.read_text())["format"] == 2
+    points = read_frontier(file)
+    assert points == [point.to_dict() for point in pruned_curve]
+    pruned = pruned_curve[-1].plan.pruned
+    assert pruned
+    for name, kept in pruned.items():
+        layer = points[-1]["layers"][name]
+        assert layer["kept_out_count"] == (None if kept.kept_out is None else len(kept.kept_out))
+        assert layer["kept_in_count"] == (None if kept.kept_in is None else len(kept.kept_in))
+
+
+@pytest.mark.parametrize("key", ["keeps", "makes"])
+def test_a_frontier_of_format_1_is_read(key, tmp_path):
+    file = tmp_path / "frontier.json"
+    layout = {"outputs": 4, "intrinsic": 2, "width": 1, "dw_size": 3}
+    layers = {"a": layout, "b": {**layout, key: [0, 1, 5], "reads": None}, "c": {key: None, "reads": [2, 3]}}
+    file.write_text(json.dumps([{"shares": {"macs": 0.5}, "error": 0.1, "drop": None, "layers": layers}]))
+    (point,) = read_frontier(file)
+    assert (point["shares"], point["error"], point["drop"]) == ({"macs": 0.5}, 0.1, None)
+    assert point["layers"] == {
+        "a": layout,
+        "b": {**layout, "kept_out_count": 3, "kept_in_count": None},
+        "c": {"kept_out_count": None, "kept_in_count": 2},
+    }
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "3", '{"format": 3, "points": [1]}', '{"format": 2, "points": []}', "[3]"])
+def test_other_files_are_no_frontiers(text, tmp_path):
+    file = tmp_path / "frontier.json"
+    file.write_text(text)
+    with pytest.raises(GhostifyError, match=r"frontier\.json: is not a readable frontier"):
+        read_frontier(file)

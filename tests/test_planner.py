@@ -32,14 +32,14 @@ def test_reasons_for_leaving_a_convolution_alone():
     )
     rules = (Rule("5", ratio=1), Rule(("0", "1", "2", "3", "4", "6"), ignore="6"))
     found = reasons(model, Policy(rules))
-    assert found["0"] == "the first convolution is kept"
-    assert found["1"].startswith("depthwise")
-    assert found["2"].startswith("grouped (2)")
-    assert found["3"] == "nothing is saved: 64 MACs a position before, 68 after"
-    assert found["4"] == "ratio 2 leaves no ghosts of 1 maps"
-    assert found["5"] == "ratio 1 keeps every map"
-    assert found["6"] == "ignored by the rule that targets it"
-    assert reasons(model, Policy((Rule("6"),)))["5"] == "no rule targets it"
+    assert found["0"] == "first convolution (keep_first)"
+    assert found["1"] == "depthwise convolution"
+    assert found["2"] == "grouped convolution: 2 groups"
+    assert found["3"] == "no MACs saved: 64 per output position before, 68 after"
+    assert found["4"] == "no ghost maps at ratio 2: 1 output"
+    assert found["5"] == "ratio 1"
+    assert found["6"] == "ignored by its rule"
+    assert reasons(model, Policy((Rule("6"),)))["5"] == "not targeted by any rule"
 
 
 def test_the_first_rule_that_matches_decides_the_ratio():

@@ -25,12 +25,12 @@ def test_patterns(pattern, matches):
 @pytest.mark.parametrize(
     ("wish", "message"),
     [
-        ({"ratio": 0.5}, "ratio 0.5 is not a number of at least 1"),
-        ({"ratio": "2"}, "ratio '2' is not a number"),
-        ({"dw_size": 4}, "dw_size 4 is not an odd number"),
-        ({"cheap": "magic"}, "cheap 'magic' is unknown"),
-        ({"cheap": 0}, "cheap 0 is unknown"),
-        ({"targets": 3}, "targets 3 is neither"),
+        ({"ratio": 0.5}, "ratio 0.5: is not a number of at least 1"),
+        ({"ratio": "2"}, "ratio '2': is not a number"),
+        ({"dw_size": 4}, "dw_size 4: is not an odd number"),
+        ({"cheap": "magic"}, "cheap 'magic': is unknown"),
+        ({"cheap": 0}, "cheap 0: is unknown"),
+        ({"targets": 3}, "targets 3: is not a pattern"),
         ({"targets": "re:("}, "is not a regular expression"),
     ],
 )
@@ -53,12 +53,12 @@ def test_policy_from_toml(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[[rule", "policy.toml: not a readable policy"),
-        ("", r"holds no \[\[rule\]\] table"),
-        ("[[rule]]\nration = 2", "rule 1: unknown key 'ration': known are activated, cheap, dw_size"),
+        ("[[rule", "policy.toml: is not a readable policy"),
+        ("", r"has no \[\[rule\]\] table"),
+        ("[[rule]]\nration = 2", "rule 1: unknown key 'ration'. Use activated, cheap, dw_size"),
         ("colour = 1\n[[rule]]\nratio = 2", "unknown key 'colour'"),
-        ("[[rule]]\nratio = 2\n[[rule]]\nratio = 0", "rule 2: ratio 0 is not"),
-        ("keep_first = 3\n[[rule]]\nratio = 2", "keep_first is neither"),
+        ("[[rule]]\nratio = 2\n[[rule]]\nratio = 0", "rule 2: ratio 0: is not"),
+        ("keep_first = 3\n[[rule]]\nratio = 2", "keep_first is not a boolean"),
     ],
 )
 def test_toml_errors_name_file_and_key(tmp_path, text, message):
@@ -69,7 +69,7 @@ def test_toml_errors_name_file_and_key(tmp_path, text, message):
 
 
 def test_missing_policy_file(tmp_path):
-    with pytest.raises(GhostifyError, match=r"none\.toml: not a readable policy"):
+    with pytest.raises(GhostifyError, match=r"none\.toml: is not a readable policy"):
         Policy.from_toml(tmp_path / "none.toml")
 
 

@@ -18,8 +18,8 @@ def names(model):
 
 
 def reasons(model):
-    found = find_pruning_groups(trace(model.eval()))
-    return {group.name: group.reason for group in found if isinstance(group, Unprunable)}
+    groups = find_pruning_groups(trace(model.eval()))
+    return {group.name: group.reason for group in groups if isinstance(group, Unprunable)}
 
 
 def test_an_inverted_residual_is_one_group_with_its_norms():
@@ -32,7 +32,7 @@ def test_an_inverted_residual_is_one_group_with_its_norms():
 
 
 @pytest.mark.parametrize(
-    ("make", "found"),
+    ("make", "expected"),
     [
         (nets.Straight, [("stem.0", "a.0"), ("a.0", "b.0")]),
         (nets.Residual, [("stem.0", "conv1", "conv2", "head"), ("conv1", "conv2")]),
@@ -41,21 +41,21 @@ def test_an_inverted_residual_is_one_group_with_its_norms():
         (nets.Shared, []),
     ],
 )
-def test_groups_of_tiny_networks(make, found):
-    assert names(make()) == found
+def test_groups_of_tiny_networks(make, expected):
+    assert names(make()) == expected
 
 
 @pytest.mark.parametrize(
     ("make", "name", "reason"),
     [
-        (nets.Straight, "b.0", "fc is linear, and only convolutions are refitted"),
-        (nets.Residual, "head", "they reach the output"),
-        (nets.Branches, "right", "last.0 has them beside others"),
-        (nets.Functional, "stem", "the function conv2d reads them"),
+        (nets.Straight, "b.0", "fc is a linear layer, and pruning refits convolutions only"),
+        (nets.Residual, "head", "the channels reach the output"),
+        (nets.Branches, "right", "last.0 reads or computes other channels as well"),
+        (nets.Functional, "stem", "the function conv2d reads the channels"),
         (nets.Shared, "stem.0", "again is called several times"),
     ],
 )
-def test_what_cannot_be_pruned_has_a_reason(make, name, reason):
+def test_groups_that_cannot_be_pruned_have_a_reason(make, name, reason):
     assert reasons(make())[name] == reason
 
 
@@ -67,24 +67,24 @@ def test_every_block_of_mobilenet_is_a_group():
 
 
 @pytest.mark.parametrize("between", [nn.GroupNorm(2, 8), nn.LayerNorm(6), nn.PixelShuffle(1), nn.Softmax(1)])
-def test_what_mixes_channels_or_knows_their_number_forbids_pruning(between):
+def test_operators_that_mix_channels_prevent_pruning(between):
     assert names(nn.Sequential(nn.Conv2d(3, 8, 3), between, nn.Conv2d(8, 4, 1))) == []
 
 
 @pytest.mark.parametrize(
     "between", [nn.PReLU(8), nn.SiLU(), nn.Hardswish(), nn.ZeroPad2d(1), nn.Upsample(scale_factor=2)]
 )
-def test_what_keeps_channels_apart_does_not(between):
+def test_channelwise_operators_do_not(between):
     assert names(nn.Sequential(nn.Conv2d(3, 8, 3), between, nn.Conv2d(8, 4, 1))) == [("0", "2")]
 
 
-def test_hooks_and_grouped_convolutions_forbid_pruning():
+def test_hooks_and_grouped_convolutions_prevent_pruning():
     grouped = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3, groups=8), nn.Conv2d(16, 4, 1))
     assert names(grouped) == []
-    for place in (1, 2):
+    for position in (1, 2):
         hooked = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
         assert len(names(hooked)) == 1
-        hooked[place].register_forward_hook(lambda *_: None)
+        hooked[position].register_forward_hook(lambda *_: None)
         assert names(hooked) == []
 
 
@@ -100,7 +100,7 @@ class Gated(nn.Module):
         return (self.b(x * scale.sigmoid()), *([scale] if self.returned else []))
 
 
-def test_a_gate_that_others_read_or_that_is_one_for_all_channels_forbids_pruning():
+def test_a_gate_that_is_returned_or_common_to_all_channels_prevents_pruning():
     assert ("a", "b", "reduce", "expand") in names(Gated())
     assert names(Gated(returned=True)) == [("reduce", "expand")]
     assert names(Gated(gate=1)) == [("reduce", "expand")]
@@ -116,8 +116,8 @@ def test_shapes_are_not_needed():
 def test_squeeze_excite_is_part_of_a_group(name):
     model = mobilenet_v3_small(weights=None) if name.startswith("tv_") else timm.create_model(name)
     gated = [group for group in groups_of(model) if any(member.gate for member in group.members)]
-    excited = [m for m in model.modules() if type(m).__name__ == "SqueezeExcitation" or hasattr(m, "conv_reduce")]
-    assert len(gated) == len(excited) > 0
+    blocks = [m for m in model.modules() if type(m).__name__ == "SqueezeExcitation" or hasattr(m, "conv_reduce")]
+    assert len(gated) == len(blocks) > 0
     for group in gated:
         reduce, expand = (member for member in group.members if member.gate)
         assert [(m.prunes_outputs, m.prunes_inputs) for m in (reduce, expand)] == [(False, True), (True, False)]
@@ -125,17 +125,17 @@ def test_squeeze_excite_is_part_of_a_group(name):
         assert len(group.consumers) == 1
 
 
-def test_what_is_left_of_each_convolution():
+def test_the_kept_channels_of_each_convolution():
     program = trace(nets.Residual().eval())
     stream, inner = (g for g in find_pruning_groups(program) if isinstance(g, PruningGroup))
-    left = kept_by_conv(program, {stream: (0, 2), inner: (1, 3, 4)})
-    assert {name: (own.kept_out, own.kept_in) for name, own in left.items()} == {
+    kept = kept_by_conv(program, {stream: (0, 2), inner: (1, 3, 4)})
+    assert {name: (channels.kept_out, channels.kept_in) for name, channels in kept.items()} == {
         "stem.0": ((0, 2), None),
         "conv1": ((1, 3, 4), (0, 2)),
         "conv2": ((0, 2), (1, 3, 4)),
         "head": (None, (0, 2)),
     }
-    tensors = dict(pair for own in left.values() for pair in own.tensors)
+    tensors = dict(pair for channels in kept.values() for pair in channels.tensors)
     assert tensors["stem.1.weight"] == tensors["bn2.running_var"] == (0, 2)
     assert tensors["bn1.bias"] == (1, 3, 4)
-    assert torch.equal(torch.tensor([len(own) for own in tensors.values()]).unique(), torch.tensor([2, 3]))
+    assert torch.equal(torch.tensor([len(entries) for entries in tensors.values()]).unique(), torch.tensor([2, 3]))

@@ -1,4 +1,4 @@
-"""The rivals of `benchmarks/experiments/compare.py`: each exact where it can be, each within the limit it is given."""
+"""Other methods of `benchmarks/experiments/compare.py`: exact where the filters have their form, within the limit."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from benchmarks.lib import rivals
-from ghostify.cli.demo import ResidualNet
+from ghostify.cli.demo_network import ResidualNet
 from ghostify.evaluation.metrics import predict, relative_error
 from ghostify.planning.cost import count_macs
 from tests.nets import settle
@@ -22,58 +22,64 @@ def images(count=32):
     return torch.randn(count, 1, 12, 12, generator=torch.Generator().manual_seed(1))
 
 
-def seen(count=32):
+def calibration(count=32):
     labels = torch.arange(count) % 10
-    return rivals.Seen(images(count).split(8), labels.split(8))
+    return rivals.CalibrationImages(images(count).split(8), labels.split(8))
 
 
-WAYS = [
+METHODS = [
     rivals.by_magnitude, rivals.by_taylor, rivals.by_least_squares, rivals.low_rank, rivals.tucker, rivals.decoupled,
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda w: w.__name__)
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.__name__)
 @pytest.mark.parametrize("share", [0.5, 0.25])
-def test_the_least_ratio_keeps_within_the_limit(way, share):
+def test_the_smallest_ratio_keeps_within_the_limit(method, share):
     model, x = network(), images(1)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    whole = count_macs(model, x)
-    cut = way(model, seen())
-    ratio = rivals.least(cut, lambda m: count_macs(m, x) / whole, share, steps=6)
-    small = cut(ratio)
-    assert 0.5 * share < count_macs(small, x) / whole <= share
+    original_macs = count_macs(model, x)
+    compress = method(model, calibration())
+    ratio = rivals.smallest_ratio(compress, lambda m: count_macs(m, x) / original_macs, share, steps=6)
+    small = compress(ratio)
+    assert 0.5 * share < count_macs(small, x) / original_macs <= share
     assert small(images(2)).shape == (2, 10)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in small.parameters())
 
 
-def test_no_ratio_reaches_a_limit_of_nothing():
-    assert rivals.least(rivals.low_rank(network(), seen()), lambda _: 1.0, 0.5, steps=3) is None
+def test_no_ratio_meets_an_infeasible_limit():
+    assert rivals.smallest_ratio(rivals.low_rank(network(), calibration()), lambda _: 1.0, 0.5, steps=3) is None
 
 
 def test_least_squares_brings_pruned_channels_nearer():
     model, x = network(), images(64)
     test = torch.randn(32, 1, 12, 12, generator=torch.Generator().manual_seed(2))
-    looked = rivals.Seen(x.split(8))
-    wanted = predict(model, [test])
-    made = [predict(way(model, looked)(0.3), [test]) for way in (rivals.by_magnitude, rivals.by_least_squares)]
-    errors = [relative_error(y, wanted) for y in made]
+    calibrating = rivals.CalibrationImages(x.split(8))
+    reference = predict(model, [test])
+    outputs = [
+        predict(method(model, calibrating)(0.3), [test]) for method in (rivals.by_magnitude, rivals.by_least_squares)
+    ]
+    errors = [relative_error(y, reference) for y in outputs]
     assert errors[1] < 0.5 * errors[0]
 
 
-def test_least_squares_mends_what_was_spoilt():
+def test_least_squares_restores_changed_filters():
     """With all channels kept, the fit finds the original's filters again."""
     model = network()
-    spoilt = copy.deepcopy(model)
+    changed = copy.deepcopy(model)
     with torch.no_grad():
-        for module in spoilt.modules():
+        for module in changed.modules():
             if isinstance(module, nn.Conv2d):
                 module.weight.mul_(1.3)
     kept = {n: torch.arange(m.out_channels) for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
-    mended = rivals.compensated(model, spoilt, kept, images(64).split(8))
+    refitted = rivals.compensated(model, changed, kept, images(64).split(8))
     test = images(4)
-    wanted = predict(model, [test])
-    assert relative_error(predict(mended, [test]), wanted) < 1e-3 < relative_error(predict(spoilt, [test]), wanted)
+    reference = predict(model, [test])
+    assert (
+        relative_error(predict(refitted, [test]), reference)
+        < 1e-3
+        < relative_error(predict(changed, [test]), reference)
+    )
 
 
 def conv_of(weight):
@@ -89,7 +95,7 @@ def factors(*shapes):
 
 
 @pytest.mark.parametrize(
-    ("weight", "way"),
+    ("weight", "method"),
     [
         (torch.einsum("nr,rchw->nchw", *factors((16, 3), (3, 12, 3, 3))), lambda c: rivals._factored(c, 0.5)),
         (torch.einsum("nr,rqhw,qc->nchw", *factors((16, 4), (4, 3, 3, 3), (3, 12))), lambda c: rivals._tucker(c, 0.25)),
@@ -97,10 +103,10 @@ def factors(*shapes):
     ],
     ids=["low rank", "tucker", "decoupled"],
 )
-def test_factors_are_exact_where_the_filters_have_that_form(weight, way):
+def test_factors_are_exact_where_the_filters_have_that_form(weight, method):
     conv = conv_of(weight)
     with torch.no_grad():
-        small = way(conv)
+        small = method(conv)
     x = torch.randn(2, 12, 9, 9)
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in conv.parameters())
     assert torch.allclose(small(x), conv(x), atol=1e-3)

@@ -16,45 +16,45 @@ def sensitivity(model, batches, **options):
 
 def test_it_predicts_the_output_error_of_small_noise():
     model, x = nets.settle(nets.Straight()), nets.images(32, 12)
-    found = sensitivity(model, [x], images=32, probes=64)["a.0"]
+    matrix = sensitivity(model, [x], images=32, probes=64)["a.0"]
     wanted = model(x).double()
-    spread = wanted.var(0, correction=0).sum()
-    for direction in (torch.eye(len(found))[0], torch.eye(len(found))[5], torch.randn(len(found))):
+    variance = wanted.var(0, correction=0).sum()
+    for direction in (torch.eye(len(matrix))[0], torch.eye(len(matrix))[5], torch.randn(len(matrix))):
 
         def disturb(_module, _inputs, output, direction=direction):
             return output + 0.01 * torch.randn_like(output[:, :1]) * direction[:, None, None]
 
         handle = model.a[0].register_forward_hook(disturb)
-        errors = [(model(x) - wanted).square().sum() / len(x) / spread for _ in range(40)]
+        errors = [(model(x) - wanted).square().sum() / len(x) / variance for _ in range(40)]
         handle.remove()
         assert torch.stack(errors).mean().item() == pytest.approx(
-            (direction @ found @ direction).item() * 1e-4, rel=0.35
+            (direction @ matrix @ direction).item() * 1e-4, rel=0.35
         )
 
 
-def test_large_maps_are_felt_from_some_places(monkeypatch):
+def test_large_maps_are_sampled(monkeypatch):
     model, x = nets.settle(nets.Straight()), nets.images(16, 16)
     whole = sensitivity(model, [x])["a.0"]
-    monkeypatch.setattr(module, "POSITIONS", 100)
+    monkeypatch.setattr(module, "MAX_POSITIONS", 100)
     some = sensitivity(model, [x])["a.0"]
     assert not torch.equal(some, whole)
     torch.testing.assert_close(some.trace(), whole.trace(), rtol=0.2, atol=0)
 
 
-def test_a_metric_is_positive_and_keeps_what_channels_feel():
-    felt = torch.tensor([[4.0, 2.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
-    metric = error_metric(felt)
+def test_a_metric_is_positive_definite_and_keeps_sensitivities():
+    matrix = torch.tensor([[4.0, 2.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    metric = error_metric(matrix)
     torch.testing.assert_close(metric.diagonal()[:2], torch.tensor([4.0, 1.0], dtype=torch.float64))
     assert torch.linalg.eigvalsh(metric).min() > 0
     assert metric[0, 1] == pytest.approx(1.8)
 
 
-def test_a_channel_that_nobody_reads_is_not_felt():
+def test_the_sensitivity_to_an_unused_channel_is_zero():
     model = nets.settle(nets.Straight())
     model.b[0].weight.data[:, 3] = 0
-    found = sensitivity(model, nets.images(8))["a.0"]
-    assert not found[3].any()
-    assert (found.diagonal() > 0).sum() > 8
+    matrix = sensitivity(model, nets.images(8))["a.0"]
+    assert not matrix[3].any()
+    assert (matrix.diagonal() > 0).sum() > 8
 
 
 def test_images_are_limited_and_parameters_stay_frozen():
@@ -66,14 +66,14 @@ def test_images_are_limited_and_parameters_stay_frozen():
 
 
 @pytest.mark.parametrize("make", nets.ALL, ids=lambda c: c.__name__)
-def test_every_convolution_of_the_graph_is_felt(make):
+def test_every_convolution_of_the_graph_has_a_sensitivity(make):
     model = nets.settle(make())
-    found = sensitivity(model, nets.images(4))
-    reached = {c.name for c in trace(model).convolutions if c.unsupported_reason is None}
-    assert reached == set(found)
+    sensitivities = sensitivity(model, nets.images(4))
+    supported = {c.name for c in trace(model).convolutions if c.unsupported_reason is None}
+    assert supported == set(sensitivities)
 
 
-def test_outputs_without_gradient_give_nothing():
+def test_outputs_without_gradient_have_no_sensitivity():
     class Counts(nn.Module):
         def __init__(self):
             super().__init__()
@@ -85,7 +85,7 @@ def test_outputs_without_gradient_give_nothing():
     assert sensitivity(Counts().eval(), nets.images(2)) == {}
 
 
-def test_what_overwrites_its_own_activations_gives_nothing():
+def test_models_that_overwrite_activations_have_no_sensitivity():
     class InPlace(nn.Module):
         def __init__(self):
             super().__init__()

@@ -31,8 +31,8 @@ def test_the_choice_is_the_best_of_all(layers, seed, share, linked):
     tied = {(tie.conv, tie.key) for tie in ties}
     choices = [
         [
-            drawn(makes=makes, reads=reads)
-            for makes, reads in itertools.product(
+            drawn(kept_out_count=kept_out, kept_in_count=kept_in)
+            for kept_out, kept_in in itertools.product(
                 *(counts if (k, key) in tied else (None,) for key in ("kept_out_count", "kept_in_count"))
             )
             for _ in range(2)
@@ -42,7 +42,7 @@ def test_the_choice_is_the_best_of_all(layers, seed, share, linked):
     choices += [[drawn(kept=kept) for kept in (None, *KEPT)] for _ in range(layers - 1)] if linked else []
 
     def agree(picks):
-        kept = (picks[tie.link].kept for tie in ties)
+        kept = (picks[tie.group].kept for tie in ties)
         return all(
             getattr(picks[tie.conv], tie.key) == (None if own is None else len(own))
             for tie, own in zip(ties, kept, strict=True)
@@ -64,12 +64,12 @@ def test_the_choice_is_the_best_of_all(layers, seed, share, linked):
     assert sum(c.loss for c in picks) <= min(possible, default=float("inf")) + 1e-3
 
 
-def test_time_that_ends_is_not_out_of_reach(monkeypatch):
+def test_a_timeout_is_not_infeasibility(monkeypatch):
     monkeypatch.setattr(solving, "SECONDS", 0)
     generator = torch.Generator().manual_seed(0)
     rows = torch.rand(40, 30, 3, generator=generator).tolist()
     choices = [[Candidate(None, (a, b), loss) for a, b, loss in options] for options in rows]
-    with pytest.raises(GhostifyError, match="no plan was found in 0 s"):
+    with pytest.raises(GhostifyError, match="no plan found in 0 s"):
         choose_candidates(choices, [12.0, 12.0])
 
 

@@ -3,24 +3,24 @@ import time
 from ghostify.fitting.stage_timer import StageTimer
 
 
-def test_blocks_of_a_name_add_up():
-    clock = StageTimer()
+def test_seconds_of_a_stage_add_up():
+    timer = StageTimer()
     for _ in range(2):
-        with clock("a"):
+        with timer("a"):
             time.sleep(0.01)
-    assert clock.seconds["a"] > 0.015
+    assert timer.seconds["a"] > 0.015
 
 
-def test_waiting_for_items_counts_but_using_them_does_not():
+def test_items_are_timed_without_their_use():
     def slow():
         for k in range(3):
             time.sleep(0.01)
             yield k
 
-    clock, seen = StageTimer(), []
-    for k in clock.time_items("waiting", slow()):
-        with clock("using"):
+    timer, used = StageTimer(), []
+    for k in timer.time_items("waiting", slow()):
+        with timer("using"):
             time.sleep(0.02)
-        seen.append(k)
-    assert seen == [0, 1, 2]
-    assert clock.seconds["waiting"] < clock.seconds["using"]
+        used.append(k)
+    assert used == [0, 1, 2]
+    assert timer.seconds["waiting"] < timer.seconds["using"]

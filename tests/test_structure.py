@@ -1,4 +1,4 @@
-"""The packages are as the architecture and the design say: order of imports, names, a row for every file."""
+"""The packages match the architecture and the design: order of imports, names, a row for every file."""
 
 import ast
 import importlib.util
@@ -40,11 +40,11 @@ def test_imports_go_one_way(architecture):
     assert against == []
 
 
-def test_the_picture_is_that_of_the_imports(architecture):
+def test_the_picture_shows_the_imports(architecture):
     assert architecture.PICTURE.read_text() == architecture.drawing(), "run python docs/draw_architecture.py"
 
 
-def test_only_implied_imports_are_left_out_of_the_picture(architecture):
+def test_only_implied_imports_are_omitted_from_the_picture(architecture):
     graph = {"a": set(), "b": {"a"}, "c": {"a", "b"}, "d": {"a"}}
     assert architecture.reduced(graph) == {"a": set(), "b": {"a"}, "c": {"b"}, "d": {"a"}}
     assert architecture.levels(graph) == {"a": 0, "b": 1, "c": 2, "d": 1}
@@ -82,5 +82,5 @@ def test_the_design_has_a_row_for_every_file():
     assert sorted(files_in_design()) == sorted(files)
 
 
-def test_every_module_says_what_it_holds():
+def test_every_module_has_a_docstring():
     assert [f for f in SOURCES.rglob("*.py") if not ast.get_docstring(ast.parse(f.read_text()))] == []

@@ -11,16 +11,16 @@ from ghostify.fitting.subgraph_inputs import collect_subgraph_inputs
 from tests import nets
 
 
-def test_every_call_of_a_part_arrives_from_both_models():
+def test_the_inputs_of_every_call_are_collected_from_both_models():
     program = trace(nets.settle(nets.Wild()))
     x = nets.images(12)
     converted = copy.deepcopy(program.module)
     batches = bind_calibration(program.module, x.split(6))
-    found = collect_subgraph_inputs(program, converted, "head", batches)
-    assert [b.size for b in found.local_batches] == [6] * 4
-    assert [b.first for b in found.local_batches] == [0, 6, 12, 18]
-    assert found.images == 24
-    assert all(torch.equal(b.inputs.values[0], b.converted_inputs.values[0]) for b in found.local_batches)
+    collected = collect_subgraph_inputs(program, converted, "head", batches)
+    assert [b.size for b in collected.local_batches] == [6] * 4
+    assert [b.first for b in collected.local_batches] == [0, 6, 12, 18]
+    assert collected.images == 24
+    assert all(torch.equal(b.inputs.values[0], b.converted_inputs.values[0]) for b in collected.local_batches)
     with torch.no_grad():
         converted.backbone.get_submodule("a.0").weight.mul_(1.05)
     changed = collect_subgraph_inputs(program, converted, "head", batches)
@@ -29,25 +29,25 @@ def test_every_call_of_a_part_arrives_from_both_models():
     )
 
 
-def test_calls_that_have_little_in_common_are_fed_alike():
+def test_calls_with_a_large_difference_get_the_originals_inputs():
     program = trace(nets.settle(nets.Wild()))
     converted = copy.deepcopy(program.module)
     nn.init.normal_(converted.backbone.get_submodule("a.0").weight, std=3)
-    found = collect_subgraph_inputs(program, converted, "head", bind_calibration(program.module, nets.images(4)))
-    assert all(b.converted_stored is None for b in found.local_batches)
+    collected = collect_subgraph_inputs(program, converted, "head", bind_calibration(program.module, nets.images(4)))
+    assert all(b.converted_stored is None for b in collected.local_batches)
 
 
-def test_a_part_that_no_image_reaches_is_fitted_without_and_named():
-    gate, unseen = nets.Stubborn.Gate(8).eval(), -torch.ones(8, 8, 6, 6)
-    with pytest.warns(UserWarning, match="no calibration image reaches conv: it is fitted without images"):
-        converted = ghostify(gate, targets="*", calibration=unseen)
+def test_a_subgraph_that_no_image_reaches_is_fitted_without_images_with_a_warning():
+    gate, unreaching = nets.Stubborn.Gate(8).eval(), -torch.ones(8, 8, 6, 6)
+    with pytest.warns(UserWarning, match="conv: no calibration image reaches it"):
+        converted = ghostify(gate, targets="*", calibration=unreaching)
     free, x = ghostify(gate, targets="*"), torch.rand(2, 8, 6, 6)
     assert torch.equal(converted(x), free(x))
     with pytest.warns(UserWarning, match="no calibration image reaches"):
-        ghostify(gate, targets="*", cheap="auto", budget={"macs": 0.7}, example_inputs=x, calibration=unseen)
+        ghostify(gate, targets="*", cheap="auto", budget={"macs": 0.7}, example_inputs=x, calibration=unreaching)
 
 
-def test_a_class_around_a_network_changes_nothing_of_its_fit():
+def test_a_network_inside_another_module_is_fitted_alike():
     class Around(nn.Module):
         def __init__(self, inner):
             super().__init__()
@@ -63,12 +63,13 @@ def test_a_class_around_a_network_changes_nothing_of_its_fit():
 
 
 @pytest.mark.parametrize("make", [nets.Wild, nets.Stubborn], ids=lambda c: c.__name__)
-@pytest.mark.parametrize("wish", [{}, {"cheap": "auto", "budget": {"macs": 0.7}}], ids=["ratio", "budget"])
-def test_parts_are_fitted_to_images(make, wish):
+@pytest.mark.parametrize("options", [{}, {"cheap": "auto", "budget": {"macs": 0.7}}], ids=["ratio", "budget"])
+def test_subgraphs_are_fitted_to_images(make, options):
     model, x = nets.settle(make()), nets.images(64, 16)
     errors = [
         relative_error(
-            predict(ghostify(model, targets="*", example_inputs=x[:1], calibration=c, **wish), [x]), predict(model, [x])
+            predict(ghostify(model, targets="*", example_inputs=x[:1], calibration=c, **options), [x]),
+            predict(model, [x]),
         )
         for c in (None, x.split(16))
     ]

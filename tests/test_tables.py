@@ -1,4 +1,4 @@
-"""Result files: what `publish` writes, that the committed ones are small and as the catalogue shows them."""
+"""Result files: the output of `publish`; committed files are small and equal to the catalogue's tables."""
 
 import ast
 import json
@@ -13,7 +13,7 @@ from benchmarks.lib.catalogue import CATALOGUE, label, spread
 BENCHMARKS = tables.ROOT / "benchmarks"
 
 
-def test_a_result_is_written_for_people_and_for_machines(tmp_path, monkeypatch):
+def test_a_result_is_written_as_table_and_as_json(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     monkeypatch.setattr(sys, "argv", [str(BENCHMARKS / "experiments/paper.py"), "--some", "thing"])
     rows = [{"how": "auto and narrow", "share": 0.5}, {"how": "original"}]
@@ -26,7 +26,7 @@ def test_a_result_is_written_for_people_and_for_machines(tmp_path, monkeypatch):
     assert content["command"] in table
 
 
-def test_a_result_that_is_not_there_has_no_rows(tmp_path, monkeypatch):
+def test_a_missing_result_has_no_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     assert tables.recorded("new") == []
 
@@ -40,7 +40,7 @@ def test_spread_of_one_value_is_the_value():
     assert (spread([1.0, None]), spread([1.0, 3.0]), spread([])) == ("1.00", "2.00 ± 1.00", "")
 
 
-def test_labels_leave_other_names_alone():
+def test_labels_do_not_change_other_names():
     assert label("ghostify, auto") == "ghostify, auto"
 
 

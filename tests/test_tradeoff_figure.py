@@ -1,4 +1,4 @@
-"""The figure of the README: what is drawn of which rows, and that it stays small."""
+"""The figure of the README: points of the rows, and a small file."""
 
 import pytest
 

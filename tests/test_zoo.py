@@ -1,4 +1,4 @@
-"""One network of each of forty families, as the whole zoo is examined by `benchmarks/experiments/zoo.py`."""
+"""One network of each of forty families, examined as in `benchmarks/experiments/zoo.py`."""
 
 import pytest
 
@@ -22,7 +22,7 @@ DETACHED = ("rpn.",)  # region proposals take no gradient from the boxes in eval
 
 @pytest.mark.filterwarnings("default")  # the models' own
 @pytest.mark.parametrize("name", NAMES)
-def test_a_family(name):
+def test_a_network_of_each_family(name):
     row = examine(name, fitted=False)
     assert row["outcome"] == "good"
     assert row["rewritten"]

@@ -1,11 +1,11 @@
-"""Ablation of the fit: the same conversion with one step left out, or done in another way.
+"""Ablation of the fit: the same conversion with one step left out, or replaced.
 
     python benchmarks/experiments/ablation.py
 
 ResNet-20 of width 32 on Fashion-MNIST (networks.py), ratio 2, depthwise d = 3, every dense convolution but the first,
 512 unlabelled training images (seed 0), no training. "layer error" is the mean over layers of the relative error on
-the images held out of the fit; "logit error" and top-1 are on all 10,000 test images. Adam stands for a gradient
-method on the same local error as the joint refit, 200 steps a layer from the same start. Results go to
+the holdout images; "logit error" and top-1 are on all 10,000 test images. Adam minimises the
+same local error as the joint refit, in 200 steps a layer from the same start. Results go to
 benchmarks/results/ablation.json.
 """
 
@@ -63,25 +63,28 @@ def by_adam(stats: JointStatistics, solution: Solution, weights: Tensor) -> Solu
         groups = [{"params": [p], "lr": 0.02 * s} for p, s in zip((intrinsic, kernels), sizes, strict=True)]
         optimizer = torch.optim.Adam(groups)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, ADAM_STEPS)
-        now = replace(solution, intrinsic=intrinsic, kernels=kernels)
+        current = replace(solution, intrinsic=intrinsic, kernels=kernels)
         for _ in range(ADAM_STEPS):
             optimizer.zero_grad()
-            loss = (weights * stats.squared_errors(now)).sum()
+            loss = (weights * stats.squared_errors(current)).sum()
             (loss / loss.detach()).backward()
             optimizer.step()
             schedule.step()
     return replace(solution, intrinsic=intrinsic.detach(), kernels=kernels.detach())
 
 
-def unaware(seen: Calibration) -> Calibration:
+def without_sensitivity(calibrated: Calibration) -> Calibration:
     """Channels are weighted by gamma^2 / sigma^2 of the following norm, not by the outputs' sensitivity."""
-    return replace(seen, felt={})
+    return replace(calibrated, sensitivity={})
 
 
-def alone(decided: Plan) -> Plan:
+def without_residual_correction(ghost_plan: Plan) -> Plan:
     """No layer corrects the error of the residual operand."""
     return replace(
-        decided, entries=tuple(replace(e, partner=None) if isinstance(e, GhostRewrite) else e for e in decided.entries)
+        ghost_plan,
+        entries=tuple(
+            replace(e, residual_operand=None) if isinstance(e, GhostRewrite) else e for e in ghost_plan.entries
+        ),
     )
 
 
@@ -95,36 +98,40 @@ METHODS = {
 
 
 def rows(model: nn.Module, data: LabelledImages) -> Iterator[Row]:
-    """One row for each way."""
+    """One row for each variant of the fit."""
     program = trace(model, data.test[:1])
-    decided = plan(program, Policy((Rule(ratio=2),)))
+    ghost_plan = plan(program, Policy((Rule(ratio=2),)))
     batches = list(calibration(data, IMAGES, 0).split(64))
-    seen = prepare_calibration(program, batches, 0)
+    calibrated = prepare_calibration(program, batches, 0)
     test = data.test.to(memory_format=torch.channels_last).split(500)
     reference = predict(model, test)
 
     def row(how: str, module: nn.Module, seconds: float = 0.0, layer_error: float | None = None) -> Row:
-        made = predict(module.to(memory_format=torch.channels_last), test)
-        error, top = relative_error(made, reference), top1(made, data.test_labels)
+        outputs = predict(module.to(memory_format=torch.channels_last), test)
+        error, top = relative_error(outputs, reference), top1(outputs, data.test_labels)
         return {"how": how, "layer": layer_error, "error": error, "top1": top, "seconds": seconds}
 
-    def converted(how: str, decided: Plan, seen: Calibration, method: FitMethod = DEFAULT_METHOD) -> Row:
+    def converted(how: str, ghost_plan: Plan, calibrated: Calibration, method: FitMethod = DEFAULT_METHOD) -> Row:
         started = time.perf_counter()
-        found = fit(program, decided, seen, method=method)
-        errors = [float(w.holdout_error.mean()) for w in found.weights.values() if w.holdout_error is not None]
-        spent = time.perf_counter() - started
-        return row(how, rewrite(program, decided, found.weights), spent, sum(errors) / len(errors))
+        fits = fit(program, ghost_plan, calibrated, method=method)
+        errors = [float(w.holdout_error.mean()) for w in fits.weights.values() if w.holdout_error is not None]
+        seconds = time.perf_counter() - started
+        return row(how, rewrite(program, ghost_plan, fits.weights), seconds, sum(errors) / len(errors))
 
     yield row("original", model)
-    yield row("random kernels, first filters kept", rewrite(program, decided, untrained_weights(program, decided)))
-    yield row("no images", rewrite(program, decided, fit(program, decided).weights))
+    yield row(
+        "random kernels, first filters kept", rewrite(program, ghost_plan, untrained_weights(program, ghost_plan))
+    )
+    yield row("no images", rewrite(program, ghost_plan, fit(program, ghost_plan).weights))
     for how, method in METHODS.items():
-        yield converted(how, decided, seen, method)
-    yield converted("the residual operand's error is not corrected", alone(decided), seen)
-    yield converted("channels weighted by the following norm", decided, unaware(seen))
-    yield converted("ghosts may read activated maps", plan(program, Policy((Rule(activated=True),))), seen)
-    whole = rewrite(program, decided, fit(program, decided, seen).weights)
-    yield row("all steps, BatchNorm re-estimated afterwards", reestimated(whole, batches))
+        yield converted(how, ghost_plan, calibrated, method)
+    yield converted(
+        "the residual operand's error is not corrected", without_residual_correction(ghost_plan), calibrated
+    )
+    yield converted("channels weighted by the following norm", ghost_plan, without_sensitivity(calibrated))
+    yield converted("ghosts may read activated maps", plan(program, Policy((Rule(activated=True),))), calibrated)
+    converted_model = rewrite(program, ghost_plan, fit(program, ghost_plan, calibrated).weights)
+    yield row("all steps, BatchNorm re-estimated afterwards", reestimated(converted_model, batches))
 
 
 def main() -> None:

@@ -5,8 +5,8 @@
     python benchmarks/experiments/accuracy.py --network vgg16    VGG-16-BN for small images
 
 The networks are trained here on the 60,000 training images (seed 0, once, then cached). Calibration takes unlabelled
-training images, picked by seed; no label and no gradient step is used. Top-1 is on all 10,000 test images, which
-nothing else sees. Results go to benchmarks/results/accuracy.json, or accuracy-vgg16.json.
+training images, drawn by seed; no label and no gradient step is used. Top-1 is on all 10,000 test images, which
+nothing else uses. Results go to benchmarks/results/accuracy.json, or accuracy-vgg16.json.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ghostify.search.budget import plan_for_budget
 
 @dataclass(frozen=True)
 class Form:
-    """A way to convert; `budget` is a share of the multiply-accumulates. `seeds` pick the calibration images."""
+    """A kind of conversion; `budget` is a share of the multiply-accumulates. `seeds` draw the calibration images."""
 
     name: str
     rule: Rule
@@ -63,12 +63,12 @@ FEWER = [replace(form, images=64) for form in (*HALF, *AUTO)]
 
 
 def rows(model: nn.Module, data: LabelledImages, forms: list[Form]) -> Iterator[Row]:
-    """One row for each way of converting."""
+    """One row for each conversion."""
     first = data.test[:1]
     program = trace(model, first)
     base = accuracy(model, data)
 
-    def row(how: str, module: nn.Module, seconds: float = 0.0, used: int = 0) -> Row:
+    def row(how: str, module: nn.Module, seconds: float = 0.0, image_count: int = 0) -> Row:
         top = accuracy(module, data)
         return {
             "how": how,
@@ -76,28 +76,34 @@ def rows(model: nn.Module, data: LabelledImages, forms: list[Form]) -> Iterator[
             "drop": base - top,
             "macs": count_macs(module, first),
             "seconds": seconds,
-            "images": used,
+            "images": image_count,
         }
 
     yield row("original", model)
     for form in forms:
         policy = Policy((form.rule,))
         if form.budget is None and form.images == 512:
-            decided = plan(program, policy)
+            ghost_plan = plan(program, policy)
             if form.rule == Rule(ratio=2):
-                yield row(f"{form.name}, random ghosts", rewrite(program, decided, untrained_weights(program, decided)))
-            free = fit(program, decided)
-            yield row(f"{form.name}, no images", rewrite(program, decided, free.weights), sum(free.seconds.values()))
+                yield row(
+                    f"{form.name}, random ghosts", rewrite(program, ghost_plan, untrained_weights(program, ghost_plan))
+                )
+            data_free = fit(program, ghost_plan)
+            yield row(
+                f"{form.name}, no images",
+                rewrite(program, ghost_plan, data_free.weights),
+                sum(data_free.seconds.values()),
+            )
         for seed in form.seeds:
             started = time.perf_counter()
-            seen = prepare_calibration(program, calibration(data, form.images, seed).split(64), seed)
+            calibrated = prepare_calibration(program, calibration(data, form.images, seed).split(64), seed)
             if form.budget is None:
-                decided = plan(program, policy)
+                ghost_plan = plan(program, policy)
             else:
-                decided = plan_for_budget(program, policy, {"macs": form.budget}, seen, seed)
-            module = rewrite(program, decided, fit(program, decided, seen, seed=seed).weights)
-            spent = time.perf_counter() - started
-            yield row(f"{form.name}, {form.images} images, seed {seed}", module, spent, form.images)
+                ghost_plan = plan_for_budget(program, policy, {"macs": form.budget}, calibrated, seed)
+            module = rewrite(program, ghost_plan, fit(program, ghost_plan, calibrated, seed=seed).weights)
+            elapsed = time.perf_counter() - started
+            yield row(f"{form.name}, {form.images} images, seed {seed}", module, elapsed, form.images)
 
 
 NETWORKS = {

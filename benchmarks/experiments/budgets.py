@@ -42,44 +42,44 @@ SIZES = {"inception_v3": 299}
 def names() -> list[str]:
     """Classifiers whose work is in convolutions, small ones first."""
     others = ("vit", "swin", "maxvit")
-    found = torchvision.models.list_models(module=torchvision.models)
+    architectures = torchvision.models.list_models(module=torchvision.models)
 
     def size(name: str) -> int:
         return torchvision.models.get_model_weights(name).DEFAULT.meta["num_params"]
 
-    return sorted((n for n in found if not n.startswith(others)), key=size)
+    return sorted((n for n in architectures if not n.startswith(others)), key=size)
 
 
-def decided(model: nn.Module, x: torch.Tensor, clock: LatencyTimer) -> tuple[Row, Plan, Program]:
-    """The tightest budget in reach, its plan, and what it makes of the model."""
+def tightest_plan(model: nn.Module, x: torch.Tensor, timer: LatencyTimer) -> tuple[Row, Plan, Program]:
+    """The tightest feasible budget with the minimum share, the plan for it, and the program."""
     program = trace(model, x)
-    choices = build_search_space(program, POLICY, ("latency",), None, 0, clock)
+    space = build_search_space(program, POLICY, ("latency",), None, 0, timer)
     for budget in BUDGETS:
         try:
-            made = select_plan(choices, {"latency": budget}).plan
+            chosen_plan = select_plan(space, {"latency": budget}).plan
         except GhostifyError:
             continue
-        return {"budget": budget, "reach": choices.minimum_shares["latency"]}, made, program
+        return {"budget": budget, "reach": space.minimum_shares["latency"]}, chosen_plan, program
     return (
-        {"budget": None, "reach": choices.minimum_shares["latency"]},
+        {"budget": None, "reach": space.minimum_shares["latency"]},
         plan(program, Policy((Rule(ratio=1),))),
         program,
     )
 
 
-def rows(only: str, runtime: str, known: list[Row]) -> Iterator[Row]:
-    yield from known
-    done = {row["how"] for row in known}
-    for name in (n for n in names() if only in n and n not in done):
+def rows(only: str, runtime: str, previous_rows: list[Row]) -> Iterator[Row]:
+    yield from previous_rows
+    finished = {row["how"] for row in previous_rows}
+    for name in (n for n in names() if only in n and n not in finished):
         torch.manual_seed(0)
         model = torchvision.models.get_model(name, weights=None).eval()
         x = torch.rand(1, 3, SIZES.get(name, 224), SIZES.get(name, 224))
-        with LatencyTimer(runtime) as clock:
-            facts, made, program = decided(model, x, clock)
-            small = rewrite(program, made, untrained_weights(program, made, shuffled=True))
-            before, after = clock.latencies_ms([deploy(model, x), deploy(small, x)], [x, x], ROUNDS)
-        macs = [made.macs_before, made.macs_after]
-        yield {"how": name, **facts, "rewritten": len(made.rewrites), "macs": macs, "ms": [before, after]}
+        with LatencyTimer(runtime) as timer:
+            facts, chosen_plan, program = tightest_plan(model, x, timer)
+            small = rewrite(program, chosen_plan, untrained_weights(program, chosen_plan, shuffled=True))
+            before, after = timer.latencies_ms([deploy(model, x), deploy(small, x)], [x, x], ROUNDS)
+        macs = [chosen_plan.macs_before, chosen_plan.macs_after]
+        yield {"how": name, **facts, "rewritten": len(chosen_plan.rewrites), "macs": macs, "ms": [before, after]}
 
 
 def main() -> None:
@@ -88,8 +88,8 @@ def main() -> None:
     parser.add_argument("--runtime", default="eager", choices=RUNTIMES)
     arguments = parser.parse_args()
     name = f"budgets-{arguments.runtime}"
-    found = rows(arguments.only, arguments.runtime, recorded(name))
-    publish(name, found, COLUMNS, threads=torch.get_num_threads())
+    measured = rows(arguments.only, arguments.runtime, recorded(name))
+    publish(name, measured, COLUMNS, threads=torch.get_num_threads())
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.lib.craft import HALF, agreement, craft, narrow, score_maps
+from benchmarks.lib.craft import HALF, agreement, craft, has_few_outputs, score_maps
 from benchmarks.lib.documents import calibration_pages, test_pages
 from benchmarks.lib.tables import Row, options, publish
 from ghostify import ghostify
@@ -49,24 +49,24 @@ class Setting:
 
 
 def rows(setting: Setting, forms: list[tuple[str, dict[str, Any]]]) -> Iterator[Row]:
-    """One row for each way of converting."""
+    """One row for each conversion."""
     model = craft()
     batches = calibration_pages(setting.calibration, setting.calibration_size, setting.seed).split(8)
     pages = test_pages(setting.test, setting.test_size, setting.seed)
     reference, macs = score_maps(model, pages), count_macs(model, pages[:1])
 
     def row(how: str, module: nn.Module, scores: Tensor, seconds: float, images: int) -> Row:
-        own = count_macs(module, pages[:1])
-        spent = {"macs": own, "share": own / macs, "seconds": seconds, "images": images}
-        return {"how": how, **spent, **agreement(scores, reference)}
+        module_macs = count_macs(module, pages[:1])
+        costs = {"macs": module_macs, "share": module_macs / macs, "seconds": seconds, "images": images}
+        return {"how": how, **costs, **agreement(scores, reference)}
 
     yield row("original", model, reference, 0.0, 0)
-    for name, wish in forms:
+    for name, settings in forms:
         started = time.perf_counter()
         module = ghostify(
             model,
-            **wish,
-            ignore=narrow,
+            **settings,
+            ignore=has_few_outputs,
             example_inputs=batches[0][:1],
             calibration=batches,
             seed=setting.seed,

@@ -57,7 +57,7 @@ def measure(images: int, cheap: str) -> Row:
     model = settled()
     first = next(stream(BATCH))
     program = trace(model, first[:1])
-    decided = plan(program, Policy((Rule(cheap=cheap),)))
+    ghost_plan = plan(program, Policy((Rule(cheap=cheap),)))
     with torch.inference_mode():
         model(first)
         started = time.perf_counter()
@@ -66,13 +66,13 @@ def measure(images: int, cheap: str) -> Row:
         forward = (time.perf_counter() - started) / (4 * BATCH) * images
     before = peak()
     started = time.perf_counter()
-    found = fit(program, decided, prepare_calibration(program, stream(images)))
-    spent = time.perf_counter() - started
-    shares = {name: seconds / spent for name, seconds in found.seconds.items()}
+    fits = fit(program, ghost_plan, prepare_calibration(program, stream(images)))
+    elapsed = time.perf_counter() - started
+    shares = {name: seconds / elapsed for name, seconds in fits.seconds.items()}
     return {
         "how": f"{cheap}, {images} images",
         "forward": forward,
-        "fit": spent,
+        "fit": elapsed,
         "shares": shares,
         "peak": peak() - before,
     }

@@ -27,15 +27,15 @@ from ghostify.planning.cost import count_macs
 
 NETWORKS = ("resnet18", "resnet34", "resnet50", "mobilenet_v2")
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
-BATCH, TURNS, EACH, WARM = 32, 20, 5, 3
-FORMS = {form: make for form, make in timed.FORMS.items() if form != timed.TIMED}
+BATCH, TURNS, REPEATS, WARMUP = 32, 20, 5, 3
+FORMS = {form: convert for form, convert in timed.FORMS.items() if form != timed.TIMED}
 
 
 def captured(model: nn.Module, x: Tensor) -> torch.cuda.CUDAGraph:
     """One forward, ready to be replayed."""
     side = torch.cuda.Stream()
     with torch.no_grad(), torch.cuda.stream(side):
-        for _ in range(WARM):
+        for _ in range(WARMUP):
             model(x)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -44,40 +44,40 @@ def captured(model: nn.Module, x: Tensor) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def taking_turns(graphs: Sequence[torch.cuda.CUDAGraph]) -> list[float]:
+def interleaved_ms(graphs: Sequence[torch.cuda.CUDAGraph]) -> list[float]:
     """Median milliseconds of one forward of each."""
-    spent: list[list[float]] = [[] for _ in graphs]
-    for turn in range(WARM + TURNS):
-        for graph, own in zip(graphs, spent, strict=True):
+    latencies_ms: list[list[float]] = [[] for _ in graphs]
+    for turn in range(WARMUP + TURNS):
+        for graph, latencies in zip(graphs, latencies_ms, strict=True):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
-            for _ in range(EACH):
+            for _ in range(REPEATS):
                 graph.replay()
             end.record()
             torch.cuda.synchronize()
-            if turn >= WARM:
-                own.append(begin.elapsed_time(end) / EACH)
-    return [statistics.median(own) for own in spent]
+            if turn >= WARMUP:
+                latencies.append(begin.elapsed_time(end) / REPEATS)
+    return [statistics.median(latencies) for latencies in latencies_ms]
 
 
-def rows(known: list[Row], networks: Sequence[str], forms: Sequence[str]) -> Iterator[Row]:
-    yield from known
-    done = {row["how"] for row in known}
+def rows(previous_rows: list[Row], networks: Sequence[str], forms: Sequence[str]) -> Iterator[Row]:
+    yield from previous_rows
+    finished = {row["how"] for row in previous_rows}
     for network in networks:
-        missing = [f for f in forms if any(f"{network}, {dtype}, {f}" not in done for dtype in DTYPES)]
+        missing = [f for f in forms if any(f"{network}, {dtype}, {f}" not in finished for dtype in DTYPES)]
         if not missing:
             continue
         x = torch.rand(BATCH, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-        made = {form: FORMS[form](timed.build(network), x[:1], "") for form in ("original", *missing)}
-        macs = {form: count_macs(model, x[:1]) for form, model in made.items()}
+        converted = {form: FORMS[form](timed.build(network), x[:1], "") for form in ("original", *missing)}
+        macs = {form: count_macs(model, x[:1]) for form, model in converted.items()}
         for name, dtype in DTYPES.items():
-            there = x.to("cuda", dtype).contiguous(memory_format=torch.channels_last)
-            models = {form: deploy(model, x[:1]).to("cuda", dtype) for form, model in made.items()}
-            taken = taking_turns([captured(model, there) for model in models.values()])
-            for form, spent in zip(models, taken, strict=True):
+            inputs = x.to("cuda", dtype).contiguous(memory_format=torch.channels_last)
+            models = {form: deploy(model, x[:1]).to("cuda", dtype) for form, model in converted.items()}
+            medians = interleaved_ms([captured(model, inputs) for model in models.values()])
+            for form, latencies_ms in zip(models, medians, strict=True):
                 share, how = macs[form] / macs["original"], f"{network}, {name}, {form}"
-                if how not in done:
-                    yield {"how": how, "macs": share, "ms": spent, "times": taken[0] / spent}
+                if how not in finished:
+                    yield {"how": how, "macs": share, "ms": latencies_ms, "times": medians[0] / latencies_ms}
 
 
 def main() -> None:

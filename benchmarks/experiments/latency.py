@@ -35,49 +35,49 @@ from ghostify.runtimes.registry import RUNTIMES
 from ghostify.timing.timer import export_for_timing, request_timings, start_worker, stop_worker
 from ghostify.timing.worker import INPUTS
 
-TURNS, EACH, PAUSE = 8, 5, 0.05
+TURNS, REPEATS, PAUSE = 8, 5, 0.05
 
 
 def stored(model: nn.Module, runtime: str, x: Tensor, folder: Path) -> Path:
-    """The model's inference form, as a process of that runtime opens it."""
-    small = deploy(model, x)
+    """The model's inference form, in a file or folder that a process of that runtime opens."""
+    deployed = deploy(model, x)
     if not RUNTIMES[runtime].loads_folders:
-        return export_for_timing(small, runtime, x, folder)
+        return export_for_timing(deployed, runtime, x, folder)
     folder.mkdir()
     np.savez(folder / INPUTS, x.numpy())
-    return save(small, folder / "model")
+    return save(deployed, folder / "model")
 
 
-def taking_turns(runtime: str, paths: list[Path], threads: int) -> list[float]:
+def interleaved_ms(runtime: str, paths: list[Path], threads: int) -> list[float]:
     """Median milliseconds of each, in processes of their own."""
     workers = [start_worker(runtime, threads) for _ in paths]
-    spent: list[list[float]] = [[] for _ in workers]
+    latencies_ms: list[list[float]] = [[] for _ in workers]
     try:
         for worker, path in zip(workers, paths, strict=True):
             request_timings(worker, [path], 1)
         for _ in range(TURNS):
-            for worker, path, own in zip(workers, paths, spent, strict=True):
-                time.sleep(PAUSE)  # the other's threads stop spinning
-                own += request_timings(worker, [path], EACH)[0]
+            for worker, path, latencies in zip(workers, paths, latencies_ms, strict=True):
+                time.sleep(PAUSE)  # until the other's threads stop spinning
+                latencies += request_timings(worker, [path], REPEATS)[0]
     finally:
         for worker in workers:
             stop_worker(worker)
-    return [statistics.median(own) for own in spent]
+    return [statistics.median(latencies) for latencies in latencies_ms]
 
 
 def rows(
-    known: list[Row], networks: list[str], forms: list[str], runtimes: list[str], threads: int, batch: int
+    previous_rows: list[Row], networks: list[str], forms: list[str], runtimes: list[str], threads: int, batch: int
 ) -> Iterator[Row]:
-    yield from known
-    done = {row["how"].rsplit(", original", 1)[0] for row in known if row["how"].endswith(", original")}
+    yield from previous_rows
+    finished = {row["how"].rsplit(", original", 1)[0] for row in previous_rows if row["how"].endswith(", original")}
     for network in networks:
-        missing = [runtime for runtime in runtimes if f"{network}, {runtime}" not in done]
+        missing = [runtime for runtime in runtimes if f"{network}, {runtime}" not in finished]
         if not missing:
             continue
         x = torch.rand(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-        made = {form: FORMS[form](build(network), x[:1], "") for form in ("original", *forms) if form != TIMED}
+        converted = {form: FORMS[form](build(network), x[:1], "") for form in ("original", *forms) if form != TIMED}
         for runtime in missing:
-            models = dict(made)
+            models = dict(converted)
             if TIMED in forms and not RUNTIMES[runtime].compiles_slowly:
                 try:
                     models[TIMED] = FORMS[TIMED](build(network), x[:1], runtime)
@@ -86,10 +86,10 @@ def rows(
             macs = [count_macs(m, x[:1]) for m in models.values()]
             with tempfile.TemporaryDirectory() as folder:
                 paths = [stored(m, runtime, x, Path(folder) / str(k)) for k, m in enumerate(models.values())]
-                taken = taking_turns(runtime, paths, threads)
-            for form, count, spent in zip(models, macs, taken, strict=True):
+                medians = interleaved_ms(runtime, paths, threads)
+            for form, count, latencies_ms in zip(models, macs, medians, strict=True):
                 how = f"{network}, {runtime}, {form}"
-                yield {"how": how, "macs": count / macs[0], "ms": spent, "times": taken[0] / spent}
+                yield {"how": how, "macs": count / macs[0], "ms": latencies_ms, "times": medians[0] / latencies_ms}
 
 
 def main() -> None:

@@ -39,15 +39,15 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
 
 
 def peak(model: nn.Module, x: Tensor) -> dict[str, int]:
-    """Bytes at the fullest moment of a second step, by what they are for."""
+    """Peak bytes of a second step, by category."""
     optimizer = torch.optim.SGD(model.train().parameters(), lr=1e-3, momentum=0.9)
     step(model, optimizer, x)
     tracker = MemTracker()
     tracker.track_external(model, optimizer, x)
     with tracker:
         step(model, optimizer, x)
-    found = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
-    return {str(getattr(kind, "value", kind)): size for kind, size in found.items()}
+    snapshot = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
+    return {str(getattr(kind, "value", kind)): size for kind, size in snapshot.items()}
 
 
 def rows() -> Iterator[Row]:
@@ -55,11 +55,11 @@ def rows() -> Iterator[Row]:
     for network in NETWORKS:
         torch.manual_seed(0)
         model = torchvision.models.get_model(network, weights=None)
-        whole = None
-        for form, wished in FORMS.items():
-            found = peak(ghostify(model, **wished), x)
-            whole = whole or found["Total"]
-            yield {"how": f"{network}, {form}", "bytes": found, "share": found["Total"] / whole}
+        original_bytes = None
+        for form, settings in FORMS.items():
+            peak_bytes = peak(ghostify(model, **settings), x)
+            original_bytes = original_bytes or peak_bytes["Total"]
+            yield {"how": f"{network}, {form}", "bytes": peak_bytes, "share": peak_bytes["Total"] / original_bytes}
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.lib.craft import HALF, WEIGHTS, craft, matches, narrow
+from benchmarks.lib.craft import HALF, WEIGHTS, craft, has_few_outputs, matches
 from benchmarks.lib.documents import calibration_pages, test_images
 from benchmarks.lib.tables import Row, options, publish
 from ghostify import ghostify
@@ -41,13 +41,13 @@ from ghostify.runtimes.registry import RUNTIMES, load_runner
 from ghostify.runtimes.tensors import to_channels_last
 
 PAGES, SIZE, SEED, TURNS = 12, 640, 0, 3
-QUICK = {"macs": 0.5, "latency": 0.55}
+PLANNED = {"macs": 0.5, "latency": 0.55}
 THRESHOLDS = {"text_threshold": 0.7, "link_threshold": 0.4, "low_text": 0.4}  # EasyOCR's own
 FITTED = {"images": 128, "size": 256}
 
 
 class Detector(nn.Module):
-    """What EasyOCR calls for score maps; keeps no features."""
+    """A detector as EasyOCR calls it: score maps, and None in place of the features."""
 
     def __init__(self, forward: Callable[[Tensor], Any]) -> None:
         super().__init__()
@@ -57,95 +57,95 @@ class Detector(nn.Module):
         return self.maps(x), None
 
 
-def opened(small: nn.Module, runtime: str, x: Tensor, folder: Path) -> Detector:
+def load_detector(deployed: nn.Module, runtime: str, x: Tensor, folder: Path) -> Detector:
     if RUNTIMES[runtime].is_in_process:
-        return Detector(lambda image: small(to_channels_last(image))[0])
+        return Detector(lambda image: deployed(to_channels_last(image))[0])
     folder.mkdir()
-    file = write_unchecked(small, (x,), folder, RUNTIMES[runtime])
+    file = write_unchecked(deployed, (x,), folder, RUNTIMES[runtime])
     run = load_runner(file, torch.get_num_threads(), runtime=runtime, exclusive=False)
     return Detector(lambda image: run(image)[0])
 
 
 def words(reader: Any, page: np.ndarray) -> list[np.ndarray]:
-    """What CRAFT finds on a page, before EasyOCR groups it."""
+    """CRAFT's boxes of a page, before EasyOCR groups them."""
     options = {"canvas_size": SIZE, "mag_ratio": 1.0, "poly": False, "device": "cpu", **THRESHOLDS}
-    (found,) = reader.get_textbox(reader.detector, page, **options)
-    return [np.array(box, dtype=np.float32).reshape(4, 2) for box in found]
+    (boxes,) = reader.get_textbox(reader.detector, page, **options)
+    return [np.array(box, dtype=np.float32).reshape(4, 2) for box in boxes]
 
 
-def corners(found: Any) -> list[np.ndarray]:
+def corners(detected: Any) -> list[np.ndarray]:
     """EasyOCR's boxes of a page, upright (left, right, top, bottom) and free ones, as polygons."""
-    upright, free = found[0][0], found[1][0]
+    upright, free = detected[0][0], detected[1][0]
     flat = [[[a, c], [b, c], [b, d], [a, d]] for a, b, c, d in upright]
     return [np.array(box, dtype=np.float32) for box in [*flat, *free]]
 
 
-def judged(reader: Any, detectors: dict[str, nn.Module], pages: list[np.ndarray]) -> dict[str, Row]:
-    """Milliseconds, boxes and texts with each detector, by turns page by page."""
+def measure_detectors(reader: Any, detectors: dict[str, nn.Module], pages: list[np.ndarray]) -> dict[str, Row]:
+    """Milliseconds, boxes and texts of each detector, interleaved page by page."""
     kinds = ("detect", "read", "boxes", "lines", "texts")
-    found: dict[str, Row] = {name: {kind: [] for kind in kinds} for name in detectors}
+    results: dict[str, Row] = {name: {kind: [] for kind in kinds} for name in detectors}
     for turn in range(TURNS + 1):
         for page in pages:
             for name, detector in detectors.items():
-                reader.detector, own = detector, found[name]
+                reader.detector, result = detector, results[name]
                 started = time.perf_counter()
                 boxes = reader.detect(page, canvas_size=SIZE)
                 middle = time.perf_counter()
                 texts = reader.recognize(page, boxes[0][0], boxes[1][0]) if turn <= 1 else None
                 ended = time.perf_counter()
                 if not turn:
-                    own["boxes"].append(words(reader, page))
-                    own["lines"].append(corners(boxes))
-                    own["texts"].append([word for _, text, _ in texts or [] for word in text.split()])
+                    result["boxes"].append(words(reader, page))
+                    result["lines"].append(corners(boxes))
+                    result["texts"].append([word for _, text, _ in texts or [] for word in text.split()])
                     continue
-                own["detect"].append(1000 * (middle - started))
+                result["detect"].append(1000 * (middle - started))
                 if texts is not None:
-                    own["read"].append(1000 * (ended - started))
-    return found
+                    result["read"].append(1000 * (ended - started))
+    return results
 
 
-def f1(found: list[Any], wanted: list[Any], common: Callable[[Any, Any], int]) -> float:
-    hits = sum(common(a, b) for a, b in zip(found, wanted, strict=True))
-    return 200 * hits / max(1, sum(map(len, found)) + sum(map(len, wanted)))
+def f1(found: list[Any], expected: list[Any], common: Callable[[Any, Any], int]) -> float:
+    hits = sum(common(a, b) for a, b in zip(found, expected, strict=True))
+    return 200 * hits / max(1, sum(map(len, found)) + sum(map(len, expected)))
 
 
 def rows() -> Iterator[Row]:
     pages = test_images(PAGES, SIZE, SEED)
     batches = calibration_pages(FITTED["images"], FITTED["size"], SEED).split(8)
     model, x = craft(), torch.rand(1, 3, SIZE, SIZE)
-    wish = {"cheap": "auto", "ignore": narrow, "calibration": batches, "seed": SEED}
-    half = ghostify(model, budget=HALF, example_inputs=x, **wish)
+    settings = {"cheap": "auto", "ignore": has_few_outputs, "calibration": batches, "seed": SEED}
+    half = ghostify(model, budget=HALF, example_inputs=x, **settings)
     folder = str(WEIGHTS.parent)
     reader = easyocr.Reader(["en"], gpu=False, model_storage_directory=folder, download_enabled=False, verbose=False)
-    reference = judged(reader, {"as it comes": reader.detector}, pages)["as it comes"]
+    reference = measure_detectors(reader, {"as it comes": reader.detector}, pages)["as it comes"]
     yield _row("eager, as it comes", 1.0, reference, reference, reference)
     for runtime in (name for name, r in RUNTIMES.items() if not r.compiles_slowly):
         models = {"original": model, "half the MACs": half}
         if not RUNTIMES[runtime].is_in_process:
-            planned = ghostify(model, budget=QUICK, runtime=runtime, example_inputs=x, **wish)
+            planned = ghostify(model, budget=PLANNED, runtime=runtime, example_inputs=x, **settings)
             models["half the MACs, 0.55 of the time"] = planned
-        with tempfile.TemporaryDirectory() as place:
+        with tempfile.TemporaryDirectory() as temporary_folder:
             detectors = {
-                name: opened(deploy(m, x), runtime, x, Path(place) / str(k))
+                name: load_detector(deploy(m, x), runtime, x, Path(temporary_folder) / str(k))
                 for k, (name, m) in enumerate(models.items())
             }
-            every = judged(reader, detectors, pages)
-        for name, own in every.items():
+            results = measure_detectors(reader, detectors, pages)
+        for name, result in results.items():
             share = count_macs(models[name], x) / count_macs(model, x)
-            yield _row(f"{runtime}, {name}", share, own, every["original"], reference)
+            yield _row(f"{runtime}, {name}", share, result, results["original"], reference)
 
 
-def _row(how: str, share: float, own: Row, original: Row, reference: Row) -> Row:
-    spent = {key: statistics.median(own[key]) for key in ("detect", "read")}
-    times = {f"{key}_times": statistics.median(original[key]) / spent[key] for key in spent}
+def _row(how: str, share: float, result: Row, original: Row, reference: Row) -> Row:
+    medians = {key: statistics.median(result[key]) for key in ("detect", "read")}
+    times = {f"{key}_times": statistics.median(original[key]) / medians[key] for key in medians}
     return {
         "how": how,
         "share": share,
-        **{f"{key}_ms": ms for key, ms in spent.items()},
+        **{f"{key}_ms": ms for key, ms in medians.items()},
         **times,
-        "box_f1": f1(own["boxes"], reference["boxes"], matches),
-        "line_f1": f1(own["lines"], reference["lines"], matches),
-        "word_f1": f1(own["texts"], reference["texts"], lambda a, b: (Counter(a) & Counter(b)).total()),
+        "box_f1": f1(result["boxes"], reference["boxes"], matches),
+        "line_f1": f1(result["lines"], reference["lines"], matches),
+        "word_f1": f1(result["texts"], reference["texts"], lambda a, b: (Counter(a) & Counter(b)).total()),
     }
 
 

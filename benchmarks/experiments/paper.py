@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.lib.tables import Row, options, publish
 from ghostify import Policy, Rule, plan, trace
-from ghostify.cli.demo import ResidualNet
+from ghostify.cli.demo_network import ResidualNet
 from ghostify.planning.cost import count_parameters
 from ghostify.planning.planner import Plan
 
@@ -43,7 +43,7 @@ def vgg16() -> nn.Module:
 
 
 class ResNet56(ResidualNet):
-    """For 32 x 32 images, with shortcuts that have no parameters: every second pixel, zeros for the new maps."""
+    """For 32 x 32 images, with shortcuts that have no parameters: every second pixel, zeros for the additional maps."""
 
     def __init__(self) -> None:
         super().__init__(56, 16, channels=3)
@@ -66,30 +66,30 @@ class Padded(nn.Module):
 
 
 def compressed(model: nn.Module, size: int, rule: Rule, keep_first: bool) -> tuple[Plan, int]:
-    """The plan for all convolutions, or all but the first, and the parameters that it leaves."""
-    decided = plan(trace(model.eval(), torch.zeros(1, 3, size, size)), Policy((rule,), keep_first))
-    saved = sum(e.macs_before - e.macs_after for e in decided.rewrites)
-    return decided, count_parameters(model) - saved
+    """The plan for all convolutions, or all but the first, and the number of parameters after it."""
+    ghost_plan = plan(trace(model.eval(), torch.zeros(1, 3, size, size)), Policy((rule,), keep_first))
+    saved = sum(e.macs_before - e.macs_after for e in ghost_plan.rewrites)
+    return ghost_plan, count_parameters(model) - saved
 
 
-def by(what: type[nn.Module] | tuple[type[nn.Module], ...], model: nn.Module) -> int:
+def parameters_of(classes: type[nn.Module] | tuple[type[nn.Module], ...], model: nn.Module) -> int:
     """Parameters of modules of a class."""
-    return sum(p.numel() for m in model.modules() if isinstance(m, what) for p in m.parameters(recurse=False))
+    return sum(p.numel() for m in model.modules() if isinstance(m, classes) for p in m.parameters(recurse=False))
 
 
 def counts(model: nn.Module, size: int, ratio: float, dw_size: int, convention: str) -> tuple[float, float]:
     """Millions of parameters and of MACs, by a convention."""
-    decided, left = compressed(model, size, Rule(ratio=ratio, dw_size=dw_size), convention == "all by s")
-    linear = by(nn.Linear, model)
-    macs = (decided.macs_after or 0) - linear
+    ghost_plan, parameters = compressed(model, size, Rule(ratio=ratio, dw_size=dw_size), convention == "all by s")
+    linear = parameters_of(nn.Linear, model)
+    macs = (ghost_plan.macs_after or 0) - linear
     if convention == "intrinsic":
-        cheap = [(e, e.layout.macs_per_position) for e in decided.rewrites]
+        cheap = [(e, e.layout.macs_per_position) for e in ghost_plan.rewrites]
         macs -= sum(each * sum(call.output_positions or 0 for call in e.conv.calls) for e, each in cheap)
-        left -= by(nn.BatchNorm2d, model) + linear
+        parameters -= parameters_of(nn.BatchNorm2d, model) + linear
     if convention == "all by s":
-        left -= linear - round(linear / ratio)
+        parameters -= linear - round(linear / ratio)
         macs += linear
-    return left / 1e6, macs / 1e6
+    return parameters / 1e6, macs / 1e6
 
 
 def rows() -> Iterator[Row]:
@@ -99,13 +99,13 @@ def rows() -> Iterator[Row]:
         ("ResNet-56, CIFAR-10", ResNet56(), 32, RESNET56, "intrinsic"),
         ("ResNet-50, ImageNet", torchvision.models.resnet50(), 224, RESNET50, "all by s"),
     )
-    for network, model, size, known, convention in tables:
-        for (ratio, dw_size), (weights, macs) in known.items():
-            found, plain = (counts(model, size, ratio, dw_size, c) for c in (convention, "convolutions"))
+    for network, model, size, published, convention in tables:
+        for (ratio, dw_size), (weights, macs) in published.items():
+            counted, plain = (counts(model, size, ratio, dw_size, c) for c in (convention, "convolutions"))
             yield {
                 "how": f"{network}, s = {ratio}, d = {dw_size}",
-                "params": found[0],
-                "macs": found[1],
+                "params": counted[0],
+                "macs": counted[1],
                 "paper": [weights, macs],
                 "plain": plain,
                 "convention": convention,

@@ -27,16 +27,16 @@ COSTS = {"macs": "multiply-accumulates", "latency": "milliseconds"}
 STAGES = {"score": "not trained", "taught": "one epoch of distillation"}
 
 
-def points(found: list[Row]) -> Iterator[dict[str, Any]]:
-    """For each method, limit and stage of training: mean, least and most of the points lost over the seeds."""
-    best = next(row["score"] for row in found if row["how"] == "original")
-    keys = dict.fromkeys((row["method"], tuple(row["limit"])) for row in found if "method" in row)
+def points(recorded_rows: list[Row]) -> Iterator[dict[str, Any]]:
+    """For each method, limit and stage of training: mean, minimum and maximum of the points lost over the seeds."""
+    best = next(row["score"] for row in recorded_rows if row["how"] == "original")
+    keys = dict.fromkeys((row["method"], tuple(row["limit"])) for row in recorded_rows if "method" in row)
     for method, limit in keys:
-        own = [row for row in found if row.get("method") == method and tuple(row["limit"]) == limit]
+        matching = [row for row in recorded_rows if row.get("method") == method and tuple(row["limit"]) == limit]
         for stage, title in STAGES.items():
-            lost = [best - row[stage] for row in own if row.get(stage) is not None]
+            lost = [best - row[stage] for row in matching if row.get(stage) is not None]
             for cost, name in COSTS.items() if lost else ():
-                shares = [row[cost] for row in own if row[cost] is not None]
+                shares = [row[cost] for row in matching if row[cost] is not None]
                 if not shares:
                     continue
                 yield {
@@ -45,36 +45,36 @@ def points(found: list[Row]) -> Iterator[dict[str, Any]]:
                     "cost": name,
                     "share": statistics.mean(shares),
                     "lost": max(0.0, statistics.mean(lost)),
-                    "least": max(0.0, min(lost)),
-                    "most": max(0.0, max(lost)),
+                    "minimum": max(0.0, min(lost)),
+                    "maximum": max(0.0, max(lost)),
                 }
 
 
-def chart(drawn: list[dict[str, Any]], methods: list[str]) -> altair.LayerChart:
-    """Points and ranges over one share of the cost; colours tell the family of a method, shapes the method in it."""
+def chart(shown: list[dict[str, Any]], methods: list[str]) -> altair.LayerChart:
+    """Points and ranges over one share of the cost; colours are families of methods, shapes methods."""
     colours = altair.Scale(domain=methods, range=[FAMILIES[family(m)] for m in methods])
     shapes = altair.Scale(domain=methods, range=[shape(m, methods) for m in methods])
-    base = altair.Chart(altair.Data(values=drawn)).encode(
+    base = altair.Chart(altair.Data(values=shown)).encode(
         x=altair.X("share:Q", title=None, axis=altair.Axis(format="%", tickCount=5)),
         color=altair.Color("method:N", title=None, scale=colours),
     )
     axis = altair.Axis(values=[0, 0.1, 0.3, 1, 3, 10, 30, 80], format="~g")
     scale = altair.Scale(type="symlog", constant=0.1, reverse=True)
-    ranges = base.mark_rule(opacity=0.4).encode(y=altair.Y("least:Q", scale=scale), y2="most:Q")
+    ranges = base.mark_rule(opacity=0.4).encode(y=altair.Y("minimum:Q", scale=scale), y2="maximum:Q")
     lost = altair.Y("lost:Q", title="points lost", scale=scale, axis=axis)
     marks = altair.Shape("method:N", title=None, scale=shapes)
     return ranges + base.mark_point(filled=True, size=60).encode(y=lost, shape=marks)
 
 
-def picture(found: list[Row]) -> str:
+def picture(recorded_rows: list[Row]) -> str:
     """The comparison as SVG: a panel for each cost and each stage of training that was measured."""
-    drawn = list(points(found))
-    methods = list(dict.fromkeys(p["method"] for p in drawn))
-    stages = [stage for stage in STAGES.values() if any(p["stage"] == stage for p in drawn)]
+    shown = list(points(recorded_rows))
+    methods = list(dict.fromkeys(p["method"] for p in shown))
+    stages = [stage for stage in STAGES.values() if any(p["stage"] == stage for p in shown)]
     rows = [
         altair.hconcat(
             *(
-                chart([p for p in drawn if p["stage"] == stage and p["cost"] == cost], methods).properties(
+                chart([p for p in shown if p["stage"] == stage and p["cost"] == cost], methods).properties(
                     width=320, height=240, title=f"{stage}, of the original's {cost}"
                 )
                 for cost in COSTS.values()

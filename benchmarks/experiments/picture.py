@@ -18,7 +18,7 @@ from playwright.sync_api import Page, sync_playwright
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.lib.craft import HALF, craft, narrow
+from benchmarks.lib.craft import HALF, craft, has_few_outputs
 from benchmarks.lib.documents import calibration_pages, test_pages
 from benchmarks.lib.tables import FIGURES, options
 from ghostify import ghostify, write_report
@@ -31,13 +31,15 @@ def write(file: Path) -> Path:
     """The report of the conversion."""
     model, batches = craft(), calibration_pages(128, 256, 0).split(8)
     example = batches[0][:1]
-    small = ghostify(model, cheap="auto", budget=HALF, ignore=narrow, example_inputs=example, calibration=batches)
+    converted = ghostify(
+        model, cheap="auto", budget=HALF, ignore=has_few_outputs, example_inputs=example, calibration=batches
+    )
     return write_report(
-        small, file, original=model, images=[test_pages(1, 512, 0)], layers=[LAYER], title="CRAFT at half the MACs"
+        converted, file, original=model, images=[test_pages(1, 512, 0)], layers=[LAYER], title="CRAFT at half the MACs"
     )
 
 
-def look(page: Page, file: Path) -> None:
+def screenshot(page: Page, file: Path) -> None:
     """Take both pictures of a report."""
     page.goto(file.as_uri())
     page.wait_for_selector("#chart-layers svg")
@@ -49,13 +51,13 @@ def main() -> None:
     options(__doc__).parse_args()
     browser = shutil.which("chromium")
     if browser is None:
-        sys.exit("no Chromium here: apt-get install chromium")
+        sys.exit("Chromium is not installed. Run apt-get install chromium.")
     FIGURES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as started:
         file = write(Path(folder) / "report.html")
-        opened = started.chromium.launch(executable_path=browser, args=["--no-sandbox", "--disable-gpu"])
-        look(opened.new_page(viewport={"width": WIDTH, "height": HEIGHT}), file)
-        opened.close()
+        chromium = started.chromium.launch(executable_path=browser, args=["--no-sandbox", "--disable-gpu"])
+        screenshot(chromium.new_page(viewport={"width": WIDTH, "height": HEIGHT}), file)
+        chromium.close()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What block-wise reconstruction adds to the closed-form fit: ResNet-20 of width 32 on Fashion-MNIST.
+"""Effect of block-wise reconstruction after the closed-form fit: ResNet-20 of width 32 on Fashion-MNIST.
 
     python benchmarks/experiments/reconstruct.py
 
 As in accuracy.py: 512 unlabelled training images, no labels; top-1 and agreement with the original on all 10,000 test
-images, which nothing else sees. Results go to benchmarks/results/reconstruct.json.
+images, which nothing else uses. Results go to benchmarks/results/reconstruct.json.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ def rows() -> Iterator[Row]:
     data = images()
     model, batches = resnet20(data), calibration(data, 512, 0).split(64)
     test, first = data.test.split(500), data.test[:1]
-    wanted = predict(model, test)
-    yield {"how": "original", "top1": top1(wanted, data.test_labels)}
+    reference = predict(model, test)
+    yield {"how": "original", "top1": top1(reference, data.test_labels)}
     for name, rule, budget in FORMS:
-        for again in (False, True):
-            wish = {"policy": Policy((rule,)), "budget": budget, "example_inputs": first, "calibration": batches}
-            made = ghostify(model, **wish, reconstruct=again)
-            answers = predict(made, test)
+        for reconstructed in (False, True):
+            settings = {"policy": Policy((rule,)), "budget": budget, "example_inputs": first, "calibration": batches}
+            converted = ghostify(model, **settings, reconstruct=reconstructed)
+            outputs = predict(converted, test)
             yield {
-                "how": name + ", reconstructed" * again,
-                "top1": top1(answers, data.test_labels),
-                "agreement": top1(answers, wanted.argmax(1)),
-                "error": relative_error(answers, wanted),
-                "macs": count_macs(made, first),
-                "seconds": sum(report(made).seconds.values()),
+                "how": name + ", reconstructed" * reconstructed,
+                "top1": top1(outputs, data.test_labels),
+                "agreement": top1(outputs, reference.argmax(1)),
+                "error": relative_error(outputs, reference),
+                "macs": count_macs(converted, first),
+                "seconds": sum(report(converted).seconds.values()),
             }
 
 

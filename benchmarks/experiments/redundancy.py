@@ -46,9 +46,9 @@ def rows() -> Iterator[Row]:
     for network, model, layers, images in subjects():
         program = trace(model, images[:1])
         for layer in layers:
-            found = study_layer(program, layer, images.split(8))
-            write_pictures(found, PICTURES / f"{network}-{layer}")
-            yield {"how": f"{network}, {layer}", **found.to_dict()}
+            layer_study = study_layer(program, layer, images.split(8))
+            write_pictures(layer_study, PICTURES / f"{network}-{layer}")
+            yield {"how": f"{network}, {layer}", **layer_study.to_dict()}
 
 
 def main() -> None:

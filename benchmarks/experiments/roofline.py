@@ -34,12 +34,12 @@ KINDS = {nn.Conv2d: "convolutions", nn.Linear: "linear layers"}
 
 
 def best_seconds(work: Callable[[], Any]) -> float:
-    spent = []
+    seconds = []
     for _ in range(ROUNDS):
         started = time.perf_counter()
         work()
-        spent.append(time.perf_counter() - started)
-    return min(spent)
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
 
 
 def peaks() -> dict[str, float]:
@@ -63,20 +63,20 @@ class Layers(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
-        self.found: list[tuple[str, float, float]] = []
+        self.layers: list[tuple[str, float, float]] = []
 
     def run_node(self, n: fx.Node) -> Any:
-        made = super().run_node(n)
+        output = super().run_node(n)
         if n.op == "call_module":
             inner = self.fetch_attr(str(n.target))
-            read = self.env[n.args[0]] if n.args and n.args[0] in self.env else None
-            if type(inner) in KINDS and isinstance(read, Tensor):
-                each = inner.weight[0].numel()
-                size = 4 * (inner.weight.numel() + read.numel() + made.numel())
-                self.found.append((KINDS[type(inner)], made.numel() * each, size))
+            layer_input = self.env[n.args[0]] if n.args and n.args[0] in self.env else None
+            if type(inner) in KINDS and isinstance(layer_input, Tensor):
+                macs_per_output = inner.weight[0].numel()
+                size = 4 * (inner.weight.numel() + layer_input.numel() + output.numel())
+                self.layers.append((KINDS[type(inner)], output.numel() * macs_per_output, size))
         elif is_concat(n):
-            self.found.append(("concatenations", 0, 8 * made.numel()))
-        return made
+            self.layers.append(("concatenations", 0, 8 * output.numel()))
+        return output
 
 
 def rows(peak: dict[str, float]) -> Iterator[Row]:
@@ -84,15 +84,15 @@ def rows(peak: dict[str, float]) -> Iterator[Row]:
     for network in NETWORKS:
         first = None
         for form in ("original", "ratio 2, depthwise", "ratio 2, pointwise", "half the MACs"):
-            small: Any = deploy(FORMS[form](build(network), x, ""), x)
-            layers = Layers(small)
+            deployed: Any = deploy(FORMS[form](build(network), x, ""), x)
+            layers = Layers(deployed)
             layers.garbage_collect_values = False
             with torch.no_grad():
                 layers.run(x)
             bound: dict[str, float] = {}
-            for kind, macs, size in layers.found:
-                least = 1000 * max(macs / peak["macs"], size / peak["bytes"])
-                bound[kind] = bound.get(kind, 0) + least
+            for kind, macs, size in layers.layers:
+                bound_ms = 1000 * max(macs / peak["macs"], size / peak["bytes"])
+                bound[kind] = bound.get(kind, 0) + bound_ms
             total = sum(bound.values())
             first = first or total
             yield {"how": f"{network}, {form}", "bound": bound, "total": total, "times": first / total}

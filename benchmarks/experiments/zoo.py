@@ -1,6 +1,6 @@
-"""Every timm architecture and every torchvision model with at least two dense convolutions: does it convert?
+"""Conversion of every architecture of timm and torchvision with at least two dense convolutions.
 
-    python benchmarks/experiments/zoo.py                 resume, and try again what was not good
+    python benchmarks/experiments/zoo.py                 resume, and repeat failures
     python benchmarks/experiments/zoo.py --only resnet --fresh
     python benchmarks/experiments/zoo.py --sample        one architecture of each family
     python benchmarks/experiments/zoo.py --table         write docs/zoo.md from the result file, run nothing
@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
-import re
 import statistics
 import sys
 import tempfile
@@ -45,6 +44,7 @@ from ghostify.fitting.initialization import untrained_weights
 from ghostify.graph.inputs import tensor_leaves
 from ghostify.io.checkpoint import versions
 from ghostify.planning.cost import count_macs
+from ghostify.planning.skip_reasons import kind_of
 from ghostify.summary import attach_report, build_report
 
 FILE, COMMAND = RESULTS / "zoo.json", "python benchmarks/experiments/zoo.py"
@@ -76,8 +76,8 @@ def build(name: str) -> nn.Module:
     torch.manual_seed(0)
     if kind == "timm":
         return timm.create_model(name).eval()
-    known = inspect.signature(torchvision.models.get_model_builder(name)).parameters
-    none = {key: None for key in ("weights", "weights_backbone") if key in known}
+    parameters = inspect.signature(torchvision.models.get_model_builder(name)).parameters
+    none = {key: None for key in ("weights", "weights_backbone") if key in parameters}
     return torchvision.models.get_model(name, **none).eval()
 
 
@@ -87,16 +87,16 @@ def dense(model: nn.Module) -> list[str]:
 
 
 def smallest_input(model: nn.Module, name: str) -> tuple[Tensor, ...]:
-    """What one forward takes, at the least size that works."""
+    """The arguments of one forward, of the smallest size that works."""
     cfg = getattr(model, "default_cfg", None) or {}
     given = cfg.get("input_size", (3, 224, 224))
-    asked = sum(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in _parameters(model)) or 1
+    required = sum(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in _parameters(model)) or 1
     video = name.startswith("torchvision:") and any(isinstance(m, nn.Conv3d) for m in model.modules())
     for size in sorted({*SIZES, given[-1]}):
         if cfg.get("fixed_input_size") and size != given[-1]:
             continue
         x = torch.randn(2 if size < LARGE else 1, given[0], *((8,) if video else ()), size, size)
-        x = (x,) * asked
+        x = (x,) * required
         try:
             with torch.no_grad():
                 model(*x)
@@ -113,55 +113,50 @@ def _parameters(model: nn.Module) -> Iterable[inspect.Parameter]:
 
 
 def examine(name: str, fitted: bool) -> Row:
-    """One line of the table."""
+    """One row of the table."""
     started = time.perf_counter()
     with contextlib.suppress(Exception), torch.device("meta"):
         if (count := len(dense(build(name)))) < DENSE:
             return {"name": name, "dense": count, "outcome": FEW}
     model = build(name)
-    wanted = dense(model)
-    line: Row = {"name": name, "dense": len(wanted)}
-    if len(wanted) < DENSE:
-        return {**line, "outcome": FEW}
+    expected = dense(model)
+    row: Row = {"name": name, "dense": len(expected)}
+    if len(expected) < DENSE:
+        return {**row, "outcome": FEW}
     x = smallest_input(model, name)
-    line["input"] = list(x[0].shape)
+    row["input"] = list(x[0].shape)
     program = trace(model, x)
-    seen = Counter(c.name for c in program.convolutions)
-    line["unlisted"] = [n for n in wanted if seen[n] != 1]
+    counts = Counter(c.name for c in program.convolutions)
+    row["unlisted"] = [n for n in expected if counts[n] != 1]
     before = leaves(model, x)
     del model
-    line["empty_equal"] = same(before, leaves(rewrite(program, plan(program, Policy((Rule(ratio=1),))), {}), x))
-    decided = plan(program)
-    weights = fit(program, decided).weights if fitted else untrained_weights(program, decided)
-    converted = attach_report(rewrite(program, decided, weights), build_report(decided))
-    skipped = Counter(kind_of(item.reason) for item in decided.skips)
-    line |= {
-        "rewritten": len(decided.rewrites),
+    row["empty_equal"] = same(before, leaves(rewrite(program, plan(program, Policy((Rule(ratio=1),))), {}), x))
+    ghost_plan = plan(program)
+    weights = fit(program, ghost_plan).weights if fitted else untrained_weights(program, ghost_plan)
+    converted = attach_report(rewrite(program, ghost_plan, weights), build_report(ghost_plan))
+    skipped = Counter(kind_of(item.reason) for item in ghost_plan.skips)
+    row |= {
+        "rewritten": len(ghost_plan.rewrites),
         "skipped": dict(skipped),
         "parts": len(program.subgraphs),
     }
-    line["class"] = "GraphModule" if isinstance(converted, fx.GraphModule) else type(converted).__name__
-    whole = isinstance(program.module, fx.GraphModule)
+    row["class"] = "GraphModule" if isinstance(converted, fx.GraphModule) else type(converted).__name__
+    is_graph = isinstance(program.module, fx.GraphModule)
     del program, weights
-    line["shapes_equal"] = shapes(before, whole) == shapes(leaves(converted, x), whole)
-    line["macs"] = [decided.macs_before, count_macs(converted, x)]
-    line["macs_as_planned"] = line["macs"][1] == decided.macs_after
-    line["no_gradient"] = ungraded(converted, x)
+    row["shapes_equal"] = shapes(before, is_graph) == shapes(leaves(converted, x), is_graph)
+    row["macs"] = [ghost_plan.macs_before, count_macs(converted, x)]
+    row["macs_as_planned"] = row["macs"][1] == ghost_plan.macs_after
+    row["no_gradient"] = without_gradient(converted, x)
     with tempfile.TemporaryDirectory() as folder:
-        again = load(save(converted, Path(folder) / "out"))
-        line["reload_equal"] = same(leaves(converted, x), leaves(again, x))
-    good = line["empty_equal"] and line["shapes_equal"] and line["reload_equal"] and not line["unlisted"]
-    return {**line, "outcome": "good" if good else "bad", "seconds": round(time.perf_counter() - started, 1)}
+        reloaded = load(save(converted, Path(folder) / "out"))
+        row["reload_equal"] = same(leaves(converted, x), leaves(reloaded, x))
+    good = row["empty_equal"] and row["shapes_equal"] and row["reload_equal"] and not row["unlisted"]
+    return {**row, "outcome": "good" if good else "bad", "seconds": round(time.perf_counter() - started, 1)}
 
 
-def shapes(outputs: list[Tensor], whole: bool) -> list[torch.Size]:
-    """Of a detector, whose class stays, without the number of boxes."""
-    return [v.shape if whole else v.shape[1:] for v in outputs]
-
-
-def kind_of(reason: str) -> str:
-    """The reason without the name it speaks of."""
-    return reason.split(":")[0].split("'")[0].strip()
+def shapes(outputs: list[Tensor], is_graph: bool) -> list[torch.Size]:
+    """The shapes; without the number of boxes for a detector, which keeps its class."""
+    return [v.shape if is_graph else v.shape[1:] for v in outputs]
 
 
 def leaves(model: nn.Module, x: tuple[Tensor, ...]) -> list[Tensor]:
@@ -174,34 +169,34 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 
 
 def target(side: int) -> dict[str, Tensor]:
-    """One thing to be found in an image."""
+    """One object in an image, as a detector's target."""
     box, place = torch.tensor([[side / 8, side / 8, side / 2, side / 2]]), torch.tensor([side / 4, side / 4, 1.0])
     shape = torch.zeros(1, side, side, dtype=torch.uint8)
     shape[:, side // 8 : side // 2, side // 8 : side // 2] = 1
     return {"boxes": box, "labels": torch.tensor([1]), "masks": shape, "keypoints": place.expand(1, 17, 3)}
 
 
-def ungraded(model: nn.Module, x: tuple[Tensor, ...]) -> list[str]:
-    """Parameters of ghost modules that get no gradient; from a detector's training losses, since it detaches boxes."""
+def without_gradient(model: nn.Module, x: tuple[Tensor, ...]) -> list[str]:
+    """Parameters of ghost modules without a gradient; of a detector's training losses, since it detaches boxes."""
     named = [(n, p) for n, p in model.named_parameters() if "primary_conv" in n or "cheap_op" in n]
-    asked = [(n, p) for n, p in named if p.requires_grad]
+    required = [(n, p) for n, p in named if p.requires_grad]
     model.requires_grad_(False)
-    for _, parameter in asked:
+    for _, parameter in required:
         parameter.requires_grad_()
     if "targets" in inspect.signature(model.forward).parameters:
         side = min(x[0].shape[-2:])
-        answers: Any = model.train()(list(x[0]), [target(side) for _ in x[0]])
+        outputs_or_losses: Any = model.train()(list(x[0]), [target(side) for _ in x[0]])
     else:
-        answers = model.eval()(*x)
-    outputs = [v for v in tensor_leaves(answers) if v.requires_grad]
+        outputs_or_losses = model.eval()(*x)
+    outputs = [v for v in tensor_leaves(outputs_or_losses) if v.requires_grad]
     sum(v.double().sum() for v in outputs).backward()
-    missing = [n for n, p in asked if p.grad is None]
+    missing = [n for n, p in required if p.grad is None]
     model.zero_grad()
     return missing
 
 
-def one(name: str, fitted: bool, out: Connection) -> None:
-    """In a process of its own: send the row, or what went wrong."""
+def send_row(name: str, fitted: bool, out: Connection) -> None:
+    """Send the row or the error; runs in its own process."""
     warnings.simplefilter("ignore")
     try:
         out.send(examine(name, fitted))
@@ -211,16 +206,16 @@ def one(name: str, fitted: bool, out: Connection) -> None:
         out.send({"name": name, "outcome": f"{type(error).__name__} at {where}: {str(error)[:300]}"})
 
 
-def every(wanted: list[str], first: set[str], processes: int, minutes: float, limit: float) -> Iterator[Row]:
+def run_all(selected: list[str], first: set[str], processes: int, minutes: float, limit: float) -> Iterator[Row]:
     """The rows as they come, from forks of this process that end with their architecture."""
     context, started = get_context("fork"), time.perf_counter()
-    waiting, running = list(reversed(wanted)), {}
+    waiting, running = list(reversed(selected)), {}
     while running or waiting:
         if time.perf_counter() - started > 60 * minutes:
             waiting.clear()
         while waiting and len(running) < processes:
             name, (receive, send) = waiting.pop(), context.Pipe(duplex=False)
-            process = context.Process(target=one, args=(name, name in first, send))
+            process = context.Process(target=send_row, args=(name, name in first, send))
             process.start()
             send.close()
             running[name] = process, receive, time.perf_counter()
@@ -250,13 +245,13 @@ def sample(all_names: list[str]) -> list[str]:
 
 
 def load_rows() -> dict[str, Row]:
-    """The rows of the result file by architecture; what a converted one omits has its value in `DEFAULTS`."""
+    """The rows of the result file by architecture; omitted values are those of `DEFAULTS`."""
     rows = json.loads(FILE.read_text())["rows"] if FILE.exists() else []
     return {r["name"]: {**DEFAULTS, **r} if "rewritten" in r else r for r in rows}
 
 
 def save_rows(rows: Iterable[Row]) -> None:
-    """Write the result file: one row in a line, without what has its value in `DEFAULTS`."""
+    """Write the result file: one row in a line, without values that equal `DEFAULTS`."""
     lines = (json.dumps({k: v for k, v in r.items() if k not in DEFAULTS or v != DEFAULTS[k]}) for r in rows)
     head = json.dumps({"command": COMMAND, "versions": versions(), "defaults": DEFAULTS})
     FILE.write_text(head[:-1] + ',\n"rows": [\n' + ",\n".join(lines) + "\n]}\n")
@@ -282,9 +277,9 @@ COLUMNS: dict[str, Callable[[list[Row]], Any]] = {
 
 def write_table(rows: list[Row]) -> None:
     """docs/zoo.md: the totals of both libraries, and a row for every architecture."""
-    asked = [r for r in rows if r["outcome"] != FEW]
-    whole = [r for r in asked if "reload_equal" in r]
-    by_library = {kind: [r for r in whole if r["name"].startswith(f"{kind}:")] for kind in ("timm", "torchvision")}
+    required = [r for r in rows if r["outcome"] != FEW]
+    measured = [r for r in required if "reload_equal" in r]
+    by_library = {kind: [r for r in measured if r["name"].startswith(f"{kind}:")] for kind in ("timm", "torchvision")}
     lines = [
         "# Every architecture of timm and torchvision",
         "",
@@ -296,14 +291,13 @@ def write_table(rows: list[Row]) -> None:
     lines += [f"| {name} | {' | '.join(f'{of(r):,}' for r in by_library.values())} |" for name, of in COLUMNS.items()]
     lines += ["", "Convolutions that ratio 2 does not rewrite, by reason:", ""]
     reasons: Counter[str] = Counter()
-    for row in whole:
-        for reason, count in row["skipped"].items():
-            reasons[re.sub(r" \(\d+\)| of \d+ maps", "", reason)] += count
+    for row in measured:
+        reasons.update(row["skipped"])
     lines += ["| reason | convolutions |", "|---|---|", *(f"| {k} | {v:,} |" for k, v in reasons.most_common())]
-    lines += ["", "Not good:", ""] if len(whole) < len(asked) else []
-    lines += [f"- `{r['name']}`: {r['outcome']}" for r in asked if r["outcome"] != "good"]
+    lines += ["", "Not good:", ""] if len(measured) < len(required) else []
+    lines += [f"- `{r['name']}`: {r['outcome']}" for r in required if r["outcome"] != "good"]
     lines += ["", "| architecture | input | dense | rewritten | class | seconds |", "|---|---|---|---|---|---|"]
-    for r in whole:
+    for r in measured:
         shape = " x ".join(map(str, r["input"]))
         cells = (f"`{r['name']}`", shape, r["dense"], r["rewritten"], r["class"], r["seconds"])
         lines.append(f"| {' | '.join(map(str, cells))} |")
@@ -321,31 +315,33 @@ other boxes than before."""
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--only", default="", help="architectures with this in their names")
-    parser.add_argument("--fresh", action="store_true", help="forget earlier results")
-    parser.add_argument("--again", action="store_true", help="repeat what was good, too")
+    parser.add_argument("--fresh", action="store_true", help="discard earlier results")
+    parser.add_argument("--again", action="store_true", help="repeat good architectures, too")
     parser.add_argument("--sample", action="store_true", help="one architecture of each family")
     parser.add_argument("--table", action="store_true", help="write docs/zoo.md, and run nothing")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--limit", type=float, default=600, help="seconds for one architecture")
     parser.add_argument("--minutes", type=float, default=1e9, help="start none after so many minutes")
     arguments = parser.parse_args()
-    found = {} if arguments.fresh else load_rows()
+    results = {} if arguments.fresh else load_rows()
     if arguments.table:
-        write_table(list(found.values()))
+        write_table(list(results.values()))
         return
-    wanted = [n for n in names() if arguments.only in n]
+    selected = [n for n in names() if arguments.only in n]
     first = set(sample(names()))
-    wanted = [n for n in wanted if n in first] if arguments.sample else wanted
-    waiting = [n for n in wanted if arguments.again or found.get(n, {}).get("outcome") not in DONE]
-    waiting.sort(key=found.__contains__)  # what has failed before comes last
+    selected = [n for n in selected if n in first] if arguments.sample else selected
+    waiting = [n for n in selected if arguments.again or results.get(n, {}).get("outcome") not in DONE]
+    waiting.sort(key=results.__contains__)  # earlier failures come last
     RESULTS.mkdir(exist_ok=True)
     torch.set_num_threads(1)
-    for row in every(waiting, first, arguments.processes, arguments.minutes, arguments.limit):
+    for row in run_all(waiting, first, arguments.processes, arguments.minutes, arguments.limit):
         name = row["name"]
-        found[name] = row
-        print(f"{len(found)} {name}: {row['outcome']} {row.get('rewritten', '')} of {row.get('dense', '')}", flush=True)
-        save_rows(found.values())
-    print(Counter(row["outcome"].split(":")[0] for row in found.values()))
+        results[name] = row
+        print(
+            f"{len(results)} {name}: {row['outcome']} {row.get('rewritten', '')} of {row.get('dense', '')}", flush=True
+        )
+        save_rows(results.values())
+    print(Counter(row["outcome"].split(":")[0] for row in results.values()))
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What several experiments share."""
+"""Shared parts of the experiments."""

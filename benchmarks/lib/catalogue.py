@@ -1,4 +1,4 @@
-"""Title and columns of every result's table; docs/results.md is made of these tables."""
+"""Title and columns of every result's table; docs/results.md consists of these tables."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LABELS = {
 
 
 def label(name: str) -> str:
-    """How tables and figures name what a result file calls `name`."""
+    """The label in tables and figures of `name` in a result file."""
     for recorded, shown in LABELS.items():
         name = name.replace(recorded, shown)
     return name
@@ -66,10 +66,10 @@ def comparison(rows: list[Row]) -> str:
     lines = ["| method | limit | MACs % | ms % | not trained | one epoch |", "|---|---|---|---|---|---|"]
     keys = dict.fromkeys((r["method"], tuple(r["limit"])) for r in rows if "method" in r)
     for method, limit in sorted(keys, key=lambda key: LIMITS.index(key[1])):
-        own = [r for r in rows if r.get("method") == method and tuple(r["limit"]) == limit]
-        measured = ([r[key] for r in own if r[key] is not None] for key in ("macs", "latency"))
+        matching = [r for r in rows if r.get("method") == method and tuple(r["limit"]) == limit]
+        measured = ([r[key] for r in matching if r[key] is not None] for key in ("macs", "latency"))
         costs = (f"{100 * statistics.mean(values):.0f}" if values else "" for values in measured)
-        scores = [spread(r[key] for r in own) for key in ("score", "taught")]
+        scores = [spread(r[key] for r in matching) for key in ("score", "taught")]
         cells = [label(method), f"{limit[0]} {limit[1]:g}", *costs, *scores]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -81,9 +81,9 @@ def initialisations(rows: list[Row]) -> str:
     heads = " | ".join(f"{e:g} epochs" for e in lengths)
     lines = [f"| initialisation | {heads} | learning rates |", "|---" * (len(lengths) + 2) + "|"]
     for start in dict.fromkeys(r["start"] for r in rows if "start" in r):
-        own = [r for r in rows if r.get("start") == start]
-        cells = [spread(r["top1"] for r in own if r["epochs"] == epochs) for epochs in lengths]
-        rates = dict.fromkeys(r["rate"] for r in own if r["epochs"])
+        matching = [r for r in rows if r.get("start") == start]
+        cells = [spread(r["top1"] for r in matching if r["epochs"] == epochs) for epochs in lengths]
+        rates = dict.fromkeys(r["rate"] for r in matching if r["epochs"])
         lines.append(f"| {start} | " + " | ".join([*cells, ", ".join(f"{rate:g}" for rate in rates)]) + " |")
     return "\n".join(lines)
 

@@ -28,8 +28,8 @@ def craft() -> nn.Module:
     return model.eval()
 
 
-def narrow(_: str, module: nn.Module) -> bool:
-    """The score head's last convolutions, and nothing else: a ghost of 16 maps saves nothing."""
+def has_few_outputs(_: str, module: nn.Module) -> bool:
+    """Whether a convolution has fewer than 32 outputs: in CRAFT, the last ones of the score head."""
     return module.out_channels < 32
 
 
@@ -49,9 +49,9 @@ def boxes(scores: Tensor) -> list[list[np.ndarray]]:
     return [getDetBoxes(*page.numpy(), TEXT_THRESHOLD, LINK_THRESHOLD, LOW_TEXT)[0] for page in scores.contiguous()]
 
 
-def matches(found: list[np.ndarray], wanted: list[np.ndarray]) -> int:
+def matches(found: list[np.ndarray], expected: list[np.ndarray]) -> int:
     """How many boxes of one page match, one to one, the largest overlaps first."""
-    overlaps = np.array([[overlap(a, b) for b in wanted] for a in found]).reshape(len(found), len(wanted))
+    overlaps = np.array([[overlap(a, b) for b in expected] for a in found]).reshape(len(found), len(expected))
     count = 0
     while overlaps.size and overlaps.max() >= OVERLAP:
         a, b = np.unravel_index(overlaps.argmax(), overlaps.shape)
@@ -62,21 +62,21 @@ def matches(found: list[np.ndarray], wanted: list[np.ndarray]) -> int:
 
 def overlap(a: np.ndarray, b: np.ndarray) -> float:
     """Intersection over union of two convex polygons."""
-    both = cv2.intersectConvexConvex(a, b)[0]
-    return both / max(cv2.contourArea(a) + cv2.contourArea(b) - both, 1e-9)
+    common = cv2.intersectConvexConvex(a, b)[0]
+    return common / max(cv2.contourArea(a) + cv2.contourArea(b) - common, 1e-9)
 
 
 def agreement(scores: Tensor, reference: Tensor) -> dict[str, float]:
     """Errors of the maps; precision, recall and F1 of the boxes over all pages together, in percent."""
-    found, wanted = boxes(scores), boxes(reference)
-    hits = sum(matches(f, w) for f, w in zip(found, wanted, strict=True))
-    made, there = sum(map(len, found)), sum(map(len, wanted))
+    found, expected = boxes(scores), boxes(reference)
+    hits = sum(matches(f, e) for f, e in zip(found, expected, strict=True))
+    found_count, expected_count = sum(map(len, found)), sum(map(len, expected))
     return {
         "error": map_error(scores, reference),
         "text_error": map_error(scores[:, :1], reference[:, :1]),
         "link_error": map_error(scores[:, 1:], reference[:, 1:]),
-        "boxes": made,
-        "precision": 100 * hits / max(made, 1),
-        "recall": 100 * hits / max(there, 1),
-        "f1": 200 * hits / max(made + there, 1),
+        "boxes": found_count,
+        "precision": 100 * hits / max(found_count, 1),
+        "recall": 100 * hits / max(expected_count, 1),
+        "f1": 200 * hits / max(found_count + expected_count, 1),
     }

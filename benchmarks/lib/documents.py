@@ -1,9 +1,9 @@
 """Pages with text, drawn by seed: photographs with signs and captions, letters, tables, receipts and posters.
 
-Nothing that the calibration pages are made of - typefaces, photographs - is used for the test pages. Text keeps its
-height in pixels whatever the size of a page, so that small calibration pages speak for large test pages.
+Calibration and test pages share no typefaces and no photographs. Text keeps its height in pixels whatever the size of
+a page, so that small calibration pages represent large test pages.
 
-    python -m benchmarks.lib.documents FOLDER     writes a few pages of each kind there, to look at
+    python -m benchmarks.lib.documents FOLDER     writes a few pages of each kind there
 """
 
 from __future__ import annotations
@@ -60,19 +60,19 @@ Colour = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Supply:
-    """What pages are made of."""
+    """Typefaces and photographs for pages."""
 
     fonts: tuple[Path, ...]
     pictures: tuple[Image.Image, ...]
 
 
 def calibration_pages(count: int, size: int, seed: int) -> Tensor:
-    """Pages (count x 3 x size x size) as EasyOCR normalises them; `seed` draws the pages, in a stream of their own."""
+    """Pages (count x 3 x size x size) as EasyOCR normalises them; `seed` draws the pages, from a separate stream."""
     return _tensor(_pages(_calibration_supply(), count, size, (0, seed)))
 
 
 def test_pages(count: int, size: int, seed: int) -> Tensor:
-    """Pages of typefaces and photographs that no calibration page holds."""
+    """Pages with typefaces and photographs that are on no calibration page."""
     return _tensor(_pages(_test_supply(), count, size, (1, seed)))
 
 
@@ -92,16 +92,16 @@ def _test_supply() -> Supply:
 
 
 def _fonts(packages: dict[str, tuple[str, ...]]) -> tuple[Path, ...]:
-    there = {f.stem: f for f in sorted(FONTS.rglob("*.[ot]tf"))}
-    missing = [package for package, names in packages.items() if not there.keys() >= set(names)]
+    installed = {f.stem: f for f in sorted(FONTS.rglob("*.[ot]tf"))}
+    missing = [package for package, names in packages.items() if not installed.keys() >= set(names)]
     if missing:
         sys.exit(f"Typefaces are not on this machine: apt-get install {' '.join(missing)}")
-    return tuple(there[name] for names in packages.values() for name in names)
+    return tuple(installed[name] for names in packages.values() for name in names)
 
 
 def _pages(supply: Supply, count: int, size: int, stream: tuple[int, int]) -> list[Image.Image]:
     return [
-        _worn(KINDS[k % len(KINDS)](supply, size, draw), draw)
+        _photographed(KINDS[k % len(KINDS)](supply, size, draw), draw)
         for k, draw in enumerate(np.random.default_rng((*stream, k)) for k in range(count))
     ]
 
@@ -113,7 +113,7 @@ def _tensor(pages: list[Image.Image]) -> Tensor:
 
 
 def _photograph(supply: Supply, size: int, draw: np.random.Generator) -> Image.Image:
-    """A photograph with words on it, slanted or not, with or without a plate behind."""
+    """A photograph with words on it, slanted or not, with or without a plate."""
     page = random_crop(_one_of(supply.pictures, draw), size, draw)
     for _ in range(int(draw.integers(4, 10))):
         font = _font(supply, draw, 12, size / 8)
@@ -159,7 +159,7 @@ def _table(supply: Supply, size: int, draw: np.random.Generator) -> Image.Image:
 
 
 def _receipt(supply: Supply, size: int, draw: np.random.Generator) -> Image.Image:
-    """A strip of paper on a photograph: things to the left, prices to the right."""
+    """A strip of paper on a photograph: articles to the left, prices to the right."""
     page = random_crop(_one_of(supply.pictures, draw), size, draw)
     width = int(size * draw.uniform(0.5, 0.8))
     strip, ink = _paper(size, draw)
@@ -177,7 +177,7 @@ def _receipt(supply: Supply, size: int, draw: np.random.Generator) -> Image.Imag
 
 
 def _poster(supply: Supply, size: int, draw: np.random.Generator) -> Image.Image:
-    """Few large words, each line in a typeface of its own."""
+    """A few large words, each line in its own typeface."""
     ink, ground = _inks(draw)
     page = _shaded(ground, size, draw)
     pen, y = ImageDraw.Draw(page), draw.uniform(0, size / 6)
@@ -199,8 +199,8 @@ KINDS: tuple[Callable[[Supply, int, np.random.Generator], Image.Image], ...] = (
 )
 
 
-def _worn(page: Image.Image, draw: np.random.Generator) -> Image.Image:
-    """As a camera would give it: a little turned, blurred, noisy, JPEG."""
+def _photographed(page: Image.Image, draw: np.random.Generator) -> Image.Image:
+    """As from a camera: slightly rotated, blurred, noisy, JPEG."""
     page = page.rotate(draw.normal(0, 2), Image.Resampling.BICUBIC, fillcolor=page.getpixel((0, 0)))
     if draw.random() < 0.5:
         page = page.filter(ImageFilter.GaussianBlur(draw.uniform(0.2, 1.1)))
@@ -219,14 +219,14 @@ def _paper(size: int, draw: np.random.Generator) -> tuple[Image.Image, Colour]:
 
 
 def _shaded(ground: Colour, size: int, draw: np.random.Generator) -> Image.Image:
-    """One colour, lit from some side."""
+    """One colour with a gradient of light."""
     slope = np.linspace(-1, 1, size)
     light = draw.uniform(0, 30) * slope[:, None] * draw.choice([-1, 1]) + draw.uniform(0, 30) * slope
     return Image.fromarray((np.array(ground) + light[:, :, None]).clip(0, 255).astype(np.uint8))
 
 
 def _inks(draw: np.random.Generator) -> tuple[Colour, Colour]:
-    """Two colours that can be told apart, in either order."""
+    """Two colours with enough contrast, in either order."""
     dark, light = draw.integers(0, 120, 3), draw.integers(150, 256, 3)
     pair = [tuple(int(v) for v in colour) for colour in (dark, light)]
     first = int(draw.integers(2))
@@ -234,7 +234,7 @@ def _inks(draw: np.random.Generator) -> tuple[Colour, Colour]:
 
 
 def _font(supply: Supply, draw: np.random.Generator, low: float, high: float) -> ImageFont.FreeTypeFont:
-    """Any typeface; small sizes are as frequent as large ones, on a logarithmic scale."""
+    """A random typeface; small sizes are as frequent as large ones, on a logarithmic scale."""
     size = round(float(np.exp(draw.uniform(np.log(low), np.log(high)))))
     return ImageFont.truetype(_one_of(supply.fonts, draw), size, layout_engine=ImageFont.Layout.BASIC)
 
@@ -286,8 +286,8 @@ def _figure(draw: np.random.Generator) -> str:
     return _one_of((f"${c / 100:.2f}", f"{a}.{b:02}.20{a:02}", f"{b}:{a + 10}", str(c), f"{a}%"), draw)
 
 
-def _one_of(things: Sequence[Any], draw: np.random.Generator) -> Any:
-    return things[int(draw.integers(len(things)))]
+def _one_of(values: Sequence[Any], draw: np.random.Generator) -> Any:
+    return values[int(draw.integers(len(values)))]
 
 
 def main(folder: Path) -> None:

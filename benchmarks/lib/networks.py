@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.models import MobileNetV2, vgg16_bn
 
 from ghostify import GhostModule, rewrite
-from ghostify.cli.demo import ResidualNet, train
+from ghostify.cli.demo_network import ResidualNet, train
 from ghostify.data.datasets import LabelledImages, fashion_mnist
 from ghostify.evaluation.metrics import predict, top1
 from ghostify.fitting.initialization import untrained_weights
@@ -38,9 +38,9 @@ def calibration(data: LabelledImages, count: int, seed: int) -> Tensor:
 def accuracy(model: nn.Module, data: LabelledImages) -> float:
     """Top-1 in percent on all test images, float32; on a GPU where there is one."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    last = {"device": device, "memory_format": torch.channels_last}  # faster on a CPU
-    test = (images.to(**last) for images in data.test.split(500))
-    return top1(predict(copy.deepcopy(model).to(**last), test).cpu(), data.test_labels)
+    target = {"device": device, "memory_format": torch.channels_last}  # faster on a CPU
+    test = (images.to(**target) for images in data.test.split(500))
+    return top1(predict(copy.deepcopy(model).to(**target), test).cpu(), data.test_labels)
 
 
 def trained(
@@ -54,11 +54,11 @@ def trained(
         model.load_state_dict(load_file(path))
         return model.eval()
 
-    def progress(step: int, steps: int) -> None:
+    def on_progress(step: int, steps: int) -> None:
         if step % 100 == 0:
             print(f"  training {name}: step {step} of {steps}", file=sys.stderr, flush=True)
 
-    train(model, data.train, data.train_labels, epochs=epochs, seed=seed, progress=progress)
+    train(model, data.train, data.train_labels, epochs=epochs, seed=seed, on_progress=on_progress)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
     print(f"  {name}: {accuracy(model, data):.2f} % top-1", file=sys.stderr)
@@ -81,7 +81,7 @@ def vgg16(data: LabelledImages, seed: int = 0) -> nn.Module:
 
 
 def resnet56(data: LabelledImages, seed: int = 0) -> nn.Module:
-    """The paper's, of width 16."""
+    """The paper's ResNet-56, of width 16."""
     return trained("resnet56-w16", lambda: ResidualNet(56, 16), data, epochs=6, seed=seed)
 
 
@@ -98,12 +98,12 @@ def mobilenet(data: LabelledImages, seed: int = 0) -> nn.Module:
     return trained("mobilenetv2-0.5", build, data, epochs=6, seed=seed)
 
 
-def unfitted_ghosts(program: Program, decided: Plan, seed: int, *, kept: bool) -> nn.Module:
+def untrained_ghosts(program: Program, plan: Plan, seed: int, *, keep_filters: bool) -> nn.Module:
     """The usual initialisation: random cheap kernels; primary filters are the first of the original's, or random."""
-    module = rewrite(program, decided, untrained_weights(program, decided, seed=seed))
+    module = rewrite(program, plan, untrained_weights(program, plan, seed=seed))
     torch.manual_seed(seed)
     for ghost in module.modules():
-        if isinstance(ghost, GhostModule) and not kept:
+        if isinstance(ghost, GhostModule) and not keep_filters:
             nn.init.kaiming_normal_(ghost.primary_conv.weight, nonlinearity="relu")
     return module
 
@@ -111,17 +111,17 @@ def unfitted_ghosts(program: Program, decided: Plan, seed: int, *, kept: bool) -
 @torch.no_grad()
 def reestimated(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
     """A copy whose BatchNorm statistics are averages over the batches, as other methods re-estimate them."""
-    fresh = copy.deepcopy(model).eval()
-    norms = [m for m in fresh.modules() if isinstance(m, nn.BatchNorm2d)]
+    copied = copy.deepcopy(model).eval()
+    norms = [m for m in copied.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None
         norm.train()
     for batch in batches:
-        fresh(batch)
+        copied(batch)
     for norm in norms:
         norm.momentum = 0.1
-    return fresh.eval()
+    return copied.eval()
 
 
 NETWORKS = {"resnet20": resnet20, "resnet56": resnet56, "vgg16": vgg16, "mobilenet": mobilenet}

@@ -1,4 +1,4 @@
-"""The photographs that scikit-image and scikit-learn bring with them, so that no benchmark needs the network."""
+"""The photographs in scikit-image and scikit-learn; nothing is downloaded."""
 
 from __future__ import annotations
 

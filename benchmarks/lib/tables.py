@@ -1,4 +1,4 @@
-"""What every experiment does: read its options, print rows as they come, write its result as a table and as JSON."""
+"""Options, printed rows and result files of the experiments."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def recorded(name: str) -> list[Row]:
 
 
 def publish(name: str, rows: Iterable[Row], columns: Columns | None = None, **facts: Any) -> None:
-    """Print `rows` as they come, and keep results/`name`.json and results/`name`.md up to date.
+    """Print each row once it is measured, and keep results/`name`.json and results/`name`.md up to date.
 
     The JSON file holds the rows, `facts`, the command and the versions. The table has the columns of the catalogue's
     entry `name`, or `columns` where it has none.

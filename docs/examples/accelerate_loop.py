@@ -24,17 +24,17 @@ augment = create_transform(**resolve_data_config({}, model=teacher), is_training
 teacher = teacher.to(accelerator.device)
 student = load(converted)
 optimizer = torch.optim.SGD(student.parameters(), 0.01, momentum=0.9, nesterov=True)
-order = DataLoader(ImageDataset(photos, transform=augment), batch // accelerator.num_processes, shuffle=True)
-student, optimizer, order = accelerator.prepare(student, optimizer, order)
+loader = DataLoader(ImageDataset(photos, transform=augment), batch // accelerator.num_processes, shuffle=True)
+student, optimizer, loader = accelerator.prepare(student, optimizer, loader)
 
 student.train()
 for epoch in range(epochs):
-    for x, _ in order:
+    for x, _ in loader:
         with torch.no_grad():
-            wanted = F.softmax(teacher(x) / temperature, 1)
+            teacher_probabilities = F.softmax(teacher(x) / temperature, 1)
         with accelerator.autocast():
-            made = F.log_softmax(student(x).float() / temperature, 1)
-        loss = temperature**2 * F.kl_div(made, wanted, reduction="batchmean")
+            student_log_probabilities = F.log_softmax(student(x).float() / temperature, 1)
+        loss = temperature**2 * F.kl_div(student_log_probabilities, teacher_probabilities, reduction="batchmean")
         optimizer.zero_grad()
         accelerator.backward(loss)
         optimizer.step()

@@ -21,17 +21,17 @@ epochs, batch, temperature = 2, 16, 2.0
 student = load(converted)
 teacher = timm.create_model(name, checkpoint_path=weights).eval()
 augment = create_transform(**resolve_data_config({}, model=teacher), is_training=True)
-order = DataLoader(ImageDataset(photos, transform=augment), batch, shuffle=True)
+loader = DataLoader(ImageDataset(photos, transform=augment), batch, shuffle=True)
 
 optimizer = torch.optim.SGD(student.parameters(), 0.01, momentum=0.9, nesterov=True)
-schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(order))
+schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(loader))
 student.train()
 for epoch in range(epochs):
-    for x, _ in order:
+    for x, _ in loader:
         with torch.no_grad():
-            wanted = F.softmax(teacher(x) / temperature, 1)
-        made = F.log_softmax(student(x) / temperature, 1)
-        loss = temperature**2 * F.kl_div(made, wanted, reduction="batchmean")
+            teacher_probabilities = F.softmax(teacher(x) / temperature, 1)
+        student_log_probabilities = F.log_softmax(student(x) / temperature, 1)
+        loss = temperature**2 * F.kl_div(student_log_probabilities, teacher_probabilities, reduction="batchmean")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -22,7 +22,7 @@ converted, train = sys.argv[1:3]
 
 @register_model
 def ghostified(pretrained=False, **kwargs):
-    """The converted model; what else timm asks of a new model, its weights have decided."""
+    """The converted model; timm's other arguments do not apply to it."""
     del pretrained, kwargs
     return load(converted)
 

@@ -1,1 +1,1 @@
-"""TODO."""
+"""The `ghostify` command and the demo."""

@@ -1,11 +1,10 @@
-"""What ghostify finds on this machine: versions, threads, devices, runtimes, extras, data."""
+"""Versions, threads, devices, runtimes, extras and data on this machine, for `ghostify doctor`."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
 import platform
-from typing import Any
 
 import torch
 
@@ -23,19 +22,22 @@ EXTRAS = {
 }
 
 
-def collect_facts() -> dict[str, Any]:
-    """Names and what was found, in words."""
-    facts: dict[str, Any] = {"python": platform.python_version(), **versions()}
+LABELS = {"pytorch_threads": "PyTorch threads", "fashion_mnist": "Fashion-MNIST"}
+
+
+def collect_facts() -> dict[str, str | int]:
+    """Facts by key, in words that name what is missing and how to install it."""
+    facts: dict[str, str | int] = {"python": platform.python_version(), **versions()}
     facts["processor"] = f"{processor() or platform.machine()}, {os.cpu_count()} cores"
-    facts["threads of PyTorch"] = torch.get_num_threads()
+    facts["pytorch_threads"] = torch.get_num_threads()
     facts["accelerator"] = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "none"
     for runtime in RUNTIMES:
-        facts[f"runtime {runtime}"] = _runtime(runtime)
+        facts[f"runtime_{runtime}"] = _runtime(runtime)
     for extra, packages in EXTRAS.items():
-        facts[f"extra {extra}"] = _extra(extra, packages)
+        facts[f"extra_{extra}"] = _extra(extra, packages)
     folder = fashion_mnist_folder()
-    facts["Fashion-MNIST"] = "not on this machine" if folder is None else str(folder)
-    facts["measured milliseconds"] = f"{cache_file()}, {'there' if cache_file().exists() else 'none yet'}"
+    facts["fashion_mnist"] = "not on this machine" if folder is None else str(folder)
+    facts["latency_cache"] = f"{cache_file()}, {'exists' if cache_file().exists() else 'not written yet'}"
     return facts
 
 
@@ -48,11 +50,11 @@ def _runtime(name: str) -> str:
 
 
 def _extra(extra: str, packages: tuple[str, ...]) -> str:
-    found = {package: _version(package) for package in packages}
-    missing = [package for package, version in found.items() if version is None]
+    installed = {package: _version(package) for package in packages}
+    missing = [package for package, version in installed.items() if version is None]
     if missing:
         return f"{', '.join(missing)} not installed: pip install 'ghostify[{extra}]'"
-    return ", ".join(f"{package} {version}" for package, version in found.items())
+    return ", ".join(f"{package} {version}" for package, version in installed.items())
 
 
 def _version(package: str) -> str | None:

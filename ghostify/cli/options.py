@@ -1,69 +1,81 @@
-"""What may be typed after a verb of the `ghostify` command, and what it means."""
+"""The options of the `ghostify` command, and the parsing of their values."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ghostify.cli.console import print_deprecation
 from ghostify.data import sources
 from ghostify.errors import GhostifyError
 from ghostify.planning.policy import Policy, Rule
 from ghostify.runtimes.registry import EXPORT_FORMATS, RUNTIMES
+from ghostify.search.costs import budget_help
 from ghostify.training.trainer import Recipe
 
+
+def _deprecated(old: str, new: str) -> Callable[[bool], bool]:
+    """A callback of a hidden flag that prints one line on standard error where the flag is given."""
+
+    def callback(is_given: bool) -> bool:
+        if is_given:
+            print_deprecation(f"{old} is deprecated. Use {new}.")
+        return is_given
+
+    return callback
+
+
 Model = Annotated[str, typer.Argument(help="timm:NAME, torchvision:NAME or module.path:callable")]
-Ratio = Annotated[float, typer.Option(help="outputs per intrinsic map; 2 halves the dense convolutions")]
+Folder = Annotated[Path, typer.Argument(help="folder written by `ghostify convert`")]
+Ratio = Annotated[float, typer.Option(help="output channels per intrinsic map; 2 halves the convolutions")]
 DwSize = Annotated[int, typer.Option(help="kernel size of the cheap operation")]
 Cheap = Annotated[
     str,
     typer.Option(
-        help="depthwise, pointwise, how many intrinsic maps each ghost sees, or auto: what loses less (with a budget)"
+        help="cheap operation: depthwise, pointwise, the number of intrinsic maps per ghost, or auto: with a "
+        "budget, the form with the smaller predicted error"
     ),
 ]
 Activated = Annotated[
-    bool, typer.Option("--activated", help="let depthwise ghosts read activated maps where that loses less")
+    bool, typer.Option("--activated", help="allow depthwise ghosts to read activated maps where the error is smaller")
 ]
-Prune = Annotated[
-    bool, typer.Option("--narrow", help="let a budget leave out maps that the next dense convolution can do without")
+Prune = Annotated[bool, typer.Option("--prune", help="allow the budget to prune channels")]
+FormerPrune = Annotated[bool, typer.Option("--narrow", hidden=True, callback=_deprecated("--narrow", "--prune"))]
+Targets = Annotated[
+    list[str] | None, typer.Option("--target", help="convolutions to rewrite: name, glob, re:PATTERN or class name")
 ]
-Targets = Annotated[list[str] | None, typer.Option("--target", help="convolutions to rewrite: name, glob, re:, class")]
-Ignore = Annotated[list[str] | None, typer.Option(help="convolutions to leave alone: name, glob, re:, class")]
-PolicyFile = Annotated[
-    Path | None, typer.Option("--policy", help="a TOML file of rules, in place of the options above")
-]
-Arguments = Annotated[list[str] | None, typer.Option("--arg", help="constructor argument, key=value")]
-Size = Annotated[str | None, typer.Option("--input-size", help="C,H,W, where the model does not say")]
+Ignore = Annotated[list[str] | None, typer.Option(help="convolutions to skip: name, glob, re:PATTERN or class name")]
+PolicyFile = Annotated[Path | None, typer.Option("--policy", help="TOML file of rules; replaces the options above")]
+Arguments = Annotated[list[str] | None, typer.Option("--arg", help="constructor argument of the model, key=value")]
+Size = Annotated[str | None, typer.Option("--input-size", help="C,H,W of an image; default: the model's own")]
 Budget = Annotated[
     list[str] | None,
     typer.Option(
-        help="macs=0.5, params=0.5 or latency=0.7 (shares of the original's; above 1, numbers, of milliseconds) or "
-        "max_drop=0.5, in place of the ratio; best with --cheap auto"
+        help=f"limit in place of the ratio: {budget_help()}; or max_drop=0.5 (on --validation); best with --cheap auto"
     ),
 ]
-Runtime = Annotated[str, typer.Option(help=f"runtime that latency is measured in: {', '.join(RUNTIMES)}")]
+Runtime = Annotated[str, typer.Option(help=f"runtime to measure latency in: {', '.join(RUNTIMES)}")]
 Format = Annotated[str, typer.Option(help=f"export format: {', '.join(EXPORT_FORMATS)}")]
 Calibration = Annotated[
-    Path | None, typer.Option(help="folder of images, or .npy, .npz, .safetensors; absent: data-free")
+    Path | None, typer.Option(help="folder of images, or .npy, .npz, .safetensors; default: none (data-free)")
 ]
 Validation = Annotated[
-    Path | None,
-    typer.Option(help="labelled images, apart from those of the test: what max_drop is judged on, in top-1 %"),
+    Path | None, typer.Option(help="labelled images to measure the drop on, in points of top-1; not the test images")
 ]
-Images = Annotated[int, typer.Option(min=1, help="calibration images to use, spread over what is there")]
-Batch = Annotated[int, typer.Option(min=1, help="calibration images at a time")]
+Images = Annotated[int, typer.Option(min=1, help="maximum number of calibration images, sampled evenly")]
+Batch = Annotated[int, typer.Option(min=1, help="calibration images per batch")]
 Allow = Annotated[
-    list[str] | None,
-    typer.Option(help="a package of your own from which the folder may import: where a forward does not trace"),
+    list[str] | None, typer.Option(help="package that the folder may import classes from, such as your own")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="print JSON, for machines")]
-
-
-Original = Annotated[Path, typer.Option(help="the original's checkpoint: safetensors, .pt or .pth")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+Original = Annotated[Path, typer.Option(help="checkpoint of the original: safetensors, .pt or .pth")]
 Settings = Annotated[
-    list[str] | None, typer.Option("--set", help="any other entry of the recipe, key=value, such as features=0.1")
+    list[str] | None, typer.Option("--set", help="any other training setting, key=value, such as features=0.1")
 ]
 
 
@@ -73,43 +85,54 @@ def parse_policy(
     dw_size: int,
     cheap: str,
     activated: bool,
-    narrow: bool,
+    prune: bool,
     target: list[str] | None,
     ignore: list[str] | None,
 ) -> Policy:
-    """The rules of a file, or the one rule that the other options make up."""
+    """The rules of a TOML file, or one rule of the other options."""
     if file is not None:
         if target or ignore:
-            raise GhostifyError("--target and --ignore belong into the rules of --policy: give either, not both")
-        return Policy.from_toml(file)
+            raise GhostifyError("--target, --ignore: are set in the rules of --policy. Pass either, not both.")
+        return _read_policy(file)
     width: str | int = int(cheap) if cheap.isdigit() else cheap
-    rule = Rule(tuple(target or ("*",)), tuple(ignore or ()), ratio, dw_size, width, activated, narrow)
+    rule = Rule(tuple(target or ("*",)), tuple(ignore or ()), ratio, dw_size, width, activated, prune)
     return Policy((rule,), keep_first=not target)
 
 
+def _read_policy(file: Path) -> Policy:
+    """The rules of a TOML file; prints a line for each deprecated key."""
+    with warnings.catch_warnings(record=True) as deprecations:
+        warnings.simplefilter("always", DeprecationWarning)
+        policy = Policy.from_toml(file)
+    for deprecation in deprecations:
+        print_deprecation(str(deprecation.message))
+    return policy
+
+
 def parse_budget(pairs: list[str] | None) -> dict[str, float] | None:
-    """Limits by name."""
+    """Limits by name, or None where there are none."""
     return sources.parse_arguments(pairs) if pairs else None
 
 
 def parse_size(text: str | None) -> tuple[int, int, int] | None:
-    """Channels, height, width."""
+    """Channels, height and width from "C,H,W"."""
     if text is None:
         return None
-    parts = text.split(",")
-    if len(parts) != 3 or not all(p.strip().isdigit() and int(p) > 0 for p in parts):
-        raise GhostifyError(f"--input-size {text!r} is not C,H,W, such as 3,224,224")
-    return (int(parts[0]), int(parts[1]), int(parts[2]))
+    sizes = text.split(",")
+    if len(sizes) != 3 or not all(size.strip().isdigit() and int(size) > 0 for size in sizes):
+        raise GhostifyError(f"--input-size {text!r}: is not three positive sizes. Use C,H,W, such as 3,224,224.")
+    channels, height, width = map(int, sizes)
+    return channels, height, width
 
 
-def parse_recipe(epochs: float, batch: int, learning_rate: float, seed: int, others: list[str] | None) -> Recipe:
-    """A recipe of these and other entries."""
-    given = sources.parse_arguments(others or [])
+def parse_recipe(epochs: float, batch: int, learning_rate: float, seed: int, settings: list[str] | None) -> Recipe:
+    """The recipe of these values and of further settings `key=value`."""
+    further = sources.parse_arguments(settings or [])
     known = {f.name for f in fields(Recipe)}
-    for key in given:
+    for key in further:
         if key not in known:
-            raise GhostifyError(f"--set {key}: a recipe has no such entry: it has {', '.join(sorted(known))}")
+            raise GhostifyError(f"--set {key}: unknown training setting. Use {', '.join(sorted(known))}.")
     try:
-        return replace(Recipe(epochs=epochs, batch=batch, learning_rate=learning_rate, seed=seed), **given)
+        return replace(Recipe(epochs=epochs, batch=batch, learning_rate=learning_rate, seed=seed), **further)
     except TypeError as error:
-        raise GhostifyError(f"--set {' '.join(others or [])}: {error}") from error
+        raise GhostifyError(f"--set {' '.join(settings or [])}: {error}") from error

@@ -1,4 +1,4 @@
-"""How well a converted model does on images, by itself and beside its original."""
+"""Comparison of a converted model with its original on images."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ghostify.graph.modes import eval_mode
 
 @dataclass(frozen=True)
 class Comparison:
-    """Percent right of each where there are labels, percent of same answers, and the outputs' relative error.
+    """Top-1 of both models on `images` images, their agreement (both in percent), and the relative output error.
 
-    None where there is nothing to compare with; percents need outputs of N x classes.
+    Top-1 is None without labels, agreement and error without an original; percentages need outputs of N x classes.
     """
 
     images: int
@@ -35,19 +35,24 @@ def has_tensor_output(module: nn.Module, batch: Tensor) -> bool:
 def compare_models(
     module: nn.Module, original: nn.Module | None, batches: Sequence[Tensor], labels: Tensor | None
 ) -> Comparison:
-    """Run both on all batches; raises `GhostifyError` for a model whose output is not one tensor."""
+    """Run both models on all batches and compare their outputs.
+
+    Raises `GhostifyError` for a model whose output is not one tensor.
+    """
     if not has_tensor_output(module, batches[0]):
-        raise GhostifyError(f"{type(module).__name__}: its output is not one tensor, which comparing on images takes")
-    answers, count = predict(module, batches), sum(map(len, batches))
-    classes = answers.dim() == 2
-    right = top1(answers, labels) if labels is not None and classes else None
+        raise GhostifyError(
+            f"{type(module).__name__}: its output is not one tensor. Compare models that return a tensor."
+        )
+    outputs, count = predict(module, batches), sum(map(len, batches))
+    has_classes = outputs.dim() == 2
+    accuracy = top1(outputs, labels) if labels is not None and has_classes else None
     if original is None:
-        return Comparison(count, right)
+        return Comparison(count, accuracy)
     reference = predict(original, batches)
     return Comparison(
         images=count,
-        top1=right,
-        original_top1=top1(reference, labels) if labels is not None and classes else None,
-        agreement=top1(answers, reference.argmax(1)) if classes else None,
-        error=relative_error(answers, reference),
+        top1=accuracy,
+        original_top1=top1(reference, labels) if labels is not None and has_classes else None,
+        agreement=top1(outputs, reference.argmax(1)) if has_classes else None,
+        error=relative_error(outputs, reference),
     )

@@ -12,16 +12,16 @@ from ghostify.numerics import relative_squared_error
 
 
 def predict(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
-    """The model's outputs on all batches (N x classes), in evaluation mode."""
+    """The outputs of a model on all batches (N x classes), in evaluation mode."""
     with eval_mode(model):
         return torch.cat([model(batch) for batch in batches])
 
 
-def top1(answers: Tensor, labels: Tensor) -> float:
+def top1(outputs: Tensor, labels: Tensor) -> float:
     """Percentage of predictions (N x classes) whose largest value is at the label (N)."""
-    return 100 * (answers.argmax(1) == labels).float().mean().item()
+    return 100 * (outputs.argmax(1) == labels).float().mean().item()
 
 
-def relative_error(answers: Tensor, reference: Tensor) -> float:
+def relative_error(outputs: Tensor, reference: Tensor) -> float:
     """||y^ - y||^2 / ||y - mean(y)||^2 over all outputs, the mean taken per output over the images."""
-    return float(relative_squared_error(answers, reference))
+    return float(relative_squared_error(outputs, reference))

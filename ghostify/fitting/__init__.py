@@ -1,1 +1,1 @@
-"""Moments, least squares, and the walk that feeds them layer by layer."""
+"""Fitting of ghost modules and pruned convolutions: second moments, least squares, and the lockstep run."""

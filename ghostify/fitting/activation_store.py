@@ -1,4 +1,4 @@
-"""Values that outlive a step, in memory of their own up to a limit and in temporary files beyond it."""
+"""Storage for activations: in separate memory up to a limit, in temporary files beyond it."""
 
 from __future__ import annotations
 
@@ -10,33 +10,35 @@ import tempfile
 import weakref
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ghostify.errors import GhostifyError
 
-ALIGNED = 64
+ALIGNMENT_BYTES = 64
 
 
 class FileTensor:
-    """A dense tensor in a temporary file, read back bit-equal with its strides; the file goes with this object."""
+    """A dense tensor in a temporary file, loaded bit-equal with its strides; the file is removed with this object."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.device = tensor.device
         self.like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
         self.path = ""
         try:
-            number, self.path = tempfile.mkstemp(prefix="ghostify-")
-            with open(number, "wb") as file:
+            descriptor, self.path = tempfile.mkstemp(prefix="ghostify-")
+            with open(descriptor, "wb") as file:
                 file.write(_bytes(tensor.cpu()))
         except OSError as error:
             raise GhostifyError(
-                f"{tempfile.gettempdir()}: no room for the calibration's activations ({error.strerror}): make some, "
-                f"set TMPDIR to another folder, or calibrate on fewer images"
+                f"{tempfile.gettempdir()}: writing the activations of the calibration failed ({error.strerror}). "
+                f"Free some space, set TMPDIR to another folder, or calibrate on fewer images."
             ) from error
 
     def load(self) -> Tensor:
-        """The tensor, in memory of its own."""
+        """The tensor, in newly allocated memory."""
         tensor = torch.empty_strided(self.like.shape, self.like.stride(), dtype=self.like.dtype)
         with open(self.path, "rb") as file:
             file.readinto(_bytes(tensor))
@@ -48,61 +50,64 @@ class FileTensor:
 
 
 class HostTensor:
-    """A tensor of another device, put aside in this machine's memory."""
+    """A tensor of another device, stored in this machine's memory."""
 
-    def __init__(self, kept: Tensor, device: torch.device) -> None:
-        self.kept, self.device = kept, device
+    def __init__(self, stored: Tensor, device: torch.device) -> None:
+        self.stored, self.device = stored, device
 
     def load(self) -> Tensor:
-        """The tensor on its own device."""
-        return self.kept.to(self.device)
+        """The tensor on its original device."""
+        return self.stored.to(self.device)
 
 
 def restore(value: Any) -> Any:
-    """The value that was put aside, back in memory and on its device; any other as it is."""
+    """A stored value, back in memory and on its device; any other value unchanged."""
     return value.load() if isinstance(value, FileTensor | HostTensor) else value
 
 
 class ActivationStore:
-    """Takes values up: into `limit` bytes of memory of its own, and beyond them into temporary files.
+    """Stores values in `limit` bytes of separate memory, and beyond them in temporary files.
 
-    Memory apart, because values that outlive the others riddle the heap with holes, which then grows with their number.
+    The memory is separate because long-lived values fragment the heap, which then grows with the number of values.
     """
 
     def __init__(self, limit: int) -> None:
-        self.memory = torch.empty(limit, dtype=torch.uint8).numpy()
+        self.memory: NDArray[np.uint8] = torch.empty(limit, dtype=torch.uint8).numpy()
         self.free_ranges = [(0, limit)]
 
     def put(self, value: Any, *, movable: bool = True) -> Any:
-        """A copy on the shelf, its values bit-equal and its strides the same, or the value itself. Only plain dense
-        tensors move, and only once; what lies in a file, or is from another device, comes as a thing to `load`."""
-        if not movable or not _plain(value) or self._holds(value):
-            return value
-        room = self._take(value.numel() * value.element_size())
-        if room is None:
-            return FileTensor(value)
-        kept = torch.frombuffer(room, dtype=value.dtype).as_strided(value.shape, value.stride()).copy_(value)
-        return kept if value.device.type == "cpu" else HostTensor(kept, value.device)
+        """A stored copy, bit-equal and with the same strides, or the value itself.
 
-    def _holds(self, tensor: Tensor) -> bool:
+        Only plain dense tensors are moved, and only once. A value in a file, or of another device, is returned as an
+        object to `load`.
+        """
+        if not movable or not _is_storable(value) or self._contains(value):
+            return value
+        memory = self._allocate(value.numel() * value.element_size())
+        if memory is None:
+            return FileTensor(value)
+        stored = torch.frombuffer(memory, dtype=value.dtype).as_strided(value.shape, value.stride()).copy_(value)
+        return stored if value.device.type == "cpu" else HostTensor(stored, value.device)
+
+    def _contains(self, tensor: Tensor) -> bool:
         offset = tensor.data_ptr() - self.memory.ctypes.data
         return tensor.device.type == "cpu" and 0 <= offset < len(self.memory)
 
-    def _take(self, size: int) -> Any:
-        """The beginning of the first hole that is large enough, if any; when nobody holds it, it is a hole again.
+    def _allocate(self, size: int) -> NDArray[np.uint8] | None:
+        """The start of the first free range that is large enough, or None; it is freed when nothing refers to it.
 
-        Tensors made of it hold it, and so do their views.
+        Tensors created from it refer to it, and so do their views.
         """
-        size = -(-size // ALIGNED) * ALIGNED
+        size = -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         for k, (start, end) in enumerate(self.free_ranges):
             if end - start >= size:
                 self.free_ranges[k : k + 1] = [(start + size, end)] if end - start > size else []
-                room = self.memory[start : start + size]
-                weakref.finalize(room, self._give_back, start, start + size)
-                return room
+                memory = self.memory[start : start + size]
+                weakref.finalize(memory, self._free, start, start + size)
+                return memory
         return None
 
-    def _give_back(self, start: int, end: int) -> None:
+    def _free(self, start: int, end: int) -> None:
         k = bisect.bisect(self.free_ranges, (start, end))
         if k < len(self.free_ranges) and self.free_ranges[k][0] == end:
             end = self.free_ranges.pop(k)[1]
@@ -112,12 +117,12 @@ class ActivationStore:
         self.free_ranges.insert(k, (start, end))
 
 
-def _plain(value: Any) -> bool:
-    return type(value) is Tensor and value.layout is torch.strided and _dense(value) and not value.requires_grad
+def _is_storable(value: Any) -> bool:
+    return type(value) is Tensor and value.layout is torch.strided and _is_dense(value) and not value.requires_grad
 
 
-def _dense(tensor: Tensor) -> bool:
-    """Whether the elements fill their memory without gaps or overlaps, in whatever order."""
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill their memory without gaps or overlaps, in any order."""
     expected = 1
     for stride, size in sorted((t, s) for s, t in zip(tensor.shape, tensor.stride(), strict=True) if s > 1):
         if stride != expected:
@@ -133,7 +138,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def trim_heap() -> None:
-    """Give the heap's free pages back to the system, where the C library can: small things that stay hold them else."""
+    """Return the heap's free pages to the system, where the C library can; small live objects retain them otherwise."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)

@@ -1,7 +1,7 @@
-"""What is known of a model's maps without images: mean and variance of each channel, from BatchNorm on.
+"""Mean and variance of each channel of a model's maps without images, propagated from BatchNorm.
 
-BatchNorm's outputs have mean beta and variance gamma^2; activations are followed as of normal values, sums as of
-independent ones.
+BatchNorm's outputs have mean beta and variance gamma^2. Activations are applied to normal values, and sums are taken as
+sums of independent values.
 """
 
 from __future__ import annotations
@@ -34,54 +34,54 @@ class ChannelStats:
     var: Tensor
 
 
-Known = dict[fx.Node, "ChannelStats | None"]
+StatsByNode = dict[fx.Node, "ChannelStats | None"]
 
 
 def input_channel_stats(module: fx.GraphModule) -> dict[str, ChannelStats]:
-    """What is known of the channels that each node of a graph reads first, by node."""
-    known: Known = {}
+    """Statistics of the channels of each node's first input, by node name, where they are known."""
+    stats: StatsByNode = {}
     for node in module.graph.nodes:
-        known[node] = _channels(module, known, node)
-    firsts = {n.name: known[n.all_input_nodes[0]] for n in module.graph.nodes if n.all_input_nodes}
-    return {name: channels for name, channels in firsts.items() if channels is not None}
+        stats[node] = _output_stats(module, stats, node)
+    first_inputs = {n.name: stats[n.all_input_nodes[0]] for n in module.graph.nodes if n.all_input_nodes}
+    return {name: channels for name, channels in first_inputs.items() if channels is not None}
 
 
-def _channels(module: fx.GraphModule, known: Known, node: fx.Node) -> ChannelStats | None:
+def _output_stats(module: fx.GraphModule, stats: StatsByNode, node: fx.Node) -> ChannelStats | None:
     if (norm := batchnorm_of(module, node)) is not None:
         return _batchnorm_stats(norm)
-    if (joined := concat_inputs(node)) is not None:
-        parts = [p for n in joined if (p := known[n]) is not None]
-        if len(parts) < len(joined):
+    if (inputs := concat_inputs(node)) is not None:
+        known = [s for n in inputs if (s := stats[n]) is not None]
+        if len(known) < len(inputs):
             return None
-        return ChannelStats(torch.cat([p.mean for p in parts]), torch.cat([p.var for p in parts]))
+        return ChannelStats(torch.cat([s.mean for s in known]), torch.cat([s.var for s in known]))
     if is_add(node):
-        one, other = (known[n] for n in elementwise_operands(node) or ())
-        if one is None or other is None or one.mean.shape != other.mean.shape:
+        left, right = (stats[n] for n in elementwise_operands(node) or ())
+        if left is None or right is None or left.mean.shape != right.mean.shape:
             return None
-        return ChannelStats(one.mean + other.mean, one.var + other.var)
+        return ChannelStats(left.mean + right.mean, left.var + right.var)
     if (activation := activation_module(module, node)) is not None:
-        source = known[activation_input(module, node)]
+        source = stats[activation_input(module, node)]
         return None if source is None else activation_stats(activation, source)
     if is_identity_in_eval(module, node) or is_resampling(module, node):
-        return known[node.all_input_nodes[0]]
+        return stats[node.all_input_nodes[0]]
     return None
 
 
 def activation_stats(activation: nn.Module, source: ChannelStats) -> ChannelStats:
-    """Mean and variance of normal values behind an activation, by quadrature at NODES points."""
-    places = torch.linspace(-4, 4, QUADRATURE_POINTS, dtype=torch.float64)
-    weights = torch.exp(-places.square() / 2)
+    """Mean and variance of an activation of normal values, by quadrature at QUADRATURE_POINTS points."""
+    points = torch.linspace(-4, 4, QUADRATURE_POINTS, dtype=torch.float64)
+    weights = torch.exp(-points.square() / 2)
     weights = weights / weights.sum()
     with torch.no_grad():
-        alike = copy.deepcopy(activation).to("cpu", torch.float64)
-        values = alike((source.mean + places[:, None] * source.var.sqrt()).clone())
+        double = copy.deepcopy(activation).to("cpu", torch.float64)
+        values = double((source.mean + points[:, None] * source.var.sqrt()).clone())
     mean = (weights[:, None] * values).sum(0)
     return ChannelStats(mean, (weights[:, None] * (values - mean).square()).sum(0))
 
 
 def _batchnorm_stats(norm: BatchNorm) -> ChannelStats:
     gamma, beta = gamma_beta(norm)
-    made = ChannelStats(beta.double().cpu(), gamma.double().cpu().square())
+    stats = ChannelStats(beta.double().cpu(), gamma.double().cpu().square())
     for child in inner_modules(norm).values():
-        made = activation_stats(child, made)
-    return made
+        stats = activation_stats(child, stats)
+    return stats

@@ -1,4 +1,4 @@
-"""A calibration set as batches bound to a traced module's inputs: checked, cut, kept, and shared among processes."""
+"""Calibration batches bound to a traced module's inputs: checked, split, stored, and divided among processes."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from ghostify.graph.inputs import CallArguments, CallInputs, PlaceholderValues, 
 from ghostify.graph.modes import eval_mode
 from ghostify.numerics import outputs_match
 
-IN_MEMORY = 1 << 26
+INPUT_MEMORY_BYTES = 1 << 26
 MAX_BATCH_VALUES = 16 * 3 * 224**2
 HOLDOUT_EVERY = 8
-FORM_TOLERANCE = 1e-2
+MEMORY_FORMAT_TOLERANCE = 1e-2
 
 
 @dataclass(frozen=True, eq=False)
 class CalibrationBatch:
-    """`size` images of the calibration set, from number `first` on; `number` is the user's batch they come from.
+    """`size` images of the calibration set, from image `first` on; `number` is the index of the user's batch.
 
-    `converted_stored` is what the converted model is fed in their place, where that differs.
+    `converted_stored` holds the inputs of the converted model, where they differ.
     """
 
     number: int
@@ -40,12 +40,12 @@ class CalibrationBatch:
 
     @property
     def inputs(self) -> CallInputs:
-        """What the module takes, laid out in `memory_format`."""
+        """Inputs of the original module, in `memory_format`."""
         return to_memory_format(tree_map(restore, self.stored), self.memory_format)
 
     @property
     def converted_inputs(self) -> CallInputs:
-        """What the converted module takes."""
+        """Inputs of the converted module, in `memory_format`."""
         return (
             self.inputs
             if self.converted_stored is None
@@ -62,91 +62,92 @@ class CalibrationBatches:
 
 
 def bind_calibration(module: nn.Module, calibration: Iterable[Any] | CalibrationBatches) -> CalibrationBatches:
-    """The batches of `calibration`, as `module` takes them; further elements of a tuple, such as labels, are left out.
+    """The batches of `calibration` as inputs of `module`; further elements of a tuple, such as labels, are dropped.
 
-    Large ones are cut. Those that come from a loader are kept, beyond 64 MiB in temporary files; those of a list stay
-    the caller's. Of several processes, each passes the whole set and keeps every so many-th batch. Raises
-    `GhostifyError` for a set that is empty, or holds values that are not finite.
+    Large batches are split. Those of a loader are stored, beyond 64 MiB in temporary files; those of a list remain the
+    caller's. With several processes, each passes the whole set and keeps its share of the batches. Raises
+    `GhostifyError` for a set that is empty, or has values that are not finite.
     """
     if isinstance(calibration, CalibrationBatches):
         return calibration
     if isinstance(calibration, Tensor | Mapping):
         calibration = [calibration]
-    shelf = None if isinstance(calibration, Sequence) else ActivationStore(IN_MEMORY)
-    (rank, processes), parts, seen = rank_and_world_size(), 0, 0
-    own: list[CalibrationBatch] = []
+    store = None if isinstance(calibration, Sequence) else ActivationStore(INPUT_MEMORY_BYTES)
+    (rank, processes), batch_count, images = rank_and_world_size(), 0, 0
+    local_batches: list[CalibrationBatch] = []
     for number, batch in enumerate(calibration):
         inputs = bind_batch(module, batch)
         _check_finite(inputs, number)
         first = tensor_leaves(inputs)[0]
-        for part in split(inputs, max(1, MAX_BATCH_VALUES * len(first) // first.numel())):
-            size = count_images(part)
-            if parts % processes == rank:
-                own.append(CalibrationBatch(number, seen, size, part if shelf is None else tree_map(shelf.put, part)))
-            parts, seen = parts + 1, seen + size
-    if parts < processes:
+        for piece in split(inputs, max(1, MAX_BATCH_VALUES * len(first) // first.numel())):
+            size = count_images(piece)
+            if batch_count % processes == rank:
+                stored = piece if store is None else tree_map(store.put, piece)
+                local_batches.append(CalibrationBatch(number, images, size, stored))
+            batch_count, images = batch_count + 1, images + size
+    if batch_count < processes:
         raise GhostifyError(
-            "calibration yields no batches: pass a list or a DataLoader, not a spent iterator"
-            if not parts
-            else f"calibration yields {parts} batches for {processes} processes: use smaller batches"
+            "calibration: yields no batches. Pass a list or a DataLoader, not an exhausted iterator."
+            if not batch_count
+            else f"calibration: yields {batch_count} batches for {processes} processes. Use smaller batches."
         )
-    memory_format = _fast_form(module, split(own[0].inputs, 1)[0])
-    return CalibrationBatches(tuple(replace(batch, memory_format=memory_format) for batch in own), seen)
+    memory_format = _fastest_memory_format(module, split(local_batches[0].inputs, 1)[0])
+    return CalibrationBatches(tuple(replace(batch, memory_format=memory_format) for batch in local_batches), images)
 
 
 def split(inputs: CallInputs, images: int) -> list[CallInputs]:
-    """Inputs for up to `images` images each; whole where their tensors do not agree on how many there are,
-    and where they are those of a module without a graph."""
+    """Inputs for up to `images` images each; not split where their tensors differ in the number of images, or where
+    they are those of a module without a graph."""
     if isinstance(inputs, CallArguments):
         return [inputs]
     sizes = {len(v) if v.dim() else 0 for v in inputs.values if isinstance(v, Tensor)}
     if len(sizes) != 1 or any(tensor_leaves(v) for v in inputs.values if not isinstance(v, Tensor)):
         return [inputs]
-    parts = [v.split(images) if isinstance(v, Tensor) else repeat(v) for v in inputs.values]
-    return [PlaceholderValues(part) for part in zip(*parts, strict=False)]
+    pieces = [v.split(images) if isinstance(v, Tensor) else repeat(v) for v in inputs.values]
+    return [PlaceholderValues(values) for values in zip(*pieces, strict=False)]
 
 
 def to_memory_format(inputs: CallInputs, memory_format: torch.memory_format) -> CallInputs:
-    """The inputs with their images laid out in `memory_format`."""
+    """The inputs with their images in `memory_format`."""
 
-    def laid_out(value: Any) -> Any:
+    def convert(value: Any) -> Any:
         return value.to(memory_format=memory_format) if isinstance(value, Tensor) and value.dim() == 4 else value
 
-    return tree_map(laid_out, inputs)
+    return tree_map(convert, inputs)
 
 
 def holdout_mask(numbers: Tensor, every: int = HOLDOUT_EVERY) -> Tensor:
-    """Which images are held out, by number: the last of every `every`, none of one."""
+    """Which images are in the holdout, by number: the last of every `every`, none of a single one."""
     return numbers % every == max(every - 1, 1)
 
 
 def count_images(inputs: CallInputs) -> int:
-    """How many images the inputs hold: the length of the first tensor that has one, or of a list of single images."""
+    """Number of images in the inputs: the length of the first tensor that has one, or of a list of single images."""
     tensors = [v for v in tensor_leaves(inputs) if v.dim() > 0]
-    apart = isinstance(inputs, PlaceholderValues) and any(isinstance(v, Tensor) for v in inputs.values)
-    listed = not apart and all(v.dim() == 3 for v in tensors)
-    return len(tensors) if listed else len(tensors[0])
+    has_tensor_input = isinstance(inputs, PlaceholderValues) and any(isinstance(v, Tensor) for v in inputs.values)
+    is_image_list = not has_tensor_input and all(v.dim() == 3 for v in tensors)
+    return len(tensors) if is_image_list else len(tensors[0])
 
 
-def _fast_form(module: nn.Module, inputs: CallInputs) -> torch.memory_format:
-    """Channels last on a CPU, where convolutions run faster so, if the model does the same with such images."""
+def _fastest_memory_format(module: nn.Module, inputs: CallInputs) -> torch.memory_format:
+    """Channels last on a CPU, where it makes convolutions faster, if the model's outputs are the same with it."""
     if any(v.device.type != "cpu" for v in tensor_leaves(inputs)):
         return torch.preserve_format
     with eval_mode(module):
         try:
-            as_given, last = (
+            expected, channels_last = (
                 tensor_leaves(call_model(module, to_memory_format(inputs, memory_format)))
                 for memory_format in (torch.preserve_format, torch.channels_last)
             )
         except (RuntimeError, TypeError):
             return torch.preserve_format
-    alike = bool(as_given) and outputs_match(last, as_given, FORM_TOLERANCE)
-    return torch.channels_last if alike else torch.preserve_format
+    is_equal = bool(expected) and outputs_match(channels_last, expected, MEMORY_FORMAT_TOLERANCE)
+    return torch.channels_last if is_equal else torch.preserve_format
 
 
 def _check_finite(inputs: CallInputs, number: int) -> None:
     tensors = tensor_leaves(inputs)
     if not tensors or tensors[0].dim() == 0 or tensors[0].numel() == 0:
-        raise GhostifyError(f"calibration batch {number}: holds no images")
+        raise GhostifyError(f"calibration batch {number}: has no images. Leave it out.")
     if not all(t.isfinite().all() for t in tensors if t.is_floating_point()):
-        raise GhostifyError(f"calibration batch {number}: holds NaN or infinite values")
+        raise GhostifyError(f"calibration batch {number}: has NaN or infinite values. Correct it or leave it out.")

@@ -1,4 +1,4 @@
-"""Layers with many maps (w = 1): who could be whose ghost, and the kernels once that is chosen; tensor maths only."""
+"""Statistics and kernels of depthwise ghosts (w = 1) for layers with many maps; tensor maths only."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from ghostify.fitting.moments import AssignedMoments, PerMapMoments, rank_in_gro
 
 @dataclass(frozen=True, eq=False)
 class PerMapStatistics:
-    """Second moments of n maps, each with itself at the D places (`auto`, n x D x D) and with every output (`cross`,
-    D x n x n), but none between two maps; `var`, `mean_v` (D x n) and `mean_y` likewise.
+    """Second moments of n maps at the D taps of the cheap kernel, without products of different maps.
+
+    `auto` (n x D x D) holds those of each map with itself, `cross` (D x n x n) those with every output; `var`, `mean_v`
+    (D x n) and `mean_y` as in `JointStatistics`. `rows` is the number of rows they come from.
     """
 
     auto: Tensor
@@ -30,24 +32,24 @@ class PerMapStatistics:
         """Error of output j by the best kernel on map i, weighted by `weights` (n), for all pairs (n x n)."""
         return pair_errors(self.auto, self.cross.transpose(0, 1), self.var, self.rows) * weights
 
-    def assigned(self, groups: GhostAssignment, basis: Tensor) -> AssignedStatistics:
-        """What the chosen groups need of it; `basis` (n x c k^2) holds the filters that make the maps."""
-        own, source = groups.intrinsic[:, 0], sources_of(groups)
-        channels = groups.channels
+    def assigned(self, assignment: GhostAssignment, basis: Tensor) -> AssignedStatistics:
+        """The statistics of an assignment; `basis` (n x c k^2) holds the filters that compute the maps."""
+        intrinsic, source = assignment.intrinsic[:, 0], sources_of(assignment)
+        channels = assignment.channels
         return AssignedStatistics(
-            assignment=groups,
-            auto=self.auto[own],
-            cross=self.cross[:, own[source], channels].T,
+            assignment=assignment,
+            auto=self.auto[intrinsic],
+            cross=self.cross[:, intrinsic[source], channels].T,
             var=self.var,
-            mean_v=self.mean_v[:, own].T,
+            mean_v=self.mean_v[:, intrinsic].T,
             mean_y=self.mean_y[channels],
-            basis=basis[own],
+            basis=basis[intrinsic],
             rows=self.rows,
         )
 
 
 def map_statistics(moments: PerMapMoments, free_mean: bool = True) -> PerMapStatistics:
-    """Statistics from moments taken map by map, less the means where they are free."""
+    """Statistics from moments of single maps, less the means where they are free."""
     n = moments.count.clamp_min(1)
     v, y = float(free_mean) * moments.v / n, float(free_mean) * moments.y / n
     return PerMapStatistics(
@@ -62,10 +64,11 @@ def map_statistics(moments: PerMapMoments, free_mean: bool = True) -> PerMapStat
 
 @dataclass(frozen=True, eq=False)
 class AssignedStatistics:
-    """Moments of each of m intrinsic maps with itself at the D places (`auto`, m x D x D), and of each computed channel
-    with the map it is made of (`cross`, n x D); `mean_v` is m x D, `mean_y` (n) in computed, `var` in original order.
+    """Second moments of m intrinsic maps at the D taps of the cheap kernel, and of the outputs with their sources.
 
-    `basis` (m x c k^2) holds the intrinsic filters, `bias` (m) their biases where the layer has any.
+    `auto` (m x D x D) holds those of each map with itself, `cross` (n x D) those of each computed channel with its
+    source map; `mean_v` is m x D, `mean_y` (n) in computed order, `var` (n) in original order. `basis` (m x c k^2)
+    holds the intrinsic filters, `bias` (m) their biases where the layer has any.
     """
 
     assignment: GhostAssignment
@@ -83,37 +86,37 @@ class AssignedStatistics:
         return self.bias is not None
 
     def kernels(self) -> Tensor:
-        """The ghosts' kernels (ghosts x 1 x D) by the normal equations."""
+        """Kernels of the ghosts (ghosts x 1 x D) by the normal equations."""
         return solve_kernels(self.auto, self.cross[len(self.auto) :], self.assignment.sources[:, 0], self.rows)[:, None]
 
     def squared_errors(self, solution: Solution) -> Tensor:
         """See `GhostStatistics`."""
-        each = self._all(solution.kernels)
-        spent = torch.einsum("kd,kde,ke->k", each, self.auto[sources_of(self.assignment)], each)
-        return (self.var - to_original_order(2 * (self.cross * each).sum(1) - spent, self.assignment)).clamp_min(0)
+        kernels = self._all_kernels(solution.kernels)
+        power = torch.einsum("kd,kde,ke->k", kernels, self.auto[sources_of(self.assignment)], kernels)
+        return (self.var - to_original_order(2 * (self.cross * kernels).sum(1) - power, self.assignment)).clamp_min(0)
 
     def mean_residuals(self, solution: Solution) -> Tensor:
         """See `GhostStatistics`."""
-        means = (self.mean_v[sources_of(self.assignment)] * self._all(solution.kernels)).sum(1)
+        means = (self.mean_v[sources_of(self.assignment)] * self._all_kernels(solution.kernels)).sum(1)
         return to_original_order(self.mean_y - means, self.assignment)
 
-    def _all(self, kernels: Tensor) -> Tensor:
-        """The kernels of all computed channels (n x D): an intrinsic map's is 1 at the centre."""
-        own = self.cross.new_zeros(len(self.auto), self.auto.shape[1])
-        own[:, own.shape[1] // 2] = 1
-        return torch.cat((own, kernels[:, 0]))
+    def _all_kernels(self, kernels: Tensor) -> Tensor:
+        """Kernels of all computed channels (n x D): that of an intrinsic map is 1 at the centre."""
+        identity = self.cross.new_zeros(len(self.auto), self.auto.shape[1])
+        identity[:, identity.shape[1] // 2] = 1
+        return torch.cat((identity, kernels[:, 0]))
 
 
 def assigned_statistics(
-    moments: AssignedMoments, groups: GhostAssignment, basis: Tensor, bias: Tensor | None, free_mean: bool
+    moments: AssignedMoments, assignment: GhostAssignment, basis: Tensor, bias: Tensor | None, free_mean: bool
 ) -> AssignedStatistics:
-    """Statistics from moments taken link by link, less the means where they are free."""
-    auto, cross, var, v, y = _centred(moments, sources_of(groups), free_mean)
+    """Statistics from moments of an assignment, less the means where they are free."""
+    auto, cross, var, v, y = _centred(moments, sources_of(assignment), free_mean)
     return AssignedStatistics(
-        assignment=groups,
+        assignment=assignment,
         auto=auto,
         cross=cross,
-        var=to_original_order(var.clamp_min(0), groups),
+        var=to_original_order(var.clamp_min(0), assignment),
         mean_v=v,
         mean_y=y,
         basis=basis,
@@ -135,31 +138,31 @@ def pair_errors(auto: Tensor, cross: Tensor, var: Tensor, rows: float) -> Tensor
     return (var - explained_variance(auto, cross, damping_for(auto, rows))).clamp_min(0)
 
 
-def sources_of(groups: GhostAssignment) -> Tensor:
-    """For every computed channel the number of the intrinsic map it is made of; an intrinsic one's is its own."""
-    return torch.cat((torch.arange(len(groups.intrinsic)), groups.sources[:, 0]))
+def sources_of(assignment: GhostAssignment) -> Tensor:
+    """The index of the source map of every computed channel (n); the source of an intrinsic map is the map itself."""
+    return torch.cat((torch.arange(len(assignment.intrinsic)), assignment.sources[:, 0]))
 
 
-def to_original_order(computed: Tensor, groups: GhostAssignment) -> Tensor:
-    """Values of the computed channels, by original channel."""
+def to_original_order(computed: Tensor, assignment: GhostAssignment) -> Tensor:
+    """Values of the computed channels, sorted by original channel."""
     result = torch.empty_like(computed)
-    result[groups.channels] = computed
+    result[assignment.channels] = computed
     return result
 
 
 def solve_kernels(auto: Tensor, cross: Tensor, source: Tensor, rows: float) -> Tensor:
-    """Kernels (k x D) that make each target of its source among m maps; `auto` is m x D x D, `cross` k x D."""
-    turns = rank_in_group(source)
-    right = cross.new_zeros(*auto.shape[:2], int(turns.max()) + 1)
-    right[source, :, turns] = cross
-    return solve_damped(auto, right, damping_for(auto, rows))[source, :, turns]
+    """Kernels (k x D) that predict each target from its source among m maps; `auto` is m x D x D, `cross` k x D."""
+    ranks = rank_in_group(source)
+    right = cross.new_zeros(*auto.shape[:2], int(ranks.max()) + 1)
+    right[source, :, ranks] = cross
+    return solve_damped(auto, right, damping_for(auto, rows))[source, :, ranks]
 
 
 def fit_assigned_kernels(moments: AssignedMoments, source: Tensor, free_mean: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Of targets that are each made of one map: kernels (k x D), constants and relative errors (k)."""
+    """Kernels (k x D), constants and relative errors (k) of targets that are each predicted from one map."""
     auto, cross, var, v, y = _centred(moments, source, free_mean)
     kernels = solve_kernels(auto, cross, source, float(moments.count))
-    spent = torch.einsum("kd,kde,ke->k", kernels, auto[source], kernels)
+    power = torch.einsum("kd,kde,ke->k", kernels, auto[source], kernels)
     var = var.clamp_min(1e-30)
-    error = var - 2 * (cross * kernels).sum(1) + spent
+    error = var - 2 * (cross * kernels).sum(1) + power
     return kernels, y - (v[source] * kernels).sum(1), error.clamp_min(0) / var

@@ -1,4 +1,4 @@
-"""Several processes at one calibration: who takes which batch, and sums over all of them."""
+"""Rank, number of processes, and sums over the processes of a `torch.distributed` group."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from torch import Tensor, distributed
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """This process's rank and how many there are; 0 of 1 without an initialised process group."""
+    """The rank of this process and the number of processes; 0 and 1 without an initialised process group."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return 0, 1
     return distributed.get_rank(), distributed.get_world_size()
 
 
 def all_reduce_sum(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The sum of each tensor over all processes; the tensors themselves where there is just one."""
+    """The sum of each tensor over all processes; the tensors themselves with one process."""
     if rank_and_world_size()[1] == 1:
         return tensors
     copies = tuple(t.clone() for t in tensors)

@@ -1,4 +1,4 @@
-"""What the fit of a ghost module asks of a layer's statistics, and what it answers; tensors only."""
+"""The statistics that the fit of a ghost module needs, and its solution; tensors only."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from ghostify.fitting.assignment import GhostAssignment
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """Coordinates of the intrinsic maps in the basis (m x b), kernels (ghosts x w x D), and the groups they serve."""
+    """Coordinates of the intrinsic maps in the basis (m x b), and kernels (ghosts x w x D) of the assigned ghosts."""
 
-    groups: GhostAssignment
+    assignment: GhostAssignment
     intrinsic: Tensor
     kernels: Tensor
 
 
 class GhostStatistics(Protocol):
-    """Second moments of a layer's basis maps, at the D places of the cheap kernel, with its n outputs."""
+    """Second moments of a layer's basis maps, at the D taps of the cheap kernel, with its n outputs."""
 
     @property
     def basis(self) -> Tensor:
-        """The filters that make the basis maps (b x c k^2)."""
+        """The filters that compute the basis maps (b x c k^2)."""
 
     @property
     def var(self) -> Tensor:
@@ -35,7 +35,7 @@ class GhostStatistics(Protocol):
         """Whether the last coordinate of a solution multiplies a map that is 1 inside the image, 0 in the padding."""
 
     def squared_errors(self, solution: Solution) -> Tensor:
-        """Squared error of every output (n, original order), less a free constant each if the moments are centred."""
+        """Squared error of every output (n, original order), after a free constant if the moments are centred."""
 
     def mean_residuals(self, solution: Solution) -> Tensor:
         """The mean of every output (n, original order) less that of its prediction."""

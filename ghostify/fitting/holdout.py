@@ -1,4 +1,4 @@
-"""Errors of a fitted layer on the calibration images that were held out of its fit."""
+"""Errors of a fitted layer on the holdout: the calibration images that are excluded from its fit."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from ghostify.numerics import relative_to_variance
 
 @dataclass(frozen=True, eq=False)
 class HoldoutErrors:
-    """Relative squared error of each output channel (n), and what it adds to the model's, where that is known.
+    """Relative squared error of each output channel (n), and the predicted error of the model's outputs, if known.
 
-    `output_error` is trace(G E) for the sensitivity G and the error's second moments E, see `output_sensitivity`.
+    `output_error` is trace(G E), with the sensitivity G and the second moments E of the errors; see
+    `output_sensitivity`.
     """
 
     relative: Tensor
@@ -23,22 +24,22 @@ class HoldoutErrors:
 
 
 class HoldoutSums:
-    """Sums over held-out positions of the products of errors of n channels, and of the targets and their squares."""
+    """Sums over holdout positions: products of the errors of n channels, the targets, and their squares."""
 
     def __init__(self, channels: int) -> None:
         self._sums = torch.zeros(channels + 2, channels, dtype=torch.float64)
         self._count = torch.zeros((), dtype=torch.float64)
 
     def add(self, estimate: Tensor, target: Tensor) -> None:
-        """Positions of one batch (P x n, float64)."""
+        """Add the positions of one batch (P x n, float64)."""
         error = estimate - target
         self._sums += torch.cat((error.T @ error, torch.stack((target.sum(0), target.square().sum(0)))))
         self._count += len(target)
 
     def errors(self, sensitivity: Tensor | None, *, free_mean: bool) -> HoldoutErrors | None:
-        """Over all processes, relative to the targets' variance, or to their mean square without a free mean.
+        """Errors over all processes, relative to the targets' variance, or to their mean square without a free mean.
 
-        None where no position was held out.
+        None without holdout positions.
         """
         sums, count = all_reduce_sum(self._sums, self._count)
         if not count:

@@ -1,4 +1,4 @@
-"""Ghost weights that nothing was fitted to: where others start, and enough to measure time."""
+"""Untrained ghost weights, for timing and as baselines."""
 
 from __future__ import annotations
 
@@ -19,26 +19,28 @@ Kernels = Callable[[GhostRewrite, Tensor], Tensor]
 def untrained_weights(
     program: Program, plan: Plan, kernels: Kernels | None = None, *, shuffled: bool = False, seed: int = 0
 ) -> dict[str, GhostWeights]:
-    """The first m filters kept, the others' channels from cheap kernels at random (Kaiming), or as `kernels` makes
-    them from a rewrite and the whole weight. With `shuffled`, channels stand in an order such as a fit would choose.
+    """Ghost weights by convolution name: the first m filters, and random cheap kernels (Kaiming) for the other maps.
+
+    `kernels` computes other kernels from a rewrite and the complete weight. With `shuffled`, the channels have a random
+    order, as after a fit.
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def drawn(entry: GhostRewrite, _: Tensor) -> Tensor:
+    def random_kernels(entry: GhostRewrite, _: Tensor) -> Tensor:
         shape = entry.layout.kernel_shape
         return torch.randn(entry.layout.ghosts, *shape, generator=generator) * (2 / math.prod(shape)) ** 0.5
 
     weights = {}
     for entry in plan.rewrites:
-        conv, layout, narrowing = program.conv(entry.conv.name), entry.layout, entry.kept_channels
-        if narrowing is not None:
-            conv = slice_conv(conv, narrowing.kept_out, narrowing.kept_in)
-        m, whole = layout.intrinsic, conv.weight.detach()
-        primary = cheap = None
+        conv, layout, kept = program.conv(entry.conv.name), entry.layout, entry.kept_channels
+        if kept is not None:
+            conv = slice_conv(conv, kept.kept_out, kept.kept_in)
+        m, weight = layout.intrinsic, conv.weight.detach()
+        primary_bias = cheap_bias = None
         if conv.bias is not None:
-            primary, cheap = conv.bias.detach()[:m], conv.bias.detach()[m:]
-        made = (kernels or drawn)(entry, whole)
+            primary_bias, cheap_bias = conv.bias.detach()[:m], conv.bias.detach()[m:]
+        cheap_weight = (kernels or random_kernels)(entry, weight)
         n = layout.outputs
         channels = torch.randperm(n, generator=generator) if shuffled else torch.arange(n)
-        weights[entry.conv.name] = GhostWeights(channels, whole[:m], primary, made, cheap)
+        weights[entry.conv.name] = GhostWeights(channels, weight[:m], primary_bias, cheap_weight, cheap_bias)
     return weights

@@ -13,20 +13,22 @@ from ghostify.fitting import patches
 from ghostify.fitting.calibration import HOLDOUT_EVERY, holdout_mask
 from ghostify.fitting.lockstep import BatchState, LockstepRun
 from ghostify.fitting.moments import SplitMoments
+from ghostify.graph.batchnorm import BatchNorm, batchnorm_affine
 from ghostify.numerics import derive_seed
 from ghostify.planning.planner import GhostRewrite, PruneRewrite
 
 MAX_ROWS = 40_000
-MIN_ROWS = 14_000
+MIN_PATCH_ROWS = 14_000
 MAX_PRODUCTS = 34e9
+MIN_RELATIVE_SCALE = 0.01
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One batch: what the converted model feeds the convolution and what the original made of it, whole and in rows.
+    """One batch: the convolution's `image` in the converted model and its `target` from the original, and rows of them.
 
-    `holdout` (N) and `holdout_rows` (P) say which images, and rows of patches `u` (P x c k^2) and targets `y` (P x n),
-    are held out; `seed` is the batch's own.
+    `u` (P x c k^2) holds patches of the image, `y` (P x n) the targets at the same positions. `holdout` (N) and
+    `holdout_rows` (P) mark the images and rows of the holdout. `seed` is derived for the batch.
     """
 
     image: Tensor
@@ -39,73 +41,84 @@ class Sample:
 
 
 class LayerSamples:
-    """Takes samples of one convolution and adds up their moments: those of its input patches with its target outputs.
+    """Samples of one convolution, batch by batch, and the moments of its input patches with its target outputs.
 
-    `gain` is sigma / gamma of the following norm, by channel of the original (see `regression_target`); `conv` is the
-    convolution that reads the patches, and makes the channels `kept_out` of the original's.
+    `gain` is sigma / gamma of the following norm, by channel of the original (see `regression_target`). `conv` is the
+    convolution that reads the patches; its outputs are the channels `kept_out` of the original's.
     """
 
     def __init__(
         self,
         entry: GhostRewrite | PruneRewrite,
-        walk: LockstepRun,
+        lockstep: LockstepRun,
         conv: nn.Conv2d,
         gain: Tensor,
         images: int,
         seed: int,
     ) -> None:
         self.name, self.conv, self.gain, self.images, self.seed = entry.conv.name, conv, gain, images, seed
-        self.kept_out, self.residual = kept_out_of(entry), walk.node(entry.residual_operand)
+        self.kept_out, self.residual = kept_out_of(entry), lockstep.node(entry.residual_operand)
         features = conv.weight[0].numel()
-        self.moments, self.rows = SplitMoments.zero(features, len(self.kept_out)), rows_for(features, MIN_ROWS)
+        self.moments, self.rows = SplitMoments.zero(features, len(self.kept_out)), rows_for(features, MIN_PATCH_ROWS)
 
-    def take(self, node: fx.Node, chunk: BatchState) -> Sample:
-        """The sample of one batch, whose moments are added; raises `GhostifyError` for values that are not finite."""
-        image = chunk.value(node.all_input_nodes[0]).float().cpu()
-        target = target_of(node, chunk, self.residual, self.gain, self.kept_out)
-        holdout = holdout_mask(torch.arange(len(target)) + chunk.batch.first, min(HOLDOUT_EVERY, self.images))
-        seed = derive_seed(self.seed, chunk.batch.first)
-        positions = patches.sample_positions(target.shape, self.positions_per_map(chunk, target, self.rows), seed)
+    def take(self, node: fx.Node, state: BatchState) -> Sample:
+        """The sample of one batch; adds its moments. Raises `GhostifyError` for values that are not finite."""
+        image = state.value(node.all_input_nodes[0]).float().cpu()
+        target = regression_target(node, state, self.residual, self.gain, self.kept_out)
+        holdout = holdout_mask(torch.arange(len(target)) + state.batch.first, min(HOLDOUT_EVERY, self.images))
+        seed = derive_seed(self.seed, state.batch.first)
+        positions = patches.sample_positions(target.shape, self.positions_per_map(state, target, self.rows), seed)
         u, y = patches.extract_patches(self.conv, image, positions), patches.gather_positions(target, positions)
-        check_finite((u, y), chunk, self.name)
+        check_finite((u, y), state, self.name)
         holdout_rows = holdout[positions[0]]
         self.moments.add(u, y, holdout_rows)
         return Sample(image, target, holdout, holdout_rows, u, y, seed)
 
-    def positions_per_map(self, chunk: BatchState, target: Tensor, rows: int) -> int:
-        """Positions of each map of a batch to look at, for near so many rows in the whole set of images."""
-        return patches.positions_per_map(rows * chunk.batch.size, self.images * len(target))
+    def positions_per_map(self, state: BatchState, target: Tensor, rows: int) -> int:
+        """Number of positions to sample in each map of a batch, for about `rows` rows over all images."""
+        return patches.positions_per_map(rows * state.batch.size, self.images * len(target))
 
 
 def kept_out_of(entry: GhostRewrite | PruneRewrite) -> Tensor:
-    """The original's output channels that a convolution keeps."""
-    keeps = None if entry.kept_channels is None else entry.kept_channels.kept_out
-    return torch.arange(entry.conv.outputs) if keeps is None else torch.tensor(keeps)
+    """The output channels of the original convolution that are kept."""
+    kept_out = None if entry.kept_channels is None else entry.kept_channels.kept_out
+    return torch.arange(entry.conv.outputs) if kept_out is None else torch.tensor(kept_out)
 
 
-def target_of(node: fx.Node, chunk: BatchState, residual: fx.Node | None, gain: Tensor, kept_out: Tensor) -> Tensor:
-    """The original's output of a convolution and, before a residual sum, what the other operand lacks when converted.
+def regression_target(
+    node: fx.Node, state: BatchState, residual: fx.Node | None, gain: Tensor, kept_out: Tensor
+) -> Tensor:
+    """The output of a convolution in the original, plus `gain` times the error of the residual operand, if any.
 
-    The sum of both is then the original sum less the converted other operand, seen through the norm's scale: `gain`.
-    Of all channels `kept_out` are left, in the other operand as well.
+    With it, the sum of the output and the residual operand is that of the original: `gain` (sigma / gamma) divides the
+    residual operand's error by the scale of the following norm. Only the channels `kept_out` are returned.
     """
-    kept = slice(None) if len(kept_out) == chunk.original[node].shape[1] else kept_out
-    output = chunk.original[node][:, kept].float().cpu()
-    if residual is None or residual not in chunk.converted:
+    kept = slice(None) if len(kept_out) == state.original[node].shape[1] else kept_out
+    output = state.original[node][:, kept].float().cpu()
+    if residual is None or residual not in state.converted:
         return output
-    lacks = (chunk.original[residual][:, kept] - chunk.converted[residual]).float().cpu()
-    return torch.addcmul(output, lacks, gain[kept, None, None])
+    residual_error = (state.original[residual][:, kept] - state.converted[residual]).float().cpu()
+    return torch.addcmul(output, residual_error, gain[kept, None, None])
 
 
-def check_finite(rows: Sequence[Tensor], chunk: BatchState, name: str) -> None:
-    """Raises `GhostifyError` for values that are not finite, naming batch and layer."""
-    if not all(own.norm().square().isfinite() for own in rows):
+def inverse_norm_scale(norm: BatchNorm | None, outputs: int) -> Tensor:
+    """sigma / gamma of the following norm (n); 0 for channels with a scale near 0, 1 without a norm."""
+    if norm is None or norm.running_var is None:
+        return torch.ones(outputs)
+    scale = batchnorm_affine(norm, norm.running_var.dtype)[0].cpu()
+    is_large = scale.abs() > MIN_RELATIVE_SCALE * scale.abs().max()
+    return torch.where(is_large, 1 / scale, 0).float()
+
+
+def check_finite(rows: Sequence[Tensor], state: BatchState, name: str) -> None:
+    """Raise `GhostifyError` for values that are not finite, with the number of the batch and the name of the layer."""
+    if not all(values.norm().square().isfinite() for values in rows):
         raise GhostifyError(
-            f"calibration batch {chunk.batch.number}: {name} sees values that are not finite or near overflow: look at "
-            f"that batch, or at the model's dtype"
+            f"calibration batch {state.batch.number}: {name} has values that are not finite or near overflow. Check "
+            f"that batch, or use a dtype with a larger range."
         )
 
 
-def rows_for(features: int, least: int, share: float = 1.0) -> int:
-    """Rows for moments of so many features: as many as a share of MAX_PRODUCTS allows, from `least` to MAX_ROWS."""
-    return min(MAX_ROWS, max(least, int(share * MAX_PRODUCTS / features**2)))
+def rows_for(features: int, min_rows: int, share: float = 1.0) -> int:
+    """Number of rows for moments of so many features: for a share of MAX_PRODUCTS products, `min_rows` to MAX_ROWS."""
+    return min(MAX_ROWS, max(min_rows, int(share * MAX_PRODUCTS / features**2)))

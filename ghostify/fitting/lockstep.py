@@ -1,4 +1,4 @@
-"""Original and converted graph side by side: every node runs once per calibration batch, only live values are kept."""
+"""Lockstep run of the original and the converted graph: each node runs once per batch, only live values are kept."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TRIM_AFTER_BATCHES = 16
 
 
 class NodeValues(dict[fx.Node, Any]):
-    """One model's live values by node; what lies in a file comes back when it is asked for."""
+    """The live values of one model by node; a value in a file is loaded when it is read."""
 
     def __getitem__(self, node: fx.Node) -> Any:
         value = self[node] = restore(super().__getitem__(node))
@@ -31,9 +31,9 @@ class NodeValues(dict[fx.Node, Any]):
 
 @dataclass(eq=False)
 class BatchState:
-    """One calibration batch on its way, and the values that later nodes still read.
+    """The progress of one calibration batch: the values that later nodes read.
 
-    `converted` holds only the values that differ from the original's.
+    `converted` holds only values that differ from the original's.
     """
 
     batch: CalibrationBatch
@@ -44,21 +44,26 @@ class BatchState:
         """The node's value in the converted model."""
         return self.converted[node] if node in self.converted else self.original[node]
 
-    def offload(self, shelf: ActivationStore) -> None:
-        """Put the values aside; those that share their memory stay where they are."""
-        owners = Counter(p for side in (self.original, self.converted) for v in side.values() for p in _memory(v))
-        for side in (self.original, self.converted):
-            for node, value in list(side.items()):
-                side[node] = shelf.put(value, movable=all(owners[p] == 1 for p in _memory(value)))
+    def offload(self, store: ActivationStore) -> None:
+        """Move the values to the store; those that share memory with others are not moved."""
+        owners = Counter(
+            address
+            for values in (self.original, self.converted)
+            for value in values.values()
+            for address in _storage_addresses(value)
+        )
+        for values in (self.original, self.converted):
+            for node, value in list(values.items()):
+                values[node] = store.put(value, movable=all(owners[a] == 1 for a in _storage_addresses(value)))
 
 
 class LockstepRun:
-    """Steps through the graph of `module` with a copy of it that the caller converts on the way.
+    """A run of the graph of `module` and, in lockstep, of a copy of it that the caller converts at the stops.
 
-    The walk stops at the nodes named `stops`; `changed` names all nodes whose module the caller is going to replace or
-    change, or that differs already in `converted`, of which the copy then is. From one stop to the next, one batch
-    after another goes the whole way; what it needs later is put aside, beyond `limit` bytes (default 1 GiB) in
-    temporary files. With many batches, free memory goes back after each.
+    The run stops at the nodes named `stops`. `changed` names all nodes whose modules the caller replaces or changes, or
+    that already differ in `converted`, which is copied in place of `module` if given. From one stop to the next, the
+    batches run one after another; values that are read later are stored, beyond `limit` bytes (default 1 GiB) in
+    temporary files. With many batches, free memory is returned to the system after each.
     """
 
     def __init__(
@@ -73,73 +78,75 @@ class LockstepRun:
     ) -> None:
         self.original = copy.deepcopy(module).eval()
         self.converted = copy.deepcopy(module if converted is None else converted).eval()
-        self.chunks, self.changed = [BatchState(batch) for batch in batches], changed | stops
+        self.states, self.changed = [BatchState(batch) for batch in batches], changed | stops
         self.nodes = list(self.original.graph.nodes)
         self.stops = [k for k, node in enumerate(self.nodes) if node.name in stops]
         self._converted_nodes = {n.name: n for n in self.converted.graph.nodes}
-        self._named = {n.name: n for n in self.nodes}
+        self._original_nodes = {n.name: n for n in self.nodes}
         self._inputs = placeholders(self.original)
         self._last_uses = last_uses(self.original.graph)
-        self._shelf = ActivationStore(limit)
+        self._store = ActivationStore(limit)
 
     def node(self, name: str | None) -> fx.Node | None:
-        """The original's node of that name."""
-        return None if name is None else self._named.get(name)
+        """The node of that name in the original graph."""
+        return None if name is None else self._original_nodes.get(name)
 
     def steps(self) -> Iterator[tuple[fx.Node, Iterator[BatchState]]]:
-        """At each stop its node, and the batches one by one: the original has run the node, the converted not yet."""
+        """The node of each stop, and the batches one by one: the node has run in the original only."""
         begin = 0
         for end in self.stops:
-            arriving = self._run_segment(begin, end)
-            yield self.nodes[end], arriving
-            for _ in arriving:
+            states = self._run_segment(begin, end)
+            yield self.nodes[end], states
+            for _ in states:
                 pass
             begin = end
 
     def _run_segment(self, begin: int, end: int) -> Iterator[BatchState]:
-        for chunk in self.chunks:
+        for state in self.states:
             for k in range(begin, end + 1):
                 if k > begin or k == 0:
-                    self._run_original(self.nodes[k], chunk)
+                    self._run_original(self.nodes[k], state)
                 if k < end:
-                    self._run_converted(self.nodes[k], chunk)
-            yield chunk
-            chunk.offload(self._shelf)
-            if len(self.chunks) > TRIM_AFTER_BATCHES:
+                    self._run_converted(self.nodes[k], state)
+            yield state
+            state.offload(self._store)
+            if len(self.states) > TRIM_AFTER_BATCHES:
                 trim_heap()
 
-    def _run_original(self, node: fx.Node, chunk: BatchState) -> None:
-        if self._diverges(node, chunk) and may_mutate_input(self.original, node):
+    def _run_original(self, node: fx.Node, state: BatchState) -> None:
+        if self._diverges(node, state) and may_mutate_input(self.original, node):
             for source in node.all_input_nodes:
-                if _memory(chunk.value(source)) & _memory(chunk.original[source]):
-                    chunk.converted[source] = _copied(chunk.value(source))
+                if _storage_addresses(state.value(source)) & _storage_addresses(state.original[source]):
+                    state.converted[source] = _clone_tensors(state.value(source))
         if node.op == "placeholder":
-            chunk.original[node] = values_of(chunk.batch.inputs)[self._inputs.index(node)]
+            state.original[node] = values_of(state.batch.inputs)[self._inputs.index(node)]
         else:
-            chunk.original[node] = run_node(self.original, node, chunk.original)
+            state.original[node] = run_node(self.original, node, state.original)
 
-    def _run_converted(self, node: fx.Node, chunk: BatchState) -> None:
-        if self._diverges(node, chunk):
+    def _run_converted(self, node: fx.Node, state: BatchState) -> None:
+        if self._diverges(node, state):
             if node.op == "placeholder":
-                chunk.converted[node] = values_of(chunk.batch.converted_inputs)[self._inputs.index(node)]
+                state.converted[node] = values_of(state.batch.converted_inputs)[self._inputs.index(node)]
             else:
-                twin = self._converted_nodes[node.name]
-                values = NodeValues({source: chunk.value(self._named[source.name]) for source in twin.all_input_nodes})
-                chunk.converted[node] = run_node(self.converted, twin, values)
-        for old in self._last_uses.get(node, ()):
-            chunk.original.pop(old, None)
-            chunk.converted.pop(old, None)
+                converted_node = self._converted_nodes[node.name]
+                values = NodeValues(
+                    {n: state.value(self._original_nodes[n.name]) for n in converted_node.all_input_nodes}
+                )
+                state.converted[node] = run_node(self.converted, converted_node, values)
+        for source in self._last_uses.get(node, ()):
+            state.original.pop(source, None)
+            state.converted.pop(source, None)
 
-    def _diverges(self, node: fx.Node, chunk: BatchState) -> bool:
+    def _diverges(self, node: fx.Node, state: BatchState) -> bool:
         if node.op == "placeholder":
-            return chunk.batch.converted_stored is not None
-        return node.name in self.changed or any(source in chunk.converted for source in node.all_input_nodes)
+            return state.batch.converted_stored is not None
+        return node.name in self.changed or any(source in state.converted for source in node.all_input_nodes)
 
 
-def _copied(value: Any) -> Any:
+def _clone_tensors(value: Any) -> Any:
     return tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, value)
 
 
-def _memory(value: Any) -> set[int]:
-    """Addresses of the memory that a value's tensors lie in."""
+def _storage_addresses(value: Any) -> set[int]:
+    """Addresses of the storages of a value's tensors."""
     return {t.untyped_storage().data_ptr() for t in tensor_leaves(value)}

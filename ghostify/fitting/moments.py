@@ -14,7 +14,7 @@ from ghostify.fitting.distributed import all_reduce_sum
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-ROWS = 8192
+CHUNK_ROWS = 8192
 SMALL_CHUNK_ROWS = 1024
 TILE_ROWS = 512
 
@@ -23,15 +23,15 @@ TILE_ROWS = 512
 class TargetSums:
     """Sums over rows with n targets: `count` rows, the targets `y` and their squares `yy` (n); float64.
 
-    What else is summed, subclasses say. Two sets of sums add up to those of all rows.
+    Subclasses add further sums. The sum of two instances is that of all rows.
     """
 
     count: Tensor
     y: Tensor
     yy: Tensor
 
-    def take_targets(self, y: Tensor) -> None:
-        """Take up the targets of rows (P x n), in place."""
+    def add_targets(self, y: Tensor) -> None:
+        """Add the targets of rows (P x n), in place."""
         self.count.add_(len(y))
         self.y.add_(y.sum(0, dtype=torch.float64))
         self.yy.add_(y.square().sum(0, dtype=torch.float64))
@@ -47,7 +47,7 @@ class TargetSums:
 class Moments(TargetSums):
     """Sums of features u (a values) and of their products with each other and with the targets.
 
-    Of the products of u with itself (a x a) `upper` is good above the diagonal only; `uy` is a x n.
+    `upper` (a x a) holds the products of the features, valid on and above the diagonal only; `uy` is a x n.
     """
 
     u: Tensor
@@ -56,13 +56,13 @@ class Moments(TargetSums):
 
     @classmethod
     def zero(cls, features: int, targets: int) -> Moments:
-        own = zeros(features), zeros(features, features), zeros(features, targets)
-        return cls(zeros(), zeros(targets), zeros(targets), *own)
+        feature_sums = zeros(features), zeros(features, features), zeros(features, targets)
+        return cls(zeros(), zeros(targets), zeros(targets), *feature_sums)
 
     def add(self, u: Tensor, y: Tensor) -> None:
-        """Take up rows u (P x a) and y (P x n), in place. Products of blocks of rows are summed in float64."""
-        for us, ys in zip(u.split(ROWS), y.split(ROWS), strict=True):
-            self.take_targets(ys)
+        """Add rows u (P x a) and y (P x n), in place. Products of chunks of rows are summed in float64."""
+        for us, ys in zip(u.split(CHUNK_ROWS), y.split(CHUNK_ROWS), strict=True):
+            self.add_targets(ys)
             self.u.add_(us.sum(0, dtype=torch.float64))
             for a in range(0, us.shape[1], TILE_ROWS):
                 self.upper[a : a + TILE_ROWS, a:].add_(us[:, a : a + TILE_ROWS].T @ us[:, a:])
@@ -70,15 +70,15 @@ class Moments(TargetSums):
 
     @property
     def uu(self) -> Tensor:
-        whole = self.upper.clone()
-        for a in range(0, len(whole), TILE_ROWS):
-            b = min(a + TILE_ROWS, len(whole))
-            whole[a:b, a:b] = whole[a:b, a:b].triu() + whole[a:b, a:b].triu(1).T
-            whole[b:, a:b] = whole[a:b, b:].T
-        return whole
+        full = self.upper.clone()
+        for a in range(0, len(full), TILE_ROWS):
+            b = min(a + TILE_ROWS, len(full))
+            full[a:b, a:b] = full[a:b, a:b].triu() + full[a:b, a:b].triu(1).T
+            full[b:, a:b] = full[a:b, b:].T
+        return full
 
     def projected(self, basis: Tensor) -> Moments:
-        """Moments of maps that are `basis` (b x a) times the features."""
+        """Moments of the features that are `basis` (b x a) times these."""
         return replace(self, u=basis @ self.u, upper=basis @ self.uu @ basis.T, uy=basis @ self.uy)
 
     @cached_property
@@ -90,7 +90,7 @@ class Moments(TargetSums):
         return self.y / self.count.clamp_min(1)
 
     def centred(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Covariances (uu, uy) and variances (y) of the rows seen so far."""
+        """Covariances (uu, uy) and variances (y) of the rows so far."""
         uu, uy, yy = self.raw()
         uu.addr_(self.mean_u, self.mean_u, alpha=-1)
         uy.addr_(self.mean_u, self.mean_y, alpha=-1)
@@ -104,7 +104,7 @@ class Moments(TargetSums):
 
 @dataclass(frozen=True, eq=False)
 class SplitMoments:
-    """Moments of the rows that are fitted to, and of those that only judge."""
+    """Moments of the rows that are fitted, and of those of the holdout."""
 
     fitted: Moments
     holdout: Moments
@@ -113,24 +113,24 @@ class SplitMoments:
     def zero(cls, features: int, targets: int) -> SplitMoments:
         return cls(Moments.zero(features, targets), Moments.zero(features, targets))
 
-    def add(self, u: Tensor, y: Tensor, judges: Tensor) -> None:
-        """Take up rows; `judges` (P, bool) says which of them are held out."""
-        self.fitted.add(u[~judges], y[~judges])
-        self.holdout.add(u[judges], y[judges])
+    def add(self, u: Tensor, y: Tensor, holdout_rows: Tensor) -> None:
+        """Add rows; `holdout_rows` (P, bool) marks those of the holdout."""
+        self.fitted.add(u[~holdout_rows], y[~holdout_rows])
+        self.holdout.add(u[holdout_rows], y[holdout_rows])
 
     def all_reduced(self) -> SplitMoments:
         return SplitMoments(self.fitted.all_reduced(), self.holdout.all_reduced())
 
     @cached_property
-    def both(self) -> Moments:
+    def all_rows(self) -> Moments:
         return self.fitted + self.holdout
 
 
 @dataclass(frozen=True, eq=False)
 class PerMapMoments(TargetSums):
-    """Sums of n maps at D places and of n targets, map by map: no products between different maps.
+    """Sums of n maps at D taps and of n targets, without products of different maps.
 
-    `v` is D x n, `auto` n x D x D, `cross` D x n x n (place, map, target).
+    `v` is D x n, `auto` n x D x D, `cross` D x n x n (tap, map, target).
     """
 
     v: Tensor
@@ -138,14 +138,14 @@ class PerMapMoments(TargetSums):
     cross: Tensor
 
     @classmethod
-    def zero(cls, maps: int, places: int) -> PerMapMoments:
-        own = zeros(places, maps), zeros(maps, places, places), zeros(places, maps, maps)
-        return cls(zeros(), zeros(maps), zeros(maps), *own)
+    def zero(cls, maps: int, taps: int) -> PerMapMoments:
+        map_sums = zeros(taps, maps), zeros(maps, taps, taps), zeros(taps, maps, maps)
+        return cls(zeros(), zeros(maps), zeros(maps), *map_sums)
 
     def add(self, v: Tensor, y: Tensor) -> None:
-        """Take up rows v (P x D x n) and y (P x n), in place."""
-        for vs, ys in zip(v.split(ROWS), y.split(ROWS), strict=True):
-            self.take_targets(ys)
+        """Add rows v (P x D x n) and y (P x n), in place."""
+        for vs, ys in zip(v.split(CHUNK_ROWS), y.split(CHUNK_ROWS), strict=True):
+            self.add_targets(ys)
             by_map = vs.permute(2, 1, 0).contiguous()
             self.v.add_(vs.sum(0, dtype=torch.float64))
             self.auto.add_(by_map @ by_map.mT)
@@ -154,7 +154,7 @@ class PerMapMoments(TargetSums):
 
 @dataclass(frozen=True, eq=False)
 class AssignedMoments(TargetSums):
-    """Sums of m maps at D places and of n targets, each of which is linked to one map.
+    """Sums of m maps at D taps and of n targets, each of which is assigned to one map.
 
     `v` is m x D, `auto` m x D x D, `cross` n x D.
     """
@@ -164,21 +164,21 @@ class AssignedMoments(TargetSums):
     cross: Tensor
 
     @classmethod
-    def zero(cls, maps: int, places: int, targets: int) -> AssignedMoments:
-        own = zeros(maps, places), zeros(maps, places, places), zeros(targets, places)
-        return cls(zeros(), zeros(targets), zeros(targets), *own)
+    def zero(cls, maps: int, taps: int, targets: int) -> AssignedMoments:
+        map_sums = zeros(maps, taps), zeros(maps, taps, taps), zeros(targets, taps)
+        return cls(zeros(), zeros(targets), zeros(targets), *map_sums)
 
     def add(self, v: Tensor, y: Tensor, source: Tensor) -> None:
-        """Take up rows v (P x D x m) and y (P x n), in place; `source` (n) names each target's map."""
-        turns = rank_in_group(source)
+        """Add rows v (P x D x m) and y (P x n), in place; `source` (n) is the index of the map of each target."""
+        ranks = rank_in_group(source)
         for vs, ys in zip(v.split(SMALL_CHUNK_ROWS), y.split(SMALL_CHUNK_ROWS), strict=True):
-            self.take_targets(ys)
+            self.add_targets(ys)
             by_map = vs.permute(2, 1, 0).contiguous()
-            served = by_map.new_zeros(int(turns.max()) + 1, len(by_map), len(ys))
-            served[turns, source] = ys.T
+            targets = by_map.new_zeros(int(ranks.max()) + 1, len(by_map), len(ys))
+            targets[ranks, source] = ys.T
             self.v.add_(by_map.sum(2, dtype=torch.float64))
             self.auto.add_(by_map @ by_map.mT)
-            self.cross.add_((by_map @ served.permute(1, 2, 0))[source, :, turns])
+            self.cross.add_((by_map @ targets.permute(1, 2, 0))[source, :, ranks])
 
 
 def zeros(*shape: int) -> Tensor:
@@ -186,10 +186,10 @@ def zeros(*shape: int) -> Tensor:
 
 
 def rank_in_group(source: Tensor) -> Tensor:
-    """For every ghost how many ghosts of the same intrinsic map stand before it."""
+    """For every ghost, the number of ghosts with the same source before it."""
     order = source.argsort(stable=True)
-    ranked = source[order]
-    first = torch.searchsorted(ranked, ranked)
-    turns = torch.empty_like(source)
-    turns[order] = torch.arange(len(source)) - first
-    return turns
+    ordered = source[order]
+    first = torch.searchsorted(ordered, ordered)
+    ranks = torch.empty_like(source)
+    ranks[order] = torch.arange(len(source)) - first
+    return ranks

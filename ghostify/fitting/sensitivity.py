@@ -1,4 +1,4 @@
-"""How much the model's outputs feel an error in each convolution's output channels, on calibration images."""
+"""Sensitivity of the model's outputs to errors in each convolution's output channels, on calibration images."""
 
 from __future__ import annotations
 
@@ -15,27 +15,29 @@ from torch import Tensor, fx, nn
 from ghostify.fitting import patches
 from ghostify.fitting.calibration import CalibrationBatches, bind_calibration, count_images, split
 from ghostify.fitting.distributed import all_reduce_sum
+from ghostify.graph.batchnorm import BatchNorm, gamma_beta
 from ghostify.graph.inputs import CallInputs, call_model, tensor_leaves
 from ghostify.graph.observation import intercept_convs
 from ghostify.graph.program import Program
 from ghostify.numerics import derive_seed
 
-SHARE = 8
-LEAST_IMAGES = 16
-IMAGES = 256
-PROBES = 2
-SPREAD_OVER = 8
+IMAGE_DIVISOR = 8
+MIN_IMAGES = 16
+MAX_IMAGES = 256
+DEFAULT_PROBES = 2
+DEVIATION_IMAGES = 8
 IMAGES_PER_PASS = 8
-POSITIONS = 256
-SHRINK = 0.1
-LEAST = 1e-3
+MAX_POSITIONS = 256
+OFF_DIAGONAL_SHRINKAGE = 0.1
+MIN_RELATIVE_DIAGONAL = 1e-3
+MIN_RELATIVE_WEIGHT = 1e-6
 
 Sensitivity = dict[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Calibration batches, what the outputs feel on them of an error in each convolution, and the seconds that took."""
+    """Calibration batches, the sensitivity of the outputs on them by convolution, and the seconds for computing it."""
 
     batches: CalibrationBatches
     sensitivity: Sensitivity
@@ -43,7 +45,7 @@ class Calibration:
 
 
 def prepare_calibration(program: Program, calibration: Iterable[Any] | Calibration, seed: int = 0) -> Calibration:
-    """What planning and fitting share: the batches of `calibration` and the sensitivities of the outputs on them."""
+    """The batches of `calibration` and the sensitivities of the outputs on them, for planning and fitting."""
     if isinstance(calibration, Calibration):
         return calibration
     batches, started = bind_calibration(program.module, calibration), time.perf_counter()
@@ -52,128 +54,152 @@ def prepare_calibration(program: Program, calibration: Iterable[Any] | Calibrati
 
 
 def output_sensitivity(
-    program: Program, batches: CalibrationBatches, *, images: int | None = None, probes: int = PROBES, seed: int = 0
+    program: Program,
+    batches: CalibrationBatches,
+    *,
+    images: int | None = None,
+    probes: int = DEFAULT_PROBES,
+    seed: int = 0,
 ) -> Sensitivity:
-    """By convolution, how the model's outputs' relative squared error follows from errors of its channels (n x n).
+    """Sensitivity of the model's relative squared output error to errors of the channels (n x n), by convolution.
 
-    Errors with covariance E between channels at every position raise the outputs' squared error, relative to their
-    variance over images, by about trace(G E): G is the sum over positions of g g', g being the gradient of a random
-    combination of the outputs, averaged over combinations and the first `images` images (default: an eighth of them,
-    16 to 256); Hutchinson's estimator, with errors taken as independent of gradients and of those at other positions
-    (as in K-FAC, Martens and Grosse 2015). Large maps are sampled at POSITIONS places. Empty where the outputs have no
-    gradient, or the model overwrites what a gradient would need.
+    Errors with covariance E between channels at every position increase the outputs' squared error, relative to their
+    variance over images, by about trace(G E). G is the sum over positions of g g', where g is the gradient of a random
+    combination of the outputs, averaged over `probes` combinations and the first `images` images (default: an eighth of
+    them, 16 to 256). This is Hutchinson's estimator; errors are assumed to be independent of gradients and of errors at
+    other positions (as in K-FAC, Martens and Grosse 2015). Large maps are sampled at `MAX_POSITIONS` positions. Empty
+    where the outputs have no gradient, or the model overwrites values that the gradient needs.
     """
-    images = min(max(-(-batches.images // SHARE), LEAST_IMAGES), IMAGES) if images is None else images
-    dense = [c for c in program.convolutions if c.unsupported_reason is None and c.groups == 1]
-    names = {(c.subgraph_path, call.node): c.name for c in dense for call in c.calls}
+    images = min(max(-(-batches.images // IMAGE_DIVISOR), MIN_IMAGES), MAX_IMAGES) if images is None else images
+    convs = [c for c in program.convolutions if c.unsupported_reason is None and c.groups == 1]
+    names = {(c.subgraph_path, call.node): c.name for c in convs for call in c.calls}
     module = copy.deepcopy(program.module).eval().requires_grad_(False)
-    spreads = _output_deviations(module, _first(batches, min(images, SPREAD_OVER)))
-    sums = {c.name: torch.zeros(c.outputs, c.outputs, dtype=torch.float64) for c in dense}
+    deviations = _output_deviations(module, _first_images(batches, min(images, DEVIATION_IMAGES)))
+    sums = {c.name: torch.zeros(c.outputs, c.outputs, dtype=torch.float64) for c in convs}
     failed = torch.zeros(())
-    for first, counts, inputs in _first(batches, images):
-        taps: list[tuple[str, Tensor]] = []
-        with torch.enable_grad(), intercept_convs(module, program.subgraphs, partial(_add_gradient_probe, names, taps)):
-            outputs = _tensors(call_model(module, inputs))
-        if len(outputs) != len(spreads):
+    for first, weight, inputs in _first_images(batches, images):
+        probe_zeros: list[tuple[str, Tensor]] = []
+        with (
+            torch.enable_grad(),
+            intercept_convs(module, program.subgraphs, partial(_add_gradient_probe, names, probe_zeros)),
+        ):
+            outputs = _float_tensors(call_model(module, inputs))
+        if len(outputs) != len(deviations):
             failed += 1
             break
         for probe in range(probes):
-            drawn = [_draw(o, derive_seed(seed * probes + probe, first)) for o in outputs]
+            directions = [_random_direction(o, derive_seed(seed * probes + probe, first)) for o in outputs]
             try:
-                total = torch.stack([(d * o).sum() / s for d, o, s in zip(drawn, outputs, spreads, strict=True)]).sum()
+                total = torch.stack(
+                    [(d * o).sum() / s for d, o, s in zip(directions, outputs, deviations, strict=True)]
+                ).sum()
                 gradients = torch.autograd.grad(
-                    total, [zero for _, zero in taps], retain_graph=probe < probes - 1, allow_unused=True
+                    total, [zero for _, zero in probe_zeros], retain_graph=probe < probes - 1, allow_unused=True
                 )
             except RuntimeError:
                 failed += 1
                 break
-            for (name, _), gradient in zip(taps, gradients, strict=True):
+            for (name, _), gradient in zip(probe_zeros, gradients, strict=True):
                 if gradient is not None:
-                    sums[name] += counts * _products(gradient, seed)
+                    sums[name] += weight * _channel_products(gradient, seed)
     if all_reduce_sum(failed)[0]:
         return {}
-    seen = probes * min(images, batches.images)
-    found = {name: (all_reduce_sum(total)[0] / seen).float() for name, total in sums.items()}
-    return {name: sensitivity for name, sensitivity in found.items() if sensitivity.any()}
+    gradient_count = probes * min(images, batches.images)
+    means = {name: (all_reduce_sum(total)[0] / gradient_count).float() for name, total in sums.items()}
+    return {name: sensitivity for name, sensitivity in means.items() if sensitivity.any()}
 
 
 def error_metric(sensitivity: Tensor) -> Tensor:
-    """A sensitivity as a metric for errors (n x n, float64, positive definite): what channels feel together counts a
-    little less than few images say, and no channel less than LEAST of the mean."""
+    """A positive definite metric for errors from a sensitivity (n x n, float64).
+
+    The elements off the diagonal, which are estimated on few images, are shrunk; those on it are at least
+    `MIN_RELATIVE_DIAGONAL` times their mean.
+    """
     sensitivity = sensitivity.double()
-    own = sensitivity.diagonal()
-    floored = own.clamp_min(LEAST * own.mean() + torch.finfo(torch.float32).tiny)
-    return (1 - SHRINK) * sensitivity + torch.diag(floored - (1 - SHRINK) * own)
+    diagonal = sensitivity.diagonal()
+    floored = diagonal.clamp_min(MIN_RELATIVE_DIAGONAL * diagonal.mean() + torch.finfo(torch.float32).tiny)
+    factor = 1 - OFF_DIAGONAL_SHRINKAGE
+    return factor * sensitivity + torch.diag(floored - factor * diagonal)
 
 
-def _products(gradient: Tensor, seed: int) -> Tensor:
-    """The sum over positions of products between channels (n x n), from some places where the maps are large."""
-    places = patches.sample_positions(gradient[:1].shape, POSITIONS, seed)
-    rows = gradient[:, :, places[1], places[2]].transpose(0, 1).flatten(1)
-    return (rows @ rows.T).double().cpu() * (gradient[0, 0].numel() / len(places[1]))
+def channel_weights(norm: BatchNorm | None, outputs: int) -> Tensor:
+    """Weights of the squared errors of the outputs (n): gamma^2 / sigma^2 of a following BatchNorm, else 1; also 1
+    where gamma is 0 in all channels."""
+    if norm is None or norm.running_var is None:
+        return torch.ones(outputs, dtype=torch.float64)
+    gamma, _ = gamma_beta(norm)
+    weight = 1 / (norm.running_var.double().cpu() + norm.eps) * gamma.double().cpu().square()
+    return weight.clamp_min(MIN_RELATIVE_WEIGHT * weight.mean()) if weight.any() else torch.ones_like(weight)
+
+
+def _channel_products(gradient: Tensor, seed: int) -> Tensor:
+    """Sums over positions of products between channels (n x n), estimated from some positions where maps are large."""
+    _, rows, columns = patches.sample_positions(gradient[:1].shape, MAX_POSITIONS, seed)
+    samples = gradient[:, :, rows, columns].transpose(0, 1).flatten(1)
+    return (samples @ samples.T).double().cpu() * (gradient[0, 0].numel() / len(rows))
 
 
 def _add_gradient_probe(
     names: Mapping[tuple[str, str], str],
-    taps: list[tuple[str, Tensor]],
-    part: str,
+    probe_zeros: list[tuple[str, Tensor]],
+    path: str,
     node: fx.Node,
     _: Tensor,
     output: Tensor,
 ) -> Tensor:
-    """The output plus a zero by which gradients can be taken."""
-    if (part, node.name) not in names:
+    """The output plus zeros, with respect to which gradients are taken."""
+    if (path, node.name) not in names:
         return output
     zero = torch.zeros_like(output, requires_grad=True)
-    taps.append((names[part, node.name], zero))
+    probe_zeros.append((names[path, node.name], zero))
     return output + zero
 
 
-def _first(batches: CalibrationBatches, images: int) -> Iterator[tuple[int, float, CallInputs]]:
-    """Of this process, the images with numbers below `images`, few at a time: the first one's number, 1, the inputs.
+def _first_images(batches: CalibrationBatches, images: int) -> Iterator[tuple[int, float, CallInputs]]:
+    """This process's share of the first `images` images, few at a time: the first one's number, weight 1, the inputs.
 
-    A process that has none of them yields a stand-in with a 0, so that all take part in the same sums.
+    A process without any of them yields another image with weight 0, so that all processes compute the same sums.
     """
-    mine = [batch for batch in batches.local_batches if batch.first < images]
-    if not mine:
+    local_batches = [batch for batch in batches.local_batches if batch.first < images]
+    if not local_batches:
         yield batches.local_batches[0].first, 0.0, split(batches.local_batches[0].inputs, 1)[0]
-    for batch in mine:
-        first, part = batch.first, split(batch.inputs, images - batch.first)[0]
-        for inputs in split(part, IMAGES_PER_PASS):
+    for batch in local_batches:
+        first, batch_inputs = batch.first, split(batch.inputs, images - batch.first)[0]
+        for inputs in split(batch_inputs, IMAGES_PER_PASS):
             yield first, 1.0, inputs
             first += count_images(inputs)
 
 
-def _tensors(outputs: Any) -> list[Tensor]:
+def _float_tensors(outputs: Any) -> list[Tensor]:
     return [o for o in tensor_leaves(outputs) if o.is_floating_point()]
 
 
 def _output_deviations(module: nn.Module, batches: Iterable[tuple[int, float, CallInputs]]) -> list[Tensor]:
-    """The standard deviation of each output over images, all its values together; of one image, its size."""
+    """The standard deviation of each output over images, of all its values together; for one image, its norm."""
     count, sums, squares = torch.zeros(()), [], []
-    for _, counts, inputs in batches:
+    for _, weight, inputs in batches:
         with torch.no_grad():
-            outputs = _tensors(call_model(module, inputs))
-        count += counts * count_images(inputs)
-        sums.append([counts * (o.double().sum(0) if o.dim() else o.double()) for o in outputs])
-        squares.append([counts * o.double().square().sum() for o in outputs])
+            outputs = _float_tensors(call_model(module, inputs))
+        count += weight * count_images(inputs)
+        sums.append([weight * (o.double().sum(0) if o.dim() else o.double()) for o in outputs])
+        squares.append([weight * o.double().square().sum() for o in outputs])
     count = all_reduce_sum(count)[0]
-    if len({len(own) for own in sums}) > 1:
+    if len({len(batch_sums) for batch_sums in sums}) > 1:
         return []
-    spreads = []
-    for mine, square in zip(zip(*sums, strict=True), zip(*squares, strict=True), strict=True):
-        alike = count > 1 and len({m.shape for m in mine}) == 1
-        mean = all_reduce_sum(torch.stack(mine).sum(0))[0] / count if alike else torch.zeros(())
-        power = all_reduce_sum(torch.stack(square).sum())[0] / count
-        spreads.append((power - mean.square().sum()).clamp_min(1e-6 * power + 1e-30).sqrt().float())
-    return spreads
+    deviations = []
+    for output_sums, output_squares in zip(zip(*sums, strict=True), zip(*squares, strict=True), strict=True):
+        has_mean = count > 1 and len({s.shape for s in output_sums}) == 1
+        mean = all_reduce_sum(torch.stack(output_sums).sum(0))[0] / count if has_mean else torch.zeros(())
+        power = all_reduce_sum(torch.stack(output_squares).sum())[0] / count
+        deviations.append((power - mean.square().sum()).clamp_min(1e-6 * power + 1e-30).sqrt().float())
+    return deviations
 
 
-def _draw(output: Tensor, seed: int) -> Tensor:
-    """Normal values, the same for an image wherever it stands in a batch."""
+def _random_direction(output: Tensor, seed: int) -> Tensor:
+    """Normal values, which for an image do not depend on its position in the batch."""
     if output.dim() == 0:
         return torch.ones_like(output)
-    each = [
+    values = [
         torch.randn(output.shape[1:], generator=torch.Generator().manual_seed(seed + k)) for k in range(len(output))
     ]
-    return torch.stack(each).to(output)
+    return torch.stack(values).to(output)

@@ -1,4 +1,4 @@
-"""Where the seconds go."""
+"""Seconds per stage of the fit."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ T = TypeVar("T")
 
 
 class StageTimer:
-    """Seconds by the name of what they were spent on."""
+    """Seconds by stage."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Count the time inside the `with` block."""
+        """Add the time inside the `with` block to a stage."""
         started = time.perf_counter()
         try:
             yield
@@ -26,12 +26,12 @@ class StageTimer:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
     def time_items(self, name: str, items: Iterable[T]) -> Iterator[T]:
-        """The items; counts the time that they take to arrive, not what the caller does with them."""
-        arriving = iter(items)
+        """The items; adds the time of producing them to a stage, without the time in which the caller uses them."""
+        iterator = iter(items)
         while True:
             with self(name):
                 try:
-                    item = next(arriving)
+                    item = next(iterator)
                 except StopIteration:
                     return
             yield item

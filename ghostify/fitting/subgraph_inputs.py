@@ -1,4 +1,4 @@
-"""What arrives at a part of a model: the inputs of each of its calls, in the original and in the converted model."""
+"""Inputs of a subgraph in each of its calls, in the original and in the converted model, as calibration batches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from ghostify.fitting.activation_store import ActivationStore
-from ghostify.fitting.calibration import IN_MEMORY, CalibrationBatch, CalibrationBatches, count_images
+from ghostify.fitting.calibration import INPUT_MEMORY_BYTES, CalibrationBatch, CalibrationBatches, count_images
 from ghostify.fitting.distributed import all_reduce_sum
 from ghostify.graph.call_hooks import on_calls
 from ghostify.graph.inputs import CallInputs, PlaceholderValues, bind_inputs, call_model, tensor_leaves
@@ -22,52 +22,57 @@ MAX_RELATIVE_DIFFERENCE = 0.5
 def collect_subgraph_inputs(
     program: Program, converted: nn.Module, path: str, batches: CalibrationBatches
 ) -> CalibrationBatches | None:
-    """The calls of the part at `path` as a calibration set for it.
+    """The inputs of the subgraph at `path` as calibration batches; None where no batch calls it.
 
-    Where the calls of the two models do not correspond - another number or shape of values, as behind a choice of
-    proposals, or values that have little in common - both are fed what the original is. None where no batch reaches
-    the part.
+    Where the calls of the two models do not correspond, both get the inputs of the original: with another number or
+    shape of values, as after a selection of proposals, or with a large difference between the values.
     """
-    shelf = ActivationStore(IN_MEMORY)
-    found: list[CalibrationBatch] = []
-    seen = 0
+    store = ActivationStore(INPUT_MEMORY_BYTES)
+    subgraph_batches: list[CalibrationBatch] = []
+    local_images = 0
     for batch in batches.local_batches:
-        originals = record_calls(program.subgraphs[path], program.module, path, batch.inputs)
-        others = record_calls(program.subgraphs[path], converted, path, batch.inputs)
-        for k, inputs in enumerate(originals):
+        original_calls = record_calls(program.subgraphs[path], program.module, path, batch.inputs)
+        converted_calls = record_calls(program.subgraphs[path], converted, path, batch.inputs)
+        for k, inputs in enumerate(original_calls):
             if not any(v.dim() and len(v) for v in tensor_leaves(inputs)):
                 continue
-            other = others[k] if len(others) == len(originals) and _correspond(inputs, others[k]) else None
+            converted_inputs = (
+                converted_calls[k]
+                if len(converted_calls) == len(original_calls) and _correspond(inputs, converted_calls[k])
+                else None
+            )
             size = count_images(inputs)
-            stored = tree_map(shelf.put, inputs)
-            otherwise = None if other is None else tree_map(shelf.put, other)
-            found.append(CalibrationBatch(batch.number, seen, size, stored, converted_stored=otherwise))
-            seen += size
-    images = int(all_reduce_sum(torch.tensor(float(seen)))[0])
-    return CalibrationBatches(tuple(found), images) if images else None
+            stored = tree_map(store.put, inputs)
+            converted_stored = None if converted_inputs is None else tree_map(store.put, converted_inputs)
+            subgraph_batches.append(
+                CalibrationBatch(batch.number, local_images, size, stored, converted_stored=converted_stored)
+            )
+            local_images += size
+    images = int(all_reduce_sum(torch.tensor(float(local_images)))[0])
+    return CalibrationBatches(tuple(subgraph_batches), images) if images else None
 
 
-def record_calls(part: fx.GraphModule, module: nn.Module, path: str, inputs: CallInputs) -> list[PlaceholderValues]:
-    """What each call of the part at `path` of a module is fed in one forward, by the placeholders of `part`."""
-    found: list[PlaceholderValues] = []
+def record_calls(subgraph: fx.GraphModule, module: nn.Module, path: str, inputs: CallInputs) -> list[PlaceholderValues]:
+    """The inputs of each call of the submodule at `path` in one forward, by the placeholders of `subgraph`."""
+    recorded: list[PlaceholderValues] = []
 
-    def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append(tree_map(_kept, bind_inputs(part, args, kwargs)))
+    def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        recorded.append(tree_map(_clone_tensor, bind_inputs(subgraph, args, kwargs)))
 
-    with on_calls([module.get_submodule(path)], before=note), eval_mode(module):
+    with on_calls([module.get_submodule(path)], before=record), eval_mode(module):
         call_model(module, inputs)
-    return found
+    return recorded
 
 
-def _kept(value: Any) -> Any:
+def _clone_tensor(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 def _correspond(inputs: CallInputs, others: CallInputs) -> bool:
-    """Whether two calls are fed the same but for an error."""
+    """Whether the inputs of two calls are equal up to an error."""
     pairs = list(zip(tensor_leaves(inputs), tensor_leaves(others), strict=False))
     if len(pairs) != len(tensor_leaves(others)) or any(a.shape != b.shape for a, b in pairs):
         return False
-    apart = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
-    whole = sum(float(torch.square(a.double()).sum()) for a, _ in pairs)
-    return apart <= MAX_RELATIVE_DIFFERENCE * whole
+    difference = sum(float((a.double() - b.double()).square().sum()) for a, b in pairs)
+    total = sum(float(torch.square(a.double()).sum()) for a, _ in pairs)
+    return difference <= MAX_RELATIVE_DIFFERENCE * total

@@ -1,8 +1,8 @@
-"""Which maps a linear consumer can do without: greedy subsets by the error that is left; tensor maths only.
+"""Greedy choice of the input channels of a linear consumer that predict the others best; tensor maths only.
 
-Maps x (n) with covariance C are read by filters W; errors of what the filters make count by a metric G, so that leaving
-maps out costs tr(M R): M = W' G W, and R what is left of C when the maps that are kept predict the others. A map that
-the others predict is a ghost that the filters of the consumer take up.
+Maps x (n) with covariance C are read by filters W, and errors of the filters' outputs are weighted by a metric G. So
+pruning maps costs tr(M R), where M = W' G W, and R is the residual of C when the kept maps predict the others. The
+filters of the consumer absorb these predictions.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from torch import Tensor
 
 from ghostify.fitting.linear_solvers import damping_for, solve_damped
 
-SPENT = 1e-10
+MIN_RELATIVE_VARIANCE = 1e-10
 
 
 def greedy_order(covariances: Sequence[Tensor], importances: Sequence[Tensor]) -> list[int]:
-    """The maps (n), each the one that takes most from tr(M R) once those before it are kept; ties by number.
+    """The maps (n) in the order of selection: each reduces tr(M R) the most, given those before it; ties by index.
 
-    Where several consumers read the maps, each with a covariance and an importance of its own, from the sum over them.
+    With several consumers, each with its own covariance C and importance M, tr(M R) is summed over them.
     """
-    reductions = [_Reduction(*both) for both in zip(covariances, importances, strict=True)]
-    taken: list[int] = []
+    reductions = [_Reduction(c, m) for c, m in zip(covariances, importances, strict=True)]
+    ranking: list[int] = []
     free = torch.ones(len(covariances[0]), dtype=torch.bool)
-    while len(taken) < len(free):
+    while len(ranking) < len(free):
         gains = [reduction.gains() for reduction in reductions]
         gain = torch.where(free, torch.stack(gains).sum(0), -1.0)
         pick = int(gain.argmax())
@@ -34,41 +34,45 @@ def greedy_order(covariances: Sequence[Tensor], importances: Sequence[Tensor]) -
         for reduction in reductions:
             reduction.keep(pick)
         free[pick] = False
-        taken.append(pick)
-    return taken + free.nonzero().flatten().tolist()
+        ranking.append(pick)
+    return ranking + free.nonzero().flatten().tolist()
 
 
 class _Reduction:
-    """What is left for one consumer once some maps are kept.
+    """The residual R of one consumer's covariance, given the maps kept so far, and B = R M R.
 
-    One pivot takes the k-th column of R away, and B = R M R follows by updates of rank two: n^3 operations in all.
+    Each kept map eliminates its column of R (one pivot) and updates B by a matrix of rank two: n^3 operations overall.
     """
 
     def __init__(self, covariance: Tensor, importance: Tensor) -> None:
-        self.rest, self.both = covariance.clone(), covariance @ importance @ covariance
-        self.floor = SPENT * covariance.diagonal().mean().clamp_min(torch.finfo(covariance.dtype).tiny)
+        self.residual, self.weighted = covariance.clone(), covariance @ importance @ covariance
+        self.floor = MIN_RELATIVE_VARIANCE * covariance.diagonal().mean().clamp_min(torch.finfo(covariance.dtype).tiny)
 
     def gains(self) -> Tensor:
-        """What each map would take from tr(M R), nothing where the others predict it."""
-        own = self.rest.diagonal()
-        return torch.where(own > self.floor, self.both.diagonal() / own.clamp_min(self.floor), 0.0)
+        """The reduction of tr(M R) by each map (n), 0 where the kept maps predict it."""
+        variance = self.residual.diagonal()
+        return torch.where(variance > self.floor, self.weighted.diagonal() / variance.clamp_min(self.floor), 0.0)
 
     def keep(self, pick: int) -> None:
         """Keep one more map."""
-        rest, both = self.rest, self.both
-        if rest[pick, pick] <= self.floor:
+        residual, weighted = self.residual, self.weighted
+        if residual[pick, pick] <= self.floor:
             return
-        column, seen, pivot = rest[:, pick].clone(), both[:, pick].clone(), float(rest[pick, pick])
-        mixed = torch.outer(column, seen) / pivot
-        both += torch.outer(column, column) * (float(both[pick, pick]) / pivot**2) - mixed - mixed.T
-        rest -= torch.outer(column, column) / pivot
+        column, weighted_column = residual[:, pick].clone(), weighted[:, pick].clone()
+        pivot = float(residual[pick, pick])
+        mixed = torch.outer(column, weighted_column) / pivot
+        weighted += torch.outer(column, column) * (float(weighted[pick, pick]) / pivot**2) - mixed - mixed.T
+        residual -= torch.outer(column, column) / pivot
 
 
-def selection_error(kept: Sequence[int], fitted: Tensor, judged: Tensor, importance: Tensor, rows: float) -> float:
-    """tr(M R) with predictions of the other maps by `kept` made on one covariance, from `rows`, judged on another."""
+def selection_error(kept: Sequence[int], fitted: Tensor, holdout: Tensor, importance: Tensor, rows: float) -> float:
+    """tr(M R) on the covariance `holdout`, with predictions by the `kept` maps that are fitted on `fitted`.
+
+    The covariances are n x n; `rows` is the number of rows of `fitted`.
+    """
     index = torch.tensor(kept)
-    own = fitted[index][:, index]
-    taken_up = solve_damped(own, fitted[index], damping_for(own, rows))
-    cross = judged[:, index] @ taken_up
-    left = judged - cross - cross.T + taken_up.T @ judged[index][:, index] @ taken_up
-    return float((importance * left).sum().clamp_min(0))
+    kept_covariance = fitted[index][:, index]
+    predictors = solve_damped(kept_covariance, fitted[index], damping_for(kept_covariance, rows))
+    cross = holdout[:, index] @ predictors
+    residual = holdout - cross - cross.T + predictors.T @ holdout[index][:, index] @ predictors
+    return float((importance * residual).sum().clamp_min(0))

@@ -1,1 +1,1 @@
-"""Modules of converted models; know no graphs."""
+"""Modules of converted models, and their layouts; independent of graphs."""

@@ -1,4 +1,4 @@
-"""Hooks of a module: what runs around its forward and backward."""
+"""Hooks of a module, which run around its forward and backward."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module itself, or the backward through it, does more than its forward says."""
+    """Whether the module itself has forward or backward hooks; those of its submodules do not count."""
     return any(getattr(module, hooks) for hooks in HOOKS)

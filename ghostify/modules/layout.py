@@ -1,8 +1,8 @@
 """The form of a layer's ghosts, and how its output maps split into intrinsic maps and ghosts.
 
 A new form of ghost is a new dataclass here, added to `GhostForm`. mypy then lists every `match` that has to handle it:
-its convolutions, cost and stored form in this module; its predicted loss, its fit and its deployment where these are
-decided. At run time a form that a `match` does not know is an error.
+its convolutions, cost and stored form in this module; its predicted error, fit and deployment in other modules. At run
+time a form that a `match` does not handle is an error.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ class Grouped:
 
 @dataclass(frozen=True)
 class Pointwise:
-    """Every ghost is a linear combination of all intrinsic maps, pixel by pixel: a low-rank factorisation."""
+    """Every ghost is a linear combination of all intrinsic maps, pixel by pixel: a low-rank factorization."""
 
 
 GhostForm = Depthwise | Grouped | Pointwise
 
 
 def form_of(intrinsic: int, width: int, kernel_size: int) -> GhostForm:
-    """The one form of ghosts that see `width` of the intrinsic maps through kernels of `kernel_size`.
+    """The form of ghosts that read `width` of the intrinsic maps with kernels of `kernel_size`.
 
     Forms that would build the same module have one name: a group of one map is depthwise, one of all maps with
     one-pixel kernels is pointwise.
@@ -52,7 +52,7 @@ def form_of(intrinsic: int, width: int, kernel_size: int) -> GhostForm:
 
 
 def may_read_activated(form: GhostForm) -> bool:
-    """Whether ghosts of this form may read the intrinsic maps behind norm and activation."""
+    """Whether ghosts of this form may read the intrinsic maps after norm and activation."""
     match form:
         case Depthwise():
             return True
@@ -64,7 +64,7 @@ def may_read_activated(form: GhostForm) -> bool:
 
 @dataclass(frozen=True)
 class CheapConvSpec:
-    """A grouped convolution that makes `outputs` ghosts from the intrinsic maps `start` to `stop`."""
+    """A convolution in `groups` groups that computes `outputs` ghosts from the intrinsic maps `start` to `stop`."""
 
     start: int
     stop: int
@@ -78,7 +78,7 @@ class GhostLayout:
     """How `outputs` maps split into `intrinsic` ones and ghosts, and the form of the ghosts.
 
     Intrinsic maps and ghosts are numbered in the order in which the module computes them. Raises `GhostifyError` for
-    numbers that build no module, and for a form that `form_of` gives another name.
+    counts that build no module, and for a form that `form_of` gives another name.
     """
 
     outputs: int
@@ -91,15 +91,15 @@ class GhostLayout:
         width, d, _ = self.kernel_shape
         if width < 1 or d < 1 or d % 2 == 0:
             raise GhostifyError(f"{self}: is not a convolution. Choose a width of at least 1 and an odd kernel size.")
-        named = form_of(self.intrinsic, width, d)
-        if named != self.form:
-            raise GhostifyError(f"{self}: its ghosts have a simpler form. Use {named}.")
+        simplest = form_of(self.intrinsic, width, d)
+        if simplest != self.form:
+            raise GhostifyError(f"{self}: its ghosts have a simpler form. Use {simplest}.")
         if round_up_width(self.outputs, self.intrinsic, width) != width:
-            raise GhostifyError(f"{self}: groups do not divide the maps evenly. Take the width of `round_up_width`.")
+            raise GhostifyError(f"{self}: groups do not divide the maps evenly. Use the width of `round_up_width`.")
 
     @classmethod
     def of_width(cls, outputs: int, intrinsic: int, width: int, kernel_size: int) -> GhostLayout:
-        """The layout whose ghosts see `width` intrinsic maps each: what reports on disk say."""
+        """The layout whose ghosts read `width` intrinsic maps each, from the four numbers that are stored."""
         return cls(outputs, intrinsic, form_of(intrinsic, width, kernel_size))
 
     @property
@@ -109,7 +109,7 @@ class GhostLayout:
 
     @property
     def kernel_shape(self) -> tuple[int, int, int]:
-        """Of one ghost: how many intrinsic maps it sees, and height and width of its kernel on each of them."""
+        """Shape of one ghost's filter: the number of intrinsic maps that it reads, kernel height and kernel width."""
         match self.form:
             case Depthwise(d):
                 return 1, d, d
@@ -127,18 +127,18 @@ class GhostLayout:
 
     @property
     def macs_per_position(self) -> int:
-        """Multiply-accumulates of the cheap operation for one output position, and its weights."""
+        """Multiply-accumulates of the cheap operation for one output position, which is also its number of weights."""
         return self.ghosts * math.prod(self.kernel_shape)
 
     @property
     def conv_specs(self) -> tuple[CheapConvSpec, ...]:
-        """The convolutions of the cheap operation; depthwise ones are two where the ghosts do not divide evenly."""
+        """The convolutions of the cheap operation: one, or two depthwise ones where ghosts do not divide evenly."""
         m, ghosts = self.intrinsic, self.ghosts
         match self.form:
             case Depthwise(d):
-                each, more = divmod(ghosts, m)
-                first = CheapConvSpec(0, more, more, more * (each + 1), d)
-                second = CheapConvSpec(more, m, m - more, (m - more) * each, d)
+                per_map, rest = divmod(ghosts, m)
+                first = CheapConvSpec(0, rest, rest, rest * (per_map + 1), d)
+                second = CheapConvSpec(rest, m, m - rest, (m - rest) * per_map, d)
                 return tuple(spec for spec in (first, second) if spec.outputs)
             case Grouped(width, d):
                 return (CheapConvSpec(0, m, m // width, ghosts, d),)
@@ -149,14 +149,14 @@ class GhostLayout:
 
     @property
     def capacities(self) -> tuple[int, ...]:
-        """Ghosts of each group of intrinsic maps that go together; 0 for maps without ghosts."""
-        served = [spec.outputs // spec.groups for spec in self.conv_specs for _ in range(spec.groups)]
-        return (*served, *[0] * (self.intrinsic - self.conv_specs[-1].stop))
+        """The number of ghosts of each group of intrinsic maps, in order; 0 for maps without ghosts."""
+        per_group = [spec.outputs // spec.groups for spec in self.conv_specs for _ in range(spec.groups)]
+        return (*per_group, *[0] * (self.intrinsic - self.conv_specs[-1].stop))
 
     @property
     def is_low_rank(self) -> bool:
-        """Whether all maps are combinations of all intrinsic ones, pixel by pixel: the error is then that of low rank,
-        and one dense 1 x 1 convolution may stand for the cheap operation and the concatenation."""
+        """Whether every map is a pixelwise combination of all intrinsic ones: the error is then that of a low-rank
+        factorization, and one dense 1 x 1 convolution can replace cheap operation and concatenation."""
         match self.form:
             case Pointwise():
                 return True
@@ -168,7 +168,7 @@ class GhostLayout:
                 assert_never(self.form)
 
     def to_dict(self) -> dict[str, int]:
-        """What is stored of a layout: plain numbers, which tell every layout from every other."""
+        """The numbers that are stored of a layout; they identify it."""
         match self.form:
             case Depthwise() | Grouped() | Pointwise():
                 width, d, _ = self.kernel_shape
@@ -183,7 +183,7 @@ def intrinsic_count(outputs: int, ratio: float) -> int:
 
 
 def round_up_width(outputs: int, intrinsic: int, width: int) -> int:
-    """The least width >= `width` whose groups divide intrinsic maps and ghosts evenly; 1 always does."""
+    """The smallest width >= `width` whose groups divide intrinsic maps and ghosts evenly; 1 always does."""
     if width <= 1:
         return 1
     divisors = (g for g in range(max(1, intrinsic // width), 0, -1) if intrinsic % g == (outputs - intrinsic) % g == 0)

@@ -1,4 +1,4 @@
-"""What will be done: every convolution exactly once, rewritten or skipped with its reason."""
+"""The plan: every convolution exactly once, rewritten, pruned or skipped with its reason."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ghostify.modules.layout import (
     may_read_activated,
     round_up_width,
 )
-from ghostify.planning import cost
+from ghostify.planning import cost, skip_reasons
 from ghostify.planning.policy import Policy, Rule
 from ghostify.pruning.channel_groups import ChannelGroup, ChannelGroups, find_channel_groups
 from ghostify.pruning.kept_channels import KeptChannels
@@ -29,11 +29,11 @@ from ghostify.pruning.pruning_groups import PruningGroup, conv_after_pruning, ke
 class GhostRewrite:
     """A convolution that becomes a ghost module.
 
-    Names of modules and nodes are those within the convolution's part. `norm` names the BatchNorm behind it whose
-    statistics take up constant shifts; `residual_operand` the node that its output is added to; `activation` the node
-    that activates its maps, where ghosts may read them so; `permutation_target` is the group of its channels where the
-    others in it take up their order, None where a gather remains. With a `kept_channels`, `layout` is of the maps that
-    it keeps. MACs are for one output position.
+    Names of modules and nodes are those within the convolution's subgraph. `norm` names the following BatchNorm, whose
+    statistics absorb constant shifts; `residual_operand` the node that the output is added to; `activation` the node
+    that activates the maps, if ghosts may read activated maps. `permutation_target` is the channel group that the
+    ghosts' channel order is pushed into, None if a gather remains. With `kept_channels`, `layout` describes the kept
+    maps. MACs are for one output position.
     """
 
     conv: Convolution
@@ -49,8 +49,8 @@ class GhostRewrite:
 
 @dataclass(frozen=True)
 class PruneRewrite:
-    """A convolution of a `PruningGroup` that keeps its form, not all its channels; `norm`, `residual_operand` and MACs
-    as in `GhostRewrite`."""
+    """A convolution of a `PruningGroup` that stays dense or depthwise with fewer channels; other fields as in
+    `GhostRewrite`."""
 
     conv: Convolution
     kept_channels: KeptChannels
@@ -62,7 +62,7 @@ class PruneRewrite:
 
 @dataclass(frozen=True)
 class Skip:
-    """A convolution that stays as it is, and why."""
+    """A convolution that is not changed, and the reason: see `skip_reasons`."""
 
     conv: Convolution
     reason: str
@@ -70,7 +70,7 @@ class Skip:
 
 @dataclass(frozen=True)
 class PlanTarget:
-    """A convolution that may be rewritten, and the rule that speaks of it."""
+    """A convolution that may be rewritten, and the rule that targets it."""
 
     conv: Convolution
     rule: Rule
@@ -78,9 +78,9 @@ class PlanTarget:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every convolution of the program once, in order of first use. `macs_*` are whole-model totals where known.
+    """Every convolution of the program once, in order of first use. `macs_*` are totals of the model, where known.
 
-    `notes` say what a rule allows and the plan could not do.
+    `notes` name what the rules allow and the plan does not contain, with the reason.
     """
 
     entries: tuple[GhostRewrite | PruneRewrite | Skip, ...]
@@ -94,7 +94,7 @@ class Plan:
 
     @property
     def pruned(self) -> dict[str, KeptChannels]:
-        """What is left of the convolutions that lose maps, by name."""
+        """The kept channels of pruned convolutions, by name."""
         return {e.conv.name: e.kept_channels for e in self.changes if e.kept_channels is not None}
 
     @property
@@ -107,7 +107,7 @@ class Plan:
 
 
 def plan(program: Program, policy: Policy | None = None) -> Plan:
-    """Decide for every convolution of `program` what becomes of it under `policy` (default: all dense ones at ratio 2).
+    """The plan for `program` under `policy` (default: all dense convolutions but the first at ratio 2).
 
     Raises `GhostifyError` for a pattern that matches no convolution.
     """
@@ -115,37 +115,42 @@ def plan(program: Program, policy: Policy | None = None) -> Plan:
 
 
 def resolve_targets(program: Program, policy: Policy) -> list[PlanTarget | Skip]:
-    """For every convolution the rule that may rewrite it, or why none may."""
+    """For every convolution the rule that targets it, or the reason why it is skipped.
+
+    Raises `GhostifyError` for a pattern that matches no convolution.
+    """
     _check_patterns_match(program, policy)
     return [_target(program, policy, conv, i == 0) for i, conv in enumerate(program.convolutions)]
 
 
 def build_plan(
     program: Program,
-    decided: Iterable[tuple[PlanTarget, GhostLayout] | Skip],
+    decisions: Iterable[tuple[PlanTarget, GhostLayout] | Skip],
     kept: Mapping[PruningGroup, tuple[int, ...]] | None = None,
 ) -> Plan:
-    """The plan that gives each target its layout, and each group the channels that it keeps; what saves nothing is
-    skipped."""
+    """The plan with these layouts of targets and kept channels of groups; layouts that save no MACs are skipped."""
     subgraphs = {
-        path: _Subgraph(GraphIndex(part), find_channel_groups(part)) for path, part in program.subgraphs.items()
+        path: _Subgraph(GraphIndex(graph), find_channel_groups(graph)) for path, graph in program.subgraphs.items()
     }
-    narrowed = kept_by_conv(program, kept or {})
-    entries = [_entry(subgraphs, one, narrowed) for one in decided]
-    saved = [_saved(e) for e in entries if not isinstance(e, Skip)]
-    total = program.macs
-    after = None if total is None or None in saved else total - sum(s for s in saved if s is not None)
-    return Plan(tuple(entries), total, after)
+    kept_channels = kept_by_conv(program, kept or {})
+    entries = [_entry(subgraphs, decision, kept_channels) for decision in decisions]
+    saved = [_saved_macs(e) for e in entries if not isinstance(e, Skip)]
+    before = program.macs
+    after = None if before is None or None in saved else before - sum(s for s in saved if s is not None)
+    return Plan(tuple(entries), before, after)
 
 
 def may_prune(program: Program, policy: Policy, conv: Convolution) -> bool:
-    """Whether the rule that speaks of a convolution lets maps be left out."""
+    """Whether the rule that targets a convolution allows pruning."""
     rule = _rule(program, policy, conv)
     return isinstance(rule, Rule) and rule.prune
 
 
 def make_layout(outputs: int, intrinsic: int, cheap: str | int, dw_size: int) -> GhostLayout:
-    """The layout of `intrinsic` of `outputs` maps with ghosts of the form that a rule calls `cheap`."""
+    """The layout of `intrinsic` of `outputs` maps with the form of ghosts that a rule's `cheap` names; not "auto".
+
+    Raises `GhostifyError` for other values.
+    """
     form: GhostForm
     match cheap:
         case "depthwise":
@@ -160,16 +165,14 @@ def make_layout(outputs: int, intrinsic: int, cheap: str | int, dw_size: int) ->
 
 
 def _rule(program: Program, policy: Policy, conv: Convolution) -> Rule | Skip:
-    """The first rule that targets a convolution, or why none changes it."""
+    """The first rule that targets a convolution, or the reason why it is skipped."""
     if conv.unsupported_reason:
         return Skip(conv, conv.unsupported_reason)
     module = program.conv(conv.name)
     rule = next((r for r in policy.rules if r.matches(conv.name, module, conv.conv_class)), None)
     if rule is None:
-        return Skip(conv, "no rule targets it")
-    return (
-        Skip(conv, "ignored by the rule that targets it") if rule.ignores(conv.name, module, conv.conv_class) else rule
-    )
+        return Skip(conv, skip_reasons.NOT_TARGETED)
+    return Skip(conv, skip_reasons.IGNORED) if rule.ignores(conv.name, module, conv.conv_class) else rule
 
 
 def _target(program: Program, policy: Policy, conv: Convolution, first: bool) -> PlanTarget | Skip:
@@ -177,10 +180,10 @@ def _target(program: Program, policy: Policy, conv: Convolution, first: bool) ->
     if isinstance(rule, Skip):
         return rule
     if first and policy.keep_first:
-        return Skip(conv, "the first convolution is kept")
+        return Skip(conv, skip_reasons.FIRST_CONV)
     if conv.groups > 1:
-        kind = "depthwise" if conv.groups == conv.inputs else f"grouped ({conv.groups})"
-        return Skip(conv, f"{kind}: only dense convolutions are rewritten")
+        is_depthwise = conv.groups == conv.inputs
+        return Skip(conv, skip_reasons.DEPTHWISE if is_depthwise else skip_reasons.grouped(conv.groups))
     return PlanTarget(conv, rule)
 
 
@@ -189,22 +192,22 @@ def _with_ratio(target: PlanTarget | Skip) -> tuple[PlanTarget, GhostLayout] | S
         return target
     conv, rule = target.conv, target.rule
     if rule.cheap == "auto":
-        raise GhostifyError("cheap 'auto' chooses by a budget: pass budget={'macs': 0.5}, or name the form")
+        raise GhostifyError("cheap 'auto': needs a budget. Pass budget={'macs': 0.5}, or name the form.")
     if rule.prune:
-        raise GhostifyError("narrow leaves out maps by a budget: pass budget={'macs': 0.5}")
+        raise GhostifyError("prune: needs a budget. Pass budget={'macs': 0.5}.")
     intrinsic = intrinsic_count(conv.outputs, rule.ratio)
     if rule.ratio == 1:
-        return Skip(conv, "ratio 1 keeps every map")
+        return Skip(conv, skip_reasons.RATIO_ONE)
     if not 1 <= intrinsic < conv.outputs:
-        return Skip(conv, f"ratio {rule.ratio:g} leaves no ghosts of {conv.outputs} maps")
+        return Skip(conv, skip_reasons.no_ghost_maps(rule.ratio, conv.outputs))
     return target, make_layout(conv.outputs, intrinsic, rule.cheap, rule.dw_size)
 
 
 @dataclass(frozen=True)
 class _Subgraph:
-    """What planning reads of a part's graph."""
+    """The analyses of one graph."""
 
-    wiring: GraphIndex
+    index: GraphIndex
     groups: ChannelGroups
 
 
@@ -212,45 +215,50 @@ def _rewrite(
     subgraph: _Subgraph, target: PlanTarget, layout: GhostLayout, kept_channels: KeptChannels | None
 ) -> GhostRewrite | Skip:
     conv = target.conv
-    left = conv if kept_channels is None else conv_after_pruning(conv, kept_channels)
-    dense, after = cost.conv_macs(left), cost.ghost_macs(left, layout)
+    pruned = conv if kept_channels is None else conv_after_pruning(conv, kept_channels)
+    dense, after = cost.conv_macs(pruned), cost.ghost_macs(pruned, layout)
     if after >= dense:
-        return Skip(conv, f"nothing is saved: {dense} MACs a position before, {after} after")
-    nodes, wiring = [call.node for call in conv.calls], subgraph.wiring
-    norm = following_norm(wiring, nodes)
-    residual_operand = find_residual_operand(wiring, nodes, norm)
-    activation = (
-        following_activation(wiring, nodes, norm) if target.rule.activated and may_read_activated(layout.form) else None
-    )
-    before, permutation_target = cost.conv_macs(conv), find_permutation_target(wiring.module, subgraph.groups, nodes)
+        return Skip(conv, skip_reasons.no_macs_saved(dense, after))
+    nodes, index = [call.node for call in conv.calls], subgraph.index
+    norm = following_norm(index, nodes)
+    reads_activated = target.rule.activated and may_read_activated(layout.form)
     return GhostRewrite(
-        conv, layout, norm, residual_operand, activation, permutation_target, before, after, kept_channels
+        conv,
+        layout,
+        norm,
+        residual_operand=find_residual_operand(index, nodes, norm),
+        activation=following_activation(index, nodes, norm) if reads_activated else None,
+        permutation_target=find_permutation_target(index.module, subgraph.groups, nodes),
+        macs_before=cost.conv_macs(conv),
+        macs_after=after,
+        kept_channels=kept_channels,
     )
 
 
 def _entry(
     subgraphs: Mapping[str, _Subgraph],
-    decided: tuple[PlanTarget, GhostLayout] | Skip,
-    narrowed: Mapping[str, KeptChannels],
+    decision: tuple[PlanTarget, GhostLayout] | Skip,
+    kept_by_name: Mapping[str, KeptChannels],
 ) -> GhostRewrite | PruneRewrite | Skip:
-    conv = decided.conv if isinstance(decided, Skip) else decided[0].conv
-    own, kept_channels = subgraphs[conv.subgraph_path], narrowed.get(conv.name)
-    entry = decided if isinstance(decided, Skip) else _rewrite(own, *decided, kept_channels)
-    return (
-        entry if kept_channels is None or isinstance(entry, GhostRewrite) else _prune(own.wiring, conv, kept_channels)
-    )
+    conv = decision.conv if isinstance(decision, Skip) else decision[0].conv
+    subgraph, kept_channels = subgraphs[conv.subgraph_path], kept_by_name.get(conv.name)
+    entry = decision if isinstance(decision, Skip) else _rewrite(subgraph, *decision, kept_channels)
+    if kept_channels is None or isinstance(entry, GhostRewrite):
+        return entry
+    return _prune(subgraph.index, conv, kept_channels)
 
 
-def _prune(wiring: GraphIndex, conv: Convolution, kept_channels: KeptChannels) -> PruneRewrite:
+def _prune(index: GraphIndex, conv: Convolution, kept_channels: KeptChannels) -> PruneRewrite:
     nodes = [conv.calls[0].node]
-    norm = following_norm(wiring, nodes)
+    norm = following_norm(index, nodes)
     before, after = cost.conv_macs(conv), cost.conv_macs(conv_after_pruning(conv, kept_channels))
-    return PruneRewrite(conv, kept_channels, norm, find_residual_operand(wiring, nodes, norm), before, after)
+    return PruneRewrite(conv, kept_channels, norm, find_residual_operand(index, nodes, norm), before, after)
 
 
-def _saved(entry: GhostRewrite | PruneRewrite) -> int | None:
-    places = cost.total_positions(entry.conv.calls)
-    return None if places is None else places * (entry.macs_before - entry.macs_after)
+def _saved_macs(entry: GhostRewrite | PruneRewrite) -> int | None:
+    """MACs saved over all output positions, None where no shapes are known."""
+    output_positions = cost.total_positions(entry.conv.calls)
+    return None if output_positions is None else output_positions * (entry.macs_before - entry.macs_after)
 
 
 def _check_patterns_match(program: Program, policy: Policy) -> None:

@@ -1,4 +1,4 @@
-"""A new order for the channels of a group: the same values in other places, by permuting weights."""
+"""Permutation of a group's channels: the same values at other channel indices, by permuting weights."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from ghostify.pruning.channel_groups import ChannelGroup, Member
 
 @torch.no_grad()
 def permute_group(module: nn.Module, group: ChannelGroup, order: Tensor) -> None:
-    """Let everybody make and read the group's channels in `order`, in place: the k-th is then what was `order[k]`."""
+    """Permute the group's channels in place, in all its members: channel k is then what channel `order[k]` was."""
     for member in group.producers:
-        _permute_made(module, member, order)
-    permute_readers(module, group, order)
+        _permute_outputs(module, member, order)
+    permute_consumers(module, group, order)
 
 
 @torch.no_grad()
-def permute_readers(module: nn.Module, group: ChannelGroup, order: Tensor) -> None:
-    """The same for parameters and consumers only, where what makes the channels is in that order already."""
+def permute_consumers(module: nn.Module, group: ChannelGroup, order: Tensor) -> None:
+    """Permute the parameters and consumers of a group whose producers compute the channels in `order` already."""
     for member in group.parameters:
-        _permute_made(module, member, order)
+        _permute_outputs(module, member, order)
     for member in group.consumers:
-        _permute_read(module, member, order)
+        _permute_inputs(module, member, order)
 
 
-def _permute_made(module: nn.Module, member: Member, order: Tensor) -> None:
-    found = operator.attrgetter(member.path)(module)
-    for tensor in (found,) if isinstance(found, Tensor) else found.parameters(recurse=False):
+def _permute_outputs(module: nn.Module, member: Member, order: Tensor) -> None:
+    target = operator.attrgetter(member.path)(module)
+    for tensor in (target,) if isinstance(target, Tensor) else target.parameters(recurse=False):
         if tensor.dim():
             tensor.copy_(tensor[_index(len(tensor), member, order).to(tensor.device)])
 
 
-def _permute_read(module: nn.Module, member: Member, order: Tensor) -> None:
-    found = module.get_submodule(member.path)
-    weight = (found.primary_conv if isinstance(found, GhostModule) else found).weight
+def _permute_inputs(module: nn.Module, member: Member, order: Tensor) -> None:
+    consumer = module.get_submodule(member.path)
+    weight = (consumer.primary_conv if isinstance(consumer, GhostModule) else consumer).weight
     assert isinstance(weight, Tensor)
     channels = _index(weight.shape[1] // member.width, member, order)
     columns = channels[:, None] * member.width + torch.arange(member.width)
@@ -45,7 +45,7 @@ def _permute_read(module: nn.Module, member: Member, order: Tensor) -> None:
 
 
 def _index(size: int, member: Member, order: Tensor) -> Tensor:
-    """The places of `size` channels, of which those of the member are permuted."""
+    """The indices of `size` channels, of which those of the member are permuted."""
     index = torch.arange(size)
     index[member.start : member.start + len(order)] = member.start + order.cpu()
     return index

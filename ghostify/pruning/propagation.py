@@ -1,4 +1,4 @@
-"""Channels on their way through a graph: where they go, what joins them, who uses them, what keeps them as they are."""
+"""Propagation of channels through a graph: the channels of every node, what joins them, their uses and obstacles."""
 
 from __future__ import annotations
 
@@ -27,23 +27,30 @@ from ghostify.graph.op_queries import (
 )
 from ghostify.graph.program import called_module
 from ghostify.modules.hooks import has_hooks
-from ghostify.pruning.channel_layout import ChannelLayout, names_channel_count, reads_channel_count, resampled, reshaped
+from ghostify.pruning import skip_reasons
+from ghostify.pruning.channel_layout import (
+    ChannelLayout,
+    has_constant_channel_count,
+    layout_after_resampling,
+    layout_after_reshape,
+    reads_channel_count,
+)
 from ghostify.pruning.channel_runs import ChannelRun, join_runs, pieces_of
 
 STANDARD_LINEARS = (nn.Linear, timm.layers.Linear)
 
 
 class Role(Enum):
-    """What somebody has to do with channels."""
+    """The role of a module or tensor for channels: it computes them, has parameters for each, or reads them."""
 
-    PRODUCER = "makes them"
-    PARAMETER = "has parameters for each of them"
-    CONSUMER = "reads them"
+    PRODUCER = "producer"
+    PARAMETER = "parameter"
+    CONSUMER = "consumer"
 
 
 @dataclass(frozen=True)
-class Value:
-    """The channels of a node's output, in order, and how they are laid out."""
+class NodeChannels:
+    """The channels of a node's output, in order, and their layout."""
 
     runs: tuple[ChannelRun, ...]
     layout: ChannelLayout
@@ -54,19 +61,19 @@ class Value:
 
 
 @dataclass(frozen=True)
-class Use:
-    """What the module or tensor at `path`, at a node, has to do with channels (see `Member`)."""
+class ChannelUse:
+    """The role of the module or tensor at `path`, called or fetched by a node, for channels (see `Member`)."""
 
     role: Role
     node: fx.Node
     path: str
-    value: Value
+    channels: NodeChannels
     width: int = 1
-    rigid: str | None = None
+    weight_obstacle: str | None = None
 
 
 class Propagation:
-    """`values` of all nodes whose channels are known, and the `uses` of these channels, in the order of the graph.
+    """The `values` of all nodes whose channels are known, and the `uses` of these channels, in graph order.
 
     See `find_channel_groups` for the arguments.
     """
@@ -75,175 +82,184 @@ class Propagation:
         self, module: fx.GraphModule, sources: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]
     ) -> None:
         self.module, self.sources, self.shapes = module, sources, shapes
-        self.values: dict[fx.Node, Value] = {}
-        self.uses: list[Use] = []
+        self.values: dict[fx.Node, NodeChannels] = {}
+        self.uses: list[ChannelUse] = []
         nodes = list(module.graph.nodes)
-        self.calls = Counter(id(called_module(module, n)) for n in nodes if n.op == "call_module")
-        self.holders = Counter(id(t) for m in module.modules() for t in (*m._parameters.values(), *m._buffers.values()))
-        self.fetches = Counter(id(self._fetched(n)) for n in nodes if n.op == "get_attr")
+        self.call_counts = Counter(id(called_module(module, n)) for n in nodes if n.op == "call_module")
+        self.owner_counts = Counter(
+            id(t) for m in module.modules() for t in (*m._parameters.values(), *m._buffers.values())
+        )
+        self.fetch_counts = Counter(id(self._attribute(n)) for n in nodes if n.op == "get_attr")
         for node in nodes:
-            value = self._visit(node)
-            if value is not None:
-                self.values[node] = value
+            channels = self._visit(node)
+            if channels is not None:
+                self.values[node] = channels
                 for method, _ in sorted(method_marks(node)):
-                    self._fix([node], f"the method {method} begins or ends there")
+                    self._fix_order([node], skip_reasons.METHOD_BOUNDARY.format(method))
 
-    def _visit(self, node: fx.Node) -> Value | None:
-        """The channels of a node's output, where they are known; what it does to those of its inputs is noted."""
+    def _visit(self, node: fx.Node) -> NodeChannels | None:
+        """The channels of a node's output, where they are known; records the node's uses and obstacles."""
         known = [n for n in node.all_input_nodes if n in self.values]
         if node.name in self.sources:
-            self._fix(known, f"{_name(node)} reads them in the original's order")
-            return Value((ChannelRun(self.sources[node.name]),), ChannelLayout())
+            self._fix_order(known, skip_reasons.ORIGINAL_ORDER.format(_target_name(node)))
+            return NodeChannels((ChannelRun(self.sources[node.name]),), ChannelLayout())
         if node.op == "output":
-            self._fix(known, "they reach the output")
+            self._fix_order(known, skip_reasons.REACH_OUTPUT)
             return None
         if is_conv2d(self.module, node):
-            return self._convolved(node)
+            return self._convolution(node)
         if known and reads_metadata(node):
             if any(reads_channel_count(node, self.values[n].layout) for n in known):
-                self._count(known, "their number is read")
+                self._fix_count(known, skip_reasons.COUNT_READ)
             return None
-        value = self._kept_apart(node) if known else None
-        if value is None:
-            inner = called_module(self.module, node) if node.op == "call_module" else None
-            obstacle = None if inner is None else self._obstacle(inner, str(node.target))
-            self._fix(known, obstacle or f"{_name(node)} may mix them")
-        return value
+        channels = self._channelwise(node) if known else None
+        if channels is None:
+            module = called_module(self.module, node) if node.op == "call_module" else None
+            obstacle = None if module is None else self._weight_obstacle(module, str(node.target))
+            self._fix_order(known, obstacle or skip_reasons.MIXED.format(_target_name(node)))
+        return channels
 
-    def _kept_apart(self, node: fx.Node) -> Value | None:
-        """The channels of a node that keeps those of its inputs apart, None for any other."""
+    def _channelwise(self, node: fx.Node) -> NodeChannels | None:
+        """The channels of a node that computes each from the inputs' channels one by one; None for any other node."""
         rank = next(self.values[n].layout.rank for n in node.all_input_nodes if n in self.values)
         if (concatenated := concat_inputs(node, rank=rank)) is not None:
-            return self._concatenated(concatenated)
+            return self._concatenation(concatenated)
         if (operands := elementwise_operands(node)) is not None and len(operands) == 2:
-            return self._joined(node, operands)
-        value = self.values.get(node.all_input_nodes[0])
-        if value is None:
+            return self._elementwise(node, operands)
+        source = self.values.get(node.all_input_nodes[0])
+        if source is None:
             return None
         if node.op == "call_module" and type(called_module(self.module, node)) in STANDARD_LINEARS:
-            return self._linear(node, value)
-        if (layout := reshaped(self.module, node, value.layout, self.shapes)) is not None:
-            if names_channel_count(node):
-                self._count([node.all_input_nodes[0]], f"{_name(node)} names their number")
-            return Value(value.runs, layout)
-        if not is_channelwise(self.module, node) or (layout := resampled(self.module, node, value.layout)) is None:
+            return self._linear(node, source)
+        if (layout := layout_after_reshape(self.module, node, source.layout, self.shapes)) is not None:
+            if has_constant_channel_count(node):
+                self._fix_count([node.all_input_nodes[0]], skip_reasons.CONSTANT_COUNT.format(_target_name(node)))
+            return NodeChannels(source.runs, layout)
+        if not is_channelwise(self.module, node):
+            return None
+        if (layout := layout_after_resampling(self.module, node, source.layout)) is None:
             return None
         paths = channel_parameters(self.module, node)
-        return Value(value.runs, layout) if all(self._is_held(node, path, value) for path in paths) else None
+        all_own = all(self._use_channel_tensor(node, path, source) for path in paths)
+        return NodeChannels(source.runs, layout) if all_own else None
 
-    def _is_held(self, node: fx.Node, path: str, value: Value) -> bool:
-        """Whether a tensor has one entry for each channel, and serves nobody else; its use is noted then."""
-        owner, _, leaf = path.rpartition(".")
-        inner = self.module.get_submodule(owner)
-        tensor = inner._parameters.get(leaf, inner._buffers.get(leaf))
-        alone = self.holders[id(tensor)] == 1 and self.fetches[id(tensor)] <= (node.op != "call_module")
+    def _use_channel_tensor(self, node: fx.Node, path: str, channels: NodeChannels) -> bool:
+        """Record a tensor as parameter of channels; False if it has no entry per channel or is used elsewhere too."""
+        owner_path, _, name = path.rpartition(".")
+        owner = self.module.get_submodule(owner_path)
+        tensor = owner._parameters.get(name, owner._buffers.get(name))
+        unshared = self.owner_counts[id(tensor)] == 1 and self.fetch_counts[id(tensor)] <= (node.op != "call_module")
         if node.op == "call_module":
-            alone &= self.calls[id(called_module(self.module, node))] == 1
-        if tensor is None or len(tensor) != value.size or not alone or value.layout.width != 1:
+            unshared &= self.call_counts[id(called_module(self.module, node))] == 1
+        if tensor is None or len(tensor) != channels.size or not unshared or channels.layout.width != 1:
             return False
-        self.uses.append(Use(Role.PARAMETER, node, path, value))
+        self.uses.append(ChannelUse(Role.PARAMETER, node, path, channels))
         return True
 
-    def _convolved(self, node: fx.Node) -> Value | None:
-        """The channels that a convolution makes; those that it reads are noted."""
+    def _convolution(self, node: fx.Node) -> NodeChannels | None:
+        """The channels that a convolution computes; records its use of the channels that it reads."""
         source = self.values.get(node.all_input_nodes[0])
         known = [n for n in node.all_input_nodes if n in self.values]
         if node.op != "call_module":
-            self._fix(known, f"the function {_name(node)} reads them")
+            self._fix_order(known, skip_reasons.FUNCTION_INPUT.format(_target_name(node)))
             path = weight_path(self.module, node)
             if path is None:
                 return None
-            return self._made(node, path, as_conv_module(self.module, node).out_channels, source, "it is a function")
+            outputs = as_conv_module(self.module, node).out_channels
+            return self._new_channels(node, path, outputs, source, skip_reasons.FUNCTION_WEIGHT.format(path))
         conv, path = called_module(self.module, node), str(node.target)
         assert isinstance(conv, nn.Conv2d)
-        obstacle = self._obstacle(conv, path)
+        obstacle = self._weight_obstacle(conv, path)
         if obstacle is None and is_standard_conv(conv):
             if is_depthwise(conv) and source is not None:
-                self.uses.append(Use(Role.PARAMETER, node, path, source))
+                self.uses.append(ChannelUse(Role.PARAMETER, node, path, source))
                 return source
             if conv.groups == 1:
                 if source is not None:
-                    self.uses.append(Use(Role.CONSUMER, node, path, source))
-                return self._made(node, path, conv.out_channels, source)
-        rigid = "it convolves in groups" if is_standard_conv(conv) else "its class computes its weights"
-        self._fix(known, obstacle or f"{path}: {rigid}")
-        return self._made(node, path, conv.out_channels, source, rigid, obstacle)
+                    self.uses.append(ChannelUse(Role.CONSUMER, node, path, source))
+                return self._new_channels(node, path, conv.out_channels, source)
+        reason = skip_reasons.GROUPED if is_standard_conv(conv) else skip_reasons.COMPUTED_WEIGHTS
+        weight_obstacle = obstacle or reason.format(path)
+        self._fix_order(known, weight_obstacle)
+        return self._new_channels(node, path, conv.out_channels, source, weight_obstacle, obstacle)
 
-    def _linear(self, node: fx.Node, value: Value) -> Value | None:
-        """The channels that a linear layer makes of rows."""
+    def _linear(self, node: fx.Node, source: NodeChannels) -> NodeChannels | None:
+        """The channels that a linear layer computes from N x features."""
         layer, path = called_module(self.module, node), str(node.target)
         assert isinstance(layer, nn.Linear)
-        width, rest = divmod(layer.in_features, value.size)
-        if value.layout.rank != 2 or rest or value.layout.width not in (None, width) or self._obstacle(layer, path):
+        layout = source.layout
+        width, rest = divmod(layer.in_features, source.size)
+        if layout.rank != 2 or rest or layout.width not in (None, width) or self._weight_obstacle(layer, path):
             return None
-        self.uses.append(Use(Role.CONSUMER, node, path, value, width))
-        return self._made(node, path, layer.out_features, value)
+        self.uses.append(ChannelUse(Role.CONSUMER, node, path, source, width))
+        return self._new_channels(node, path, layer.out_features, source)
 
-    def _made(
+    def _new_channels(
         self,
         node: fx.Node,
         path: str,
         size: int,
-        source: Value | None,
-        rigid: str | None = None,
-        fixed: str | None = None,
-    ) -> Value:
-        """New channels."""
+        source: NodeChannels | None,
+        weight_obstacle: str | None = None,
+        order_obstacle: str | None = None,
+    ) -> NodeChannels:
+        """The `size` channels that the module or weight at `path` computes, in the layout of its input."""
         layout = ChannelLayout() if source is None else replace(source.layout, width=1)
         if len(self.shapes.get(node.name, (0,) * layout.rank)) != layout.rank:
-            fixed = fixed or "they are of a single image, without a dimension for images"
-        value = Value((ChannelRun(size, fixed),), layout)
-        self.uses.append(Use(Role.PRODUCER, node, path, value, rigid=rigid))
-        return value
+            order_obstacle = order_obstacle or skip_reasons.NO_BATCH
+        channels = NodeChannels((ChannelRun(size, order_obstacle),), layout)
+        self.uses.append(ChannelUse(Role.PRODUCER, node, path, channels, weight_obstacle=weight_obstacle))
+        return channels
 
-    def _concatenated(self, nodes: tuple[fx.Node, ...]) -> Value | None:
+    def _concatenation(self, nodes: tuple[fx.Node, ...]) -> NodeChannels | None:
         values = [self.values.get(node) for node in nodes]
-        known = [value for value in values if value is not None]
-        layouts = {value.layout for value in known}
+        known = [channels for channels in values if channels is not None]
+        layouts = {channels.layout for channels in known}
         if len(known) < len(values) or len(layouts) != 1 or known[0].layout.width != 1:
             return None
-        return Value(tuple(run for value in known for run in value.runs), known[0].layout)
+        return NodeChannels(tuple(run for channels in known for run in channels.runs), known[0].layout)
 
-    def _joined(self, node: fx.Node, operands: tuple[fx.Node, ...]) -> Value | None:
-        """The channels of a sum, product or the like of two values."""
+    def _elementwise(self, node: fx.Node, operands: tuple[fx.Node, ...]) -> NodeChannels | None:
+        """The channels of a sum, product or other elementwise function of two values."""
         known = [self.values[n] for n in operands if n in self.values]
         first, last = known[0], known[-1]
-        if not all(n in self.values or self._is_single(n) for n in operands):
+        if not all(n in self.values or self._is_scalar(n) for n in operands):
             return None
         if first.size != last.size or (first.layout.rank, first.layout.width) != (last.layout.rank, last.layout.width):
             return None
         if join_runs(first.runs, last.runs) and not is_mul(node):
             for piece in pieces_of(first.runs):
                 piece.residual = True
-        return Value(first.runs, replace(first.layout, pooled=first.layout.pooled and last.layout.pooled))
+        return NodeChannels(first.runs, replace(first.layout, pooled=first.layout.pooled and last.layout.pooled))
 
-    def _is_single(self, node: fx.Node) -> bool:
+    def _is_scalar(self, node: fx.Node) -> bool:
         """Whether a node's value is known to be a single number."""
-        fetched = self._fetched(node) if node.op == "get_attr" else None
-        shape = tuple(fetched.shape) if isinstance(fetched, Tensor) else self.shapes.get(node.name)
+        attribute = self._attribute(node) if node.op == "get_attr" else None
+        shape = tuple(attribute.shape) if isinstance(attribute, Tensor) else self.shapes.get(node.name)
         return shape is not None and math.prod(shape) == 1
 
-    def _fetched(self, node: fx.Node) -> object:
+    def _attribute(self, node: fx.Node) -> object:
         return operator.attrgetter(str(node.target))(self.module)
 
-    def _obstacle(self, inner: nn.Module, path: str) -> str | None:
-        """Why a module's weights must stay as they are."""
-        if self.calls[id(inner)] > 1:
-            return f"{path} is called several times"
-        if has_hooks(inner):
-            return f"{path} has hooks"
-        shared = any(self.holders[id(p)] > 1 or self.fetches[id(p)] for p in inner.parameters(recurse=False))
-        return f"{path} shares its weights" if shared else None
+    def _weight_obstacle(self, module: nn.Module, path: str) -> str | None:
+        """The reason why a module's weights must stay as they are, None if they can change."""
+        if self.call_counts[id(module)] > 1:
+            return skip_reasons.CALLED_REPEATEDLY.format(path)
+        if has_hooks(module):
+            return skip_reasons.HAS_HOOKS.format(path)
+        parameters = module.parameters(recurse=False)
+        shared = any(self.owner_counts[id(p)] > 1 or self.fetch_counts[id(p)] for p in parameters)
+        return skip_reasons.SHARED_WEIGHTS.format(path) if shared else None
 
-    def _fix(self, nodes: Iterable[fx.Node], reason: str) -> None:
+    def _fix_order(self, nodes: Iterable[fx.Node], reason: str) -> None:
         for piece in pieces_of(run for node in nodes for run in self.values[node].runs):
-            piece.fixed = piece.fixed or reason
+            piece.order_obstacle = piece.order_obstacle or reason
 
-    def _count(self, nodes: Iterable[fx.Node], reason: str) -> None:
+    def _fix_count(self, nodes: Iterable[fx.Node], reason: str) -> None:
         for piece in pieces_of(run for node in nodes for run in self.values[node].runs):
-            piece.counted = piece.counted or reason
+            piece.count_obstacle = piece.count_obstacle or reason
 
 
-def _name(node: fx.Node) -> str:
-    """What a node calls."""
+def _target_name(node: fx.Node) -> str:
+    """The name of the module, function or method that a node calls."""
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.name)

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Block-wise reconstruction: gradient steps on the weights of a fit."""

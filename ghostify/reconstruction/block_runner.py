@@ -1,4 +1,4 @@
-"""A traced model run block by block, on images of which only the values live between blocks are kept."""
+"""Runs of a traced model block by block on calibration images; between blocks, only the live values are kept."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ghostify.graph.executor import run_node
 from ghostify.graph.inputs import placeholders, values_of
 from ghostify.reconstruction.blocks import Block
 
-IMAGES = 16
+IMAGES_PER_BATCH = 16
 
 Values = dict[str, Any]
 
 
 @dataclass(eq=False)
 class ImageBatch:
-    """Some images on their way through both models: the values live there, by node. Held-out ones only judge."""
+    """Some images, in the holdout or not, and the live values of both models on them, by node."""
 
     size: int
     holdout: bool
@@ -31,13 +31,13 @@ class ImageBatch:
 
 
 class BlockRunner:
-    """A model that runs block by block."""
+    """A model that is run block by block."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         self.module, self.nodes = module, {n.name: n for n in module.graph.nodes}
 
     def run(self, block: Block, values: Values) -> Values:
-        """What is live behind the block, from what is live before it, which stays as it is."""
+        """The live values after the block, from those before it, which are not changed."""
         env = {self.nodes[name]: value for name, value in copy.deepcopy(values).items()}
         for node in (self.nodes[name] for name in block.nodes if name in self.nodes):
             env[node] = run_node(self.module, node, env)
@@ -45,32 +45,37 @@ class BlockRunner:
 
 
 def eval_copy(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy in evaluation mode of which nothing asks for gradients; not of inference tensors, which cannot."""
-    made = copy.deepcopy(module).eval()
-    for inner in made.modules():
+    """A copy in evaluation mode without gradients; inference tensors, which cannot have any, become normal ones."""
+    copied = copy.deepcopy(module).eval()
+    for inner in copied.modules():
         for name, parameter in inner._parameters.items():
             if parameter is not None and parameter.is_inference():
                 inner._parameters[name] = nn.Parameter(parameter.clone())
         for name, buffer in inner._buffers.items():
             if buffer is not None and buffer.is_inference():
                 inner._buffers[name] = buffer.clone()
-    return made.requires_grad_(False)
+    return copied.requires_grad_(False)
 
 
 def split_images(module: fx.GraphModule, batches: Iterable[CalibrationBatch]) -> Iterator[ImageBatch]:
-    """Calibration batches cut to about IMAGES; one that is not all of one length stays whole, every eighth held out."""
+    """Calibration batches split into about IMAGES_PER_BATCH images, with the holdout separate.
+
+    A batch with inputs of several lengths is not split; every eighth of these is in the holdout.
+    """
     names = [n.name for n in placeholders(module)]
     for batch in batches:
         inputs = values_of(batch.inputs)
-        batched = [isinstance(v, Tensor) and v.dim() > 0 for v in inputs]
-        if any(b and len(v) != batch.size for v, b in zip(inputs, batched, strict=True)):
+        is_batched = [isinstance(v, Tensor) and v.dim() > 0 for v in inputs]
+        if any(b and len(v) != batch.size for v, b in zip(inputs, is_batched, strict=True)):
             values = dict(zip(names, copy.deepcopy(inputs), strict=True))
             yield ImageBatch(batch.size, bool(holdout_mask(torch.tensor(batch.number))), values, values)
             continue
-        number = torch.arange(batch.first, batch.first + batch.size)
-        for held in (False, True):
-            chosen = (holdout_mask(number) == held).nonzero()[:, 0]
-            for index in chosen.tensor_split(max(1, round(len(chosen) / IMAGES))) if len(chosen) else ():
-                taken = [v[index.to(v.device)] if b else v for v, b in zip(inputs, batched, strict=True)]
-                values = dict(zip(names, taken, strict=True))
-                yield ImageBatch(len(index), held, values, values)
+        numbers = torch.arange(batch.first, batch.first + batch.size)
+        for holdout in (False, True):
+            selected = (holdout_mask(numbers) == holdout).nonzero()[:, 0]
+            for index in (
+                selected.tensor_split(max(1, round(len(selected) / IMAGES_PER_BATCH))) if len(selected) else ()
+            ):
+                images = [v[index.to(v.device)] if b else v for v, b in zip(inputs, is_batched, strict=True)]
+                values = dict(zip(names, images, strict=True))
+                yield ImageBatch(len(index), holdout, values, values)

@@ -1,4 +1,4 @@
-"""Where a traced graph falls into blocks: runs of nodes that hand little over from one to the next."""
+"""Split of a traced graph into blocks: sequences of nodes with few live values between them."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 from torch import fx
 
-LEAST, MAX_LAYERS = 2, 8
+MIN_LAYERS, MAX_LAYERS = 2, 8
 
 
 @dataclass(frozen=True)
 class Block:
-    """A run of nodes, by name.
+    """A sequence of nodes, by name.
 
-    `live` is everything that later nodes read; `outputs` are those made here that a rewrite changes. `layers` are the
-    rewritten convolutions that are called here and nowhere else.
+    `live` names all values that later nodes read; `outputs` are those of this block that a rewrite changes. `layers`
+    are the rewritten convolutions that are called in this block only.
     """
 
     nodes: tuple[str, ...]
@@ -24,42 +24,47 @@ class Block:
     layers: tuple[str, ...]
 
 
-def blocks_of(graph: fx.Graph, calls: Mapping[str, str]) -> list[Block]:
-    """Cut the whole graph into blocks; `calls` has the nodes that call rewritten convolutions, and whose they are.
+def split_into_blocks(graph: fx.Graph, calls: Mapping[str, str]) -> list[Block]:
+    """The blocks of a graph; `calls` maps nodes that call rewritten convolutions to the convolutions' names.
 
-    A block ends where one value alone is live, once it has LEAST rewritten convolutions, just before the next one.
-    Where that makes more than MOST, as with dense connections, a block may hand on a value for each of them.
+    A block ends where a single value is live, after at least `MIN_LAYERS` rewritten convolutions, just before the next
+    one. Where that gives more than `MAX_LAYERS`, as with dense connections, as many values as the block has rewritten
+    convolutions may be live at its end.
     """
-    flow = _Liveness(graph, calls)
+    liveness = _Liveness(graph, calls)
     ends: list[int] = []
     start = 0
-    for end in flow.ends(0, len(flow.nodes), everything=True):
-        many = sum(n.name in calls for n in flow.nodes[start : end + 1]) > MAX_LAYERS
-        ends += flow.ends(start, end + 1, everything=False) if many else [end]
+    for end in liveness.find_ends(0, len(liveness.nodes), all_values=True):
+        is_large = sum(n.name in calls for n in liveness.nodes[start : end + 1]) > MAX_LAYERS
+        ends += liveness.find_ends(start, end + 1, all_values=False) if is_large else [end]
         start = end + 1
-    return [flow.block(a, b) for a, b in zip([0] + [e + 1 for e in ends], ends, strict=False)]
+    return [liveness.block(a, b) for a, b in zip([0] + [e + 1 for e in ends], ends, strict=False)]
 
 
 class _Liveness:
-    """The nodes that compute, in order, and up to where the value of each is read."""
+    """The computing nodes of a graph in order, and the last node that reads the value of each."""
 
     def __init__(self, graph: fx.Graph, calls: Mapping[str, str]) -> None:
         self.graph, self.calls = graph, calls
         self.nodes = [n for n in graph.nodes if n.op not in ("placeholder", "get_attr")]
-        self.place = {n: i for i, n in enumerate(self.nodes)}
-        self.last = {n: max((self.place[u] for u in n.users), default=-1) for n in graph.nodes}
-        self.fed = self._behind({n for n in graph.nodes if n.op == "placeholder"})
-        self.changed = self._behind({n for n in self.nodes if n.name in calls})
+        self.position = {n: i for i, n in enumerate(self.nodes)}
+        self.last_use = {n: max((self.position[u] for u in n.users), default=-1) for n in graph.nodes}
+        self.from_inputs = self._descendants({n for n in graph.nodes if n.op == "placeholder"})
+        self.changed = self._descendants({n for n in self.nodes if n.name in calls})
 
-    def _behind(self, sources: set[fx.Node]) -> set[fx.Node]:
+    def _descendants(self, sources: set[fx.Node]) -> set[fx.Node]:
         reached = set(sources)
         for node in self.nodes:
             if any(source in reached for source in node.all_input_nodes):
                 reached.add(node)
         return reached
 
-    def ends(self, start: int, stop: int, *, everything: bool) -> list[int]:
-        """Last nodes of the blocks of a run."""
+    def find_ends(self, start: int, stop: int, *, all_values: bool) -> list[int]:
+        """Positions of the last nodes of the blocks in `start` to `stop`.
+
+        With `all_values`, a single value that depends on the model's inputs may be live at an end. Otherwise as many
+        changed values of the block as it has rewritten convolutions.
+        """
         ends: list[int] = []
         candidate: int | None = None
         first, convolutions = start, 0
@@ -69,26 +74,28 @@ class _Liveness:
                     ends.append(candidate)
                     first, convolutions, candidate = candidate + 1, 0, None
                 convolutions += 1
-            if convolutions >= LEAST and (self._live(i) <= 1 if everything else self._made(first, i) <= convolutions):
+            if convolutions >= MIN_LAYERS and (
+                self._count_live(i) <= 1 if all_values else self._count_live_changed(first, i) <= convolutions
+            ):
                 candidate = i
         return [*ends, stop - 1]
 
-    def _live(self, i: int) -> int:
-        """How many values that come of the model's inputs are read behind node `i`."""
-        return sum(n in self.fed and self.last[n] > i for n in self.nodes[: i + 1])
+    def _count_live(self, i: int) -> int:
+        """Number of values that depend on the model's inputs and are read after node `i`."""
+        return sum(n in self.from_inputs and self.last_use[n] > i for n in self.nodes[: i + 1])
 
-    def _made(self, first: int, i: int) -> int:
-        """How many values that a rewrite changes and the nodes `first` to `i` made are read behind them."""
-        return sum(n in self.changed and self.last[n] > i for n in self.nodes[first : i + 1])
+    def _count_live_changed(self, first: int, i: int) -> int:
+        """Number of values of the nodes `first` to `i` that a rewrite changes and that are read after node `i`."""
+        return sum(n in self.changed and self.last_use[n] > i for n in self.nodes[first : i + 1])
 
     def block(self, start: int, end: int) -> Block:
-        run = self.nodes[start : end + 1]
-        fetched = {a for n in run for a in n.all_input_nodes if a.op == "get_attr"}
-        nodes = tuple(n.name for n in self.graph.nodes if n in fetched or start <= self.place.get(n, -1) <= end)
-        made = [n for n in self.graph.nodes if n.op != "get_attr" and self.place.get(n, -1) <= end]
-        live = [n for n in made if self.last[n] > end or (n is run[-1] and n.op == "output")]
-        outputs = tuple(n.name for n in live if n in self.changed and self.place.get(n, -1) >= start)
-        inside = {n.name for n in run}
-        elsewhere = {layer for node, layer in self.calls.items() if node not in inside}
-        layers = dict.fromkeys(self.calls[n.name] for n in run if n.name in self.calls)
-        return Block(nodes, outputs, tuple(n.name for n in live), tuple(k for k in layers if k not in elsewhere))
+        block_nodes = self.nodes[start : end + 1]
+        attributes = {a for n in block_nodes for a in n.all_input_nodes if a.op == "get_attr"}
+        nodes = tuple(n.name for n in self.graph.nodes if n in attributes or start <= self.position.get(n, -1) <= end)
+        computed = [n for n in self.graph.nodes if n.op != "get_attr" and self.position.get(n, -1) <= end]
+        live = [n for n in computed if self.last_use[n] > end or (n is block_nodes[-1] and n.op == "output")]
+        outputs = tuple(n.name for n in live if n in self.changed and self.position.get(n, -1) >= start)
+        names = {n.name for n in block_nodes}
+        called_outside = {layer for node, layer in self.calls.items() if node not in names}
+        layers = dict.fromkeys(self.calls[n.name] for n in block_nodes if n.name in self.calls)
+        return Block(nodes, outputs, tuple(n.name for n in live), tuple(k for k in layers if k not in called_outside))

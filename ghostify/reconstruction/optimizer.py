@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def adam_steps(loss: Callable[[], Tensor], rated: list[tuple[Tensor, float]], steps: int) -> Iterator[int]:
-    """Adam with cosine rates, on float32 copies; yields each step after taking it, stops where there is no gradient."""
-    parameters = [p for p, _ in rated]
+def adam_steps(loss: Callable[[], Tensor], learning_rates: list[tuple[Tensor, float]], steps: int) -> Iterator[int]:
+    """Adam with cosine schedule on float32 copies of tensors with learning rates.
+
+    Yields the number of each step after it; stops where `loss` has no gradient.
+    """
+    parameters = [p for p, _ in learning_rates]
     masters = [p.detach().float().clone() for p in parameters]
     optimizer = torch.optim.Adam(
-        [{"params": [m], "lr": rate} for m, (_, rate) in zip(masters, rated, strict=True)], betas=(0.9, 0.99)
+        [{"params": [m], "lr": rate} for m, (_, rate) in zip(masters, learning_rates, strict=True)], betas=(0.9, 0.99)
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
@@ -30,8 +32,8 @@ def adam_steps(loss: Callable[[], Tensor], rated: list[tuple[Tensor, float]], st
         yield step + 1
 
 
-def _gradients(loss: Callable[[], Tensor], parameters: list[Tensor]) -> Any:
-    """None where the outputs have no gradient, or the model overwrites what a gradient would need."""
+def _gradients(loss: Callable[[], Tensor], parameters: list[Tensor]) -> tuple[Tensor | None, ...] | None:
+    """None where the loss has no gradient, or the model overwrites values that the gradient needs."""
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:

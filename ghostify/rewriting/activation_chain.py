@@ -1,4 +1,4 @@
-"""The paper's nonlinear form: the norm and activation behind a convolution, for ghosts that read through them."""
+"""Copies of the norm and activation that follow a convolution, for ghosts that read activated maps as in the paper."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ Copied = TypeVar("Copied", bound=nn.Module)
 
 
 def copy_activation_chain(module: fx.GraphModule, entry: GhostRewrite) -> nn.Sequential:
-    """Copies of the norm, if any, and the activation of all n maps of `entry`; neither writes in place."""
+    """Copies of the following norm, if any, and activation of all n maps of `entry`, without in-place operations."""
     node = next(n for n in module.graph.nodes if n.name == entry.activation)
-    line = [] if entry.norm is None else [module.get_submodule(entry.norm)]
+    chain = [] if entry.norm is None else [module.get_submodule(entry.norm)]
     if str(node.target) != entry.norm:
         activation = activation_module(module, node)
         assert activation is not None
-        line.append(activation)
-    return without_inplace(nn.Sequential(*line))
+        chain.append(activation)
+    return without_inplace(nn.Sequential(*chain))
 
 
 def without_inplace(module: Copied) -> Copied:
-    """A copy that leaves what it reads as it is."""
+    """A copy that does not change its inputs."""
     copied = copy.deepcopy(module)
     for inner in copied.modules():
         if hasattr(inner, "inplace"):
@@ -34,6 +34,6 @@ def without_inplace(module: Copied) -> Copied:
     return copied
 
 
-def slice_chain(line: nn.Sequential, channels: Tensor) -> nn.Sequential:
-    """A copy of the line for some `channels` only, in their order."""
-    return slice_norm(line, channels)
+def slice_chain(chain: nn.Sequential, channels: Tensor) -> nn.Sequential:
+    """A copy of the chain for these `channels`, in their order."""
+    return slice_norm(chain, channels)

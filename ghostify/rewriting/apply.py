@@ -1,4 +1,4 @@
-"""Applies a plan and its fits; decides nothing."""
+"""Applies a plan and its fitted weights to a copy of the traced module; makes no decisions."""
 
 from __future__ import annotations
 
@@ -22,53 +22,55 @@ FittedWeights = GhostWeights | PrunedConvWeights
 
 
 def rewrite(program: Program, plan: Plan, weights: Mapping[str, FittedWeights]) -> nn.Module:
-    """A copy of the program's module in which every rewrite of `plan` is a `GhostModule` with its fitted weights, and
-    what is to be narrow has fewer maps; of those without weights what is left of their own."""
+    """A copy of the program's module with a `GhostModule` for every ghost rewrite of `plan`, and with pruned channels.
+
+    Pruned convolutions without fitted `weights` keep the original's weights of their kept channels.
+    """
     module = copy.deepcopy(program.module)
     for path in program.subgraphs:
-        rewrite_part(module, path, plan, weights)
+        rewrite_subgraph(module, path, plan, weights)
     return module
 
 
-def rewrite_part(module: nn.Module, path: str, plan: Plan, weights: Mapping[str, FittedWeights]) -> None:
-    """Rewrite one part of a copy of the program's module, in place."""
+def rewrite_subgraph(module: nn.Module, path: str, plan: Plan, weights: Mapping[str, FittedWeights]) -> None:
+    """Rewrite the subgraph at a path of a copy of the program's module, in place."""
     changes = [e for e in plan.changes if e.conv.subgraph_path == path]
     if not changes:
         return
-    part = get_subgraph(module, path)
+    subgraph = get_subgraph(module, path)
     for change in changes:
-        insert_pruned(part, change)
+        insert_pruned(subgraph, change)
     for change in changes:
         if change.conv.name in weights or isinstance(change, GhostRewrite):
-            insert_fitted(part, change, weights[change.conv.name])
+            insert_fitted(subgraph, change, weights[change.conv.name])
     for entry in (e for e in changes if isinstance(e, GhostRewrite)):
-        ghost = part.get_submodule(ghost_path(entry))
+        ghost = subgraph.get_submodule(ghost_path(entry))
         assert isinstance(ghost, GhostModule)
         if entry.permutation_target is not None and ghost.order is not None:
-            push_permutation(part, ghost, entry.permutation_target)
-    part.graph.lint()
-    part.recompile()
-    set_subgraph(module, path, part)
+            push_permutation(subgraph, ghost, entry.permutation_target)
+    subgraph.graph.lint()
+    subgraph.recompile()
+    set_subgraph(module, path, subgraph)
 
 
 def ghost_path(entry: GhostRewrite) -> str:
-    """Path of the ghost module in its part: the convolution's own, or beside the weight of a functional one."""
+    """Path of the ghost module in its subgraph: the convolution's, or for a function next to its weight."""
     return f"{entry.conv.local_path}_ghost" if entry.conv.is_functional else entry.conv.local_path
 
 
 def insert_fitted(module: fx.GraphModule, entry: GhostRewrite | PruneRewrite, weights: FittedWeights) -> None:
-    """Put what was fitted into a part, in place: a ghost module, or the weights of what is narrow there already."""
+    """Insert fitted weights into a subgraph, in place: as a ghost module, or into a convolution already pruned."""
     if isinstance(entry, GhostRewrite):
         assert isinstance(weights, GhostWeights)
         insert_ghost(module, entry, weights)
     else:
         assert isinstance(weights, PrunedConvWeights)
-        _put_dense(module, entry, weights)
+        _load_pruned_weights(module, entry, weights)
 
 
 def insert_pruned(module: fx.GraphModule, entry: GhostRewrite | PruneRewrite) -> None:
-    """Leave out the channels that `entry` has its convolution, and the tensors named beside it, lose, in place; what is
-    left keeps its weights."""
+    """Prune the convolution of `entry`, and the tensors that its kept channels name, in place; the rest keeps its
+    weights."""
     if entry.kept_channels is None:
         return
     conv: Any = module.get_submodule(entry.conv.local_path)
@@ -79,7 +81,7 @@ def insert_pruned(module: fx.GraphModule, entry: GhostRewrite | PruneRewrite) ->
 
 
 @torch.no_grad()
-def _put_dense(module: fx.GraphModule, entry: PruneRewrite, weights: PrunedConvWeights) -> None:
+def _load_pruned_weights(module: fx.GraphModule, entry: PruneRewrite, weights: PrunedConvWeights) -> None:
     conv: Any = module.get_submodule(entry.conv.local_path)
     conv.weight.copy_(weights.weight)
     if weights.bias is not None:
@@ -89,7 +91,7 @@ def _put_dense(module: fx.GraphModule, entry: PruneRewrite, weights: PrunedConvW
 
 
 def _shift_running_mean(norm: BatchNorm | None, shift: Tensor) -> None:
-    """Let a norm hold constants that what it reads lacks."""
+    """Add constants to the channels of a norm's input, by its running mean."""
     assert norm is not None
     assert norm.running_mean is not None
     with torch.no_grad():
@@ -97,22 +99,22 @@ def _shift_running_mean(norm: BatchNorm | None, shift: Tensor) -> None:
 
 
 def insert_ghost(module: fx.GraphModule, entry: GhostRewrite, weights: GhostWeights) -> None:
-    """Put the ghost module of `entry` into its part, `module`, in place; its channel order is that of the original.
+    """Insert the ghost module of `entry` into its subgraph, in place; its channel order is that of the original.
 
-    Where it stands already, it takes the new weights.
+    A ghost module that is there already gets the new weights.
     """
-    place, _, leaf = ghost_path(entry).rpartition(".")
-    owner = module.get_submodule(place)
-    standing = getattr(owner, leaf, None)
-    if isinstance(standing, GhostModule):
-        _load_ghost_weights(standing, weights)
+    parent_path, _, name = ghost_path(entry).rpartition(".")
+    parent = module.get_submodule(parent_path)
+    existing = getattr(parent, name, None)
+    if isinstance(existing, GhostModule):
+        _load_ghost_weights(existing, weights)
         return
     ghost = build_ghost_module(conv_module(module, entry.conv.local_path), entry.layout)
     _load_ghost_weights(ghost, weights)
     ghost.recompute = entry.norm is not None
     if entry.conv.is_functional:
         _replace_functional_calls(module, entry)
-    setattr(owner, leaf, ghost)
+    setattr(parent, name, ghost)
     if entry.norm is not None and weights.norm_shift is not None:
         _shift_running_mean(batchnorm_at(module, entry.norm), weights.norm_shift)
     if weights.activated:
@@ -131,21 +133,21 @@ def _load_ghost_weights(ghost: GhostModule, weights: GhostWeights) -> None:
         for conv, bias in zip(convs, weights.cheap_bias.split(sizes), strict=True):
             conv.bias.copy_(bias)
     order = torch.argsort(weights.channels)
-    ordered = torch.equal(order, torch.arange(len(order)))
-    ghost.order = None if ordered else order.to(ghost.primary_conv.weight.device)
+    is_identity = torch.equal(order, torch.arange(len(order)))
+    ghost.order = None if is_identity else order.to(ghost.primary_conv.weight.device)
 
 
 def _replace_functional_calls(module: fx.GraphModule, entry: GhostRewrite) -> None:
-    """Turn the calls of a functional convolution into calls of the ghost module; parameters nobody reads then go."""
+    """Replace the calls of a functional convolution by calls of the ghost module; delete unused parameters."""
     names = {call.node for call in entry.conv.calls}
-    fetched: set[str] = set()
+    parameter_paths: set[str] = set()
     for node in [n for n in module.graph.nodes if n.name in names]:
-        fetched |= {str(n.target) for n in node.all_input_nodes[1:]}
+        parameter_paths |= {str(n.target) for n in node.all_input_nodes[1:]}
         image = node.args[0] if node.args else node.kwargs["input"]
         node.op, node.target, node.args, node.kwargs = "call_module", ghost_path(entry), (image,), {}
-    for node in [n for n in module.graph.nodes if n.op == "get_attr" and n.target in fetched]:
+    for node in [n for n in module.graph.nodes if n.op == "get_attr" and n.target in parameter_paths]:
         if not node.users:
             module.graph.erase_node(node)
-    for path in fetched - {n.target for n in module.graph.nodes if n.op == "get_attr"}:
-        owner, _, leaf = path.rpartition(".")
-        delattr(module.get_submodule(owner), leaf)
+    for path in parameter_paths - {n.target for n in module.graph.nodes if n.op == "get_attr"}:
+        parent_path, _, name = path.rpartition(".")
+        delattr(module.get_submodule(parent_path), name)

@@ -1,9 +1,9 @@
-"""From a budget to per-layer layouts: candidates with their cost and the error they would cause, solved exactly."""
+"""From a budget to a plan: a search space of candidates, its exact solution, and its revision by measured costs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -12,31 +12,29 @@ from ghostify.fitting.initialization import untrained_weights
 from ghostify.fitting.sensitivity import Calibration, prepare_calibration
 from ghostify.graph.program import Program
 from ghostify.modules.layout import GhostLayout
-from ghostify.planning import cost
+from ghostify.planning import skip_reasons
 from ghostify.planning.planner import Plan, PlanTarget, Skip, build_plan, may_prune, resolve_targets
 from ghostify.planning.policy import Policy
 from ghostify.pruning.pruning_groups import PruningGroup, Unprunable, find_pruning_groups
 from ghostify.rewriting.apply import rewrite
 from ghostify.search.candidates import Candidate, group_candidates, layer_candidates
-from ghostify.search.group_statistics import compute_group_statistics
+from ghostify.search.costs import COSTS
+from ghostify.search.group_statistics import GroupStatistics, compute_group_statistics
 from ghostify.search.layer_statistics import compute_layer_statistics
 from ghostify.search.solver import GroupConstraint, choose_candidates
-from ghostify.timing.latency import interleaved_latency, model_latency
 from ghostify.timing.timer import LatencyTimer
 
-REVISIONS = 6
-SHOWN = 5
-LATENCY_SLACK = 1.01
-COSTS = ("macs", "params", "latency")
+MAX_REVISIONS = 6
+MAX_REASONS = 5
+MEASURED_SLACK = 1.01
 
 
 @dataclass(frozen=True, eq=False)
 class SearchSpace:
-    """What may become of each convolution that a rule targets, then of each link, and what the whole model costs, by
-    the budget's names.
+    """The candidates of each targeted convolution, then of each channel group; `totals` are the original's costs.
 
-    `fixed` is what costs that no choice is about; `targets` every convolution's target, or why it stays. By the
-    `constraints`, a convolution makes, or reads, as many maps as its link keeps. `notes` go to the plan.
+    `targets` holds every convolution: its target, or why it is skipped. By `constraints`, the outputs or inputs of a
+    convolution are as many as its group keeps. `notes` go to the plan.
     """
 
     program: Program
@@ -50,18 +48,19 @@ class SearchSpace:
 
     @property
     def fixed(self) -> list[float]:
-        own = [sum(candidates[0].costs[k] for candidates in self.candidates) for k in range(len(self.totals))]
-        return [total - spent for total, spent in zip(self.totals.values(), own, strict=True)]
+        """The costs of everything that has no candidates."""
+        searched = [sum(candidates[0].costs[k] for candidates in self.candidates) for k in range(len(self.totals))]
+        return [total - part for total, part in zip(self.totals.values(), searched, strict=True)]
 
     @property
     def minimum_shares(self) -> dict[str, float]:
-        """The least share of each cost that the layers reach, each on its own."""
-        least = [self._least(k) for k in range(len(self.totals))]
-        both = zip(self.totals.items(), least, self.fixed, strict=True)
-        return {key: (spent + rest) / total for (key, total), spent, rest in both}
+        """The minimum share of each cost, whatever the other costs."""
+        minima = [self._minimum(k) for k in range(len(self.totals))]
+        rows = zip(self.totals.items(), minima, self.fixed, strict=True)
+        return {key: (minimum + fixed) / total for (key, total), minimum, fixed in rows}
 
-    def _least(self, k: int) -> float:
-        """The least sum of one cost."""
+    def _minimum(self, k: int) -> float:
+        """The minimum sum of one cost over the candidates."""
         if not self.constraints:
             return sum(min(c.costs[k] for c in candidates) for candidates in self.candidates)
         priced = [[replace(c, loss=c.costs[k]) for c in candidates] for candidates in self.candidates]
@@ -72,7 +71,7 @@ class SearchSpace:
 
 @dataclass(frozen=True)
 class BudgetPlan:
-    """A plan, its shares of the original's costs, and the error of the outputs that it is expected to add."""
+    """A plan, its shares of the original's costs, and the output error that it is predicted to add."""
 
     plan: Plan
     shares: Mapping[str, float]
@@ -87,30 +86,30 @@ def plan_for_budget(
     seed: int = 0,
     runtime: str = "eager",
 ) -> Plan:
-    """The plan under `policy` that keeps within `budget` with the least expected error of the model's outputs.
+    """The plan under `policy` within `budget` that has the smallest predicted error of the model's outputs.
 
     `budget` limits "macs", "params" and "latency", alone or together: as a share of the original's if at most 1, else
-    as a number, of milliseconds for one forward of the example inputs. It takes the place of the rules' ratios.
-    Latencies are those of the inference form in `runtime` (see `ghostify`), layer by layer, measured on this machine
-    (see `measure`); with one, no layer is rewritten that does not get faster. `program` needs shapes. Raises
-    `GhostifyError` for a budget out of reach, saying what is within reach.
+    as a number, of milliseconds for one forward of the example inputs. It replaces the rules' ratios. Latencies are
+    those of the inference form in `runtime` (see `ghostify`), layer by layer, measured on this machine (see
+    `timing.latency`); with a latency budget, layers that do not get faster are not rewritten. `program` needs shapes.
+    Raises `InfeasibleBudgetError`, with the minimum, for a budget that no plan meets.
     """
     check_budget(budget)
-    with LatencyTimer(runtime) as clock:
-        return select_plan(build_search_space(program, policy, tuple(budget), calibration, seed, clock), budget).plan
+    with LatencyTimer(runtime) as timer:
+        return select_plan(build_search_space(program, policy, tuple(budget), calibration, seed, timer), budget).plan
 
 
 def check_budget(budget: Mapping[str, float]) -> None:
-    """Raises `GhostifyError` for limits that mean nothing."""
+    """Raises `GhostifyError` for an empty budget, an unknown cost, or a limit that is not a positive number."""
     if not budget:
-        raise GhostifyError("the budget is empty: use {'macs': 0.5} to halve the multiply-accumulates")
+        raise GhostifyError("budget: is empty. Use {'macs': 0.5} to halve the multiply-accumulates.")
     for key, value in budget.items():
         if key == "max_drop":
-            raise GhostifyError("budget max_drop is judged on fitted models: use ghostify(..., evaluate=...)")
+            raise GhostifyError("budget max_drop: needs fitted models. Use ghostify(..., evaluate=...).")
         if key not in COSTS:
-            raise GhostifyError(f"budget {key!r} is unknown: known are {', '.join(COSTS)} and max_drop")
+            raise GhostifyError(f"budget {key!r}: is unknown. Use {', '.join(COSTS)} or max_drop.")
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise GhostifyError(f"budget {key}={value!r} is not a positive number")
+            raise GhostifyError(f"budget {key}={value!r}: is not a positive number. Use 0.5 for half.")
 
 
 def build_search_space(
@@ -119,150 +118,186 @@ def build_search_space(
     keys: tuple[str, ...],
     calibration: Iterable[Any] | Calibration | None,
     seed: int,
-    clock: LatencyTimer,
+    timer: LatencyTimer,
 ) -> SearchSpace:
-    """For each convolution the layouts worth their costs, which are those named by `keys`."""
+    """The candidates of all targets, and of channel groups where rules allow pruning, with the costs named by `keys`.
+
+    Raises `GhostifyError` where the program has no shapes, or pruning no calibration images.
+    """
+    prunes = any(rule.prune for rule in policy.rules)
     if program.macs is None:
-        raise GhostifyError("a budget needs to know the model's shapes: pass example_inputs")
+        raise GhostifyError("a budget needs the model's shapes: pass example_inputs")
     if any(isinstance(rule.cheap, int) for rule in policy.rules):
-        raise GhostifyError("a budget chooses how wide the ghosts see: use cheap 'auto', 'depthwise' or 'pointwise'")
-    narrow = any(rule.prune for rule in policy.rules)
-    if narrow and calibration is None:
-        raise GhostifyError("narrow looks at what maps predict of each other: pass calibration, unlabelled images")
-    targets = resolve_targets(program, policy)
-    wished = [t for t in targets if isinstance(t, PlanTarget)]
-    totals = {key: _total(program, key, clock) for key in keys}
-    seen = None if calibration is None else prepare_calibration(program, calibration, seed)
-    groups, unprunable = _prunable_groups(program, policy, wished) if narrow else ([], [])
-    thinnings = [] if seen is None else compute_group_statistics(program, groups, seen, seed)
-    numbers, ties, links = (
-        {t.conv.name: k for k, t in enumerate(wished)},
-        list[GroupConstraint](),
-        list[list[Candidate]](),
-    )
-    for link, thinning in enumerate(thinnings, len(wished)):
-        own = [m for m in thinning.group.members if m.conv.name in numbers]
-        others = [m for m in thinning.group.members if m not in own]
-        links.append(group_candidates(program, thinning, others, keys, clock))
-        ties += [GroupConstraint(numbers[m.conv.name], link, "kept_out_count") for m in own if m.prunes_outputs]
-        ties += [GroupConstraint(numbers[m.conv.name], link, "kept_in_count") for m in own if m.prunes_inputs]
-    candidates = []
-    for k, (target, profile) in enumerate(
-        zip(wished, compute_layer_statistics(program, wished, seen, seed), strict=True)
-    ):
-        made, read = (
-            [c.kept for t in ties if (t.conv, t.key) == (k, key) for c in links[t.group - len(wished)] if c.kept]
+        raise GhostifyError(
+            "a budget selects the cheap operation's width: use cheap 'auto', 'depthwise' or 'pointwise'"
+        )
+    if prunes and calibration is None:
+        raise GhostifyError("pruning needs calibration images: pass calibration, unlabelled images")
+    decisions = resolve_targets(program, policy)
+    targets = [t for t in decisions if isinstance(t, PlanTarget)]
+    totals = {key: COSTS[key].of_program(program, timer) for key in keys}
+    prepared = None if calibration is None else prepare_calibration(program, calibration, seed)
+    groups, unprunable = _prunable_groups(program, policy, targets) if prunes else ([], [])
+    group_statistics = [] if prepared is None else compute_group_statistics(program, groups, prepared, seed)
+    of_groups, constraints = _group_lists(program, targets, group_statistics, keys, timer)
+    of_layers = _layer_lists(program, targets, of_groups, constraints, prepared, seed, keys, timer)
+    pruned_groups = tuple(statistics.group for statistics in group_statistics)
+    notes = (_why_unpruned(groups, unprunable),) if prunes and not group_statistics else ()
+    lists = (*of_layers, *of_groups)
+    return SearchSpace(program, tuple(decisions), lists, totals, timer, pruned_groups, tuple(constraints), notes)
+
+
+def _group_lists(
+    program: Program,
+    targets: Sequence[PlanTarget],
+    group_statistics: Sequence[GroupStatistics],
+    keys: tuple[str, ...],
+    timer: LatencyTimer,
+) -> tuple[list[list[Candidate]], list[GroupConstraint]]:
+    """The candidates of each group, whose lists follow those of the targets, and the constraints with the targets."""
+    numbers = {target.conv.name: k for k, target in enumerate(targets)}
+    lists, constraints = list[list[Candidate]](), list[GroupConstraint]()
+    for number, statistics in enumerate(group_statistics, len(targets)):
+        searched = [m for m in statistics.group.members if m.conv.name in numbers]
+        fixed = [m for m in statistics.group.members if m not in searched]
+        lists.append(group_candidates(program, statistics, fixed, keys, timer))
+        producers = [numbers[m.conv.name] for m in searched if m.prunes_outputs]
+        consumers = [numbers[m.conv.name] for m in searched if m.prunes_inputs]
+        constraints += [GroupConstraint(conv, number, "kept_out_count") for conv in producers]
+        constraints += [GroupConstraint(conv, number, "kept_in_count") for conv in consumers]
+    return lists, constraints
+
+
+def _layer_lists(
+    program: Program,
+    targets: Sequence[PlanTarget],
+    of_groups: Sequence[list[Candidate]],
+    constraints: Sequence[GroupConstraint],
+    calibration: Calibration | None,
+    seed: int,
+    keys: tuple[str, ...],
+    timer: LatencyTimer,
+) -> list[list[Candidate]]:
+    """The candidates of each target, for all channels that its groups may keep."""
+    lists = []
+    statistics_of_all = compute_layer_statistics(program, list(targets), calibration, seed)
+    for k, (target, statistics) in enumerate(zip(targets, statistics_of_all, strict=True)):
+        kept_out, kept_in = (
+            [
+                candidate.kept
+                for constraint in constraints
+                if (constraint.conv, constraint.key) == (k, key)
+                for candidate in of_groups[constraint.group - len(targets)]
+                if candidate.kept
+            ]
             for key in ("kept_out_count", "kept_in_count")
         )
-        candidates.append(layer_candidates(program, target, profile, keys, clock, made, [len(kept) for kept in read]))
-    lines = tuple(thinning.group for thinning in thinnings)
-    notes = (_why_unpruned(groups, unprunable),) if narrow and not thinnings else ()
-    return SearchSpace(program, tuple(targets), (*candidates, *links), totals, clock, lines, tuple(ties), notes)
+        kept_in_counts = [len(kept) for kept in kept_in]
+        lists.append(layer_candidates(program, target, statistics, keys, timer, kept_out, kept_in_counts))
+    return lists
 
 
 def _prunable_groups(
-    program: Program, policy: Policy, wished: list[PlanTarget]
+    program: Program, policy: Policy, targets: Sequence[PlanTarget]
 ) -> tuple[list[PruningGroup], list[Unprunable]]:
-    """Channel groups whose convolutions may all lose channels, and the others with their reasons."""
-    names, groups, unprunable = {target.conv.name for target in wished}, list[PruningGroup](), list[Unprunable]()
+    """Channel groups whose convolutions may all lose channels, and the other groups with their reasons."""
+    names, groups, unprunable = {target.conv.name for target in targets}, list[PruningGroup](), list[Unprunable]()
     for group in find_pruning_groups(program):
         if isinstance(group, Unprunable):
             unprunable.append(group)
             continue
-        kept = [conv for conv in group.dense if conv.name not in names]
-        kept += [member.conv for member in group.members if not may_prune(program, policy, member.conv)]
-        if kept:
-            unprunable.append(Unprunable(group.members[0].conv.name, f"no rule lets {kept[0].name} lose channels"))
+        fixed = [conv for conv in group.dense if conv.name not in names]
+        fixed += [member.conv for member in group.members if not may_prune(program, policy, member.conv)]
+        if fixed:
+            reason = skip_reasons.not_prunable(fixed[0].name)
+            unprunable.append(Unprunable(group.members[0].conv.name, reason))
         else:
             groups.append(group)
     return groups, unprunable
 
 
-def _why_unpruned(groups: list[PruningGroup], unprunable: list[Unprunable]) -> str:
+def _why_unpruned(groups: Sequence[PruningGroup], unprunable: Sequence[Unprunable]) -> str:
     """Why no channel group is pruned, by the first groups."""
-    unreached = [Unprunable(g.members[0].conv.name, "no calibration image reaches all that read them") for g in groups]
-    reasons = [f"channels of {own.name}: {own.reason}" for own in (*unreached, *unprunable)]
-    more = [f"and {len(reasons) - SHOWN} more"] if len(reasons) > SHOWN else []
-    return "; ".join(["no channel group can be pruned", *reasons[:SHOWN], *more])
+    unreached = [Unprunable(g.members[0].conv.name, skip_reasons.CONSUMERS_NOT_REACHED) for g in groups]
+    reasons = [f"channels of {group.name}: {group.reason}" for group in (*unreached, *unprunable)]
+    more = [f"and {len(reasons) - MAX_REASONS} more"] if len(reasons) > MAX_REASONS else []
+    return "; ".join([skip_reasons.NO_GROUP_PRUNED, *reasons[:MAX_REASONS], *more])
 
 
-def select_plan(choices: SearchSpace, budget: Mapping[str, float]) -> BudgetPlan:
-    """The choice of least loss within `budget`, whose keys are among those of the choices' costs.
+def select_plan(space: SearchSpace, budget: Mapping[str, float]) -> BudgetPlan:
+    """The plan of least predicted error within `budget`, whose keys are among those of the space's costs.
 
-    With a latency, the whole model is timed as well, and the choice revised where its layers do not add up.
+    Under a measured cost the complete model is measured as well, and the plan is revised where the sum over its layers
+    was too optimistic. Raises `InfeasibleBudgetError`.
     """
-    wished = [(budget.get(key, math.inf), total) for key, total in choices.totals.items()]
-    limits = [value * total if value <= 1 else float(value) for value, total in wished]
-    asked, share = list(limits), math.inf
-    for _ in range(REVISIONS):
-        made = _within(choices, asked)
-        if made is None and asked == limits:
-            _out_of_reach(choices, budget, limits)
-        if made is None:
+    names = tuple(space.totals)
+    given = [(budget.get(key, math.inf), total) for key, total in space.totals.items()]
+    limits = [value * total if value <= 1 else float(value) for value, total in given]
+    measured = [k for k, key in enumerate(names) if key in budget and COSTS[key].is_measured]
+    goals = {k: limits[k] / space.totals[names[k]] for k in measured}
+    tightened, shares = list(limits), dict.fromkeys(measured, math.inf)
+    for _ in range(MAX_REVISIONS):
+        selected = _solve(space, tightened)
+        if selected is None and tightened == limits:
+            _raise_infeasible(space, budget, limits)
+        if selected is None:
             break
-        if "latency" not in budget:
-            return made
-        k = tuple(choices.totals).index("latency")
-        share, goal = _share_of_time(choices, made.plan), limits[k] / choices.totals["latency"]
-        if share <= goal * LATENCY_SLACK:
-            return replace(made, shares={**made.shares, "latency": share})
-        asked[k] *= goal / share
+        shares = _measured_shares(space, selected.plan, measured)
+        if all(shares[k] <= goals[k] * MEASURED_SLACK for k in measured):
+            return replace(selected, shares={**selected.shares, **{names[k]: shares[k] for k in measured}})
+        for k in (k for k in measured if shares[k] > goals[k] * MEASURED_SLACK):
+            tightened[k] *= goals[k] / shares[k]
+    worst = max(measured, key=lambda k: shares[k] / goals[k])
     raise InfeasibleBudgetError(
-        f"budget latency={budget['latency']:g} is out of reach: its layers promise it, but the whole model takes "
-        f"{share:.3f} of the original's time"
+        f"budget {names[worst]}={budget[names[worst]]:g} is infeasible: the per-layer sum meets it, the complete model "
+        f"takes {shares[worst]:.3f} of the original's {names[worst]}. Relax it."
     )
 
 
-def _within(choices: SearchSpace, limits: list[float]) -> BudgetPlan | None:
-    rest = choices.fixed
-    picks = choose_candidates(
-        choices.candidates, [limit - own for limit, own in zip(limits, rest, strict=True)], choices.constraints
-    )
+def _solve(space: SearchSpace, limits: Sequence[float]) -> BudgetPlan | None:
+    """The plan of least predicted error whose sums over layers keep within `limits`, or None."""
+    fixed = space.fixed
+    remaining = [limit - rest for limit, rest in zip(limits, fixed, strict=True)]
+    picks = choose_candidates(space.candidates, remaining, space.constraints)
     if picks is None:
         return None
-    picked = [candidates[pick] for candidates, pick in zip(choices.candidates, picks, strict=True)]
-    wished = [t for t in choices.targets if isinstance(t, PlanTarget)]
-    layouts = {t.conv.name: c.layout for t, c in zip(wished, picked[: len(wished)], strict=True)}
-    thin = zip(choices.groups, picked[len(wished) :], strict=True)
-    kept = {link: c.kept for link, c in thin if c.kept is not None}
-    spent = [own + sum(c.costs[k] for c in picked) for k, own in enumerate(rest)]
-    decided = [_decided(t, layouts) for t in choices.targets]
+    picked = [candidates[pick] for candidates, pick in zip(space.candidates, picks, strict=True)]
+    targets = [t for t in space.targets if isinstance(t, PlanTarget)]
+    layouts = {t.conv.name: c.layout for t, c in zip(targets, picked[: len(targets)], strict=True)}
+    of_groups = zip(space.groups, picked[len(targets) :], strict=True)
+    kept = {group: candidate.kept for group, candidate in of_groups if candidate.kept is not None}
+    sums = [rest + sum(c.costs[k] for c in picked) for k, rest in enumerate(fixed)]
+    decisions = [_with_layout(t, layouts) for t in space.targets]
     return BudgetPlan(
-        replace(build_plan(choices.program, decided, kept), notes=choices.notes),
-        {key: own / total for (key, total), own in zip(choices.totals.items(), spent, strict=True)},
+        replace(build_plan(space.program, decisions, kept), notes=space.notes),
+        {key: of_plan / total for (key, total), of_plan in zip(space.totals.items(), sums, strict=True)},
         sum(c.loss for c in picked),
     )
 
 
-def _share_of_time(choices: SearchSpace, plan: Plan) -> float:
-    """How long the whole model takes under a plan, in parts of the original's time: layers may not add up."""
-    program = choices.program
-    made = rewrite(program, plan, untrained_weights(program, plan, shuffled=True))
-    before, after = interleaved_latency([program.module, made], program.example, choices.timer)
-    return after / before
-
-
-def _total(program: Program, key: str, clock: LatencyTimer) -> float:
-    """What the whole model costs."""
-    if key == "latency":
-        return model_latency(program, clock)
-    return float((program.macs or 0) if key == "macs" else cost.count_parameters(program.module))
-
-
-def _out_of_reach(choices: SearchSpace, budget: Mapping[str, float], limits: list[float]) -> NoReturn:
-    for (key, least), limit in zip(choices.minimum_shares.items(), limits, strict=True):
-        if least * choices.totals[key] > limit:
-            share = math.ceil(1000 * least) / 1000
-            raise InfeasibleBudgetError(
-                f"budget {key}={budget[key]:g} is out of reach: these rules reach {share:g} at the least"
-            )
-    raise InfeasibleBudgetError("the budgets are out of reach together: relax one of them")
-
-
-def _decided(
-    target: PlanTarget | Skip, layouts: dict[str, GhostLayout | None]
+def _with_layout(
+    target: PlanTarget | Skip, layouts: Mapping[str, GhostLayout | None]
 ) -> tuple[PlanTarget, GhostLayout] | Skip:
     if isinstance(target, Skip):
         return target
     layout = layouts[target.conv.name]
-    return Skip(target.conv, "the budget is kept without it") if layout is None else (target, layout)
+    return Skip(target.conv, skip_reasons.NOT_NEEDED) if layout is None else (target, layout)
+
+
+def _measured_shares(space: SearchSpace, plan: Plan, measured: Sequence[int]) -> dict[int, float]:
+    """The complete model's shares of the measured costs under a plan: sums over layers may be too optimistic."""
+    if not measured:
+        return {}
+    program, names = space.program, tuple(space.totals)
+    module = rewrite(program, plan, untrained_weights(program, plan, shuffled=True))
+    return {k: COSTS[names[k]].share_of_model(program, module, space.timer) for k in measured}
+
+
+def _raise_infeasible(space: SearchSpace, budget: Mapping[str, float], limits: Sequence[float]) -> NoReturn:
+    for (key, minimum), limit in zip(space.minimum_shares.items(), limits, strict=True):
+        if minimum * space.totals[key] > limit:
+            share = math.ceil(1000 * minimum) / 1000
+            raise InfeasibleBudgetError(
+                f"budget {key}={budget[key]:g} is infeasible: the minimum under these rules is {share:g}"
+            )
+    raise InfeasibleBudgetError("the limits of the budget are infeasible together: relax one of them")

@@ -1,4 +1,4 @@
-"""What planning knows of each channel group: which channels to keep, however many, and the error that this adds."""
+"""The ranking of each channel group's channels, and the predicted error of pruning all but the first of it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ from ghostify.search.halves import add_by_halves, conv_error_metric, covariances
 
 @dataclass(frozen=True, eq=False)
 class ConsumerStatistics:
-    """What one consumer reads of a group: covariances of the channels, on the whole (n x n) and on either half of the
-    images, how errors of them count (n x n), and the rows that all of it was taken from."""
+    """The n channels of a group as inputs of one consumer.
+
+    `whole` is their covariance (n x n) on all images, `covariances` those on either half; `importance` weighs their
+    errors (n x n); `rows` counts the samples.
+    """
 
     whole: Tensor
     covariances: tuple[Tensor, ...]
@@ -28,8 +31,8 @@ class ConsumerStatistics:
     rows: float
 
     def loss(self, kept: Sequence[int]) -> float:
-        """The error of the model's outputs that the consumer adds where it reads `kept` only; what one half of the
-        images teaches is tested on the other."""
+        """The error of the model's outputs that a consumer adds with only the `kept` inputs: fitted to one half of the
+        images, tested on the other."""
         rows = self.rows / len(self.covariances)
         return mean_across_halves(
             self.covariances, lambda fitted, tested: selection_error(kept, fitted, tested, self.importance, rows)
@@ -38,28 +41,28 @@ class ConsumerStatistics:
 
 @dataclass(frozen=True, eq=False)
 class GroupStatistics:
-    """A group's channels in the order in which to keep them, and what each of its consumers reads of them."""
+    """A group's channels, ranked by importance, and their statistics as inputs of each of its consumers."""
 
     group: PruningGroup
     ranking: Sequence[int]
     consumers: tuple[ConsumerStatistics, ...]
 
     def kept(self, count: int) -> tuple[int, ...]:
-        """The `count` channels to keep, in the original's order."""
+        """The first `count` channels of the ranking, in the original's order."""
         return tuple(sorted(self.ranking[:count]))
 
     def loss(self, count: int) -> float:
-        """The error of the model's outputs that keeping so many adds, over all consumers."""
+        """The predicted error of the model's outputs with `count` channels kept, summed over the consumers."""
         kept = self.kept(count)
-        return sum(reading.loss(kept) for reading in self.consumers)
+        return sum(consumer.loss(kept) for consumer in self.consumers)
 
 
 def compute_group_statistics(
     program: Program, groups: Iterable[PruningGroup], calibration: Calibration, seed: int
 ) -> list[GroupStatistics]:
-    """Those of the groups all of whose consumers the calibration images reach, by one forward of the original."""
+    """The statistics of the groups whose consumers are all reached by calibration images; runs one forward of them."""
     groups = list(groups)
-    consumers = {(g.part, conv.calls[0].node): conv for g in groups for conv in g.consumers}
+    consumers = {(g.subgraph_path, conv.calls[0].node): conv for g in groups for conv in g.consumers}
     inputs = {key: [Moments.zero(conv.inputs, 0) for _ in range(2)] for key, conv in consumers.items()}
     outputs = {key: Moments.zero(conv.outputs, 0) for key, conv in consumers.items()}
 
@@ -70,35 +73,35 @@ def compute_group_statistics(
             add_by_halves([outputs[key]] * 2, output, first, calibration.batches.images, seed)
 
     visit_convs(program, calibration, on_call)
-    readings = {}
+    statistics = {}
     for key, conv in consumers.items():
-        halves, made = [m.all_reduced() for m in inputs[key]], outputs[key].all_reduced()
-        if made.count:
-            readings[conv.name] = _reading(program, conv, halves, made, calibration)
-    reached = [group for group in groups if all(conv.name in readings for conv in group.consumers)]
-    return [_thinning(group, tuple(readings[conv.name] for conv in group.consumers)) for group in reached]
+        halves, output_moments = [m.all_reduced() for m in inputs[key]], outputs[key].all_reduced()
+        if output_moments.count:
+            statistics[conv.name] = _consumer_statistics(program, conv, halves, output_moments, calibration)
+    reached = [group for group in groups if all(conv.name in statistics for conv in group.consumers)]
+    return [_group_statistics(group, tuple(statistics[conv.name] for conv in group.consumers)) for group in reached]
 
 
-def _thinning(group: PruningGroup, readings: tuple[ConsumerStatistics, ...]) -> GroupStatistics:
-    ranking = greedy_order([reading.whole for reading in readings], [reading.importance for reading in readings])
-    return GroupStatistics(group, ranking, readings)
+def _group_statistics(group: PruningGroup, consumers: tuple[ConsumerStatistics, ...]) -> GroupStatistics:
+    ranking = greedy_order([c.whole for c in consumers], [c.importance for c in consumers])
+    return GroupStatistics(group, ranking, consumers)
 
 
-def _reading(
-    program: Program, consumer: Convolution, halves: list[Moments], made: Moments, calibration: Calibration
+def _consumer_statistics(
+    program: Program, consumer: Convolution, halves: list[Moments], output_moments: Moments, calibration: Calibration
 ) -> ConsumerStatistics:
-    """Errors of an input count by the filters that read it and by what the outputs feel of those.
+    """Errors of an input are weighed by the filters that read it and by the sensitivity to the filters' outputs.
 
-    Places of a kernel count as if independent, and are brought to the size that outputs have in truth.
+    The taps of a kernel are treated as independent; a common factor then matches the actual variance of the outputs.
     """
     conv = program.conv(consumer.name)
-    free_mean = consumer.bias or following_norm_of(program, consumer) is not None  # takes up what is left out
+    free_mean = consumer.bias or following_norm_of(program, consumer) is not None  # absorbs the means of pruned inputs
     whole, covariances = covariances_of(halves, free_mean=free_mean)
-    spread = (made.centred() if free_mean else made.raw())[0]
-    metric = conv_error_metric(calibration, consumer.name, spread)
+    output_covariance = (output_moments.centred() if free_mean else output_moments.raw())[0]
+    metric = conv_error_metric(calibration, consumer.name, output_covariance)
     filters = conv.weight.detach().double().cpu().flatten(2)
     importance = torch.einsum("oit,op,pjt->ij", filters, metric, filters)
-    alone = float((importance * whole).sum())
-    importance *= float((metric * spread).sum()) / max(alone, 1e-300)
+    independent = float((importance * whole).sum())
+    importance *= float((metric * output_covariance).sum()) / max(independent, 1e-300)
     rows = float(sum(m.count for m in halves))
     return ConsumerStatistics(whole, covariances, importance, rows)

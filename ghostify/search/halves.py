@@ -1,4 +1,4 @@
-"""Covariances on either half of the calibration images, for predictions fitted to one half and tested on the other."""
+"""Covariances of each half of the calibration images, for predictions fitted to one half and tested on the other."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def visit_convs(
     and its output.
     """
 
-    def look(first: int, part: str, node: fx.Node, image: Tensor, output: Tensor) -> Tensor:
+    def callback(first: int, part: str, node: fx.Node, image: Tensor, output: Tensor) -> Tensor:
         on_call(first, part, node, image, output)
         return output
 
     with eval_mode(program.module):
         for batch in calibration.batches.local_batches:
-            with intercept_convs(program.module, program.subgraphs, partial(look, batch.first)):
+            with intercept_convs(program.module, program.subgraphs, partial(callback, batch.first)):
                 call_model(program.module, batch.inputs)
 
 
@@ -48,16 +48,16 @@ def add_by_halves(halves: Sequence[Moments], maps: Tensor, first: int, images: i
     """
     maps = maps.float().cpu()
     positions = patches.sample_positions(maps.shape, patches.positions_per_map(POSITIONS, images), seed + first)
-    rows, odd = patches.gather_positions(maps, positions), (positions[0] + first) % 2
+    rows, parity = patches.gather_positions(maps, positions), (positions[0] + first) % 2
     for half, moments in enumerate(halves):
-        own = rows[odd == half]
-        moments.add(own, own[:, :0])
+        of_half = rows[parity == half]
+        moments.add(of_half, of_half[:, :0])
 
 
 def covariances_of(halves: Sequence[Moments], *, free_mean: bool = True) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The covariance on all images (n x n), and those on either half; without a free mean, mean products instead.
+    """The covariance on all images (n x n), and those on each half; without a free mean, mean products instead.
 
-    Where one half is empty there is only the whole.
+    If one half is empty, the covariance on all images stands for both.
     """
     second = Moments.centred if free_mean else Moments.raw
     whole = second(halves[0] + halves[1])[0]
@@ -65,8 +65,8 @@ def covariances_of(halves: Sequence[Moments], *, free_mean: bool = True) -> tupl
 
 
 def conv_error_metric(calibration: Calibration, name: str, covariance: Tensor) -> Tensor:
-    """How errors of a convolution's outputs count (n x n): by its sensitivity, else all alike, relative to the sum of
-    its outputs' variances."""
+    """The metric of errors of a convolution's outputs (n x n): from its sensitivity, else equal weights relative to the
+    sum of the outputs' variances."""
     if name in calibration.sensitivity:
         return error_metric(calibration.sensitivity[name])
     total = covariance.diagonal().clamp_min(1e-30).sum()
@@ -74,6 +74,6 @@ def conv_error_metric(calibration: Calibration, name: str, covariance: Tensor) -
 
 
 def mean_across_halves(halves: Sequence[Tensor], error: Callable[[Tensor, Tensor], Error]) -> Error:
-    """The mean of `error(fitted, tested)` with each half fitted to and the other one tested on."""
-    each = [error(fitted, tested) for fitted, tested in zip(halves, reversed(halves), strict=True)]
-    return sum(each[1:], each[0]) / len(each)
+    """The mean of `error(fitted, tested)` over the halves as `fitted`, with the other half as `tested`."""
+    errors = [error(fitted, tested) for fitted, tested in zip(halves, reversed(halves), strict=True)]
+    return sum(errors[1:], errors[0]) / len(errors)

@@ -1,4 +1,4 @@
-"""The curve of plans from the model as it is to the least that its layers reach; and the point of a permitted drop."""
+"""The error-cost frontier, from the original model to the minimum cost; and the cheapest plan for a permitted drop."""
 
 from __future__ import annotations
 
@@ -21,22 +21,24 @@ from ghostify.io.atomic import write_text_atomic
 from ghostify.planning.planner import Plan
 from ghostify.planning.policy import Policy
 from ghostify.rewriting.apply import rewrite
-from ghostify.search.budget import COSTS, BudgetPlan, SearchSpace, build_search_space, check_budget, select_plan
+from ghostify.search.budget import BudgetPlan, SearchSpace, build_search_space, check_budget, select_plan
+from ghostify.search.costs import COSTS
 from ghostify.timing.timer import LatencyTimer
 
 POINTS = 12
-STEPS = 6
+BISECTIONS = 6
 SHARE_SLACK = 1e-6
+FORMAT_VERSION = 2
 
 Evaluate = Callable[[nn.Module], float]
 
 
 @dataclass(frozen=True)
 class FrontierPoint:
-    """One plan of the curve: its shares of the original's MACs, parameters and, where timed, milliseconds.
+    """One plan of the frontier, and its shares of the original's costs: MACs, parameters and, where timed, latency.
 
-    `error` is the squared error of the outputs that it is expected to add, relative to their variance (without
-    calibration images: the sum of the layers' relative errors). `drop` is what an evaluation lost by it.
+    `error` is the squared error of the outputs that it is predicted to add, relative to their variance (without
+    calibration images: the sum of the layers' relative errors). `drop` is the measured loss of an evaluation.
     """
 
     shares: Mapping[str, float]
@@ -45,10 +47,11 @@ class FrontierPoint:
     drop: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings; layouts by layer, and, where maps are left out, those that are kept and read."""
+        """JSON data; `layers` has the fields of `GhostLayout` for ghosts, and for pruned convolutions kept_out_count
+        and kept_in_count (null: all)."""
         layers: dict[str, Any] = {e.conv.name: e.layout.to_dict() for e in self.plan.rewrites}
-        for name, narrowing in self.plan.pruned.items():
-            layers[name] = {**layers.get(name, {}), "keeps": narrowing.kept_out, "reads": narrowing.kept_in}
+        for name, kept in self.plan.pruned.items():
+            layers[name] = {**layers.get(name, {}), **_kept_counts(kept.kept_out, kept.kept_in)}
         return {"shares": dict(self.shares), "error": self.error, "drop": self.drop, "layers": layers}
 
 
@@ -63,47 +66,47 @@ def frontier(
     runtime: str = "eager",
     points: int = POINTS,
 ) -> list[FrontierPoint]:
-    """Plans of least error at `points` costs, evenly from the original's down to the least within reach.
+    """Plans of the smallest predicted error at `points` costs, evenly spaced from the original's to the minimum.
 
-    `key` is the cost to go along: "macs", "params" or "latency", in `runtime`. `evaluate` tells how good a model is,
-    higher being better; every plan is fitted then, and its drop against the original measured. Raises `GhostifyError`.
+    `key` names the cost: "macs", "params" or "latency", in `runtime`. `evaluate` scores a model, higher is better; with
+    it, every plan is fitted and its drop below the original's score is measured. Raises `GhostifyError`.
     """
     check_budget({key: 1.0})
-    seen = None if calibration is None else prepare_calibration(program, calibration, seed)
-    keys = tuple(dict.fromkeys(("macs", "params", key)))
-    best = None if evaluate is None else evaluate(program.module)
+    prepared = None if calibration is None else prepare_calibration(program, calibration, seed)
+    counted = [cost.name for cost in COSTS.values() if not cost.is_measured]
+    original_score = None if evaluate is None else evaluate(program.module)
     curve = []
-    with LatencyTimer(runtime) as clock:
-        choices = build_search_space(program, policy, keys, seen, seed, clock)
-        least = choices.minimum_shares[key]
+    with LatencyTimer(runtime) as timer:
+        space = build_search_space(program, policy, tuple(dict.fromkeys((*counted, key))), prepared, seed, timer)
+        minimum = space.minimum_shares[key]
         for k in range(points):
-            share = 1 - (1 - least) * k / max(1, points - 1)
-            made = _at(choices, {key: min(1.0, share + SHARE_SLACK)})
-            if made is None:
+            share = 1 - (1 - minimum) * k / max(1, points - 1)
+            selected = _select_or_none(space, {key: min(1.0, share + SHARE_SLACK)})
+            if selected is None:
                 continue
             drop = None
-            if evaluate is not None and best is not None:
-                drop = best - _fit_and_evaluate(program, made.plan, seen, evaluate, seed)[0]
-            curve.append(FrontierPoint(made.shares, made.loss, made.plan, drop))
+            if evaluate is not None and original_score is not None:
+                drop = original_score - _fit_and_evaluate(program, selected.plan, prepared, evaluate, seed)[0]
+            curve.append(FrontierPoint(selected.shares, selected.loss, selected.plan, drop))
     return curve
 
 
 def frontier_table(curve: Sequence[FrontierPoint], title: str = "") -> Table:
     """A table of a frontier for a terminal."""
-    result = Table(title=title or None, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title or None, box=box.SIMPLE_HEAD, pad_edge=False)
     keys = [key for key in COSTS if curve and key in curve[0].shares]
     for key in keys:
-        result.add_column(f"{key} %", justify="right")
-    result.add_column("expected error", justify="right")
-    judged = any(point.drop is not None for point in curve)
-    if judged:
-        result.add_column("drop", justify="right")
-    result.add_column("rewritten", justify="right")
+        table.add_column(f"{key} %", justify="right")
+    table.add_column("predicted error", justify="right")
+    has_drops = any(point.drop is not None for point in curve)
+    if has_drops:
+        table.add_column("drop", justify="right")
+    table.add_column("rewritten", justify="right")
     for point in curve:
-        drop = [] if not judged else ["" if point.drop is None else f"{point.drop:.2f}"]
+        drop = [] if not has_drops else ["" if point.drop is None else f"{point.drop:.2f}"]
         shares = [f"{100 * point.shares[key]:.1f}" for key in keys]
-        result.add_row(*shares, f"{point.error:.4f}", *drop, str(len(point.plan.changes)))
-    return result
+        table.add_row(*shares, f"{point.error:.4f}", *drop, str(len(point.plan.changes)))
+    return table
 
 
 def plan_for_drop(
@@ -115,79 +118,104 @@ def plan_for_drop(
     *,
     seed: int = 0,
     runtime: str = "eager",
-    progress: ProgressCallback | None = None,
+    on_progress: ProgressCallback | None = None,
 ) -> tuple[Plan, FitResult]:
-    """The cheapest plan found, and its fits, whose `evaluate` is at most budget["max_drop"] below the original's.
+    """The cheapest plan, of those tried, whose `evaluate` is at most budget["max_drop"] below the original's; its fit.
 
-    What it is to be cheap in is the budget's first other key, whose limit holds as well, or MACs: halved in between
-    `STEPS` times. Raises `GhostifyError` where the drop is larger at the other limits already.
+    The minimized cost is the first other key of the budget, whose limit holds as well, or MACs; its share is bisected
+    `BISECTIONS` times. Raises `GhostifyError` where the drop is larger at the other limits already.
     """
-    allowed, others = budget["max_drop"], {k: v for k, v in budget.items() if k != "max_drop"} or {"macs": 1.0}
-    check_budget(others)
-    if isinstance(allowed, bool) or not isinstance(allowed, int | float) or not allowed >= 0:
-        raise GhostifyError(f"budget max_drop={allowed!r} is not a number of at least 0")
-    key = next(iter(others))
-    seen = None if calibration is None else prepare_calibration(program, calibration, seed)
-    best = evaluate(program.module)
+    max_drop, limits = budget["max_drop"], {k: v for k, v in budget.items() if k != "max_drop"} or {"macs": 1.0}
+    check_budget(limits)
+    if isinstance(max_drop, bool) or not isinstance(max_drop, int | float) or not max_drop >= 0:
+        raise GhostifyError(f"budget max_drop={max_drop!r}: is not a number of at least 0. Use 0.5 for half a point.")
+    key = next(iter(limits))
+    prepared = None if calibration is None else prepare_calibration(program, calibration, seed)
+    original_score = evaluate(program.module)
 
-    def fitted(plan: Plan) -> tuple[float, tuple[Plan, FitResult]]:
-        score, fits = _fit_and_evaluate(program, plan, seen, evaluate, seed, progress)
-        return best - score, (plan, fits)
+    def evaluated(plan: Plan) -> tuple[float, tuple[Plan, FitResult]]:
+        score, fits = _fit_and_evaluate(program, plan, prepared, evaluate, seed, on_progress)
+        return original_score - score, (plan, fits)
 
-    with LatencyTimer(runtime) as clock:
-        choices = build_search_space(program, policy, tuple(others), seen, seed, clock)
-        drop, found = fitted(select_plan(choices, others).plan)
-        if drop > allowed:
-            limits = ", ".join(f"{k}={v:g}" for k, v in others.items())
-            raise GhostifyError(f"budget max_drop={allowed:g} is out of reach: at {limits} the drop is {drop:.3g}")
-        high = others[key] if others[key] <= 1 else min(1.0, others[key] / choices.totals[key])
-        low = min(choices.minimum_shares[key], high)
-        for _ in range(STEPS):
+    with LatencyTimer(runtime) as timer:
+        space = build_search_space(program, policy, tuple(limits), prepared, seed, timer)
+        drop, best = evaluated(select_plan(space, limits).plan)
+        if drop > max_drop:
+            text = ", ".join(f"{k}={v:g}" for k, v in limits.items())
+            raise GhostifyError(f"budget max_drop={max_drop:g} is infeasible: at {text} the drop is {drop:.3g}")
+        high = limits[key] if limits[key] <= 1 else min(1.0, limits[key] / space.totals[key])
+        low = min(space.minimum_shares[key], high)
+        for _ in range(BISECTIONS):
             share = (low + high) / 2
-            made = _at(choices, {**others, key: share})
-            drop, tried = (math.inf, found) if made is None else fitted(made.plan)
-            if drop <= allowed:
-                found, high = tried, share
+            selected = _select_or_none(space, {**limits, key: share})
+            drop, candidate = (math.inf, best) if selected is None else evaluated(selected.plan)
+            if drop <= max_drop:
+                best, high = candidate, share
             else:
                 low = share
-    return found
+    return best
 
 
 def write_frontier(curve: Sequence[FrontierPoint], file: Path) -> None:
-    """Keep a curve as JSON; raises `GhostifyError` where that cannot be written."""
+    """Write a frontier as JSON; raises `GhostifyError` where the file cannot be written."""
+    content = {"format": FORMAT_VERSION, "points": [point.to_dict() for point in curve]}
     try:
-        write_text_atomic(file, json.dumps([point.to_dict() for point in curve], indent=1) + "\n")
+        write_text_atomic(file, json.dumps(content, indent=1) + "\n")
     except OSError as error:
         raise GhostifyError(f"{file}: cannot be written: {error.strerror}") from error
 
 
 def read_frontier(file: Path) -> list[dict[str, Any]]:
-    """A curve that `write_frontier` kept, as plain data; raises `GhostifyError` for anything else."""
+    """The points of a frontier as JSON data (see `FrontierPoint.to_dict`); also reads format 1, a list of points.
+
+    Raises `GhostifyError` for any other file.
+    """
     try:
-        curve: list[dict[str, Any]] = json.loads(file.read_text())
-        if not curve or any(not point["shares"] or "error" not in point for point in curve):
+        content = json.loads(file.read_text())
+        points: list[dict[str, Any]] = _from_format_1(content) if isinstance(content, list) else content["points"]
+        if not isinstance(content, list) and content["format"] != FORMAT_VERSION:
+            raise ValueError(f"format {content['format']} is unknown")
+        if not points or any(not point["shares"] or "error" not in point for point in points):
             raise ValueError("it has no points")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise GhostifyError(f"{file}: is no curve of `ghostify plan --frontier`: {error}") from error
-    return curve
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise GhostifyError(f"{file}: is not a readable frontier of `ghostify plan --frontier`: {error}") from error
+    return points
+
+
+def _from_format_1(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Points of format 1, which had the kept channels themselves, as `keeps` (or `makes`) and `reads`."""
+    return [{**p, "layers": {name: _from_layer_1(layer) for name, layer in p["layers"].items()}} for p in points]
+
+
+def _from_layer_1(layer: Mapping[str, Any]) -> dict[str, Any]:
+    kept_out, kept_in = layer.get("keeps", layer.get("makes")), layer.get("reads")
+    layout = {key: value for key, value in layer.items() if key not in ("keeps", "makes", "reads")}
+    return {**layout, **_kept_counts(kept_out, kept_in)} if "reads" in layer else layout
+
+
+def _kept_counts(kept_out: Sequence[int] | None, kept_in: Sequence[int] | None) -> dict[str, int | None]:
+    return {
+        "kept_out_count": None if kept_out is None else len(kept_out),
+        "kept_in_count": None if kept_in is None else len(kept_in),
+    }
 
 
 def _fit_and_evaluate(
     program: Program,
     plan: Plan,
-    seen: Calibration | None,
+    calibration: Calibration | None,
     evaluate: Evaluate,
     seed: int,
-    progress: ProgressCallback | None = None,
+    on_progress: ProgressCallback | None = None,
 ) -> tuple[float, FitResult]:
-    """How good the model is that a plan makes once it is fitted, and its fits."""
-    fits = fit(program, plan, seen, seed=seed, progress=progress)
+    """The score of the fitted model of a plan, and its fit."""
+    fits = fit(program, plan, calibration, seed=seed, on_progress=on_progress)
     return evaluate(rewrite(program, plan, fits.weights)), fits
 
 
-def _at(choices: SearchSpace, budget: Mapping[str, float]) -> BudgetPlan | None:
-    """The choice within these shares, or None where the layers promise them but the whole does not keep them."""
+def _select_or_none(space: SearchSpace, budget: Mapping[str, float]) -> BudgetPlan | None:
+    """The plan within these limits, or None where they are infeasible."""
     try:
-        return select_plan(choices, budget)
+        return select_plan(space, budget)
     except InfeasibleBudgetError:
         return None

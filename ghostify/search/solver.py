@@ -1,4 +1,4 @@
-"""One candidate of each list, within limits, with the least loss: a mixed-integer program."""
+"""The choice of one candidate of each list within limits that has the least loss: a mixed-integer program."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array, lil_array
 
@@ -18,12 +18,13 @@ from ghostify.errors import GhostifyError
 from ghostify.search.candidates import Candidate
 
 SECONDS = 60
-OUT_OF_TIME = 1  # scipy's status
+TIMED_OUT = 1  # scipy's status
 
 
 @dataclass(frozen=True)
 class GroupConstraint:
-    """A convolution, of the list number `conv`, `makes` or `reads` as many maps as the link of list `group` keeps."""
+    """The `key` ("kept_out_count" or "kept_in_count") of the candidate of list `conv` is the number of channels that
+    the candidate of list `group` keeps."""
 
     conv: int
     group: int
@@ -31,49 +32,52 @@ class GroupConstraint:
 
 
 def choose_candidates(
-    choices: Sequence[Sequence[Candidate]], limits: list[float], ties: Sequence[GroupConstraint] = ()
+    candidates: Sequence[Sequence[Candidate]], limits: Sequence[float], constraints: Sequence[GroupConstraint] = ()
 ) -> list[int] | None:
-    """One candidate of each list, with the least sum of losses among those whose costs keep within `limits`, or None.
+    """The index in each list of the candidates of least total loss whose total costs keep within `limits`, or None.
 
-    Lists that are tied agree on their maps. A mixed-integer program, to a relative gap of 1e-4. Raises `GhostifyError`
-    where time ends before anything is found.
+    A mixed-integer program, solved to a relative gap of 1e-4. Raises `GhostifyError` where no solution is found within
+    `SECONDS`.
     """
-    if not choices:
+    if not candidates:
         return [] if all(limit >= 0 for limit in limits) else None
-    flat = [c for options in choices for c in options]
-    sizes = [len(options) for options in choices]
-    owner = np.repeat(np.arange(len(choices)), sizes)
-    one_each = csr_array((np.ones(len(flat)), (owner, np.arange(len(flat)))))
+    flat = [candidate for alternatives in candidates for candidate in alternatives]
+    sizes = [len(alternatives) for alternatives in candidates]
+    list_of_column = np.repeat(np.arange(len(candidates)), sizes)
+    one_each = csr_array((np.ones(len(flat)), (list_of_column, np.arange(len(flat)))))
     starts = np.cumsum([0, *sizes])
-    spent = np.array([c.costs for c in flat], dtype=float).T
-    scale = spent.max(axis=1, initial=1)
-    within = LinearConstraint(spent / scale[:, None], -np.inf, np.array(limits) / scale)
-    agreeing = [LinearConstraint(_agreement(choices, starts, tie), 0, 0) for tie in ties]
+    costs = np.array([c.costs for c in flat], dtype=float).T
+    scale = costs.max(axis=1, initial=1)
+    within = LinearConstraint(costs / scale[:, None], -np.inf, np.array(limits) / scale)
+    agreements = [LinearConstraint(_agreement(candidates, starts, c), 0, 0) for c in constraints]
     losses = np.array([c.loss for c in flat])
     with _silence_stdout():
         result = milp(
             losses / max(losses.max(), 1e-300),
             integrality=np.ones(len(flat)),
             bounds=Bounds(0, 1),
-            constraints=[LinearConstraint(one_each, 1, 1), within, *agreeing],
+            constraints=[LinearConstraint(one_each, 1, 1), within, *agreements],
             options={"mip_rel_gap": 1e-4, "time_limit": SECONDS},
         )
     if result.x is None:
-        if result.status != OUT_OF_TIME:
+        if result.status != TIMED_OUT:
             return None
         raise GhostifyError(
-            f"no plan was found in {SECONDS} s ({result.message}): target fewer layers, or relax a budget"
+            f"no plan found in {SECONDS} s ({result.message}): target fewer layers, or relax the budget"
         )
-    return [int(result.x[a:b].argmax()) for a, b in pairwise(starts)]
+    return [int(result.x[start:stop].argmax()) for start, stop in pairwise(starts)]
 
 
-def _agreement(choices: Sequence[Sequence[Candidate]], starts: Any, tie: GroupConstraint) -> csr_array:
-    """For each number of maps that the link may keep: candidates of the convolution with so many, less the link's."""
-    kept = [None if c.kept is None else len(c.kept) for c in choices[tie.group]]
-    rows = {count: row for row, count in enumerate(kept[1:])}
-    sides = ((tie.conv, [getattr(c, tie.key) for c in choices[tie.conv]], 1.0), (tie.group, kept, -1.0))
+def _agreement(
+    candidates: Sequence[Sequence[Candidate]], starts: npt.NDArray[np.int64], constraint: GroupConstraint
+) -> csr_array:
+    """A row for each number of channels that the group may keep: 1 for the convolution's candidates with that number,
+    -1 for the group's candidate."""
+    kept_counts = [None if c.kept is None else len(c.kept) for c in candidates[constraint.group]]
+    rows = {count: row for row, count in enumerate(kept_counts[1:])}
+    conv_counts = [getattr(c, constraint.key) for c in candidates[constraint.conv]]
     matrix = lil_array((len(rows), starts[-1]))
-    for number, counts, sign in sides:
+    for number, counts, sign in ((constraint.conv, conv_counts, 1.0), (constraint.group, kept_counts, -1.0)):
         for column, count in enumerate(counts, starts[number]):
             if count is not None:
                 matrix[rows[count], column] = sign
@@ -82,13 +86,13 @@ def _agreement(choices: Sequence[Sequence[Candidate]], starts: Any, tie: GroupCo
 
 @contextmanager
 def _silence_stdout() -> Iterator[None]:
-    """Keep standard output clean of what the solver's library writes there past Python, whatever its options say."""
+    """Discard what the solver's library writes to file descriptor 1, which its options do not prevent."""
     sys.stdout.flush()
-    standing, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    stdout, null = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(nowhere, 1)
+        os.dup2(null, 1)
         yield
     finally:
-        os.dup2(standing, 1)
-        os.close(standing)
-        os.close(nowhere)
+        os.dup2(stdout, 1)
+        os.close(stdout)
+        os.close(null)

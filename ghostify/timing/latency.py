@@ -1,6 +1,6 @@
-"""Milliseconds of single layers and whole models in their inference form: original and ghosts by turns, and kept.
+"""Latencies (ms) of single layers and complete models in inference form; those of layers are cached on disk.
 
-On a GPU where the model is there, in its own dtype; on a CPU layers are timed in float32.
+On the GPU of the model, in its own dtype, or on the CPU, where layers are timed in float32.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from ghostify.pruning.slicing import slice_conv
 from ghostify.timing.timer import LatencyTimer
 
 ROUNDS = 9
-Form = tuple[nn.Conv2d, GhostLayout | None]
-Counts = tuple[int | None, int | None]
+Form = tuple[nn.Conv2d, GhostLayout | None]  # a convolution, or a ghost module in its place
+Counts = tuple[int | None, int | None]  # numbers of outputs and inputs; None: all
 
 
 def cache_folder() -> Path:
@@ -38,122 +38,123 @@ def cache_folder() -> Path:
 
 
 def cache_file() -> Path:
-    """Where measurements are kept."""
+    """The file of cached latencies."""
     return cache_folder() / "milliseconds.json"
 
 
 def layer_latency(
-    conv: nn.Conv2d, conv_info: Convolution, layouts: Sequence[GhostLayout | None], clock: LatencyTimer
+    conv: nn.Conv2d, conv_info: Convolution, layouts: Sequence[GhostLayout | None], timer: LatencyTimer
 ) -> list[float]:
-    """Median milliseconds of all calls of a layer, norm and ReLU folded in, for each layout (None: as it is).
+    """Median latency (ms) of all calls of a layer, with a norm and ReLU folded in, for each layout (None: unchanged).
 
-    Measured on random images of the shapes of its calls; kept on disk by shapes, runtime and its version, threads,
+    Measured on random images of the shapes of the calls; cached on disk by shapes, runtime and its version, threads,
     and processor or GPU.
     """
-    return _form_latencies([(conv, layout) for layout in (None, *layouts)], conv_info, clock)[1:]
+    return _form_latencies([(conv, layout) for layout in (None, *layouts)], conv_info, timer)[1:]
 
 
-def pruned_latency(conv: nn.Conv2d, conv_info: Convolution, ways: Sequence[Counts], clock: LatencyTimer) -> list[float]:
-    """The same of a dense or depthwise convolution as it is, first, and where it makes and reads so many maps (None:
-    all)."""
-    some = ([None if count is None else range(count) for count in way] for way in ways)
-    smaller = [slice_conv(conv, *maps) for maps in some]
-    return _form_latencies([(own, None) for own in (conv, *smaller)], conv_info, clock)
+def pruned_latency(
+    conv: nn.Conv2d, conv_info: Convolution, kept_counts: Sequence[Counts], timer: LatencyTimer
+) -> list[float]:
+    """The same for a dense or depthwise convolution: unchanged, first, then for each number of outputs and inputs."""
+    channels = ([None if count is None else range(count) for count in counts] for counts in kept_counts)
+    pruned = [slice_conv(conv, *kept) for kept in channels]
+    return _form_latencies([(form, None) for form in (conv, *pruned)], conv_info, timer)
 
 
-def model_latency(program: Program, clock: LatencyTimer) -> float:
-    """Median milliseconds of one forward of the example inputs, in the original's own inference form."""
-    return interleaved_latency([program.module], program.example, clock)[0]
+def model_latency(program: Program, timer: LatencyTimer) -> float:
+    """Median latency (ms) of one forward of the example inputs, in the original's inference form."""
+    return interleaved_latency([program.module], program.example, timer)[0]
 
 
-def interleaved_latency(models: Sequence[nn.Module], example: Any, clock: LatencyTimer | None = None) -> list[float]:
-    """Median milliseconds of one forward of each model's inference form, by turns; in eager PyTorch by default."""
-    small = [deploy(m, example) for m in models]
-    return (clock or LatencyTimer()).latencies_ms(small, [example] * len(small))
+def interleaved_latency(models: Sequence[nn.Module], example: Any, timer: LatencyTimer | None = None) -> list[float]:
+    """Median latency (ms) of one forward of each model's inference form, interleaved; by default in eager PyTorch."""
+    deployed = [deploy(model, example) for model in models]
+    return (timer or LatencyTimer()).latencies_ms(deployed, [example] * len(deployed))
 
 
-def _form_latencies(forms: Sequence[Form], conv_info: Convolution, clock: LatencyTimer) -> list[float]:
-    """Median milliseconds of all calls of a layer, for each form of it."""
-    total = [0.0] * len(forms)
+def _form_latencies(forms: Sequence[Form], conv_info: Convolution, timer: LatencyTimer) -> list[float]:
+    """Median latency (ms) of all calls of a layer, for each of its forms."""
+    totals = [0.0] * len(forms)
     for shape in [call.input_shape for call in conv_info.calls if call.input_shape is not None]:
-        keys = [_key(form, shape, clock) for form in forms]
-        taken = _time_missing(keys, [partial(_build_layer, form, shape) for form in forms], clock)
-        total = [spent + more for spent, more in zip(total, taken, strict=True)]
-    return total
+        keys = [_key(form, shape, timer) for form in forms]
+        latencies_ms = _time_missing(keys, [partial(_build_layer, form, shape) for form in forms], timer)
+        totals = [total + latency_ms for total, latency_ms in zip(totals, latencies_ms, strict=True)]
+    return totals
 
 
 def _time_missing(
-    keys: Sequence[str], forms: Sequence[Callable[[], tuple[nn.Module, Tensor]]], clock: LatencyTimer
+    keys: Sequence[str], builders: Sequence[Callable[[], tuple[nn.Module, Tensor]]], timer: LatencyTimer
 ) -> list[float]:
-    """Milliseconds of each form, by its key on disk; those not known yet are timed by turns with the first."""
-    known = _read()
-    if any(key not in known for key in keys):
-        missing = [k for k, key in enumerate(keys) if key not in known and key != keys[0]]
-        models, images = zip(*(forms[k]() for k in (0, *missing)), strict=True)
-        first, *taken = clock.latencies_ms(models, images, ROUNDS)
-        known.setdefault(keys[0], first)
-        share = known[keys[0]] / first  # what was measured before was another mood of the machine
-        known |= {keys[k]: spent * share for k, spent in zip(missing, taken, strict=True)}
-        _write(known)
-    return [known[key] for key in keys]
+    """Latencies (ms) by their keys in the cache; missing ones are timed, interleaved with the first form."""
+    cached = _read_cache()
+    if any(key not in cached for key in keys):
+        missing = [k for k, key in enumerate(keys) if key not in cached and key != keys[0]]
+        models, images = zip(*(builders[k]() for k in (0, *missing)), strict=True)
+        first, *latencies_ms = timer.latencies_ms(models, images, ROUNDS)
+        cached.setdefault(keys[0], first)
+        scale = cached[keys[0]] / first  # the machine may be faster or slower than when the first form was cached
+        cached |= {keys[k]: latency_ms * scale for k, latency_ms in zip(missing, latencies_ms, strict=True)}
+        _write_cache(cached)
+    return [cached[key] for key in keys]
 
 
 def _build_layer(form: Form, shape: tuple[int, ...]) -> tuple[nn.Module, Tensor]:
-    """A convolution of such attributes, norm and activation behind it, as `deploy` makes it; images for it."""
+    """The inference form of a layer, with norm and activation, in random weights; and images for it."""
     conv, layout = form
-    plain, images = copy.deepcopy(conv).to(*_timed_as(conv)), _images(conv, shape)
-    norm = nn.BatchNorm2d(conv.out_channels).to(plain.weight)
-    module = trace(nn.Sequential(plain, norm, nn.ReLU()).eval()).module
+    copied, images = copy.deepcopy(conv).to(*_device_and_dtype(conv)), _random_images(conv, shape)
+    norm = nn.BatchNorm2d(conv.out_channels).to(copied.weight)
+    module = trace(nn.Sequential(copied, norm, nn.ReLU()).eval()).module
     if layout is not None:
-        module.set_submodule("0", _filled(build_ghost_module(plain, layout)))
+        module.set_submodule("0", _randomized(build_ghost_module(copied, layout)))
     return deploy(module, images), images
 
 
-def _timed_as(conv: nn.Conv2d) -> tuple[torch.device, torch.dtype]:
-    """Where a layer is timed, and in which type."""
+def _device_and_dtype(conv: nn.Conv2d) -> tuple[torch.device, torch.dtype]:
+    """The device and dtype that a layer is timed in."""
     device, dtype = conv.weight.device, conv.weight.dtype
     return device, torch.float32 if device.type == "cpu" else dtype
 
 
-def _filled(ghost: GhostModule) -> GhostModule:
+def _randomized(ghost: GhostModule) -> GhostModule:
     for parameter in ghost.parameters():
         nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.1)
     return ghost
 
 
-def _images(conv: nn.Conv2d, shape: tuple[int, ...]) -> Tensor:
-    drawn = torch.randn(shape[0], conv.in_channels, *shape[2:], generator=torch.Generator().manual_seed(0))
-    return drawn.to(*_timed_as(conv))
+def _random_images(conv: nn.Conv2d, shape: tuple[int, ...]) -> Tensor:
+    images = torch.randn(shape[0], conv.in_channels, *shape[2:], generator=torch.Generator().manual_seed(0))
+    return images.to(*_device_and_dtype(conv))
 
 
-def _key(form: Form, shape: tuple[int, ...], clock: LatencyTimer) -> str:
+def _key(form: Form, shape: tuple[int, ...], timer: LatencyTimer) -> str:
     conv, layout = form
-    device, dtype = _timed_as(conv)
+    device, dtype = _device_and_dtype(conv)
     layer = (
         type(conv).__name__, conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,
         conv.padding_mode, conv.dilation, conv.groups, shape[0], *shape[2:],
     )  # fmt: skip
-    on_cpu = (torch.get_num_threads(), clock.version, processor())
-    machine = on_cpu if device.type == "cpu" else (clock.version, dtype, gpu(device))
+    on_cpu = (torch.get_num_threads(), timer.version, processor())
+    machine = on_cpu if device.type == "cpu" else (timer.version, dtype, gpu(device))
     facts = ", ".join([*map(repr, layer), layout_text(layout), *map(repr, machine)])
     return hashlib.sha256(f"({facts})".encode()).hexdigest()[:24]
 
 
 def layout_text(layout: GhostLayout | None) -> str:
-    """What stands for a layout in the keys on disk: it must stay as it is for measurements to be found again."""
+    """The text of a layout in the keys of the cache; cached latencies are lost if it changes."""
     if layout is None:
         return "None"
     return f"Layout({', '.join(f'{name}={value}' for name, value in layout.to_dict().items())})"
 
 
 def gpu(device: torch.device) -> str:
-    """Its name."""
+    """The name of the GPU, or the type of another device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 @cache
 def processor() -> str:
-    """Its name, where the system tells."""
+    """The name of the processor, or "" where the system does not provide it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -161,18 +162,18 @@ def processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
-def _read() -> dict[str, float]:
+def _read_cache() -> dict[str, float]:
     try:
-        found = json.loads(cache_file().read_text())
+        content = json.loads(cache_file().read_text())
     except (OSError, ValueError):
         return {}
-    return {k: float(v) for k, v in found.items()} if isinstance(found, dict) else {}
+    return {key: float(latency_ms) for key, latency_ms in content.items()} if isinstance(content, dict) else {}
 
 
-def _write(known: dict[str, float]) -> None:
+def _write_cache(latencies_ms: dict[str, float]) -> None:
     file = cache_file()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(file, json.dumps(known))
+        write_text_atomic(file, json.dumps(latencies_ms))
     except OSError:
-        return  # nowhere to keep it: measured again next time
+        return  # measured again next time

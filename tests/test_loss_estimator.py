@@ -7,9 +7,8 @@ from ghostify.errors import GhostifyError
 from ghostify.fitting import lstsq
 from ghostify.fitting.data_free import white_input_statistics
 from ghostify.modules.layout import Depthwise, GhostLayout, Grouped, Pointwise, intrinsic_count
-from ghostify.search import candidates, layer_statistics
-from ghostify.search.candidates import _LossEstimator
 from ghostify.search.layer_statistics import LayerStatistics
+from ghostify.search.loss_estimator import LossEstimator, truncation_losses
 
 
 def test_few_images_are_not_taken_to_be_simple():
@@ -17,8 +16,8 @@ def test_few_images_are_not_taken_to_be_simple():
     rows = torch.randn(12, 8, generator=torch.Generator().manual_seed(0)).double()
     halves = tuple(h.T @ h / len(h) for h in rows.split(6))
     eye = torch.eye(8, dtype=torch.float64)
-    crossed = candidates._truncation_losses(layer_statistics.LayerStatistics(halves, None, eye))
-    own = [candidates._truncation_losses(layer_statistics.LayerStatistics((h,), None, eye)) for h in halves]
+    crossed = truncation_losses(LayerStatistics(halves, None, eye))
+    own = [truncation_losses(LayerStatistics((h,), None, eye)) for h in halves]
     torch.testing.assert_close(own[0], torch.cat((torch.zeros(1), torch.linalg.eigvalsh(halves[0]).cumsum(0))))
     assert (crossed[1:-1] > (own[0] + own[1])[1:-1] / 2).all()
     assert crossed[-1] == pytest.approx(float((own[0] + own[1])[-1] / 2))
@@ -29,16 +28,16 @@ def test_a_depthwise_layout_loses_no_less_than_hoped(n, ratio, seed):
     """So that what is beaten at the hoped loss need not be solved."""
 
     class Maps:
-        def costs(self, weights):
+        def pair_errors(self, weights):
             return torch.rand(n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * weights
 
     m = intrinsic_count(n, ratio)
     assume(m < n)
-    losses = _LossEstimator(
+    losses = LossEstimator(
         LayerStatistics((torch.eye(n, dtype=torch.float64),), Maps(), torch.eye(n, dtype=torch.float64)), 3
     )
     layout = GhostLayout(n, m, Depthwise(3))
-    assert losses.least(layout) <= losses.of(layout) + 1e-12
+    assert losses.lower_bound(layout) <= losses.of(layout) + 1e-12
 
 
 def smooth_filters(seed, outputs):
@@ -52,10 +51,10 @@ def predicted_and_fitted(filters, layout):
     d = layout.kernel_size
     one, pairs = white_input_statistics(filters, 1), white_input_statistics(filters, d, map_by_map=True)
     weights = 1 / one.var / len(filters)
-    losses = _LossEstimator(LayerStatistics((one.gram[0, :, 0],), pairs, torch.diag(weights)), d)
+    losses = LossEstimator(LayerStatistics((one.gram[0, :, 0],), pairs, torch.diag(weights)), d)
     stats = white_input_statistics(filters, d)
     solution = lstsq.solve_ghosts(stats, layout, torch.diag(weights))
-    return losses, float((weights * lstsq.errors(stats, solution)).sum())
+    return losses, float((weights * stats.squared_errors(solution)).sum())
 
 
 @given(st.sampled_from([(16, 8, 4), (16, 8, 2), (24, 12, 4), (18, 12, 4)]), st.integers(0, 99))
@@ -67,7 +66,7 @@ def test_grouped_ghosts_of_3_x_3_pixels_lose_no_more_than_predicted_and_not_what
     low_rank = losses.of(GhostLayout(outputs, intrinsic, Pointwise()))
     assert low_rank < 0.97 * fitted
     assert fitted <= losses.of(layout) <= 1.6 * fitted
-    assert losses.least(layout) <= losses.of(layout)
+    assert losses.lower_bound(layout) <= losses.of(layout)
 
 
 @pytest.mark.parametrize("form", [Grouped(4, 1), Grouped(2, 1), Pointwise()])
@@ -91,5 +90,5 @@ def test_one_intrinsic_map_through_one_pixel_is_low_rank():
 @pytest.mark.parametrize("form", [Depthwise(5), Depthwise(1), Grouped(2, 5)])
 def test_the_loss_of_kernels_that_were_not_looked_at_is_refused(form):
     losses, _ = predicted_and_fitted(smooth_filters(0, 8), GhostLayout(8, 4, Depthwise(3)))
-    with pytest.raises(GhostifyError, match=f"kernel size {form.kernel_size}: pairs of maps are not known"):
+    with pytest.raises(GhostifyError, match=f"kernel size {form.kernel_size}: no pair statistics"):
         losses.of(GhostLayout(8, 4, form))

@@ -1,0 +1,67 @@
+"""The models and images that the arguments of a command name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ghostify.data.sources import ModelSource, Preprocessing, parse_arguments, preprocessing, read_data
+from ghostify.errors import GhostifyError
+from ghostify.evaluation.metrics import predict, top1
+from ghostify.io.checkpoint import load, load_weights
+from ghostify.search.pareto import Evaluate
+from ghostify.summary import conversion_info
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedPair:
+    """A converted model and its original, how images become their inputs, and where the original came from.
+
+    The original has initial weights where no checkpoint was given.
+    """
+
+    converted: nn.Module
+    original: nn.Module
+    preprocessing: Preprocessing
+    source: dict[str, Any]
+
+
+def model_source(model: str, arguments: list[str] | None) -> ModelSource:
+    """The model of that name with the constructor arguments `key=value`."""
+    return ModelSource(model, parse_arguments(arguments or []))
+
+
+def build_model(
+    source: ModelSource, weights: Path | None, size: tuple[int, int, int] | None
+) -> tuple[nn.Module, Preprocessing]:
+    """A model, with a checkpoint's weights if one is given, and how images become its inputs."""
+    model = source.build()
+    if weights is not None:
+        load_weights(model, weights)
+    return model, preprocessing(model, size)
+
+
+def load_pair(folder: Path, original: Path | None, allow: list[str] | None) -> LoadedPair:
+    """The converted model of a folder and its original, with the weights of the checkpoint `original` if one is given.
+
+    Raises `GhostifyError` for a folder that does not name the original.
+    """
+    converted = load(folder, allow=allow or ())
+    source = conversion_info(converted).source
+    if not source:
+        raise GhostifyError(f"{folder}: does not name the original model. Convert it with `ghostify convert`.")
+    channels, height, width = source["input_size"]
+    model, prepared = build_model(ModelSource(source["name"], source["arguments"]), original, (channels, height, width))
+    return LoadedPair(converted, model, prepared, source)
+
+
+def top1_evaluator(path: Path, prepared: Preprocessing, batch: int) -> Evaluate:
+    """A function that returns a model's top-1 in percent on labelled images."""
+    data = read_data(path, prepared, batch=batch)
+    labels = data.labels
+    if labels is None:
+        raise GhostifyError(f"{path}: has no labels. Use class folders, or an array file with 'labels'.")
+    return lambda model: top1(predict(model, data.batches), labels)

@@ -1,0 +1,51 @@
+"""Former names of public things, which work for one more release and warn."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypeVar
+
+from ghostify.errors import GhostifyError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def renamed_keywords(**new_names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A decorator: the function takes the keywords `old=new` by their old names too, with a `DeprecationWarning`.
+
+    The function raises `GhostifyError` where a keyword is passed by both names.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        name = f"{function.__qualname__.removesuffix('.__init__')}()"
+
+        @functools.wraps(function)
+        def with_old_keywords(*args: P.args, **kwargs: P.kwargs) -> R:
+            return function(*args, **rename_keys(kwargs, new_names, name))
+
+        return with_old_keywords
+
+    return decorate
+
+
+def rename_keys(table: Mapping[str, Any], new_names: Mapping[str, str], where: str) -> dict[str, Any]:
+    """The table with its old keys under their new names; warns for each, at the line that called the caller.
+
+    Raises `GhostifyError` where a key is there under both names.
+    """
+    renamed = dict(table)
+    for old, new in new_names.items():
+        if old in renamed:
+            if new in renamed:
+                raise GhostifyError(f"{where}: {old} is the former name of {new}. Pass {new} only.")
+            warn_renamed(f"{where}: {old}", new, stacklevel=3)
+            renamed[new] = renamed.pop(old)
+    return renamed
+
+
+def warn_renamed(old: str, new: str, stacklevel: int = 2) -> None:
+    """Emit a `DeprecationWarning` with the name to use; by default at the line that called the caller."""
+    warnings.warn(f"{old} is deprecated. Use {new}.", DeprecationWarning, stacklevel + 1)
