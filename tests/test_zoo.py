@@ -1,4 +1,4 @@
-"""One network of each of forty families, checked as `benchmarks/experiments/zoo.py` checks all networks."""
+"""One network of each of forty families, examined as in `benchmarks/experiments/zoo.py`."""
 
 import pytest
 
