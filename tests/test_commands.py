@@ -79,7 +79,7 @@ def test_plan_writes_the_frontier(files, tmp_path):
     process = run("plan", NET, *SIZE, *options, "--cheap", "auto", "--frontier", tmp_path / "f.json")
     assert process.returncode == 0, process.stderr
     assert "predicted error" in process.stdout
-    curve = json.loads((tmp_path / "f.json").read_text())
+    curve = json.loads((tmp_path / "f.json").read_text())["points"]
     assert [p["shares"]["macs"] for p in curve] == sorted((p["shares"]["macs"] for p in curve), reverse=True)
     assert curve[0]["drop"] == 0
     assert set(curve[2]["layers"]) == {"a.0", "b.0"}
