@@ -1,1 +1,1 @@
-"""What was done and how good it is, to look at."""
+"""Reports as terminal tables, HTML pages and pictures."""
