@@ -1,4 +1,4 @@
-"""The `ghostify` command in processes of its own, forked from one that has the program in memory already."""
+"""The `ghostify` command in a new process, forked from a server process that has imported the program."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from subprocess import CompletedProcess
 
 FORKS = get_context("forkserver")
 FORKS.set_forkserver_preload(["ghostify.cli.commands"])
-SECONDS = 300
+TIMEOUT_S = 300
 
 
 def run_command(*arguments: object, cwd: Path) -> CompletedProcess[str]:
-    """What `ghostify ARGUMENTS` prints in a folder, and its exit code; seconds faster than a new interpreter."""
-    words = [str(word) for word in arguments]
+    """The output and exit code of `ghostify ARGUMENTS` in a folder; seconds faster than a new interpreter."""
+    texts = [str(argument) for argument in arguments]
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
-        process = FORKS.Process(target=_main, args=(words, cwd, out, err, dict(os.environ)))
+        process = FORKS.Process(target=_main, args=(texts, cwd, out, err, dict(os.environ)))
         process.start()
-        process.join(SECONDS)
+        process.join(TIMEOUT_S)
         if process.is_alive():
             process.kill()
             process.join()
-        return CompletedProcess(words, process.exitcode, out.read_text(), err.read_text())
+        return CompletedProcess(texts, process.exitcode, out.read_text(), err.read_text())
 
 
-def _main(words: list[str], cwd: Path, out: Path, err: Path, environment: dict[str, str]) -> None:
+def _main(texts: list[str], cwd: Path, out: Path, err: Path, environment: dict[str, str]) -> None:
     for descriptor, file in ((1, out), (2, err)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), descriptor)
     os.environ.clear()
@@ -36,5 +36,5 @@ def _main(words: list[str], cwd: Path, out: Path, err: Path, environment: dict[s
     os.chdir(cwd)
     from ghostify.cli.commands import main
 
-    sys.argv = ["ghostify", *words]
+    sys.argv = ["ghostify", *texts]
     main()

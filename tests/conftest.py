@@ -1,7 +1,7 @@
 import os
 import sys
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes of tests run beside each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # several test processes run at once
 
 import pytest
 import torch
@@ -13,8 +13,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_latencies(tmp_path_factory):
-    """Latencies measured before, or by another process of tests, decide nothing here."""
+def _separate_latency_cache(tmp_path_factory):
+    """Use a latency cache of this session only."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GHOSTIFY_CACHE", str(tmp_path_factory.mktemp("latencies")))
         yield
@@ -22,13 +22,13 @@ def _own_latencies(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _seed():
-    """Every test meets the same random networks, whatever ran before it."""
+    """Give every test the same random networks, independent of the tests before it."""
     torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
-def _no_accelerator_left():
-    """Accelerate keeps its precision for the whole process, other tests among it."""
+def _reset_accelerator():
+    """Reset the state of Accelerate, whose precision otherwise holds for the whole process."""
     yield
     if "accelerate.state" in sys.modules:
         sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)

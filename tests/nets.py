@@ -1,4 +1,4 @@
-"""Tiny networks, one for each way of wiring."""
+"""Tiny networks, one for each structure of graphs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torchvision.ops import SqueezeExcitation
 
 
 def settle(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Random BatchNorm statistics and scales, so that nothing is at its neutral value; evaluation mode."""
+    """Set random BatchNorm statistics and affine parameters, none at a neutral value, and evaluation mode."""
     generator = torch.Generator().manual_seed(seed)
 
     def rand(like: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ def conv_norm(inputs: int, outputs: int, **options) -> nn.Sequential:
 
 
 class Straight(nn.Module):
-    """Convolutions in a row: every permutation can be taken up by the next one."""
+    """A chain of convolutions: every channel permutation can be pushed into the next one."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Straight(nn.Module):
 
 
 class Residual(nn.Module):
-    """In-place activation, in-place sum, identity shortcut."""
+    """A residual block with in-place activation and sum, and an identity shortcut."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
@@ -72,12 +72,12 @@ class Inverted(nn.Module):
 
     def __init__(self, width: int = 8, spread: int = 6, squeeze: bool = False) -> None:
         super().__init__()
-        many, half = spread * width, spread * width // 2
+        expanded, half = spread * width, spread * width // 2
         self.stem = conv_norm(3, width)
-        self.expand = nn.Sequential(nn.Conv2d(width, many, 1, bias=False), nn.BatchNorm2d(many), nn.ReLU())
-        self.depthwise = conv_norm(many, many, groups=many)
-        self.project = nn.Sequential(nn.Conv2d(many, width, 1, bias=False), nn.BatchNorm2d(width))
-        self.squeeze = SqueezeExcitation(many, width) if squeeze else nn.Identity()
+        self.expand = nn.Sequential(nn.Conv2d(width, expanded, 1, bias=False), nn.BatchNorm2d(expanded), nn.ReLU())
+        self.depthwise = conv_norm(expanded, expanded, groups=expanded)
+        self.project = nn.Sequential(nn.Conv2d(expanded, width, 1, bias=False), nn.BatchNorm2d(width))
+        self.squeeze = SqueezeExcitation(expanded, width) if squeeze else nn.Identity()
         self.head = nn.Conv2d(width, 5, 1)
         with torch.no_grad():
             for conv in (self.expand[0], self.depthwise[0]):
@@ -89,7 +89,7 @@ class Inverted(nn.Module):
 
 
 class Branches(nn.Module):
-    """Two branches concatenated, one tensor used twice, functional dropout that follows the mode."""
+    """Two concatenated branches, a tensor with two users, functional dropout that follows the mode."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class Branches(nn.Module):
 
 
 class Shared(nn.Module):
-    """One convolution used by two nodes."""
+    """A convolution that two nodes call."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class Functional(nn.Module):
 
 
 class Stubborn(nn.Module):
-    """Holds a child whose forward branches on its input's values."""
+    """A child whose forward branches on the values of its input."""
 
     class Gate(nn.Module):
         def __init__(self, width: int) -> None:
@@ -170,7 +170,7 @@ class Optional(nn.Module):
 
 
 class Wild(nn.Module):
-    """Does not trace: a list of maps by the input's values, a head for each of them, a traceable backbone."""
+    """An untraceable forward: a list of maps selected by their values, and a head for each; a traceable backbone."""
 
     class Backbone(nn.Module):
         def __init__(self, width: int) -> None:
@@ -202,8 +202,8 @@ class Wild(nn.Module):
         return torch.cat((first.mean((2, 3)), self.head(maps[1]).mean((2, 3))), 1)
 
 
-class Beside(nn.Module):
-    """Does not trace, and convolves by a function in that very forward."""
+class FunctionalUntraced(nn.Module):
+    """An untraceable forward with a functional convolution in it."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
@@ -218,7 +218,7 @@ class Beside(nn.Module):
 
 
 class Methods(Straight):
-    """Its forward goes through methods, as timm's do."""
+    """A forward that calls methods, as in timm's models."""
 
     num_classes = 5
 

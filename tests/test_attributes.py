@@ -18,15 +18,15 @@ class Named(nets.Straight):
         return self.b(self.a(self.stem(x)))
 
 
-def test_plain_attributes_survive_copies_and_saving(tmp_path):
+def test_serializable_attributes_survive_copies_and_saving(tmp_path):
     converted = ghostify(nets.settle(Named()))
     save(converted, tmp_path / "out")
-    for made in (converted, copy.deepcopy(converted), load(tmp_path / "out")):
-        assert made.num_classes == 5
-        assert made.default_cfg == {"input_size": (3, 12, 12), "mean": [0.5]}
+    for module in (converted, copy.deepcopy(converted), load(tmp_path / "out")):
+        assert module.num_classes == 5
+        assert module.default_cfg == {"input_size": (3, 12, 12), "mean": [0.5]}
 
 
-def test_what_is_lost_is_listed_by_name():
+def test_missing_attributes_are_listed_by_name():
     assert report(ghostify(nets.settle(Named()))).missing_attributes == ("cache", "forward_features", "sensor")
     assert report(ghostify(nets.settle(nets.Wild()), targets="*")).missing_attributes == ()
 
@@ -36,7 +36,7 @@ def test_timm_models_keep_their_configuration():
     converted = ghostify(model, cheap="pointwise")
     assert converted.num_classes == 7
     assert converted.pretrained_cfg == model.pretrained_cfg
-    lost = set(report(converted).missing_attributes)
-    assert not {"forward_features", "forward_head", "get_classifier", "reset_classifier"} & lost
-    assert "forward_intermediates" in lost
+    missing = set(report(converted).missing_attributes)
+    assert not {"forward_features", "forward_head", "get_classifier", "reset_classifier"} & missing
+    assert "forward_intermediates" in missing
     assert isinstance(converted, nn.Module)

@@ -257,7 +257,7 @@ def test_a_class_of_the_users_comes_from_the_present_folder_and_is_allowed_by_na
     for verb in (("eval", "out", "--data", "x.npy"), ("report", "out")):
         refused = run(*verb, cwd=tmp_path)
         assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
-        assert "names ours:Net" in refused.stderr
+        assert "ours:Net: is not in an allowed package" in refused.stderr
         assert "--allow ours" in refused.stderr
         done = run(*verb, "--allow", "ours", cwd=tmp_path)
         assert done.returncode == 0, done.stderr

@@ -14,7 +14,7 @@ from tests import nets
 
 
 class Doubled(nn.Conv2d):
-    """Nobody knows it: what it does is not one convolution."""
+    """An unknown class that is not one convolution."""
 
     def forward(self, x):
         return 2 * super().forward(x)
@@ -31,7 +31,7 @@ class Mirrored(nn.Conv2d):
 
 
 class Scaled(nn.Conv2d):
-    """Nobody knows it either, but it is a convolution with another weight."""
+    """An unknown class that is a convolution with another weight."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -41,7 +41,7 @@ class Scaled(nn.Conv2d):
         return self._conv_forward(x, self.weight * self.gain, self.bias)
 
 
-KINDS = {
+MAKERS = {
     "same": lambda *a, **o: Conv2dSame(*a, **o),
     "standardised": lambda *a, **o: StdConv2d(*a, **o),
     "standardised, same": lambda *a, **o: StdConv2dSame(*a, **o),
@@ -53,60 +53,60 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", MAKERS)
 @given(kernel=st.integers(1, 4), stride=st.integers(1, 3), bias=st.booleans(), size=st.sampled_from([7, 9, 12, 15]))
 @example(kernel=2, stride=3, bias=False, size=7)
 @settings(max_examples=10, deadline=None)
-def test_the_plain_one_computes_the_same_at_every_size(kind, kernel, stride, bias, size):
+def test_the_standard_convolution_computes_the_same_at_every_size(name, kernel, stride, bias, size):
     torch.manual_seed(kernel)
-    conv = KINDS[kind](3, 5, kernel, stride=stride, bias=bias).eval()
-    found = to_standard_conv(conv)
-    assert is_standard_conv(found)
+    conv = MAKERS[name](3, 5, kernel, stride=stride, bias=bias).eval()
+    standard = to_standard_conv(conv)
+    assert is_standard_conv(standard)
     x = torch.randn(2, 3, size, size + 1)
-    torch.testing.assert_close(found(x), conv(x))
+    torch.testing.assert_close(standard(x), conv(x))
 
 
 @pytest.mark.parametrize(
-    ("make", "why"),
+    ("make", "reason"),
     [
         (Doubled, "its forward is not one convolution"),
         (Attentive, "its weight depends on its input"),
-        (Mirrored, "it changes its input in a way of its own"),
+        (Mirrored, "it transforms its input"),
     ],
 )
-def test_what_is_no_plain_convolution_is_skipped_by_name(make, why):
+def test_a_class_without_standard_equivalent_is_skipped_by_name(make, reason):
     skipped = plan(trace(nn.Sequential(nn.Conv2d(3, 8, 3), make(8, 8, 3)).eval())).skips[-1]
     assert make.__name__ in skipped.reason
-    assert why in skipped.reason
+    assert reason in skipped.reason
 
 
-def network(kind):
-    make = KINDS[kind]
+def network(name):
+    make = MAKERS[name]
     torch.manual_seed(2)
     net = nn.Sequential(make(3, 8, 3), nn.ReLU(), make(8, 12, 3, stride=2), nn.ReLU(), make(12, 8, 3, bias=False))
     return net.eval()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_is_converted(kind):
-    model, x = network(kind), nets.images(32, 17)
+@pytest.mark.parametrize("name", MAKERS)
+def test_every_class_is_converted(name):
+    model, x = network(name), nets.images(32, 17)
     before = predict(model, [x])
-    kept = ghostify(model, 1, example_inputs=x)
-    assert torch.equal(predict(kept, [x]), before)
+    unchanged = ghostify(model, 1, example_inputs=x)
+    assert torch.equal(predict(unchanged, [x]), before)
     program = trace(model, x)
     policy = Policy((Rule(cheap="pointwise", ratio=1.5),))
-    decided = plan(program, policy)
-    assert len(decided.rewrites) == 2
-    made = rewrite(program, decided, fit(program, decided, x.split(8)).weights)
-    assert relative_error(predict(made, [x]), before) < 0.5
+    conversion_plan = plan(program, policy)
+    assert len(conversion_plan.rewrites) == 2
+    converted = rewrite(program, conversion_plan, fit(program, conversion_plan, x.split(8)).weights)
+    assert relative_error(predict(converted, [x]), before) < 0.5
     larger = nets.images(2, 24)
-    assert predict(made, [larger]).shape == predict(model, [larger]).shape
+    assert predict(converted, [larger]).shape == predict(model, [larger]).shape
     assert torch.equal(predict(model, [x]), before)
 
 
-@pytest.mark.parametrize("kind", [k for k in KINDS if "norm" not in k and k != "unknown"])
-def test_known_kinds_survive_saving(kind, tmp_path):
-    made = ghostify(network(kind), cheap="pointwise")
+@pytest.mark.parametrize("name", [k for k in MAKERS if "norm" not in k and k != "unknown"])
+def test_known_classes_survive_saving(name, tmp_path):
+    converted = ghostify(network(name), cheap="pointwise")
     x = nets.images(2, 17)
-    assert report(made).rewritten == 2
-    assert torch.equal(predict(load(save(made, tmp_path / "out")), [x]), predict(made, [x]))
+    assert report(converted).rewritten == 2
+    assert torch.equal(predict(load(save(converted, tmp_path / "out")), [x]), predict(converted, [x]))

@@ -9,13 +9,13 @@ from tests import nets
 
 
 @pytest.mark.parametrize("make", nets.ALL, ids=lambda c: c.__name__)
-def test_a_graph_run_node_by_node_answers_as_the_module_does(make):
+def test_a_graph_executed_node_by_node_computes_what_the_module_does(make):
     module, x = trace(nets.settle(make())).module, nets.images(3)
     with torch.no_grad():
         assert torch.equal(execute(module, bind_inputs(module, (x,), {}).values), module(x))
 
 
-def test_the_callback_sees_every_node_in_order_and_decides_what_goes_on():
+def test_the_callback_gets_every_node_in_order_and_replaces_values():
     module, x = trace(nets.settle(nets.Residual())).module, nets.images(2)
     visited = []
 
@@ -31,24 +31,24 @@ def test_the_callback_sees_every_node_in_order_and_decides_what_goes_on():
 
 def test_values_are_freed_after_their_last_use():
     module = trace(nets.settle(nets.Straight())).module
-    most = 0
+    max_live = 0
 
     def on_node(_, value, values):
-        nonlocal most
-        most = max(most, len(values))
+        nonlocal max_live
+        max_live = max(max_live, len(values))
         return value
 
     execute(module, [nets.images(2)], on_node)
-    assert most <= 2
+    assert max_live <= 2
     assert sorted(n.name for nodes in last_uses(module.graph).values() for n in nodes) == sorted(
         n.name for n in module.graph.nodes
     )
 
 
-def test_inputs_of_any_kind_go_to_their_placeholders():
+def test_starred_inputs_are_passed_to_their_placeholders():
     class Several(torch.nn.Module):
         def forward(self, x: Tensor, *more: Tensor, **named: Tensor):
             return x + more[0] * named["scale"]
 
-    module, one = fx.symbolic_trace(Several()), torch.ones(2)
-    assert torch.equal(execute(module, [one, (2 * one,), {"scale": 3 * one}]), 7 * one)
+    module, x = fx.symbolic_trace(Several()), torch.ones(2)
+    assert torch.equal(execute(module, [x, (2 * x,), {"scale": 3 * x}]), 7 * x)

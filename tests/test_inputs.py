@@ -35,29 +35,29 @@ def test_placeholders_take_keywords_then_positions_then_defaults():
         bind_inputs(module, (), {})
 
 
-def test_labels_are_left_out_of_batches_but_not_of_examples():
+def test_labels_are_dropped_from_batches_but_not_from_examples():
     module, x = trace(nets.settle(nets.Straight())).module, nets.images(2)
     assert bind_batch(module, (x, torch.ones(2))).values == (x,)
     wild = nets.settle(nets.Wild())
-    found = bind_batch(wild, (x, torch.ones(2)))
-    assert (found.args, found.kwargs) == ((x,), {})
+    inputs = bind_batch(wild, (x, torch.ones(2)))
+    assert (inputs.args, inputs.kwargs) == ((x,), {})
     assert len(bind_example(wild, (x, torch.ones(2))).args) == 2
     assert torch.equal(call_model(wild, bind_batch(wild, x)), wild(x))
 
 
-def test_the_rest_of_the_arguments_goes_to_starred_inputs():
+def test_starred_inputs_take_the_remaining_arguments():
     class Starred(torch.nn.Module):
         def forward(self, x, *more, **options):
             return x + sum(more) if more or options else x
 
     x = torch.ones(2)
-    plain = trace(torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1), Starred()), nets.images(1)).module
-    assert bind_inputs(plain, (x,), {}).values == (x,)
-    alone = fx.GraphModule(Starred(), trace_graph(Starred(), {"x"}))
-    assert bind_inputs(alone, (x, 2, 3), {"a": 1}).values == (x, (2, 3), {"a": 1})
-    assert torch.equal(call_model(alone, PlaceholderValues((x, (), {}))), x)
-    with pytest.raises(GhostifyError, match=r"\*more took nothing when the model was traced"):
-        call_model(alone, PlaceholderValues((x, (2,), {})))
+    fixed = trace(torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1), Starred()), nets.images(1)).module
+    assert bind_inputs(fixed, (x,), {}).values == (x,)
+    flexible = fx.GraphModule(Starred(), trace_graph(Starred(), {"x"}))
+    assert bind_inputs(flexible, (x, 2, 3), {"a": 1}).values == (x, (2, 3), {"a": 1})
+    assert torch.equal(call_model(flexible, PlaceholderValues((x, (), {}))), x)
+    with pytest.raises(GhostifyError, match=r"\*more was empty when the model was traced"):
+        call_model(flexible, PlaceholderValues((x, (2,), {})))
 
 
 def test_inputs_of_both_kinds_are_trees_of_tensors():

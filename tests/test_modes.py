@@ -6,7 +6,7 @@ from ghostify.evaluation.metrics import predict
 from ghostify.graph.modes import eval_mode
 
 
-def test_modes_come_back_even_after_an_error():
+def test_modes_are_restored_even_after_an_error():
     model = nn.Sequential(nn.Dropout(), nn.Linear(2, 2)).train()
     model[1].eval()
     with pytest.raises(RuntimeError):

@@ -48,18 +48,18 @@ MODULE_ARGUMENTS = {
     nn.ConstantPad2d: (1, 0.5),
     StochasticDepth: (0.5, "row"),
 }
-ALIKE = [op for op in OPS if op.channel_independent]
+CHANNEL_INDEPENDENT = [op for op in OPS if op.channel_independent]
 
 
 def one_call(kind, target, args):
     """A graph that calls one operator on its input."""
     graph = fx.Graph()
-    own, args = ("inner", ()) if kind == "call_module" else (target, args)
-    graph.output(graph.create_node(kind, own, (graph.placeholder("x"), *args)))
+    called, args = ("inner", ()) if kind == "call_module" else (target, args)
+    graph.output(graph.create_node(kind, called, (graph.placeholder("x"), *args)))
     return fx.GraphModule({"inner": target} if kind == "call_module" else {}, graph).eval()
 
 
-def spellings(ops):
+def forms(ops):
     """Graphs of one call each, for every module, function and method of these operators."""
     params = []
     for op in ops:
@@ -90,25 +90,25 @@ def graph_of(forward, **attributes):
     return module, list(module.graph.nodes)[-2]
 
 
-def test_no_spelling_means_two_operators():
+def test_no_form_belongs_to_two_operators():
     for kind in ("modules", "functions", "methods"):
-        known = [spelling for op in OPS for spelling in set(getattr(op, kind))]
-        twice = {spelling for spelling in known if known.count(spelling) > 1}
-        assert not twice, kind
+        listed = [form for op in OPS for form in set(getattr(op, kind))]
+        duplicates = {form for form in listed if listed.count(form) > 1}
+        assert not duplicates, kind
 
 
-@pytest.mark.parametrize(("op", "module"), spellings(ALIKE))
-def test_every_spelling_is_recognised_and_treats_all_channels_alike(op, module):
+@pytest.mark.parametrize(("op", "module"), forms(CHANNEL_INDEPENDENT))
+def test_every_form_is_recognised_and_is_channel_independent(op, module):
     node = node_of(module)
     assert op_of(module, node) is op
     assert is_channel_independent(module, node)
     assert channel_parameters(module, node) == ()
-    order, x = torch.randperm(CHANNELS, generator=torch.Generator().manual_seed(1)), values()
-    torch.testing.assert_close(module(x[:, order].clone()), module(x.clone())[:, order])
+    permutation, x = torch.randperm(CHANNELS, generator=torch.Generator().manual_seed(1)), values()
+    torch.testing.assert_close(module(x[:, permutation].clone()), module(x.clone())[:, permutation])
 
 
-@pytest.mark.parametrize(("op", "module"), spellings(ALIKE))
-def test_what_may_not_write_leaves_its_input_and_makes_new_memory(op, module):
+@pytest.mark.parametrize(("op", "module"), forms(CHANNEL_INDEPENDENT))
+def test_an_operator_that_does_not_mutate_its_input_allocates_its_output(op, module):
     x = values()
     before = x.clone()
     result = module(x)
@@ -119,21 +119,21 @@ def test_what_may_not_write_leaves_its_input_and_makes_new_memory(op, module):
         assert result.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
 
 
-@pytest.mark.parametrize(("op", "module"), spellings([op for op in OPS if op.identity_in_eval]))
-def test_what_is_identity_in_evaluation_returns_its_input(op, module):  # noqa: ARG001
+@pytest.mark.parametrize(("op", "module"), forms([op for op in OPS if op.identity_in_eval]))
+def test_an_identity_in_evaluation_returns_its_input(op, module):  # noqa: ARG001
     x = values()
     assert is_identity_in_eval(module, node_of(module))
     assert torch.equal(module(x.clone()), x)
 
 
-@pytest.mark.parametrize(("op", "module"), spellings([op for op in OPS if op.activation and op.channel_independent]))
+@pytest.mark.parametrize(("op", "module"), forms([op for op in OPS if op.activation and op.channel_independent]))
 def test_an_activation_module_computes_what_the_call_does(op, module):  # noqa: ARG001
     activation, x = activation_module(module, node_of(module)), values() - 0.5
     torch.testing.assert_close(activation(x.clone()), module(x.clone()))
 
 
-@pytest.mark.parametrize(("op", "module"), spellings([op for op in OPS if op.pools]))
-def test_all_spellings_pool(op, module):  # noqa: ARG001
+@pytest.mark.parametrize(("op", "module"), forms([op for op in OPS if op.pools]))
+def test_all_forms_of_pooling_pool(op, module):  # noqa: ARG001
     assert is_pooling(module, node_of(module))
 
 
@@ -175,12 +175,12 @@ def test_arguments_of_activation_functions_count(call):
         lambda x, y: x + 1,  # noqa: ARG005
     ],
 )
-def test_other_calls_are_no_activations(call):
+def test_other_calls_are_not_activations(call):
     module, node = graph_of(call)
     assert activation_module(module, node) is None
 
 
-def test_a_gate_that_others_read_is_no_part_of_an_activation():
+def test_a_gate_with_other_users_is_not_part_of_an_activation():
     def forward(x):
         gate = torch.sigmoid(x)
         return x * gate + gate
@@ -190,7 +190,7 @@ def test_a_gate_that_others_read_is_no_part_of_an_activation():
     assert activation_module(module, product) is None
 
 
-def test_prelu_has_parameters_by_channel_in_all_spellings():
+def test_prelu_has_channel_parameters_in_all_forms():
     x = torch.randn(2, 3, 4, 4)
     modules = [
         graph_of(lambda self, x: self.act(x), act=nn.PReLU(3)),
@@ -213,7 +213,7 @@ def test_one_slope_for_all_channels_is_channel_independent():
         assert is_channel_independent(module, node)
 
 
-def test_a_slope_that_is_computed_is_not_known():
+def test_a_computed_slope_is_unsupported():
     module, node = graph_of(lambda x, y: F.prelu(x, y))
     assert not is_channelwise(module, node)
     assert activation_module(module, node) is None
@@ -238,7 +238,7 @@ def test_a_norm_without_parameters_is_channel_independent():
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d(4), nn.BatchNorm2d(4, affine=False), nn.SyncBatchNorm(4)])
-def test_scale_and_shift_are_what_a_norm_does_in_evaluation(norm):
+def test_scale_and_shift_equal_the_norm_in_evaluation(norm):
     for tensor in (norm.running_mean, norm.running_var, norm.weight, norm.bias):
         if tensor is not None:
             nn.init.uniform_(tensor, 0.5, 1.5)
@@ -252,7 +252,7 @@ def test_scale_and_shift_are_what_a_norm_does_in_evaluation(norm):
     torch.testing.assert_close(x * scale[:, None, None] + shift[:, None, None], expected)
 
 
-def test_who_keeps_running_statistics():
+def test_norms_with_running_statistics():
     assert has_running_statistics(nn.BatchNorm1d(3))
     assert has_running_statistics(nn.InstanceNorm2d(3, track_running_stats=True))
     assert not has_running_statistics(nn.InstanceNorm2d(3))
@@ -267,7 +267,7 @@ def test_only_batch_norms_over_maps_count_as_following_norms():
     assert batchnorm_of(module, node) is None
 
 
-def test_a_dropout_that_never_ends_is_not_identity():
+def test_a_dropout_in_training_mode_is_not_identity():
     for call in (lambda x: F.dropout(x, 0.5), lambda x: F.dropout(x, 0.5, True)):
         module, node = graph_of(call)
         assert not is_identity_in_eval(module, node)
@@ -299,13 +299,13 @@ def test_hooks_of_every_kind_count(register):
     assert not is_identity_in_eval(module, node)
 
 
-class Odd(nn.ReLU):
+class Flipped(nn.ReLU):
     def forward(self, x):
         return x.flip(1)
 
 
 def test_a_subclass_with_a_forward_of_its_own_is_another_operator():
-    module = one_call("call_module", Odd(), ())
+    module = one_call("call_module", Flipped(), ())
     assert op_of(module, node_of(module)) is None
     patched = nn.ReLU()
     patched.forward = lambda x: x.flip(1)
@@ -314,8 +314,9 @@ def test_a_subclass_with_a_forward_of_its_own_is_another_operator():
 
 
 def test_convolutions_of_all_kinds():
-    for form in (one_call("call_module", StdConv2d(4, 4, 3), ()), one_call("call_module", nn.Conv2d(4, 4, 3), ())):
-        assert is_conv2d(form, node_of(form))
+    for conv in (StdConv2d(4, 4, 3), nn.Conv2d(4, 4, 3)):
+        module = one_call("call_module", conv, ())
+        assert is_conv2d(module, node_of(module))
     module, node = graph_of(lambda self, x: F.conv2d(x, self.weight), weight=nn.Parameter(torch.ones(4, 4, 3, 3)))
     assert is_conv2d(module, node)
     module, node = graph_of(lambda self, x: F.linear(x, self.weight), weight=nn.Parameter(torch.ones(4, 4)))
@@ -337,8 +338,8 @@ def test_convolutions_of_all_kinds():
 )  # fmt: skip
 def test_operands_of_elementwise_operations(call, operands):
     module, node = graph_of(call)
-    found = elementwise_operands(node)
-    assert (None if found is None else len(found)) == operands
+    operand_nodes = elementwise_operands(node)
+    assert (None if operand_nodes is None else len(operand_nodes)) == operands
     if operands is not None:
         assert is_channel_independent(module, node) == (operands == 1)
 
@@ -358,13 +359,13 @@ def test_sums_and_products_are_of_two_values():
             lambda x, y: operator.imul(x, y),
         ],
     }
-    for query, forms in calls.items():
-        for form in forms:
-            _, node = graph_of(form)
+    for query, functions in calls.items():
+        for function in functions:
+            _, node = graph_of(function)
             assert query(node)
     others = [lambda x, _: x + 1, lambda x, y: torch.add(x, y, alpha=2), lambda x, _: x * 2, lambda x, y: x - y]
-    for form in others:
-        _, node = graph_of(form)
+    for function in others:
+        _, node = graph_of(function)
         assert not is_add(node)
         assert not is_mul(node)
 
@@ -396,7 +397,7 @@ def test_concatenation_along_channels(call, by_channel):
         (lambda x: x.flatten(2), False, False), (lambda x: x.reshape(-1, 4), False, False),
     ],
 )  # fmt: skip
-def test_means_over_positions_and_rows_of_channels(call, mean, flattens):
+def test_spatial_means_and_flattened_channels(call, mean, flattens):
     module, node = graph_of(call)
     x = torch.randn(2, 3, 4, 4)
     assert is_spatial_mean(module, node) == mean
@@ -414,12 +415,12 @@ def test_modules_average_and_flatten_too():
 
 
 def test_padding_of_positions_only_is_channel_independent():
-    for pad, alike in (((1, 1), True), ((1, 1, 1, 1), True), ((0, 0, 0, 0, 1, 1), False)):
+    for pad, expected in (((1, 1), True), ((1, 1, 1, 1), True), ((0, 0, 0, 0, 1, 1), False)):
         module = one_call("call_function", F.pad, (pad,))
-        assert is_channel_independent(module, node_of(module)) == alike
+        assert is_channel_independent(module, node_of(module)) == expected
 
 
-def test_reading_a_shape_is_not_reading_values():
+def test_reading_metadata_is_not_reading_values():
     for read in (lambda x: x.shape, lambda x: x.size(1), lambda x: x.dim(), lambda x: x.dtype):
         _, node = graph_of(read)
         assert reads_metadata(node)
@@ -428,11 +429,11 @@ def test_reading_a_shape_is_not_reading_values():
         assert not reads_metadata(node)
 
 
-def test_unknown_operators_and_views_may_write():
+def test_unknown_operators_and_views_may_mutate_their_input():
     for call in (lambda x: x.flatten(1), lambda x: torch.sort(x), lambda x: x.add_(1), lambda x: F.relu(x, True)):
         module, node = graph_of(call)
         assert may_mutate_input(module, node)
     module = one_call("call_module", BatchNormAct2d(3), ())
-    assert may_mutate_input(module, node_of(module))  # its activation works in place
+    assert may_mutate_input(module, node_of(module))  # its activation is in place
     module, node = graph_of(lambda self, x: self.conv(x), conv=nn.Conv2d(3, 3, 1))
     assert not may_mutate_input(module, node)

@@ -17,23 +17,23 @@ from ghostify.graph.symbolic_tracer import UntraceableError
 from tests import nets
 
 
-def test_inner_parts_come_before_outer_ones():
-    module, parts, reason = trace_submodules(nets.settle(nets.Stubborn()), {})
-    assert list(parts) == ["gate.conv", ""]
+def test_inner_subgraphs_come_before_outer_ones():
+    module, subgraphs, reason = trace_submodules(nets.settle(nets.Stubborn()), {})
+    assert list(subgraphs) == ["gate.conv", ""]
     assert isinstance(module, fx.GraphModule)
     assert reason == ""
 
 
-def test_what_does_not_trace_stays_and_says_why():
+def test_a_module_that_does_not_trace_keeps_its_class_and_the_reason_is_returned():
     model = nets.settle(nets.Wild())
-    module, parts, reason = trace_submodules(model, {})
+    module, subgraphs, reason = trace_submodules(model, {})
     assert module is model
-    assert set(parts) == {"backbone", "gate.conv", "head"}
+    assert set(subgraphs) == {"backbone", "gate.conv", "head"}
     assert "Error" in reason
 
 
 @register_notrace_module
-class Marked(nn.Module):
+class NotTraceable(nn.Module):
     def __init__(self):
         super().__init__()
         self.inner = nets.conv_norm(8, 8)
@@ -42,23 +42,23 @@ class Marked(nn.Module):
         return self.inner(x)
 
 
-def test_what_timm_marks_is_entered_through_its_children():
-    _, parts, _ = trace_submodules(nn.Sequential(nn.Conv2d(3, 8, 3), Marked()).eval(), {})
-    assert list(parts) == ["1.inner", ""]
+def test_children_of_a_module_that_timm_marks_are_traced():
+    _, subgraphs, _ = trace_submodules(nn.Sequential(nn.Conv2d(3, 8, 3), NotTraceable()).eval(), {})
+    assert list(subgraphs) == ["1.inner", ""]
 
 
-def test_a_module_at_two_paths_is_one_part():
+def test_a_module_at_two_paths_is_one_subgraph():
     class Twice(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a = Marked()
+            self.a = NotTraceable()
             self.b = self.a
 
         def forward(self, x):
             return self.b(self.a(x) if x.sum() > 0 else x)
 
-    module, parts, _ = trace_submodules(Twice().eval(), {})
-    assert list(parts) == ["a.inner"]
+    module, subgraphs, _ = trace_submodules(Twice().eval(), {})
+    assert list(subgraphs) == ["a.inner"]
     assert module.a.inner is module.b.inner
 
 
@@ -73,26 +73,26 @@ def test_flags_off_their_defaults_are_not_traced():
         tensor_arguments(signature.bind(1, deep=True))
 
 
-def test_only_single_convolutions_are_entered_on_demand():
-    _, parts, _ = trace_submodules(nets.settle(nets.Wild()), {}, whole=False)
-    assert list(parts) == ["backbone.stem.0", "backbone.a.0", "gate.conv"]
+def test_only_single_convolutions_are_traced_on_demand():
+    _, subgraphs, _ = trace_submodules(nets.settle(nets.Wild()), {}, whole=False)
+    assert list(subgraphs) == ["backbone.stem.0", "backbone.a.0", "gate.conv"]
 
 
-def test_calls_are_noted_as_far_as_the_forward_comes():
+def test_calls_before_an_error_in_the_forward_are_recorded():
     model = nets.settle(nets.Wild())
-    found = record_first_calls(model, CallArguments((nets.images(1),), {}))
-    assert list(found[id(model.head)].arguments) == ["x"]
+    calls = record_first_calls(model, CallArguments((nets.images(1),), {}))
+    assert list(calls[id(model.head)].arguments) == ["x"]
     assert record_first_calls(model, CallArguments((torch.zeros(1, 5, 4, 4),), {}))
     assert not model.backbone._forward_pre_hooks
 
 
-def test_models_that_answer_otherwise_are_told_apart():
+def test_models_with_different_outputs_do_not_match():
     model, x = nets.settle(nets.Straight()), CallArguments((nets.images(2),), {})
     other = nets.settle(nets.Straight(), seed=5)
     assert models_match(model, x, model, x)
     assert not models_match(model, x, other, x)
 
 
-def test_filters_of_functional_convolutions_count():
+def test_weights_of_functional_convolutions_count():
     assert contains_convs(nets.Wild.Head(4))
     assert not contains_convs(nn.Linear(3, 3))

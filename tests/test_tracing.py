@@ -10,7 +10,7 @@ from tests import nets
 
 
 @pytest.mark.parametrize("make", nets.ALL, ids=lambda c: c.__name__)
-def test_a_traced_copy_answers_as_the_model_in_both_modes(make):
+def test_a_traced_copy_computes_what_the_model_does_in_both_modes(make):
     model, x = nets.settle(make()), nets.images()
     program = trace(model, x)
     assert torch.equal(program.module(x), model(x))
@@ -20,7 +20,7 @@ def test_a_traced_copy_answers_as_the_model_in_both_modes(make):
     assert torch.equal(program.module.train()(x), expected)
 
 
-def test_every_convolution_once_with_shapes_and_macs():
+def test_every_convolution_is_listed_once_with_shapes_and_macs():
     program = trace(nets.settle(nets.Straight()), nets.images(2))
     assert [c.name for c in program.convolutions] == ["stem.0", "a.0", "b.0"]
     last = program.convolutions[-1]
@@ -34,14 +34,14 @@ def test_a_shared_convolution_is_listed_once_with_both_calls():
     assert [len(c.calls) for c in program.convolutions] == [1, 2]
 
 
-def test_functional_convolutions_are_found_by_their_weight():
+def test_functional_convolutions_are_named_by_their_weight():
     program = trace(nets.settle(nets.Functional()), nets.images(1))
     named = {c.name: c for c in program.convolutions}
     assert named["kernel"].is_functional
     assert named["kernel"].unsupported_reason is None
     assert program.conv("kernel").stride == (2, 2)
     computed = [c for c in program.convolutions if c.unsupported_reason]
-    assert [c.unsupported_reason for c in computed] == ["its weight is computed in the forward"]
+    assert [c.unsupported_reason for c in computed] == ["weight computed in the forward"]
 
 
 def test_one_weight_in_two_calls_is_one_convolution_if_the_calls_agree():
@@ -54,13 +54,13 @@ def test_one_weight_in_two_calls_is_one_convolution_if_the_calls_agree():
             x = F.conv2d(x, self.kernel, padding=1)
             return F.conv2d(x, self.kernel, padding=self.second)
 
-    (same,), (other,) = (trace(Twice(padding)).convolutions for padding in (1, 2))
-    assert len(same.calls) == len(other.calls) == 2
-    assert same.unsupported_reason is None
-    assert "different strides, paddings" in other.unsupported_reason
+    (equal,), (different,) = (trace(Twice(padding)).convolutions for padding in (1, 2))
+    assert len(equal.calls) == len(different.calls) == 2
+    assert equal.unsupported_reason is None
+    assert "different strides, paddings" in different.unsupported_reason
 
 
-def test_a_convolution_inside_what_does_not_trace_is_a_part_of_its_own():
+def test_a_convolution_in_a_module_that_does_not_trace_is_a_subgraph_by_itself():
     model, x = nets.settle(nets.Stubborn()), nets.images(1)
     program = trace(model, x)
     assert list(program.subgraphs) == ["gate.conv", ""]
@@ -70,7 +70,7 @@ def test_a_convolution_inside_what_does_not_trace_is_a_part_of_its_own():
     assert program.conv("gate.conv") is program.module.gate.conv
 
 
-def test_a_class_that_does_not_trace_stays_around_the_parts_that_do():
+def test_a_model_that_does_not_trace_keeps_its_class_around_its_subgraphs():
     model, x = nets.settle(nets.Wild()), nets.images(2)
     program = trace(model, x)
     assert list(program.subgraphs) == ["backbone", "head", "gate.conv"]
@@ -82,7 +82,7 @@ def test_a_class_that_does_not_trace_stays_around_the_parts_that_do():
     assert head.calls[0].output_positions == 2 * (144 + 36)
 
 
-def test_what_is_called_with_options_is_traced_as_it_is_called():
+def test_a_submodule_called_with_options_is_traced_as_it_is_called():
     class Options(nn.Module):
         def __init__(self):
             super().__init__()
@@ -101,46 +101,46 @@ def test_what_is_called_with_options_is_traced_as_it_is_called():
 
 
 def test_a_convolution_that_never_runs_is_listed_with_the_reason():
-    (found,) = trace(nets.Stubborn.Gate(3), -torch.ones(1, 3, 4, 4)).convolutions
-    assert "not called when the example inputs run" in found.unsupported_reason
+    (conv,) = trace(nets.Stubborn.Gate(3), -torch.ones(1, 3, 4, 4)).convolutions
+    assert conv.unsupported_reason == "not called when the example inputs run"
     model = nets.settle(nets.Straight())
     model.spare = nn.Conv2d(3, 3, 1)
     spare = next(c for c in trace(model).convolutions if c.name == "spare")
-    assert (spare.calls, spare.unsupported_reason) == ((), "its forward does not call it as traced")
+    assert (spare.calls, spare.unsupported_reason) == ((), "not called in the traced forward")
 
 
-def test_optional_arguments_left_out_stand_guard():
+def test_optional_arguments_that_are_left_out_are_checked():
     model, x = nets.settle(nets.Optional()), nets.images(1)
     program = trace(model, x)
     with pytest.raises(GhostifyError, match="argument 'bias' was fixed at its default None"):
         program.module(x, torch.ones(1))
-    given = trace(model, {"x": x, "bias": torch.ones(1)})
-    assert torch.equal(given.module(x, torch.ones(1) * 3), model(x, torch.ones(1) * 3))
+    program = trace(model, {"x": x, "bias": torch.ones(1)})
+    assert torch.equal(program.module(x, torch.ones(1) * 3), model(x, torch.ones(1) * 3))
 
 
-def test_hooks_are_an_obstacle():
+def test_a_convolution_with_hooks_is_unsupported():
     model = nets.settle(nets.Straight())
     model.a[0].register_forward_hook(lambda *_: None)
-    found = next(c for c in trace(model).convolutions if c.name == "a.0")
-    assert "it carries hooks" in found.unsupported_reason
+    conv = next(c for c in trace(model).convolutions if c.name == "a.0")
+    assert conv.unsupported_reason == "has hooks"
 
 
-def test_a_tied_weight_is_an_obstacle():
+def test_a_convolution_with_a_tied_weight_is_unsupported():
     model = nn.Sequential(*[nn.Conv2d(8, 8, 3, padding=1) for _ in range(3)])
     model[2].weight = model[1].weight
     reasons = {c.name: c.unsupported_reason for c in trace(model).convolutions}
     assert reasons["0"] is None
-    assert "shared with another part" in reasons["1"]
-    assert "shared with another part" in reasons["2"]
+    assert reasons["1"] == "weight shared with another module or call"
+    assert reasons["2"] == reasons["1"]
 
 
-def test_what_cannot_be_traced_or_run_is_one_error():
-    class Wild(nn.Module):
+def test_a_model_that_cannot_be_traced_or_run_is_an_error():
+    class Branching(nn.Module):
         def forward(self, x):
             return x if x.sum() > 0 else -x
 
-    with pytest.raises(GhostifyError, match=r"Wild\.forward cannot be traced \(.*control flow"):
-        trace(Wild())
+    with pytest.raises(GhostifyError, match=r"Branching\.forward cannot be traced \(.*control flow"):
+        trace(Branching())
     with pytest.raises(GhostifyError, match="does not run on example_inputs"):
         trace(nets.Straight(), torch.zeros(1, 7, 8, 8))
     with pytest.raises(GhostifyError, match="lazy"):
@@ -155,7 +155,7 @@ def test_tracing_leaves_module_attributes_as_they_were():
 
 
 def test_a_forward_that_branches_on_its_mode_is_traced_in_that_mode_and_guarded():
-    class Moody(nn.Module):
+    class ModeDependent(nn.Module):
         def __init__(self):
             super().__init__()
             self.conv = nn.Conv2d(3, 4, 3)
@@ -165,14 +165,14 @@ def test_a_forward_that_branches_on_its_mode_is_traced_in_that_mode_and_guarded(
             return (x, x.mean()) if self.training else x
 
     x = nets.images(1)
-    program = trace(Moody().eval(), x)
+    program = trace(ModeDependent().eval(), x)
     assert isinstance(program.module(x), torch.Tensor)
     with pytest.raises(GhostifyError, match="branches on its mode and was traced in eval mode"):
         program.module.train()(x)
-    assert isinstance(trace(Moody().train()).module(x), tuple)
+    assert isinstance(trace(ModeDependent().train()).module(x), tuple)
 
 
-def test_a_layer_without_convolutions_that_branches_on_its_mode_stays_whole():
+def test_a_layer_without_convolutions_that_branches_on_its_mode_is_a_leaf():
     class Noise(nn.Module):
         def forward(self, x):
             return x + torch.rand_like(x) if self.training else x
@@ -184,23 +184,23 @@ def test_a_layer_without_convolutions_that_branches_on_its_mode_stays_whole():
     assert not torch.equal(program.module(nets.images(1)), program.module(nets.images(1)))
 
 
-def test_a_model_that_kept_a_tensor_of_its_last_forward_is_copied():
-    class Keeps(nn.Module):
+def test_a_model_that_stores_a_tensor_of_its_last_forward_is_copied():
+    class Caching(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv, self.kept = nn.Conv2d(3, 4, 3), {}
+            self.conv, self.cache = nn.Conv2d(3, 4, 3), {}
 
         def forward(self, x):
-            self.kept["bias"] = self.conv.bias * 2
+            self.cache["bias"] = self.conv.bias * 2
             return self.conv(x)
 
-    model = Keeps()
+    model = Caching()
     model(nets.images(1))
     assert len(trace(model).convolutions) == 1
-    assert model.kept["bias"].requires_grad
+    assert model.cache["bias"].requires_grad
 
 
-def test_a_model_that_raises_says_so_in_one_line():
+def test_the_error_of_a_forward_is_reported_in_one_line():
     class Raises(nn.Module):
         def __init__(self):
             super().__init__()
@@ -213,7 +213,7 @@ def test_a_model_that_raises_says_so_in_one_line():
         trace(Raises(), nets.images(1))
 
 
-def test_a_model_that_calls_itself_is_entered_or_refused():
+def test_a_model_that_calls_itself_is_traced_or_refused():
     class Recursive(nn.Module):
         def __init__(self):
             super().__init__()
@@ -236,17 +236,17 @@ def test_a_model_that_calls_itself_is_entered_or_refused():
         trace(Endless(), x)
 
 
-def test_modules_that_refer_to_each_other_in_a_circle_are_traced_unless_they_are_registered():
+def test_circular_references_are_traced_unless_they_are_registered_submodules():
     model = nets.settle(nets.Wild())
     model.gate.owner = [model]
     program = trace(model, nets.images(1))
     assert [c.subgraph_path for c in program.convolutions] == ["backbone", "backbone", "head", "gate.conv"]
     model.gate.registered = model
-    with pytest.raises(GhostifyError, match=r"gate\.registered is a module that it lies in itself"):
+    with pytest.raises(GhostifyError, match=r"gate\.registered: the module contains itself as a submodule"):
         trace(model, nets.images(1))
 
 
-def test_a_graph_that_changes_with_the_size_is_traced_as_far_as_it_goes():
+def test_a_graph_that_depends_on_the_size_is_traced_for_the_example():
     class Sizes(nn.Module):
         def __init__(self):
             super().__init__()
@@ -257,16 +257,16 @@ def test_a_graph_that_changes_with_the_size_is_traced_as_far_as_it_goes():
 
     program = trace(Sizes(), nets.images(1, 12))
     reasons = {c.name: c.unsupported_reason for c in program.convolutions}
-    assert "not called when the example inputs run" in reasons["a"]
+    assert reasons["a"] == "not called when the example inputs run"
     assert reasons["b"] is None
-    big = nets.images(1, 20)
-    assert program.module(big).shape == (1, 4, 18, 18)
+    large = nets.images(1, 20)
+    assert program.module(large).shape == (1, 4, 18, 18)
 
 
-def test_convolutions_that_run_as_functions_where_nothing_traces_are_listed():
-    model, x = nets.settle(nets.Beside()), nets.images(2)
-    with pytest.warns(UserWarning, match="1 convolutions run as functions in forwards .* the first is weight"):
+def test_functional_convolutions_in_a_forward_that_does_not_trace_are_listed():
+    model, x = nets.settle(nets.FunctionalUntraced()), nets.images(2)
+    with pytest.warns(UserWarning, match=r"1 functional convolutions run in forwards .* The first is weight\."):
         program = trace(model, x)
-    (found,) = [c for c in program.convolutions if c.name == "weight"]
-    assert (found.inputs, found.outputs, found.kernel, found.is_functional) == (8, 6, (3, 3), True)
-    assert "as a function" in found.unsupported_reason
+    (conv,) = [c for c in program.convolutions if c.name == "weight"]
+    assert (conv.inputs, conv.outputs, conv.kernel, conv.is_functional) == (8, 6, (3, 3), True)
+    assert conv.unsupported_reason == "functional call in a forward that does not trace"

@@ -1,4 +1,4 @@
-"""What users read of a model beside its forward: kept with its graph where plain data can say it, named where not."""
+"""Attributes of a model other than its forward: the serializable ones are copied, the missing ones listed."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ghostify.graph.serialization import is_serializable
 STANDARD = frozenset(dir(nn.Module)) | {"forward", "meta"}
 
 
-def copy_attributes(made: fx.GraphModule, model: nn.Module) -> None:
-    """Give a traced module the attributes of the model that are plain data, such as `num_classes`."""
-    wanted = {k: v for k, v in vars(model).items() if not k.startswith("_") and k not in vars(made)}
-    kept = {k: v for k, v in wanted.items() if k != "training" and not callable(v) and is_serializable(v)}
-    set_attributes(made, copy.deepcopy(kept))
+def copy_attributes(traced: fx.GraphModule, model: nn.Module) -> None:
+    """Give a traced module the model's serializable public attributes, such as `num_classes`, in place."""
+    public = {k: v for k, v in vars(model).items() if not k.startswith("_") and k not in vars(traced)}
+    values = {k: v for k, v in public.items() if k != "training" and not callable(v) and is_serializable(v)}
+    set_attributes(traced, copy.deepcopy(values))
 
 
-def missing_attributes(made: nn.Module, model: nn.Module) -> tuple[str, ...]:
-    """Public methods and attributes of the model that the result does not have."""
+def missing_attributes(converted: nn.Module, model: nn.Module) -> tuple[str, ...]:
+    """Names of the model's public methods and attributes that the converted module lacks, in alphabetical order."""
     names = {n for n in (*dir(type(model)), *vars(model)) if not n.startswith("_")} - STANDARD
-    return tuple(sorted(n for n in names if not hasattr(made, n)))
+    return tuple(sorted(n for n in names if not hasattr(converted, n)))

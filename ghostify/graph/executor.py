@@ -13,7 +13,7 @@ NodeCallback = Callable[[fx.Node, Any, Values], Any]
 
 
 def run_node(module: fx.GraphModule, node: fx.Node, values: Values) -> Any:
-    """What a node computes from the values of the nodes that it reads; of a placeholder, `values` has it already."""
+    """The value of a node, from the values of its input nodes; a placeholder's value is in `values` already."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
     target: Any = node.target
     match node.op:
@@ -34,28 +34,28 @@ def run_node(module: fx.GraphModule, node: fx.Node, values: Values) -> Any:
 def execute(module: fx.GraphModule, inputs: Sequence[Any], on_node: NodeCallback | None = None) -> Any:
     """The output of a traced module for `inputs`, the values of its placeholders in order.
 
-    `on_node(node, value, values)` gets every node with its value and the values that are alive, and returns the value
+    `on_node(node, value, values)` is called for every node with its value and the live values; it returns the value
     that later nodes read.
     """
-    waiting, dead = iter(inputs), last_uses(module.graph)
+    remaining_inputs, last_used = iter(inputs), last_uses(module.graph)
     values: dict[fx.Node, Any] = {}
-    result = None
+    value = None
     for node in module.graph.nodes:
         if node.op == "placeholder":
-            values[node] = next(waiting)
-        result = run_node(module, node, values)
+            values[node] = next(remaining_inputs)
+        value = run_node(module, node, values)
         if on_node is not None:
-            result = on_node(node, result, values)
-        values[node] = result
-        for old in dead.get(node, ()):
-            del values[old]
-    return result
+            value = on_node(node, value, values)
+        values[node] = value
+        for unused in last_used.get(node, ()):
+            del values[unused]
+    return value
 
 
 def last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """The nodes whose values nothing reads after a node."""
-    order = {n: i for i, n in enumerate(graph.nodes)}
+    """The nodes whose values are not read after a node, by that node."""
+    positions = {n: i for i, n in enumerate(graph.nodes)}
     uses: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
-        uses.setdefault(max(node.users, key=order.__getitem__, default=node), []).append(node)
+        uses.setdefault(max(node.users, key=positions.__getitem__, default=node), []).append(node)
     return uses

@@ -1,4 +1,4 @@
-"""`torch.nn.functional.conv2d` in a traced graph: the parameters it takes, and the module that would do the same."""
+"""Calls of `torch.nn.functional.conv2d` in a graph: their parameters and the equivalent module."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Conv2dCall = tuple[dict[str, Any], Tensor]
 
 
 def weight_path(module: nn.Module, node: fx.Node) -> str | None:
-    """Path of the parameter a functional convolution takes as weight, or None where it is computed."""
+    """Path of the parameter that is a functional convolution's weight, None where the weight is computed."""
     if not is_conv2d_function(node):
         return None
     bound = _bind(node)
@@ -24,8 +24,8 @@ def weight_path(module: nn.Module, node: fx.Node) -> str | None:
         value = bound[key]
         if value is None and key == "bias":
             continue
-        fetched = isinstance(value, fx.Node) and value.op == "get_attr"
-        if not fetched or not isinstance(resolve_attribute(module, value.target), nn.Parameter):
+        is_attribute = isinstance(value, fx.Node) and value.op == "get_attr"
+        if not is_attribute or not isinstance(resolve_attribute(module, value.target), nn.Parameter):
             return None
     if any(isinstance(bound[k], fx.Node) for k in ("stride", "padding", "dilation", "groups")):
         return None
@@ -33,7 +33,7 @@ def weight_path(module: nn.Module, node: fx.Node) -> str | None:
 
 
 def as_conv_module(module: nn.Module, node: fx.Node) -> nn.Conv2d:
-    """A `Conv2d` around the parameters of a functional convolution."""
+    """A `Conv2d` that holds the parameters of a functional convolution itself, not copies."""
     bound = _bind(node)
     weight = resolve_attribute(module, bound["weight"].target)
     bias = None if bound["bias"] is None else resolve_attribute(module, bound["bias"].target)
@@ -53,13 +53,13 @@ def as_conv_module(module: nn.Module, node: fx.Node) -> nn.Conv2d:
 
 
 def call_settings_key(node: fx.Node) -> str:
-    """Everything a functional convolution is called with but its input."""
+    """A key of all arguments of a functional convolution except its input."""
     bound = {k: v.target if isinstance(v, fx.Node) else v for k, v in _bind(node).items() if k != "input"}
     return str(sorted(bound.items()))
 
 
 def resolve_attribute(module: nn.Module, path: str) -> Any:
-    """What lies at a dotted path."""
+    """The parameter, buffer or other attribute at a dotted path."""
     return operator.attrgetter(path)(module)
 
 
@@ -68,20 +68,20 @@ def _bind(node: fx.Node) -> dict[str, Any]:
 
 
 class Conv2dRecorder(TorchFunctionMode):
-    """While it lasts, every call of conv2d goes to `note`: its arguments by name, and what it made."""
+    """While active, passes every call of conv2d to `on_call`: its arguments by name, and its output."""
 
-    def __init__(self, note: Callable[[Conv2dCall], None]) -> None:
-        self.note = note
+    def __init__(self, on_call: Callable[[Conv2dCall], None]) -> None:
+        self.on_call = on_call
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
+        output = func(*args, **(kwargs or {}))
         if func is torch.conv2d:
-            self.note((conv2d_arguments(args, kwargs or {}), made))
-        return made
+            self.on_call((conv2d_arguments(args, kwargs or {}), output))
+        return output
 
 
 def conv2d_arguments(args: Any, kwargs: Any) -> dict[str, Any]:
-    """The arguments of a call of conv2d by name, its defaults included."""
+    """The arguments of a conv2d call by name, defaults included."""
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
     defaults: dict[str, Any] = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
     return defaults | dict(zip(names, args, strict=False)) | dict(kwargs)

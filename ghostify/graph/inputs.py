@@ -1,4 +1,4 @@
-"""How models are called: a batch as arguments, arguments as a traced module's inputs, a forward of either."""
+"""Inputs of a forward: batches bound to the arguments of a module or the placeholders of a traced module."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ghostify.errors import GhostifyError
 
 @dataclass(frozen=True, eq=False)
 class PlaceholderValues:
-    """What one forward feeds the placeholders of a traced module, in order."""
+    """The values of a traced module's placeholders for one forward, in order."""
 
     values: tuple[Any, ...]
 
@@ -34,7 +34,7 @@ register_pytree_node(
     PlaceholderValues, lambda inputs: (list(inputs.values), None), lambda values, _: PlaceholderValues(tuple(values))
 )
 register_pytree_node(
-    CallArguments, lambda inputs: ([inputs.args, inputs.kwargs], None), lambda parts, _: CallArguments(*parts)
+    CallArguments, lambda inputs: ([inputs.args, inputs.kwargs], None), lambda children, _: CallArguments(*children)
 )
 
 
@@ -53,9 +53,10 @@ def placeholders(module: fx.GraphModule) -> list[fx.Node]:
 
 
 def bind_inputs(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> PlaceholderValues:
-    """The values of a traced module's placeholders, in order, for one forward of `args` and `kwargs`.
+    """The values of a traced module's placeholders, in order, for a call with `args` and `kwargs`.
 
-    The rest of the positional arguments goes to a placeholder `*name`, as a tuple; that of the keywords to `**name`.
+    A placeholder `*name` takes the remaining positional arguments as a tuple, `**name` the remaining keywords. Raises
+    `GhostifyError` where a placeholder without default gets no value.
     """
     values: list[Any] = []
     positional, named = list(args), dict(kwargs)
@@ -72,30 +73,30 @@ def bind_inputs(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[s
         elif node.args:
             values.append(node.args[0])
         else:
-            raise GhostifyError(f"the model's input {name!r} is missing from the example or calibration inputs")
+            raise GhostifyError(f"example_inputs or calibration: input {name!r} is missing. Pass a value for it.")
     return PlaceholderValues(tuple(values))
 
 
 def bind_example(module: nn.Module, batch: Any) -> CallInputs:
-    """What one forward of `batch` feeds a module: a traced one's placeholders in order, or arguments and keywords."""
+    """The inputs for one forward of `batch`: placeholder values of a traced module, arguments of any other."""
     args, kwargs = as_arguments(batch)
     return bind_inputs(module, args, kwargs) if isinstance(module, fx.GraphModule) else CallArguments(args, kwargs)
 
 
 def bind_batch(module: nn.Module, batch: Any) -> CallInputs:
-    """The same for a batch of a data set: elements of a tuple beyond what the module asks for, labels, are left out."""
+    """`bind_example` for a batch of a data set: tuple elements beyond the inputs, such as labels, are dropped."""
     args, kwargs = as_arguments(batch)
     if isinstance(module, fx.GraphModule):
         count = sum(not str(n.target).startswith("*") for n in placeholders(module))
         return bind_inputs(module, args[:count], kwargs)
-    asked = [p for p in inspect.signature(module.forward).parameters.values() if p.default is p.empty]
-    if not any(p.kind is p.VAR_POSITIONAL for p in asked):
-        args = args[: max(1, len(asked))]
+    required = [p for p in inspect.signature(module.forward).parameters.values() if p.default is p.empty]
+    if not any(p.kind is p.VAR_POSITIONAL for p in required):
+        args = args[: max(1, len(required))]
     return CallArguments(args, kwargs)
 
 
 def call_model(module: nn.Module, inputs: CallInputs) -> Any:
-    """One forward."""
+    """The output of one forward of a module, traced or not."""
     if isinstance(inputs, CallArguments):
         return module(*inputs.args, **inputs.kwargs)
     assert isinstance(module, fx.GraphModule)
@@ -104,7 +105,7 @@ def call_model(module: nn.Module, inputs: CallInputs) -> Any:
 
 
 def run_example(module: nn.Module, inputs: CallInputs) -> Any:
-    """One forward of the example inputs; raises `GhostifyError` where the model does not run on them."""
+    """The output for the example inputs; raises `GhostifyError` where the model does not run on them."""
     try:
         return call_model(module, inputs)
     except GhostifyError:
@@ -114,7 +115,7 @@ def run_example(module: nn.Module, inputs: CallInputs) -> Any:
 
 
 def unbind_inputs(module: fx.GraphModule, inputs: PlaceholderValues) -> tuple[list[Any], dict[str, Any]]:
-    """The arguments and keywords of a call that gives a traced module's placeholders these values."""
+    """The positional and keyword arguments of a call that give a traced module's placeholders these values."""
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
     for node, value in zip(placeholders(module), inputs.values, strict=True):
@@ -129,11 +130,11 @@ def unbind_inputs(module: fx.GraphModule, inputs: PlaceholderValues) -> tuple[li
 
 
 def values_of(inputs: CallInputs) -> tuple[Any, ...]:
-    """The placeholders' values, of inputs that are a traced module's."""
+    """The placeholder values of the inputs of a traced module."""
     assert isinstance(inputs, PlaceholderValues)
     return inputs.values
 
 
 def tensor_leaves(values: Any) -> list[Tensor]:
-    """All tensors among inputs or outputs, in order."""
+    """All tensors in nested inputs or outputs, in order."""
     return [v for v in tree_leaves(values) if isinstance(v, Tensor)]

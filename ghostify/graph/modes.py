@@ -1,4 +1,4 @@
-"""Evaluation mode for a while."""
+"""Temporary evaluation mode."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 @contextlib.contextmanager
 def eval_mode(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's own mode, and the random state, are put back."""
+    """Evaluation mode without gradients; afterwards every module's mode and the random state are restored."""
     modes = [(m, m.training) for model in models for m in model.modules()]
     for model in models:
         model.eval()

@@ -1,4 +1,4 @@
-"""One forward of the example inputs: the shapes at every convolution call, and the multiply-accumulates."""
+"""Observed forwards: shapes of the convolution calls, MACs, and callbacks on convolutions while a model runs."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ from ghostify.graph.inputs import CallInputs, bind_inputs, run_example
 from ghostify.graph.modes import eval_mode
 from ghostify.graph.op_queries import is_conv2d
 from ghostify.graph.program import FUNCTIONAL_CONV, SINGLE_CONV_NAME, ConvCall, Convolution
-
-UNTRACED_REASON = "it runs as a function in a forward that does not trace"
+from ghostify.graph.skip_reasons import UNTRACED_FUNCTION
 
 ConvCallback = Callable[[str, fx.Node, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class ForwardRecord:
-    """Convolution calls by part and node, and the MACs of the whole forward, attention and linear layers included.
+    """Convolution calls by subgraph path and node name, and the MACs of the forward, as `MacCounter` counts them.
 
-    `untraced_convs` are the convolutions that ran as functions in forwards of which there is no graph.
+    `untraced_convs` are the functional convolutions that ran in forwards without a graph.
     """
 
     calls: Mapping[tuple[str, str], ConvCall]
@@ -36,9 +35,9 @@ class ForwardRecord:
 
 
 class MacCounter(FlopCounterMode):
-    """Counts multiply-accumulates while it lasts, by torch's own flop counter, in which each is two operations.
+    """Counts multiply-accumulates while active, by torch's flop counter, in which each is two operations.
 
-    Convolutions, linear layers, matrix products and attention count; element-wise work does not.
+    Convolutions, linear layers, matrix products and attention count; element-wise operations do not.
     """
 
     def __init__(self) -> None:
@@ -49,73 +48,78 @@ class MacCounter(FlopCounterMode):
         return self.get_total_flops() // 2
 
 
-def record_forward(module: nn.Module, parts: Mapping[str, fx.GraphModule], inputs: CallInputs) -> ForwardRecord:
-    """Run `inputs` once in evaluation mode. Raises `GhostifyError` where the model does not run."""
+def record_forward(module: nn.Module, subgraphs: Mapping[str, fx.GraphModule], inputs: CallInputs) -> ForwardRecord:
+    """The record of one forward in evaluation mode. Raises `GhostifyError` where the model does not run."""
     calls: dict[tuple[str, str], ConvCall] = {}
-    untraced_convs = _Beside(module)
+    functional_convs = _FunctionalConvs(module)
 
-    def look(path: str, node: fx.Node, seen: Tensor, made: Tensor) -> Tensor:
-        if made.dim() >= 3:
-            places = made[..., 0, :, :].numel()
-            first = calls.get((path, node.name), ConvCall(node.name, tuple(seen.shape), tuple(made.shape), 0))
-            calls[path, node.name] = replace(first, output_positions=(first.output_positions or 0) + places)
-        untraced_convs.forget(made)
-        return made
+    def record_call(path: str, node: fx.Node, image: Tensor, output: Tensor) -> Tensor:
+        if output.dim() >= 3:
+            positions = output[..., 0, :, :].numel()
+            call = calls.get((path, node.name), ConvCall(node.name, tuple(image.shape), tuple(output.shape), 0))
+            calls[path, node.name] = replace(call, output_positions=(call.output_positions or 0) + positions)
+        functional_convs.discard(output)
+        return output
 
     with (
         eval_mode(module),
         MacCounter() as counter,
-        intercept_convs(module, parts, look),
-        Conv2dRecorder(untraced_convs.note),
+        intercept_convs(module, subgraphs, record_call),
+        Conv2dRecorder(functional_convs.add),
     ):
         run_example(module, inputs)
-    return ForwardRecord(calls, counter.macs, tuple(untraced_convs.found.values()))
+    return ForwardRecord(calls, counter.macs, tuple(functional_convs.untraced.values()))
 
 
-class _Beside:
-    """Keeps every call of conv2d whose weight is not a `Conv2d`'s, but for those that somebody looks at."""
+class _FunctionalConvs:
+    """Collects the calls of conv2d whose weight is not a `Conv2d`'s, except those that a graph contains."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.own = {id(p) for m in module.modules() if isinstance(m, nn.Conv2d) for p in m.parameters()}
+        self.module_weights = {id(p) for m in module.modules() if isinstance(m, nn.Conv2d) for p in m.parameters()}
         self.names = {id(p): name for name, p in module.named_parameters()}
-        self.found: dict[str, Convolution] = {}
-        self.last: tuple[Any, str] = (None, "")
+        self.untraced: dict[str, Convolution] = {}
+        self.last_output: Tensor | None = None
+        self.last_name = ""
 
-    def note(self, call: Conv2dCall) -> None:
-        given, made = call
-        weight = given["weight"]
-        if id(weight) in self.own:
+    def add(self, call: Conv2dCall) -> None:
+        """Add a call, under the path of its weight."""
+        arguments, output = call
+        weight = arguments["weight"]
+        if id(weight) in self.module_weights:
             return
-        name = self.names.get(id(weight), f"conv2d[{len(self.found)}]")
-        groups, kernel = given["groups"], (weight.shape[2], weight.shape[3])
-        sizes = weight.shape[1] * groups, weight.shape[0], kernel, groups, given["bias"] is not None
-        self.found.setdefault(name, Convolution(name, FUNCTIONAL_CONV, *sizes, (), UNTRACED_REASON))
-        self.last = made, name
+        name = self.names.get(id(weight), f"conv2d[{len(self.untraced)}]")
+        groups, kernel = arguments["groups"], (weight.shape[2], weight.shape[3])
+        sizes = weight.shape[1] * groups, weight.shape[0], kernel, groups, arguments["bias"] is not None
+        self.untraced.setdefault(name, Convolution(name, FUNCTIONAL_CONV, *sizes, (), UNTRACED_FUNCTION))
+        self.last_output, self.last_name = output, name
 
-    def forget(self, made: Any) -> None:
-        """The last call is known from a graph."""
-        if made is self.last[0]:
-            self.found.pop(self.last[1], None)
-            self.last = (None, "")
+    def discard(self, output: Tensor) -> None:
+        """Drop the last call if `output` is its output: a graph contains it."""
+        if output is self.last_output:
+            self.untraced.pop(self.last_name, None)
+            self.last_output, self.last_name = None, ""
 
 
 @contextlib.contextmanager
-def intercept_convs(module: nn.Module, parts: Mapping[str, fx.GraphModule], look: ConvCallback) -> Iterator[None]:
-    """While it lasts, every convolution call in the parts of `module`, a copy of a program's, goes through `look`.
+def intercept_convs(
+    module: nn.Module, subgraphs: Mapping[str, fx.GraphModule], on_conv: ConvCallback
+) -> Iterator[None]:
+    """While active, call `on_conv` at every convolution call in the subgraphs of `module`, a copy of a program's.
 
-    `look` gets the part's path, the node, the convolution's input and output, and returns what goes on as the output.
+    `on_conv(path, node, input, output)` gets the subgraph's path, the node, and the convolution's input and output; its
+    result replaces the output.
     """
     undo: list[Callable[[], None]] = []
     try:
-        for path, known in parts.items():
-            part = module.get_submodule(path)
-            if isinstance(part, fx.GraphModule):
-                part.forward = _intercepted(look, path, part)
-                undo.append(partial(delattr, part, "forward"))
+        for path, original in subgraphs.items():
+            inner = module.get_submodule(path)
+            if isinstance(inner, fx.GraphModule):
+                inner.forward = _intercepted_forward(on_conv, path, inner)
+                undo.append(partial(delattr, inner, "forward"))
             else:
-                node = next(n for n in known.graph.nodes if n.target == SINGLE_CONV_NAME)
-                hook = partial(_hook, look, path, node)
-                undo.append(part.register_forward_hook(hook, with_kwargs=True).remove)
+                node = next(n for n in original.graph.nodes if n.target == SINGLE_CONV_NAME)
+                hook = partial(_hook, on_conv, path, node)
+                undo.append(inner.register_forward_hook(hook, with_kwargs=True).remove)
         yield
     finally:
         for step in undo:
@@ -123,31 +127,32 @@ def intercept_convs(module: nn.Module, parts: Mapping[str, fx.GraphModule], look
 
 
 def _hook(
-    look: ConvCallback,
+    on_conv: ConvCallback,
     path: str,
     node: fx.Node,
     _module: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    made: Any,
+    output: Any,
 ) -> Any:
-    return _through(look, path, node, next(iter((*args, *kwargs.values())), None), made)
+    return _call_on_tensors(on_conv, path, node, next(iter((*args, *kwargs.values())), None), output)
 
 
-def _through(look: ConvCallback, path: str, node: fx.Node, image: Any, made: Any) -> Any:
-    """A subclass of `Conv2d` may take and return anything; only tensors are looked at."""
-    return look(path, node, image, made) if isinstance(image, Tensor) and isinstance(made, Tensor) else made
+def _call_on_tensors(on_conv: ConvCallback, path: str, node: fx.Node, image: Any, output: Any) -> Any:
+    """The callback's result; the output itself where a subclass of `Conv2d` takes or returns something else."""
+    is_tensor_call = isinstance(image, Tensor) and isinstance(output, Tensor)
+    return on_conv(path, node, image, output) if is_tensor_call else output
 
 
-def _intercepted(look: ConvCallback, path: str, part: fx.GraphModule) -> Callable[..., Any]:
-    """A forward of a part in which what its convolutions make goes through `look`."""
+def _intercepted_forward(on_conv: ConvCallback, path: str, subgraph: fx.GraphModule) -> Callable[..., Any]:
+    """A forward of a subgraph that passes every convolution's output through `on_conv`."""
 
-    def on_node(node: fx.Node, made: Any, values: Values) -> Any:
-        if is_conv2d(part, node):
-            return _through(look, path, node, values[node.all_input_nodes[0]], made)
-        return made
+    def on_node(node: fx.Node, value: Any, values: Values) -> Any:
+        if is_conv2d(subgraph, node):
+            return _call_on_tensors(on_conv, path, node, values[node.all_input_nodes[0]], value)
+        return value
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return execute(part, bind_inputs(part, args, kwargs).values, on_node)
+        return execute(subgraph, bind_inputs(subgraph, args, kwargs).values, on_node)
 
     return forward

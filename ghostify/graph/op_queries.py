@@ -1,4 +1,4 @@
-"""Questions about the nodes of a graph, answered by the table of operators."""
+"""Queries about the nodes of a graph, answered from the operator table."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from typing import Any
 from timm.layers import Conv2dSame
 from torch import Tensor, fx, nn
 
-from ghostify.graph.ops import argument, op_of, op_of_call, op_of_module
+from ghostify.graph.ops import Op, argument, op_of, op_of_call, op_of_module
 from ghostify.modules.hooks import has_hooks
 
 IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 RANK = 4
+SELF_GATED: dict[str, type[nn.Module]] = {"sigmoid": nn.SiLU, "hardsigmoid": nn.Hardswish}  # by the gate's operator
 
 
 def is_conv2d(module: nn.Module, node: fx.Node) -> bool:
-    """Whether the node is a convolution: a call of any `Conv2d`, its subclasses included, or of the function."""
+    """Whether the node is a convolution: a call of a `Conv2d`, subclasses included, or of the function."""
     if node.op == "call_module":
         return isinstance(_called(module, node), nn.Conv2d)
     return is_conv2d_function(node)
@@ -25,30 +26,30 @@ def is_conv2d(module: nn.Module, node: fx.Node) -> bool:
 
 def is_conv2d_function(node: fx.Node) -> bool:
     """Whether the node calls conv2d as a function."""
-    return node.op == "call_function" and _name(op_of_call(node)) == "conv2d"
+    return node.op == "call_function" and _op_name(op_of_call(node)) == "conv2d"
 
 
 def is_standard_conv(conv: nn.Module) -> bool:
-    """Whether it is `Conv2d` itself, or timm's `Conv2dSame`, and no subclass that computes something else."""
+    """Whether a module is of class `Conv2d` or timm's `Conv2dSame`, not of a subclass."""
     return type(conv) in (nn.Conv2d, Conv2dSame)
 
 
 def is_depthwise(conv: nn.Conv2d) -> bool:
-    """Whether each output channel is made of the same input channel alone."""
+    """Whether each output channel depends on the input channel of the same index only."""
     return conv.groups == conv.in_channels == conv.out_channels and conv.groups > 1
 
 
 def activation_module(module: nn.Module, node: fx.Node) -> nn.Module | None:
-    """A module that computes what an activation node does, None for any other node and where hooks run.
+    """A module that computes what an activation node does; None for any other node and for modules with hooks.
 
-    Of a `call_module` node its module; of other calls a new one that does not write in place, PReLU's with the graph's
-    own weight. `x * sigmoid(x)` and its like are activations of x (see `activation_input`).
+    It is the called module of a `call_module` node, and a new, not in-place one for other calls; a new PReLU shares the
+    graph's weight. `x * sigmoid(x)` and `x * hardsigmoid(x)` are activations of x (see `activation_input`).
     """
     if node.op == "call_module":
         inner = _called(module, node)
         return inner if is_activation_module(inner) else None
-    if (gate := _own_gate(module, node)) is not None:
-        return gate[1]
+    if (self_gated := _self_gated(module, node)) is not None:
+        return self_gated[1]
     op = op_of_call(node)
     if op is None or op.activation is None:
         return None
@@ -58,34 +59,35 @@ def activation_module(module: nn.Module, node: fx.Node) -> nn.Module | None:
     values = [*node.args[1:], *kwargs.values()]
     if any(isinstance(v, fx.Node) for v in values):
         return None
-    made = op.activation(*node.args[1:], **kwargs)
-    if hasattr(made, "inplace"):
-        setattr(made, "inplace", False)  # noqa: B010
-    return made
+    activation = op.activation(*node.args[1:], **kwargs)
+    if hasattr(activation, "inplace"):
+        setattr(activation, "inplace", False)  # noqa: B010
+    return activation
 
 
 def is_activation_module(module: nn.Module) -> bool:
-    """Whether a module is an activation, and runs no hooks."""
+    """Whether a module is an activation without hooks."""
     op = op_of_module(module)
     return op is not None and op.activation is not None and not has_hooks(module)
 
 
 def activation_input(module: nn.Module, node: fx.Node) -> fx.Node:
-    """The node that an activation node activates."""
-    gate = _own_gate(module, node)
-    source = argument(node, 0, "input") if gate is None else gate[0]
+    """The input node of an activation node."""
+    self_gated = _self_gated(module, node)
+    source = argument(node, 0, "input") if self_gated is None else self_gated[0]
     assert isinstance(source, fx.Node)
     return source
 
 
-def _own_gate(module: nn.Module, node: fx.Node) -> tuple[fx.Node, nn.Module] | None:
-    """x and the activation that multiplies x by a gate made of x alone, where the node is such a product."""
+def _self_gated(module: nn.Module, node: fx.Node) -> tuple[fx.Node, nn.Module] | None:
+    """x and the activation, where the node multiplies x by a gate that depends on x only."""
     operands = elementwise_operands(node) if is_mul(node) else None
     for gate, source in (operands, operands[::-1]) if operands is not None else ():
-        made = {"sigmoid": nn.SiLU, "hardsigmoid": nn.Hardswish}.get(_name(op_of(module, gate)) or "")
-        alone = made is not None and len(gate.users) == 1 and activation_module(module, gate) is not None
-        if made is not None and alone and argument(gate, 0, "input") is source and not _may_write(module, gate):
-            return source, made()
+        activation = SELF_GATED.get(_op_name(op_of(module, gate)) or "")
+        if activation is None or len(gate.users) != 1 or activation_module(module, gate) is None:
+            continue
+        if argument(gate, 0, "input") is source and not _may_write(module, gate):
+            return source, activation()
     return None
 
 
@@ -96,32 +98,32 @@ def _prelu(module: nn.Module, node: fx.Node) -> nn.Module | None:
     weight = operator.attrgetter(str(source.target))(module)
     if not isinstance(weight, nn.Parameter):
         return None
-    made = nn.PReLU(weight.numel(), device="meta")
-    made.weight = weight
-    return made
+    activation = nn.PReLU(weight.numel(), device="meta")
+    activation.weight = weight
+    return activation
 
 
 def is_identity_in_eval(module: nn.Module, node: fx.Node) -> bool:
-    """Whether the node returns its input unchanged in evaluation, and no hook runs."""
+    """Whether the node returns its input unchanged in evaluation, and calls no module with hooks."""
     op = op_of(module, node)
-    hooked = node.op == "call_module" and has_hooks(_called(module, node))
-    return op is not None and op.identity_in_eval and not hooked
+    is_hooked = node.op == "call_module" and has_hooks(_called(module, node))
+    return op is not None and op.identity_in_eval and not is_hooked
 
 
 def is_channel_independent(module: nn.Module, node: fx.Node) -> bool:
-    """Whether every output channel is made of the same input channel, in the same way for all channels.
+    """Whether every output channel is the same function of the input channel of the same index.
 
-    An operation of a tensor with a number is; that of two tensors is not, see `elementwise_operands`; nor is what has
-    parameters of its own for each channel, see `is_channelwise`, nor what runs hooks.
+    True for an operation of a tensor and a number. False for an operation of two tensors (`elementwise_operands`), for
+    operators with parameters per channel (`is_channelwise`) and for modules with hooks.
     """
     return is_channelwise(module, node) and not channel_parameters(module, node)
 
 
 def is_channelwise(module: nn.Module, node: fx.Node) -> bool:
-    """Whether every output channel is made of the same input channel, by parameters of that channel if there are any.
+    """Whether every output channel depends on the input channel of the same index and that channel's parameters only.
 
-    `channel_parameters` names these. Means over all positions that drop the dimensions are left to
-    `flattens_channels`, depthwise convolutions to `is_depthwise`.
+    `channel_parameters` names the parameters. False for means over all positions that drop the dimensions
+    (`flattens_channels`) and for depthwise convolutions (`is_depthwise`).
     """
     if node.op == "call_module":
         return is_channelwise_module(_called(module, node))
@@ -139,16 +141,18 @@ def is_channel_independent_module(module: nn.Module) -> bool:
 
 
 def is_channelwise_module(module: nn.Module) -> bool:
-    """`is_channelwise` of any call of a module: of it, and of what it holds, such as a norm's activation."""
+    """`is_channelwise` of any call of a module, and of its submodules, such as a norm's activation."""
     op = op_of_module(module)
-    own = op is not None and (op.channel_independent or bool(op.channel_parameters)) and not has_hooks(module)
-    return own and all(is_channelwise_module(child) for child in module.children())
+    is_self_channelwise = (
+        op is not None and (op.channel_independent or bool(op.channel_parameters)) and not has_hooks(module)
+    )
+    return is_self_channelwise and all(is_channelwise_module(child) for child in module.children())
 
 
 def channel_parameters(module: nn.Module, node: fx.Node) -> tuple[str, ...]:
-    """Paths in `module` of the parameters and buffers that have one entry for each channel of a channelwise node.
+    """Paths in `module` of the parameters and buffers that have one entry per channel of a channelwise node.
 
-    Whoever removes or permutes its channels does the same to them, along their first dimension.
+    Removing or permuting the node's channels must slice or permute them alike, along their first dimension.
     """
     if node.op != "call_module":
         op = op_of_call(node)
@@ -164,7 +168,7 @@ def _channel_parameters(module: nn.Module) -> tuple[str, ...]:
 
 
 def channel_tensors(module: nn.Module) -> tuple[str, ...]:
-    """Names of a module's own parameters and buffers that have one entry for each channel, as `channel_parameters`."""
+    """Names of a module's direct parameters and buffers that have one entry per channel, as in `channel_parameters`."""
     op = op_of_module(module)
     return () if op is None else tuple(n for n in op.channel_parameters if _has_channels(getattr(module, n)))
 
@@ -178,14 +182,14 @@ def _attribute_arguments(node: fx.Node) -> tuple[str, ...]:
 
 
 def _has_channels(value: Tensor | None) -> bool:
-    """One value serves all channels."""
+    """False for a tensor of one value, which all channels share."""
     return value is not None and value.numel() > 1
 
 
 def elementwise_operands(node: fx.Node) -> tuple[fx.Node, ...] | None:
-    """The nodes among the two operands of an addition, multiplication or the like, None for any other node.
+    """The operands of an addition, multiplication or similar operation that are nodes; None for any other node.
 
-    The other operand, if only one is a node, is a number.
+    Where only one operand is a node, the other is a number.
     """
     op = op_of_call(node)
     if op is None or not op.binary:
@@ -197,7 +201,7 @@ def elementwise_operands(node: fx.Node) -> tuple[fx.Node, ...] | None:
 
 
 def is_add(node: fx.Node) -> bool:
-    """Whether the node is the plain sum of two nodes' values."""
+    """Whether the node is the unscaled sum of two nodes' values."""
     return _is_binary(node, "add")
 
 
@@ -207,20 +211,20 @@ def is_mul(node: fx.Node) -> bool:
 
 
 def _is_binary(node: fx.Node, name: str) -> bool:
-    plain = _name(op_of_call(node)) == name and not set(node.kwargs) - {"input", "other"}
-    return plain and len(elementwise_operands(node) or ()) == 2
+    is_unscaled = _op_name(op_of_call(node)) == name and not set(node.kwargs) - {"input", "other"}
+    return is_unscaled and len(elementwise_operands(node) or ()) == 2
 
 
 def is_concat(node: fx.Node) -> bool:
-    """Whether the node concatenates, along whatever dimension."""
-    return _name(op_of_call(node)) == "concat"
+    """Whether the node is a concatenation along any dimension."""
+    return _op_name(op_of_call(node)) == "concat"
 
 
 def concat_inputs(node: fx.Node, dim: int = 1, rank: int = RANK) -> tuple[fx.Node, ...] | None:
-    """What the node concatenates along `dim` of tensors of that rank, in order; None for any other node."""
+    """The inputs of a concatenation along `dim` of tensors of `rank` dimensions, in order; None for any other node."""
     tensors = argument(node, 0, "tensors") if is_concat(node) else None
-    along = argument(node, 1, "dim", node.kwargs.get("axis", 0))
-    if not isinstance(tensors, list | tuple) or not isinstance(along, int) or along % rank != dim % rank:
+    node_dim = argument(node, 1, "dim", node.kwargs.get("axis", 0))
+    if not isinstance(tensors, list | tuple) or not isinstance(node_dim, int) or node_dim % rank != dim % rank:
         return None
     nodes = tuple(value for value in tensors if isinstance(value, fx.Node))
     return nodes if len(nodes) == len(tensors) else None
@@ -233,13 +237,13 @@ def is_pooling(module: nn.Module, node: fx.Node) -> bool:
 
 
 def is_resampling(module: nn.Module, node: fx.Node) -> bool:
-    """Whether the node pools each channel, or enlarges it."""
-    return is_pooling(module, node) or _name(op_of(module, node)) == "upsample"
+    """Whether the node pools or upsamples each channel."""
+    return is_pooling(module, node) or _op_name(op_of(module, node)) == "upsample"
 
 
 def is_spatial_mean(module: nn.Module, node: fx.Node) -> bool:
-    """Whether the node averages each channel over all positions, with or without dropping the dimensions."""
-    name = _name(op_of(module, node))
+    """Whether the node averages each channel over all positions, keeping the dimensions or not."""
+    name = _op_name(op_of(module, node))
     if name != "adaptive_avg_pool":
         return name == "spatial_mean"
     inner: Any = _called(module, node) if node.op == "call_module" else None
@@ -248,7 +252,7 @@ def is_spatial_mean(module: nn.Module, node: fx.Node) -> bool:
 
 
 def flattens_channels(module: nn.Module, node: fx.Node, shape_in: tuple[int, ...], shape_out: tuple[int, ...]) -> bool:
-    """Whether N x C x H x W becomes rows in the order of the channels, N x C*H*W, or N x C by pooling all positions."""
+    """Whether the node maps N x C x H x W to N x C*H*W in channel order, or to N x C by pooling all positions."""
     op = op_of(module, node)
     if op is None or len(shape_in) != RANK or len(shape_out) != 2:
         return False
@@ -258,17 +262,17 @@ def flattens_channels(module: nn.Module, node: fx.Node, shape_in: tuple[int, ...
 
 
 def _drops_positions(node: fx.Node) -> bool:
-    """Whether it reduces over all positions and keeps no dimensions of size one in their place."""
-    return _name(op_of_call(node)) in ("spatial_mean", "spatial_max") and not argument(node, 2, "keepdim", False)
+    """Whether the node reduces over all positions and drops their dimensions."""
+    return _op_name(op_of_call(node)) in ("spatial_mean", "spatial_max") and not argument(node, 2, "keepdim", False)
 
 
 def reads_metadata(node: fx.Node) -> bool:
-    """Whether the node only reads a tensor's shape, type, device or the like."""
-    return _name(op_of_call(node)) == "metadata"
+    """Whether the node only reads metadata of a tensor, such as its shape, dtype or device."""
+    return _op_name(op_of_call(node)) == "metadata"
 
 
 def may_mutate_input(module: nn.Module, node: fx.Node) -> bool:
-    """Whether running the node might write into one of its inputs, or return memory of one that is written later."""
+    """Whether the node may write to an input, or return a view of one, which a later node may write to."""
     if node.op not in ("call_module", "call_function", "call_method"):
         return False
     op = op_of(module, node)
@@ -276,19 +280,19 @@ def may_mutate_input(module: nn.Module, node: fx.Node) -> bool:
 
 
 def _may_write(module: nn.Module, node: fx.Node) -> bool:
-    """Whether a known operator is spelled or set to write in place."""
+    """Whether a known operator is called in its in-place form."""
     if node.op == "call_module":
         return any(getattr(m, "inplace", False) or has_hooks(m) for m in _called(module, node).modules())
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     in_place = name.endswith("_") or node.target in IN_PLACE or "out" in node.kwargs
     op = op_of_call(node)
-    told = op is not None and op.activation is not None and any(value is True for value in node.args[1:])
-    return in_place or told or bool(node.kwargs.get("inplace"))
+    is_set_in_place = op is not None and op.activation is not None and any(value is True for value in node.args[1:])
+    return in_place or is_set_in_place or bool(node.kwargs.get("inplace"))
 
 
 def _called(module: nn.Module, node: fx.Node) -> nn.Module:
     return module.get_submodule(str(node.target))
 
 
-def _name(op: Any) -> str | None:
+def _op_name(op: Op | None) -> str | None:
     return None if op is None else op.name

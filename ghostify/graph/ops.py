@@ -1,4 +1,4 @@
-"""The table of known operators: one row each, with its spellings as a module, as a function and as a method."""
+"""The operator table: one row per known operator, with its forms as modules, functions and methods."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ NORM = ("weight", "bias", "running_mean", "running_var")
 Condition = Callable[[fx.Node], bool]
 
 
-def argument(node: fx.Node, place: int, name: str, default: Any = None) -> Any:
-    """An argument of a call, given by place or by name; `default` where it is not given."""
-    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument of a call, passed by position or by name; `default` where it is not passed."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
 def _always(_: fx.Node) -> bool:
@@ -46,11 +46,11 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float)
 
 
-def _is_off_in_eval(place: int, default: bool) -> Condition:
-    """Whether `training`, argument `place`, is False or follows the mode of a module."""
+def _is_off_in_eval(position: int, default: bool) -> Condition:
+    """The condition that the argument `training`, at `position`, is False or a module's mode."""
 
     def condition(node: fx.Node) -> bool:
-        training = argument(node, place, "training", default)
+        training = argument(node, position, "training", default)
         return training.op == "call_module" if isinstance(training, fx.Node) else not training
 
     return condition
@@ -58,8 +58,8 @@ def _is_off_in_eval(place: int, default: bool) -> Condition:
 
 def _clamps_to_interval(node: fx.Node) -> bool:
     low, high = argument(node, 1, "min"), argument(node, 2, "max")
-    known = all(bound is None or _is_number(bound) for bound in (low, high))
-    return known and (-math.inf if low is None else low) < (math.inf if high is None else high)
+    are_constant = all(bound is None or _is_number(bound) for bound in (low, high))
+    return are_constant and (-math.inf if low is None else low) < (math.inf if high is None else high)
 
 
 def _has_constant_exponent(node: fx.Node) -> bool:
@@ -87,16 +87,16 @@ def _clamp(min: float | None = None, max: float | None = None) -> nn.Module:  # 
 
 @dataclass(frozen=True)
 class Op:
-    """An operator, its spellings, and what holds for all of them.
+    """An operator, its forms as modules, functions and methods, and properties that all forms share.
 
-    `channel_independent`: every output channel is made of the same input channel, in the same way for all channels.
-    `channel_parameters` names the tensors of a module that have one entry a channel; a function takes them as
-    arguments. Such an operator treats a channel by itself too, but they must be sliced or permuted with the channels.
-    `pointwise`: every value is computed of the values at its own place. `activation` makes a module that computes the
-    same, from a call's arguments behind the first. `identity_in_eval`: evaluation returns the input. `pools`: values of
-    several positions become one. `binary`: computes one value of two. `allocates`: the result never shares memory with
-    the input, which is only read but in the spellings that write in place. A call whose arguments violate `when` is
-    none of this operator.
+    `channel_independent`: every output channel is the same function of the input channel of the same index.
+    `channel_parameters`: names of the tensors with one entry per channel, which are attributes of a module and
+    arguments of a function; such an operator keeps channels apart too, but slicing or permuting channels must slice or
+    permute them. `pointwise`: every output value depends on the input values at the same position only. `activation`:
+    builds an equivalent module from a call's arguments after the first. `identity_in_eval`: returns its input in
+    evaluation. `pools`: reduces several positions to one. `binary`: combines two operands. `allocates`: the output
+    never shares memory with the input, and only the in-place forms write to the input. `when`: a call whose arguments
+    do not meet this condition is not this operator.
     """
 
     name: str
@@ -116,10 +116,12 @@ class Op:
 
 def _activation(
     name: str, module: type[nn.Module], functions: tuple[Any, ...] = (), methods: tuple[str, ...] = (),
-    same: tuple[type[nn.Module], ...] = (),
+    other_modules: tuple[type[nn.Module], ...] = (),
 ) -> Op:  # fmt: skip
-    """`module` computes what the functions do with the same arguments; `same` are other classes of this operator."""
-    return Op(name, (module, *same), functions, methods, True, pointwise=True, activation=module, allocates=True)
+    """An activation; `module` takes the same arguments as the functions, `other_modules` are other classes of it."""
+    return Op(
+        name, (module, *other_modules), functions, methods, True, pointwise=True, activation=module, allocates=True
+    )
 
 
 def _unary(name: str, functions: tuple[Any, ...], methods: tuple[str, ...], when: Condition = _always) -> Op:
@@ -150,11 +152,11 @@ OPS = (
     _activation("elu", nn.ELU, (F.elu, F.elu_)),
     _activation("celu", nn.CELU, (F.celu, F.celu_, torch.celu, torch.celu_)),
     _activation("selu", nn.SELU, (F.selu, F.selu_, torch.selu, torch.selu_)),
-    _activation("gelu", nn.GELU, (F.gelu,), same=(activations.GELU,)),
-    _activation("silu", nn.SiLU, (F.silu,), same=(activations.Swish,)),
-    _activation("mish", nn.Mish, (F.mish,), same=(activations.Mish,)),
-    _activation("hardswish", nn.Hardswish, (F.hardswish,), same=(activations.HardSwish,)),
-    _activation("hardsigmoid", nn.Hardsigmoid, (F.hardsigmoid,), same=(activations.HardSigmoid,)),
+    _activation("gelu", nn.GELU, (F.gelu,), other_modules=(activations.GELU,)),
+    _activation("silu", nn.SiLU, (F.silu,), other_modules=(activations.Swish,)),
+    _activation("mish", nn.Mish, (F.mish,), other_modules=(activations.Mish,)),
+    _activation("hardswish", nn.Hardswish, (F.hardswish,), other_modules=(activations.HardSwish,)),
+    _activation("hardsigmoid", nn.Hardsigmoid, (F.hardsigmoid,), other_modules=(activations.HardSigmoid,)),
     _activation("hardtanh", nn.Hardtanh, (F.hardtanh, F.hardtanh_)),
     _activation("sigmoid", nn.Sigmoid, (F.sigmoid, torch.sigmoid, torch.sigmoid_), ("sigmoid", "sigmoid_"),
                 (activations.Sigmoid,)),
@@ -225,20 +227,20 @@ _BY_METHOD: dict[Hashable, Op] = {method: op for op in OPS for method in op.meth
 
 
 def op_of(module: nn.Module, node: fx.Node) -> Op | None:
-    """The operator that a node of `module`'s graph runs, None for one that the table lacks."""
+    """The operator that a node of `module`'s graph calls; None where it is not in the table."""
     return op_of_module(module.get_submodule(str(node.target))) if node.op == "call_module" else op_of_call(node)
 
 
 def op_of_call(node: fx.Node) -> Op | None:
-    """The operator that a node runs as a function or method."""
+    """The operator that a node calls as a function or method; None where it is not in the table."""
     table = {"call_function": _BY_FUNCTION, "call_method": _BY_METHOD}.get(node.op, {})
     op = table.get(node.target)
     return op if op is not None and op.when(node) else None
 
 
 def op_of_module(module: nn.Module) -> Op | None:
-    """The operator that a module is; a subclass with a forward of its own is none."""
-    known = next((cls for cls in type(module).__mro__ if cls in _BY_MODULE), None)
-    if known is None or type(module).forward is not known.forward or "forward" in vars(module):
+    """The operator of a module; None where it is not in the table or its forward is overridden."""
+    listed = next((cls for cls in type(module).__mro__ if cls in _BY_MODULE), None)
+    if listed is None or type(module).forward is not listed.forward or "forward" in vars(module):
         return None
-    return _BY_MODULE[known]
+    return _BY_MODULE[listed]

@@ -1,8 +1,8 @@
-"""Dotted names of modules and what they hold, as seen from the whole model, whose own name is empty."""
+"""Dotted paths of modules and tensors, relative to the whole model, whose own path is empty."""
 
 from __future__ import annotations
 
 
 def join_path(path: str, name: str) -> str:
-    """What is called `name` in the module at `path`."""
+    """The path of what is called `name` in the module at `path`."""
     return f"{path}.{name}" if path else name

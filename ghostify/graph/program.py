@@ -1,4 +1,4 @@
-"""A traced copy of a model: its parts, each with a graph, and every use of every `Conv2d` in them."""
+"""A traced copy of a model: its subgraphs, and every call of every two-dimensional convolution in them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ FUNCTIONAL_CONV = "conv2d"
 
 @dataclass(frozen=True)
 class ConvCall:
-    """One use of a convolution: its graph node, and N x C x H x W shapes where example inputs were given.
+    """One call of a convolution: its graph node, and its N x C x H x W shapes where example inputs were given.
 
-    `output_positions` counts the output positions over all images, each time the node ran.
+    `output_positions` is the number of output positions over all images and all runs of the node.
     """
 
     node: str
@@ -31,7 +31,7 @@ class ConvCall:
 
 @dataclass(frozen=True)
 class Convolution:
-    """A two-dimensional convolution of the model, with every call of it.
+    """A two-dimensional convolution of the model, with all its calls.
 
     `name` is the module's path, or the path of the weight for `torch.nn.functional.conv2d`; `subgraph_path` is the path
     of the subgraph that calls it. `conv_class` is the class name, or "conv2d" for the function. `unsupported_reason`
@@ -56,7 +56,7 @@ class Convolution:
 
     @property
     def macs_per_output(self) -> int:
-        """Multiply-accumulates for one output value."""
+        """MACs of one output value."""
         return self.inputs // self.groups * self.kernel[0] * self.kernel[1]
 
     @property
@@ -69,12 +69,12 @@ class Convolution:
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """A traced copy of the caller's model; read-only from here on. `macs` counts one forward of `example`, the
-    example inputs; `missing_attributes` names what the model has beside its forward, and the copy has not.
+    """A traced copy of the caller's model, read-only for later stages.
 
-    `subgraphs` has the graphs by the paths of the modules they are of, inner ones before outer ones. Where the whole
-    model traces, the last is `module` itself, under the path ""; else the model's class stays, around the parts. A
-    convolution that a forward without a graph calls is a part of its own.
+    `macs` counts one forward of `example`, the example inputs. `missing_attributes` names the public attributes and
+    methods of the model that the copy lacks. `subgraphs` maps module paths to traced modules, inner ones before outer
+    ones. Where the whole model traces, the last one is `module` itself, with the path ""; else `module` keeps the
+    model's class and contains the subgraphs. A convolution called by a forward without a graph is a subgraph by itself.
     """
 
     module: nn.Module
@@ -85,9 +85,9 @@ class Program:
     example: Any = None
 
     def conv(self, name: str) -> nn.Conv2d:
-        """The convolution `name` as a plain module; it shares the program's parameters where it is one there."""
-        found = next(c for c in self.convolutions if c.name == name)
-        return conv_module(self.subgraphs[found.subgraph_path], found.local_path)
+        """The convolution `name` as a standard module, which shares its parameters with the program where possible."""
+        conv = next(c for c in self.convolutions if c.name == name)
+        return conv_module(self.subgraphs[conv.subgraph_path], conv.local_path)
 
 
 def called_module(module: nn.Module, node: fx.Node) -> nn.Module:
@@ -96,16 +96,19 @@ def called_module(module: nn.Module, node: fx.Node) -> nn.Module:
 
 
 def conv_module(module: fx.GraphModule, name: str) -> nn.Conv2d:
-    """The convolution called `name` in a traced module as a plain one: itself, what its class amounts to, or a `Conv2d`
-    around a functional call's parameters."""
+    """The convolution `name` of a traced module as a standard module.
+
+    It is the convolution itself, the standard equivalent of its class, or a `Conv2d` with the parameters of a
+    functional call.
+    """
     try:
-        found = module.get_submodule(name)
+        conv = module.get_submodule(name)
     except AttributeError:
         return as_conv_module(module, next(n for n in module.graph.nodes if weight_path(module, n) == name))
-    assert isinstance(found, nn.Conv2d)
-    made = to_standard_conv(found)
-    assert isinstance(made, nn.Conv2d)
-    return made
+    assert isinstance(conv, nn.Conv2d)
+    standard = to_standard_conv(conv)
+    assert isinstance(standard, nn.Conv2d)
+    return standard
 
 
 def single_conv_graph(conv: nn.Conv2d) -> fx.GraphModule:
@@ -116,12 +119,12 @@ def single_conv_graph(conv: nn.Conv2d) -> fx.GraphModule:
 
 
 def get_subgraph(module: nn.Module, path: str) -> fx.GraphModule:
-    """The part at `path` of a copy of a program's module."""
-    found = module.get_submodule(path)
-    return found if isinstance(found, fx.GraphModule) else single_conv_graph(found)  # type: ignore[arg-type]
+    """The subgraph at `path` of a copy of a program's module."""
+    inner = module.get_submodule(path)
+    return inner if isinstance(inner, fx.GraphModule) else single_conv_graph(inner)  # type: ignore[arg-type]
 
 
-def set_subgraph(module: nn.Module, path: str, part: fx.GraphModule) -> None:
-    """Put a part that was changed back to its place in `module`, in place."""
+def set_subgraph(module: nn.Module, path: str, subgraph: fx.GraphModule) -> None:
+    """Store a changed subgraph at its path in `module`, in place; a traced subgraph is there already."""
     if not isinstance(module.get_submodule(path), fx.GraphModule):
-        module.set_submodule(path, part.get_submodule(SINGLE_CONV_NAME))
+        module.set_submodule(path, subgraph.get_submodule(SINGLE_CONV_NAME))

@@ -1,4 +1,4 @@
-"""Any `nn.Module` -> a traced program in which every use of every `Conv2d` is known."""
+"""Tracing: a copy of any `nn.Module` as a `Program` that lists every convolution with all its calls."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from torch import fx, nn
 
 from ghostify.errors import GhostifyError
+from ghostify.graph import skip_reasons
 from ghostify.graph.attributes import copy_attributes, missing_attributes
 from ghostify.graph.conv_types import to_standard_conv
 from ghostify.graph.functional_conv import as_conv_module, call_settings_key, resolve_attribute, weight_path
@@ -23,223 +24,227 @@ from ghostify.graph.paths import join_path
 from ghostify.graph.program import FUNCTIONAL_CONV, ConvCall, Convolution, Program
 from ghostify.modules.hooks import has_hooks
 
-Parts = dict[str, fx.GraphModule]
+Subgraphs = dict[str, fx.GraphModule]
 
 
 def trace(model: nn.Module, example_inputs: Any = None) -> Program:
-    """Trace a copy of `model` into a `Program` of every convolution call.
+    """Trace a copy of `model` into a `Program` that lists every convolution.
 
-    `example_inputs` is what one forward takes (a tensor, a tuple of arguments or a dict of keywords); with it, shapes
-    and MACs are recorded, and modules inside that take optional arguments are entered as they are called. Where a
-    forward does not trace, the modules it calls are traced in its place. Raises `GhostifyError` where the model cannot
-    be copied or run, or no convolution be reached.
+    `example_inputs` is what one forward takes: a tensor, a tuple of arguments or a dict of keywords. With it,
+    shapes and MACs are recorded, and submodules with optional arguments are traced as they are called. Where a forward
+    does not trace, the modules that it calls are traced instead. Raises `GhostifyError` where the model cannot be
+    copied or run, or contains no traceable convolution.
     """
     if _is_compiled(model):
         model = model._orig_mod  # type: ignore[assignment]
     _check_acyclic(model, "", ())
     root = _copied(model)
-    _refuse_uninitialised(root)
-    named = [(path, m) for path, m in root.named_modules() if isinstance(m, nn.Conv2d)]
-    ran = example_inputs is not None
-    module, parts, reason = _trace_with_fallback(model, root, example_inputs)
-    if not parts:
+    _check_initialized(root)
+    convs = [(path, m) for path, m in root.named_modules() if isinstance(m, nn.Conv2d)]
+    has_example = example_inputs is not None
+    module, subgraphs, reason = _trace_with_fallback(model, root, example_inputs)
+    if not subgraphs:
         raise GhostifyError(
-            f"{type(model).__name__}.forward cannot be traced ({reason}), and no module in it that holds convolutions: "
-            f"rewrite that line of forward without control flow on tensors"
+            f"{type(model).__name__}.forward cannot be traced ({reason}), and it contains no module with convolutions "
+            f"that can. Rewrite that line of forward without control flow on tensors."
         )
-    seen = record_forward(module, parts, bind_example(module, example_inputs)) if ran else ForwardRecord({}, None)
-    found = _called_convs(module, parts, seen.calls, ran=ran)
-    convolutions = (*found, *_uncalled_convs(found, named, module), *seen.untraced_convs)
-    if seen.untraced_convs:
+    record = ForwardRecord({}, None)
+    if has_example:
+        record = record_forward(module, subgraphs, bind_example(module, example_inputs))
+    called = _called_convs(module, subgraphs, record.calls, has_example=has_example)
+    convolutions = (*called, *_uncalled_convs(called, convs, module), *record.untraced_convs)
+    if record.untraced_convs:
         warnings.warn(
-            f"{len(seen.untraced_convs)} convolutions run as functions in forwards that do not trace, and stay as "
-            f"they are: the first is {seen.untraced_convs[0].name}",
+            f"trace: {len(record.untraced_convs)} functional convolutions run in forwards that do not trace, and are "
+            f"skipped. The first is {record.untraced_convs[0].name}.",
             stacklevel=2,
         )
     if isinstance(module, fx.GraphModule):
         copy_attributes(module, model)
-    lost = missing_attributes(module, model)
-    return Program(module, _in_call_order(parts, list(seen.calls)), convolutions, seen.macs, lost, example_inputs)
+    missing = missing_attributes(module, model)
+    subgraphs = _in_call_order(subgraphs, list(record.calls))
+    return Program(module, subgraphs, convolutions, record.macs, missing, example_inputs)
 
 
 def _copied(model: nn.Module) -> nn.Module:
-    held = [v for m in model.modules() for v in tensor_leaves(list(vars(m).values()))]
-    kept = {id(v): v.detach().clone() for v in held if not v.is_leaf}  # of a forward with gradients: deepcopy refuses
+    attributes = [v for m in model.modules() for v in tensor_leaves(list(vars(m).values()))]
+    memo = {id(v): v.detach().clone() for v in attributes if not v.is_leaf}  # deepcopy refuses tensors with a grad_fn
     try:
-        root = copy.deepcopy(model, kept)
+        root = copy.deepcopy(model, memo)
     except Exception as error:
-        raise GhostifyError(f"{type(model).__name__} cannot be copied: {error}") from error
+        raise GhostifyError(f"{type(model).__name__}: the model cannot be copied: {error}") from error
     for path, module in list(root.named_modules()):
         if path and _is_compiled(module):
             root.set_submodule(path, module._orig_mod)
     return root
 
 
-def _trace_with_fallback(model: nn.Module, root: nn.Module, example: Any) -> tuple[nn.Module, Parts, str]:
-    """The model with its graphs; if that answers otherwise than the model, only single convolutions are entered."""
+def _trace_with_fallback(model: nn.Module, root: nn.Module, example: Any) -> tuple[nn.Module, Subgraphs, str]:
+    """The result of `trace_submodules`; without traced submodules if the result computes something else than the model.
+
+    `root` is a copy of `model`, and is changed in place.
+    """
     if example is None:
         return trace_submodules(root, {})
     inputs = bind_example(root, example)
-    module, parts, reason = trace_submodules(root, record_first_calls(root, inputs))
-    if not any(path and isinstance(module.get_submodule(path), fx.GraphModule) for path in parts):
-        return module, parts, reason
+    module, subgraphs, reason = trace_submodules(root, record_first_calls(root, inputs))
+    if not any(path and isinstance(module.get_submodule(path), fx.GraphModule) for path in subgraphs):
+        return module, subgraphs, reason
     with contextlib.suppress(Exception):
         if models_match(model, inputs, module, bind_example(module, example)):
-            return module, parts, reason
-    again = _copied(model)
-    return trace_submodules(again, record_first_calls(again, inputs), whole=False)
+            return module, subgraphs, reason
+    fresh_copy = _copied(model)
+    return trace_submodules(fresh_copy, record_first_calls(fresh_copy, inputs), whole=False)
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    """Whether `torch.compile` made it of another module."""
+    """Whether the module is a result of `torch.compile`."""
     return type(module).__name__ == "OptimizedModule" and isinstance(getattr(module, "_orig_mod", None), nn.Module)
 
 
-def _check_acyclic(module: nn.Module, path: str, above: tuple[nn.Module, ...]) -> None:
-    """PyTorch itself walks in circles there, in `eval()` and elsewhere."""
+def _check_acyclic(module: nn.Module, path: str, ancestors: tuple[nn.Module, ...]) -> None:
+    """Raise `GhostifyError` where a module contains itself, for which `eval()` and the like never return."""
     for name, child in module.named_children():
-        if any(child is m for m in (*above, module)):
+        if any(child is m for m in (*ancestors, module)):
             raise GhostifyError(
-                f"{join_path(path, name)} is a module that it lies in itself: keep that reference where PyTorch does "
-                f"not take it for a submodule, such as in a list"
+                f"{join_path(path, name)}: the module contains itself as a submodule. Keep that reference where "
+                f"PyTorch does not register it as a submodule, such as in a list."
             )
-        _check_acyclic(child, join_path(path, name), (*above, module))
+        _check_acyclic(child, join_path(path, name), (*ancestors, module))
 
 
-def _refuse_uninitialised(root: nn.Module) -> None:
+def _check_initialized(root: nn.Module) -> None:
     for name, tensor in [*root.named_parameters(), *root.named_buffers()]:
         if nn.parameter.is_lazy(tensor):
-            raise GhostifyError(f"{name} is lazy and has no shape yet: run one forward of the model first")
+            raise GhostifyError(f"{name}: the tensor is lazy and has no shape. Run one forward of the model first.")
 
 
 def _called_convs(
-    module: nn.Module, parts: Parts, calls: Mapping[tuple[str, str], ConvCall], *, ran: bool
+    module: nn.Module, subgraphs: Subgraphs, calls: Mapping[tuple[str, str], ConvCall], *, has_example: bool
 ) -> tuple[Convolution, ...]:
-    """Every convolution that a part calls, in order of first use: as they ran, or else outer parts first."""
-    readers = _ParameterUses(module, parts)
-    found = []
-    places = {path: k for k, (path, _) in enumerate(module.named_modules())}
-    for path, part in sorted(parts.items(), key=lambda item: places.get(item[0], len(places))):
-        uses: dict[str, list[fx.Node]] = defaultdict(list)
-        for node in part.graph.nodes:
-            name = _conv_name(part, node)
+    """Every convolution that a subgraph calls: in the order of the recorded calls, else outer subgraphs first."""
+    parameter_uses = _ParameterUses(module, subgraphs)
+    convs = []
+    depth_first = {path: k for k, (path, _) in enumerate(module.named_modules())}
+    for path, subgraph in sorted(subgraphs.items(), key=lambda item: depth_first.get(item[0], len(depth_first))):
+        nodes_by_name: dict[str, list[fx.Node]] = defaultdict(list)
+        for node in subgraph.graph.nodes:
+            name = _conv_name(subgraph, node)
             if name is not None:
-                uses[name].append(node)
-        for name, nodes in uses.items():
-            whole = (
-                path if path and not isinstance(module.get_submodule(path), fx.GraphModule) else join_path(path, name)
-            )
-            seen = tuple(calls.get((path, n.name), ConvCall(n.name)) for n in nodes)
-            idle = (
-                "it is not called when the example inputs run"
-                if ran and not any(c.output_positions for c in seen)
-                else None
-            )
-            found.append(_make_convolution(part, readers, path, whole, name, nodes, seen, idle))
+                nodes_by_name[name].append(node)
+        for name, nodes in nodes_by_name.items():
+            is_single_conv = path and not isinstance(module.get_submodule(path), fx.GraphModule)
+            full_name = path if is_single_conv else join_path(path, name)
+            conv_calls = tuple(calls.get((path, n.name), ConvCall(n.name)) for n in nodes)
+            is_executed = not has_example or any(c.output_positions for c in conv_calls)
+            not_executed = None if is_executed else skip_reasons.NOT_EXECUTED
+            conv = _make_convolution(subgraph, parameter_uses, path, full_name, name, nodes, conv_calls, not_executed)
+            convs.append(conv)
     order = {key: k for k, key in enumerate(calls)}
     return tuple(
-        sorted(found, key=lambda c: min(order.get((c.subgraph_path, call.node), len(order)) for call in c.calls))
+        sorted(convs, key=lambda c: min(order.get((c.subgraph_path, call.node), len(order)) for call in c.calls))
     )
 
 
-def _in_call_order(parts: Parts, calls: list[tuple[str, str]]) -> Parts:
-    """The parts in the order of their first calls, inner ones still before those that they are inside of."""
-    outermost = {p: min((q for q in parts if q == p or p.startswith(f"{q}.") or not q), key=len) for p in parts}
-    first: dict[str, int] = {}
+def _in_call_order(subgraphs: Subgraphs, calls: list[tuple[str, str]]) -> Subgraphs:
+    """The subgraphs in the order of their first calls, with inner subgraphs before those that contain them."""
+    outermost = {p: min((q for q in subgraphs if q == p or p.startswith(f"{q}.") or not q), key=len) for p in subgraphs}
+    first_call: dict[str, int] = {}
     for k, (path, _) in enumerate(calls):
-        first.setdefault(outermost[path], k)
-    return dict(sorted(parts.items(), key=lambda item: first.get(outermost[item[0]], len(calls))))
+        first_call.setdefault(outermost[path], k)
+    return dict(sorted(subgraphs.items(), key=lambda item: first_call.get(outermost[item[0]], len(calls))))
 
 
 def _uncalled_convs(
-    found: tuple[Convolution, ...], named: list[tuple[str, nn.Conv2d]], module: nn.Module
+    called: tuple[Convolution, ...], named_convs: list[tuple[str, nn.Conv2d]], module: nn.Module
 ) -> Iterator[Convolution]:
-    """Convolutions of the model that its forward, as traced, does not call."""
-    known = {c.name for c in found}
-    seen = {id(m) for name in known if (m := _submodule(module, name)) is not None}
-    for path, conv in named:
-        if path not in known and id(conv) not in seen:
-            seen.add(id(conv))
-            yield _of_module(path, conv, (), "its forward does not call it as traced")
+    """Convolutions of the model that its traced forward does not call."""
+    called_names = {c.name for c in called}
+    listed = {id(m) for name in called_names if (m := _conv2d_at(module, name)) is not None}
+    for path, conv in named_convs:
+        if path not in called_names and id(conv) not in listed:
+            listed.add(id(conv))
+            yield _of_module(path, conv, (), skip_reasons.NOT_IN_GRAPH)
 
 
-def _conv_name(part: fx.GraphModule, node: fx.Node) -> str | None:
-    if not is_conv2d(part, node):
+def _conv_name(subgraph: fx.GraphModule, node: fx.Node) -> str | None:
+    if not is_conv2d(subgraph, node):
         return None
-    return str(node.target) if node.op == "call_module" else weight_path(part, node) or node.name
+    return str(node.target) if node.op == "call_module" else weight_path(subgraph, node) or node.name
 
 
 def _make_convolution(
-    part: fx.GraphModule,
-    readers: _ParameterUses,
+    subgraph: fx.GraphModule,
+    parameter_uses: _ParameterUses,
     path: str,
-    whole: str,
+    full_name: str,
     name: str,
     nodes: list[fx.Node],
     calls: tuple[ConvCall, ...],
-    idle: str | None,
+    not_executed: str | None,
 ) -> Convolution:
-    inner = _submodule(part, name)
+    inner = _conv2d_at(subgraph, name)
     if inner is not None:
-        return _of_module(whole, inner, calls, idle or _unsupported_reason(readers, inner), path)
-    if weight_path(part, nodes[0]) is None:
-        shape = calls[0].output_shape or (0, 0)
-        computed = "its weight is computed in the forward"
-        return Convolution(whole, FUNCTIONAL_CONV, 0, shape[1], (0, 0), 1, False, calls, computed, path)
-    conv = as_conv_module(part, nodes[0])
+        return _of_module(full_name, inner, calls, not_executed or _unsupported_reason(parameter_uses, inner), path)
+    if weight_path(subgraph, nodes[0]) is None:
+        outputs = (calls[0].output_shape or (0, 0))[1]
+        reason = skip_reasons.COMPUTED_WEIGHT
+        return Convolution(full_name, FUNCTIONAL_CONV, 0, outputs, (0, 0), 1, False, calls, reason, path)
+    conv = as_conv_module(subgraph, nodes[0])
     if len({call_settings_key(n) for n in nodes}) > 1:
-        obstacle: str | None = "one weight is used with different strides, paddings or biases"
+        unsupported: str | None = skip_reasons.DIFFERENT_SETTINGS
     else:
-        obstacle = _unsupported_reason(readers, conv, own_uses=len(nodes))
-    return _of_module(whole, conv, calls, idle or obstacle, path, conv_class=FUNCTIONAL_CONV)
+        unsupported = _unsupported_reason(parameter_uses, conv, own_fetches=len(nodes))
+    return _of_module(full_name, conv, calls, not_executed or unsupported, path, conv_class=FUNCTIONAL_CONV)
 
 
 def _of_module(
     name: str,
     conv: nn.Conv2d,
     calls: tuple[ConvCall, ...],
-    obstacle: str | None,
-    part: str = "",
+    unsupported_reason: str | None,
+    subgraph_path: str = "",
     conv_class: str | None = None,
 ) -> Convolution:
-    kernel = (conv.kernel_size[0], conv.kernel_size[1])
     return Convolution(
         name,
         conv_class or type(conv).__name__,
         conv.in_channels,
         conv.out_channels,
-        kernel,
+        (conv.kernel_size[0], conv.kernel_size[1]),
         conv.groups,
         conv.bias is not None,
         calls,
-        obstacle,
-        part,
+        unsupported_reason,
+        subgraph_path,
     )
 
 
 class _ParameterUses:
-    """How many modules hold each parameter, and how many nodes fetch it."""
+    """The number of modules that hold each parameter, and the number of nodes that fetch it."""
 
-    def __init__(self, module: nn.Module, parts: Parts) -> None:
+    def __init__(self, module: nn.Module, subgraphs: Subgraphs) -> None:
         self.holders = Counter(id(p) for m in module.modules() for p in m._parameters.values() if p is not None)
-        fetched = [(part, n) for part in parts.values() for n in part.graph.nodes if n.op == "get_attr"]
-        self.fetches = Counter(id(resolve_attribute(part, str(n.target))) for part, n in fetched)
+        attribute_nodes = [(g, n) for g in subgraphs.values() for n in g.graph.nodes if n.op == "get_attr"]
+        self.fetches = Counter(id(resolve_attribute(g, str(n.target))) for g, n in attribute_nodes)
 
 
-def _unsupported_reason(readers: _ParameterUses, conv: nn.Conv2d, own_uses: int = 0) -> str | None:
+def _unsupported_reason(parameter_uses: _ParameterUses, conv: nn.Conv2d, own_fetches: int = 0) -> str | None:
+    """Why the convolution cannot be rewritten; `own_fetches` of the nodes that fetch its weight belong to it."""
     if has_hooks(conv):
-        return "it carries hooks: remove them, then convert"
-    if not is_standard_conv(conv) and isinstance(why := to_standard_conv(conv), str):
-        return f"{type(conv).__module__}.{type(conv).__name__} is a Conv2d of its own kind: {why}"
+        return skip_reasons.HAS_HOOKS
+    if not is_standard_conv(conv) and isinstance(detail := to_standard_conv(conv), str):
+        return skip_reasons.unsupported_class(conv, detail)
     if conv.weight.is_complex() or not conv.weight.is_floating_point():
-        return f"its weight is {conv.weight.dtype}"
-    if any(readers.holders[id(p)] > 1 for p in conv.parameters()) or readers.fetches[id(conv.weight)] > own_uses:
-        return "its weight is shared with another part of the model"
+        return skip_reasons.unsupported_dtype(conv.weight.dtype)
+    is_held_elsewhere = any(parameter_uses.holders[id(p)] > 1 for p in conv.parameters())
+    if is_held_elsewhere or parameter_uses.fetches[id(conv.weight)] > own_fetches:
+        return skip_reasons.SHARED_WEIGHT
     return None
 
 
-def _submodule(module: nn.Module, name: str) -> nn.Conv2d | None:
+def _conv2d_at(module: nn.Module, name: str) -> nn.Conv2d | None:
     with contextlib.suppress(AttributeError):
-        found = module.get_submodule(name)
-        return found if isinstance(found, nn.Conv2d) else None
+        inner = module.get_submodule(name)
+        return inner if isinstance(inner, nn.Conv2d) else None
     return None
