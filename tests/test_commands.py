@@ -66,7 +66,7 @@ def test_convert_then_finetune(files, tmp_path):
     assert run("eval", tuned, "--data", data, "--original", weights).returncode == 0
     changed = run(*command, "--epochs", 2)
     assert changed.returncode == 2
-    assert "holds a training of other epochs" in changed.stderr
+    assert "belongs to a run with different epochs" in changed.stderr
     for wrong, said in (("depth=3", "unknown training setting"), ("precision=int8", "precision 'int8' is unknown")):
         refused = run(*command, "--set", wrong)
         assert refused.returncode == 2
@@ -142,14 +142,14 @@ def test_demo(tmp_path):
 def test_user_errors_are_one_line_and_code_2(files, tmp_path):
     weights = ("--checkpoint", files / "w.safetensors", "--output", tmp_path / "out")
     for arguments, message in (
-        (("plan", "timm:resnet81"), "ghostify: timm has no model 'resnet81'"),
+        (("plan", "timm:resnet81"), "ghostify: model 'timm:resnet81': timm has no model of this name"),
         (("plan", NET, "--ratio", "0.5"), "ghostify: ratio 0.5 is not a number of at least 1"),
         (("plan", NET, "--input-size", "3x4"), "ghostify: --input-size '3x4': is not three positive sizes. Use C,H,W"),
         (("plan", NET, *SIZE, "--target", "zzz"), "ghostify: targets 'zzz' matches no convolution"),
         (("convert", NET, *SIZE, *weights, "--calibration", tmp_path / "no.npy"), "no.npy: cannot be read"),
         (("convert", NET, "--arg", "width=4", *SIZE, *weights), "does not fit Straight"),
         (("convert", NET, *SIZE, *weights, "--reconstruct"), "ghostify: reconstruct: needs images. Pass calibration"),
-        (("eval", tmp_path, "--data", files / "data.npz"), "is no ghostify folder"),
+        (("eval", tmp_path, "--data", files / "data.npz"), "is not a ghostify folder"),
     ):
         done = run(*arguments)
         assert done.returncode == 2, (arguments, done.stdout, done.stderr)

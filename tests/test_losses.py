@@ -8,12 +8,12 @@ from ghostify.training.losses import distillation_loss, feature_loss, relative_m
 
 
 @given(st.integers(0, 99), st.floats(0.5, 8))
-def test_classes_are_apart_by_the_divergence_of_softened_probabilities(seed, temperature):
+def test_the_loss_of_logits_is_the_divergence_of_softened_probabilities(seed, temperature):
     generator = torch.Generator().manual_seed(seed)
     student, teacher = (torch.randn(6, 5, generator=generator, dtype=torch.float64).float() for _ in range(2))
     p, q = ((x / temperature).softmax(1) for x in (teacher, student))
-    wanted = (p * (p.log() - q.log())).sum(1).mean() * temperature**2
-    assert distillation_loss(student, teacher, temperature).item() == pytest.approx(wanted.item(), rel=1e-3, abs=1e-6)
+    expected = (p * (p.log() - q.log())).sum(1).mean() * temperature**2
+    assert distillation_loss(student, teacher, temperature).item() == pytest.approx(expected.item(), rel=1e-3, abs=1e-6)
     assert distillation_loss(teacher, teacher, temperature).item() == pytest.approx(0, abs=1e-6)
     assert distillation_loss(student, teacher, temperature) >= 0
 
@@ -27,13 +27,13 @@ def test_a_hot_divergence_has_the_gradient_of_squared_errors():
     torch.testing.assert_close(gradient, centred.detach() / 7 / 4, rtol=1e-2, atol=1e-3)
 
 
-def test_maps_are_apart_by_their_error_without_constant_shifts():
+def test_the_error_of_maps_ignores_constant_shifts():
     teacher = torch.randn(3, 4, 5, 5)
     assert relative_map_error(teacher + torch.arange(4.0)[:, None, None], teacher).item() == pytest.approx(0, abs=1e-6)
     assert relative_map_error(torch.zeros_like(teacher), teacher).item() == pytest.approx(1, abs=1e-5)
     assert distillation_loss(torch.zeros_like(teacher), teacher).item() == pytest.approx(1, abs=1e-5)
-    both = feature_loss([teacher, torch.zeros_like(teacher)], [teacher, teacher])
-    assert both.item() == pytest.approx(0.5, abs=1e-5)
+    mean = feature_loss([teacher, torch.zeros_like(teacher)], [teacher, teacher])
+    assert mean.item() == pytest.approx(0.5, abs=1e-5)
     assert relative_map_error(torch.ones(3, 2), torch.ones(3, 2)).item() == 0
 
 

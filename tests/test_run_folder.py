@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from ghostify import GhostifyError
-from ghostify.training.run_folder import METRICS, RunFolder, TrainingProgress, metrics_of
+from ghostify.training.run_folder import METRICS, PROGRESS, RunFolder, TrainingProgress, metrics_of
 
 
 class Accelerator:
-    """As far as records know it: saves one number."""
+    """The part of Accelerate that a run folder uses; its state is one number."""
 
     def __init__(self, value=0):
         self.value, self.fail = value, False
@@ -27,49 +27,90 @@ class Accelerator:
             self.value = int(file.read())
 
 
-FACTS = {"epochs": 2, "images": 5}
+SETTINGS = {"epochs": 2, "images": 5}
 
 
-def test_a_state_is_kept_whole_and_the_one_before_goes(tmp_path):
-    records, kept = RunFolder(tmp_path, FACTS, main=True), Accelerator(7)
-    assert records.resume(kept) == TrainingProgress()
-    records.log_metrics(1, {"loss": 1.0})
-    records.save(kept, TrainingProgress(2, best=50.0, distance_to_original=0.1, evaluations_without_gain=1))
-    records.log_metrics(3, {"loss": 0.5})
-    kept.value, kept.fail = 8, True
+def test_a_state_is_saved_completely_and_the_previous_one_is_removed(tmp_path):
+    run_folder, accelerator = RunFolder(tmp_path, SETTINGS, is_main=True), Accelerator(7)
+    assert run_folder.resume(accelerator) == TrainingProgress()
+    progress = TrainingProgress(2, best=50.0, distance_to_original=0.1, evaluations_without_gain=1)
+    run_folder.log_metrics(1, {"loss": 1.0})
+    run_folder.save(accelerator, progress)
+    run_folder.log_metrics(3, {"loss": 0.5})
+    accelerator.value, accelerator.fail = 8, True
     with pytest.raises(KeyboardInterrupt):
-        records.save(kept, TrainingProgress(4))
+        run_folder.save(accelerator, TrainingProgress(4))
     with (tmp_path / METRICS).open("a") as file:
         file.write('{"step": 4, "lo')
-    again, found = RunFolder(tmp_path, FACTS, main=True), Accelerator()
-    assert again.resume(found) == TrainingProgress(2, best=50.0, distance_to_original=0.1, evaluations_without_gain=1)
-    assert found.value == 7
+    assert [entry["step"] for entry in metrics_of(tmp_path)] == [1, 3]
+    resumed, accelerator = RunFolder(tmp_path, SETTINGS, is_main=True), Accelerator()
+    assert resumed.resume(accelerator) == progress
+    assert accelerator.value == 7
     assert metrics_of(tmp_path) == [{"step": 1, "loss": 1.0}]
-    again.save(Accelerator(9), TrainingProgress(4))
-    again.save(Accelerator(9), TrainingProgress(4))
+    resumed.save(Accelerator(9), TrainingProgress(4))
+    resumed.save(Accelerator(9), TrainingProgress(4))
     assert [p.name for p in tmp_path.glob("state-*")] == ["state-000000004"]
 
 
-def test_the_best_weights_are_the_last_that_were_kept(tmp_path):
-    records, shared = RunFolder(tmp_path, FACTS, main=True), torch.arange(3.0)
+def write_run_of_earlier_version(folder, progress):
+    """A run folder as versions before the format-2 checkpoints wrote it."""
+    state = folder / "state-000000004"
+    state.mkdir(parents=True)
+    (folder / "training.json").write_text(json.dumps(SETTINGS))
+    lines = [{"step": 2, "loss": 0.5}, {"step": 4, "validation": 62.5, "apart": 0.125}, {"step": 5, "loss": 0.25}]
+    (folder / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (state / "value").write_text("7")
+    (state / PROGRESS).write_text(json.dumps(progress))
+
+
+def test_a_folder_of_an_earlier_version_is_resumed_and_rewritten_with_the_present_keys(tmp_path):
+    write_run_of_earlier_version(tmp_path, {"step": 4, "best": 62.5, "apart": 0.125, "stale": 3})
+    evaluation = {"step": 4, "validation": 62.5, "distance_to_original": 0.125}
+    assert metrics_of(tmp_path)[1] == evaluation
+    run_folder, accelerator = RunFolder(tmp_path, SETTINGS, is_main=True), Accelerator()
+    progress = run_folder.resume(accelerator)
+    assert progress == TrainingProgress(4, best=62.5, distance_to_original=0.125, evaluations_without_gain=3)
+    assert accelerator.value == 7
+    lines = (tmp_path / METRICS).read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"step": 2, "loss": 0.5}, evaluation]
+    run_folder.save(accelerator, progress)
+    stored = json.loads((tmp_path / "state-000000004" / PROGRESS).read_text())
+    assert stored == {"step": 4, "best": 62.5, "distance_to_original": 0.125, "evaluations_without_gain": 3}
+
+
+def test_a_state_with_unknown_keys_is_refused_in_one_line(tmp_path):
+    write_run_of_earlier_version(tmp_path, {"step": 4, "best": 62.5, "momentum": 0.9})
+    with pytest.raises(GhostifyError, match=r"progress\.json: has keys that this version does not know") as caught:
+        RunFolder(tmp_path, SETTINGS, is_main=True).resume(Accelerator())
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_settings_are_refused_by_name(tmp_path):
+    (tmp_path / "training.json").write_text('{"epochs"')
+    with pytest.raises(GhostifyError, match=r"training\.json: is not a readable file of a training run"):
+        RunFolder(tmp_path, SETTINGS, is_main=True)
+
+
+def test_the_best_weights_are_the_last_that_were_saved(tmp_path):
+    run_folder, shared = RunFolder(tmp_path, SETTINGS, is_main=True), torch.arange(3.0)
     for scale in (1, 2):
-        records.save_best({"a": scale * shared, "b": (scale * shared).expand(2, 3)})
-    assert torch.equal(records.best()["b"], (2 * shared).expand(2, 3))
+        run_folder.save_best({"a": scale * shared, "b": (scale * shared).expand(2, 3)})
+    assert torch.equal(run_folder.load_best()["b"], (2 * shared).expand(2, 3))
 
 
 def test_only_the_main_process_writes(tmp_path):
-    other = RunFolder(tmp_path / "none", FACTS, main=False)
+    other = RunFolder(tmp_path / "none", SETTINGS, is_main=False)
     other.log_metrics(1, {"loss": 1.0})
     other.save_best({})
     assert not (tmp_path / "none").exists()
 
 
-def test_folders_of_others_are_refused(tmp_path):
-    RunFolder(tmp_path / "t", FACTS, main=True)
-    with pytest.raises(GhostifyError, match="holds a training of other images"):
-        RunFolder(tmp_path / "t", {**FACTS, "images": 6}, main=True)
-    assert json.loads((tmp_path / "t" / "training.json").read_text()) == FACTS
+def test_folders_of_other_runs_are_refused(tmp_path):
+    RunFolder(tmp_path / "t", SETTINGS, is_main=True)
+    with pytest.raises(GhostifyError, match="belongs to a run with different images"):
+        RunFolder(tmp_path / "t", {**SETTINGS, "images": 6}, is_main=True)
+    assert json.loads((tmp_path / "t" / "training.json").read_text()) == SETTINGS
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "photo.png").touch()
-    with pytest.raises(GhostifyError, match="holds something else"):
-        RunFolder(tmp_path / "mine", FACTS, main=True)
+    with pytest.raises(GhostifyError, match="holds files that are not of a training run"):
+        RunFolder(tmp_path / "mine", SETTINGS, is_main=True)

@@ -1,4 +1,4 @@
-"""Training by Accelerate, here on one process of the CPU."""
+"""Training with Accelerate, here in one or two processes on the CPU."""
 
 import importlib
 import json
@@ -18,17 +18,17 @@ from torch.utils.data import TensorDataset
 from ghostify import GhostifyError, ghostify
 from ghostify.data.training_data import TrainingData
 from ghostify.evaluation.metrics import predict
-from ghostify.training.losses import distillation_loss, relative_map_error
-from ghostify.training.trainer import Recipe, _collect_features, finetune
+from ghostify.training.losses import distillation_loss
+from ghostify.training.trainer import Recipe, finetune
 from tests import nets
 
 pytest.importorskip("accelerate")
-pytestmark = pytest.mark.filterwarnings("default")  # Accelerate's and TensorBoard's own
+pytestmark = pytest.mark.filterwarnings("default")  # warnings of Accelerate and TensorBoard
 ROOT = Path(__file__).parent.parent
 QUICK = Recipe(epochs=3, batch=16, learning_rate=0.05, save_every=3, weight_decay=0)
 
 
-def setting(labelled=True, make=nets.Residual):
+def training_setup(labelled=True, make=nets.Residual):
     torch.manual_seed(0)
     model = nets.settle(make())
     x, y = nets.images(160), nets.images(32, seed=9)
@@ -42,7 +42,7 @@ def metrics(folder):
 
 
 @pytest.mark.parametrize(
-    "wish",
+    "changes",
     [
         {},
         {"features": 0.1},
@@ -54,14 +54,14 @@ def metrics(folder):
     ],
     ids=str,
 )
-def test_a_round_of_training_brings_the_answers_nearer(wish, tmp_path):
-    model, converted, data, test = setting()
+def test_training_brings_the_outputs_nearer_to_the_original(changes, tmp_path):
+    model, converted, data, test = training_setup()
     before = {k: v.clone() for k, v in converted.state_dict().items()}
-    tuned = finetune(converted, model, data, tmp_path / "t", Recipe(**{**vars(QUICK), **wish}))
+    tuned = finetune(converted, model, data, tmp_path / "t", Recipe(**{**vars(QUICK), **changes}))
     assert all(torch.equal(v, before[k]) for k, v in converted.state_dict().items())
-    wanted = predict(model, [test])
-    apart = [float(distillation_loss(predict(m, [test]), wanted)) for m in (converted, tuned)]
-    assert "labels" in wish or apart[1] < 0.5 * apart[0]
+    expected = predict(model, [test])
+    distances = [float(distillation_loss(predict(m, [test]), expected)) for m in (converted, tuned)]
+    assert "labels" in changes or distances[1] < 0.5 * distances[0]
     lines = metrics(tmp_path / "t")
     losses = [line["loss"] for line in lines if "loss" in line]
     assert losses[-1] < 0.8 * losses[0]
@@ -70,8 +70,8 @@ def test_a_round_of_training_brings_the_answers_nearer(wish, tmp_path):
     assert list((tmp_path / "t" / "tensorboard").iterdir())
 
 
-def test_unlabelled_images_will_do(tmp_path):
-    model, converted, data, _ = setting(labelled=False)
+def test_unlabelled_images_suffice(tmp_path):
+    model, converted, data, _ = training_setup(labelled=False)
     running = set(threading.enumerate())
     tuned = finetune(converted, model, data, tmp_path, QUICK)
     assert not [t for t in set(threading.enumerate()) - running if "Writer" in type(t).__name__]
@@ -84,109 +84,92 @@ class KilledError(Exception):
     pass
 
 
-@pytest.mark.parametrize("wish", [{}, {"ema": 0.9, "optimizer": "adamw", "mixup": 0.1}], ids=str)
-def test_an_interrupted_training_ends_as_an_uninterrupted_one(wish, tmp_path):
-    recipe = Recipe(**{**vars(QUICK), **wish})
-    model, converted, data, _ = setting()
-    wanted = finetune(converted, model, data, tmp_path / "whole", recipe)
+@pytest.mark.parametrize("changes", [{}, {"ema": 0.9, "optimizer": "adamw", "mixup": 0.1}], ids=str)
+def test_an_interrupted_training_ends_as_an_uninterrupted_one(changes, tmp_path):
+    recipe = Recipe(**{**vars(QUICK), **changes})
+    model, converted, data, _ = training_setup()
+    uninterrupted = finetune(converted, model, data, tmp_path / "whole", recipe)
 
-    def tell(step, _, __):
+    def interrupt(step, _, __):
         if step in (2, 11, 12, 25):
             raise KilledError
 
-    seen = set()
+    steps = set()
     for _ in range(9):
         try:
-            found = finetune(
+            resumed = finetune(
                 converted, model, data, tmp_path / "parts", recipe,
-                on_progress=lambda s, a, b: None if s in seen else (seen.add(s), tell(s, a, b)),
+                on_progress=lambda s, a, b: None if s in steps else (steps.add(s), interrupt(s, a, b)),
             )  # fmt: skip
             break
         except KilledError:
             continue
-    assert {2, 11, 12, 25} <= seen
-    assert all(torch.equal(v, wanted.state_dict()[k]) for k, v in found.state_dict().items())
+    assert {2, 11, 12, 25} <= steps
+    assert all(torch.equal(v, uninterrupted.state_dict()[k]) for k, v in resumed.state_dict().items())
     assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
     assert len(list((tmp_path / "parts").glob("state-*"))) == 1
     again = finetune(
         converted, model, data, tmp_path / "parts", recipe, on_progress=lambda *_: pytest.fail("nothing is left")
     )
-    assert all(torch.equal(v, wanted.state_dict()[k]) for k, v in again.state_dict().items())
+    assert all(torch.equal(v, uninterrupted.state_dict()[k]) for k, v in again.state_dict().items())
 
 
-def test_training_ends_when_it_no_longer_gains(tmp_path):
-    model, converted, data, _ = setting()
+def test_training_ends_after_evaluations_without_a_gain(tmp_path):
+    model, converted, data, _ = training_setup()
     steps = []
     recipe = Recipe(**{**vars(QUICK), "epochs": 20, "learning_rate": 1e-9, "patience": 2})
     finetune(converted, model, data, tmp_path, recipe, on_progress=lambda step, *_: steps.append(step))
     assert steps[-1] == 30  # the first evaluation, and two without a gain
 
 
-def test_a_folder_of_another_training_is_refused(tmp_path):
-    model, converted, data, _ = setting()
+def test_a_folder_of_another_run_is_refused(tmp_path):
+    model, converted, data, _ = training_setup()
     finetune(converted, model, data, tmp_path / "t", QUICK)
-    with pytest.raises(GhostifyError, match="holds a training of other epochs, learning_rate"):
+    with pytest.raises(GhostifyError, match="belongs to a run with different epochs, learning_rate"):
         finetune(converted, model, data, tmp_path / "t", Recipe(**{**vars(QUICK), "epochs": 1, "learning_rate": 1.0}))
-    with pytest.raises(GhostifyError, match="holds a training of other model"):
+    with pytest.raises(GhostifyError, match="belongs to a run with different model"):
         finetune(ghostify(model, 4), model, data, tmp_path / "t", QUICK)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("")
-    with pytest.raises(GhostifyError, match="holds something else"):
+    with pytest.raises(GhostifyError, match="holds files that are not of a training run"):
         finetune(converted, model, data, tmp_path / "other", QUICK)
 
 
 @pytest.mark.parametrize(
-    ("wish", "message"),
+    ("changes", "message"),
     [
         ({"epochs": 0}, "epochs 0 is not a positive number"),
         ({"precision": "int8"}, "precision 'int8' is unknown"),
-        ({"distill": 0}, "nothing to learn from"),
+        ({"distill": 0}, "distill, features and labels are all 0"),
         ({"batch": 1000}, "batch 1000 is more than the 160 training images"),
     ],
 )
-def test_recipes_that_cannot_be(wish, message, tmp_path):
-    model, converted, data, _ = setting()
+def test_invalid_recipes_are_refused(changes, message, tmp_path):
+    model, converted, data, _ = training_setup()
     with pytest.raises(GhostifyError, match=message):
-        finetune(converted, model, data, tmp_path, Recipe(**wish))
+        finetune(converted, model, data, tmp_path, Recipe(**changes))
 
 
 def test_another_accelerator_s_precision_is_named(tmp_path):
-    model, converted, data, _ = setting()
+    model, converted, data, _ = training_setup()
     finetune(converted, model, data, tmp_path / "a", QUICK)
-    with pytest.raises(GhostifyError, match="precision 'bf16': an Accelerator of another one is in use: pass it"):
+    with pytest.raises(GhostifyError, match="precision is 'bf16', this process has an Accelerator of another one"):
         finetune(converted, model, data, tmp_path / "b", Recipe(precision="bf16"))
-    own = importlib.import_module("accelerate").Accelerator(cpu=True)
-    finetune(converted, model, data, tmp_path / "b", Recipe(precision="bf16", batch=16), accelerator=own)
+    accelerator = importlib.import_module("accelerate").Accelerator(cpu=True)
+    finetune(converted, model, data, tmp_path / "b", Recipe(precision="bf16", batch=16), accelerator=accelerator)
 
 
 def test_features_need_the_original_s_modules(tmp_path):
-    _, converted, data, _ = setting()
+    _, converted, data, _ = training_setup()
     with pytest.raises(GhostifyError, match="the original has no such module"):
         finetune(converted, nn.Sequential(nn.Flatten(), nn.Linear(432, 5)), data, tmp_path, Recipe(features=1.0))
 
 
-def test_features_are_compared_in_one_order():
-    """Also where the next layer takes up the ghosts' order, and where maps are left out."""
-    model, x = nets.settle(nets.Straight(16)), nets.images(64)
-    made = ghostify(model, 1.1, cheap="pointwise", calibration=[x])
-    assert made.get_submodule("a.0").order is None
-    student, teacher = _collect_features(made, model)
-    made(x), model(x)
-    assert len(student) == 2
-    assert all(relative_map_error(s, t) < 0.05 for s, t in zip(student, teacher, strict=True))
-    model = nets.settle(nets.Inverted())
-    narrow = {"prune": True, "cheap": "auto", "budget": {"macs": 0.6}, "example_inputs": x[:1]}
-    made = ghostify(model, **narrow, calibration=[x])
-    student, teacher = _collect_features(made, model)
-    made(x), model(x)
-    assert [s.shape for s in student] == [t.shape for t in teacher]
-
-
 SCRIPT = """
 import sys, torch
-from tests.test_finetune import QUICK, nets, setting
+from tests.test_trainer import QUICK, nets, training_setup
 from ghostify import Recipe, finetune
-model, converted, data, test = setting(make=getattr(nets, sys.argv[3]))
+model, converted, data, test = training_setup(make=getattr(nets, sys.argv[3]))
 recipe = Recipe(**{**vars(QUICK), "frozen_norms": True, "epochs": float(sys.argv[2])})
 tuned = finetune(converted, model, data, sys.argv[1], recipe)
 torch.save(tuned.state_dict(), sys.argv[1] + "/tuned.pt")
@@ -194,14 +177,14 @@ torch.save(tuned.state_dict(), sys.argv[1] + "/tuned.pt")
 
 
 def start(folder, *launcher, epochs=3, net="Residual"):
-    surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     script = folder.parent / "script.py"
     script.write_text(SCRIPT)
     command = [sys.executable, *launcher, str(script), str(folder), str(epochs), net]
-    return subprocess.Popen(command, cwd=ROOT, env=surroundings, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def test_two_processes_learn_as_one_does(tmp_path):
+def test_two_processes_train_as_one_does(tmp_path):
     for name, launcher in (("one", ()), ("two", ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"))):
         process = start(tmp_path / name, *launcher, net="Straight")  # without random depth
         assert process.wait() == 0, process.stderr.read()
@@ -215,17 +198,17 @@ def test_two_processes_learn_as_one_does(tmp_path):
 
 @pytest.mark.slow
 def test_twenty_kills_lose_nothing(tmp_path):
-    """At random moments; what is left in the end is the uninterrupted run's."""
+    """The processes are killed at random times; the result is that of an uninterrupted run."""
     generator = torch.Generator().manual_seed(0)
     whole = start(tmp_path / "whole", epochs=60)
     started = time.monotonic()
     assert whole.wait() == 0, whole.stderr.read()
     whole.stderr.close()
-    took, kills = time.monotonic() - started, 0
+    duration, kills = time.monotonic() - started, 0
     while kills < 20:
         process = start(tmp_path / "parts", epochs=60)
         try:
-            process.wait(5 + float(torch.rand((), generator=generator)) * took / 8)
+            process.wait(5 + float(torch.rand((), generator=generator)) * duration / 8)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()

@@ -1,4 +1,4 @@
-"""Real images that are on the machine: nothing is fetched."""
+"""Image data sets found on this machine; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FASHION_MNIST = (
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Labelled images, N x C x H x W float32 with zero mean and unit variance, split as their publishers split them."""
+    """Labelled images, N x C x H x W float32 with zero mean and unit variance, with the published split."""
 
     name: str
     train: Tensor
@@ -35,25 +35,25 @@ def fashion_mnist() -> LabelledImages | None:
     folder = fashion_mnist_folder()
     if folder is None:
         return None
-    parts = [_idx(folder, stem) for stem in ("train-images", "train-labels", "t10k-images", "t10k-labels")]
-    train, train_labels, test, test_labels = parts
+    stems = ("train-images", "train-labels", "t10k-images", "t10k-labels")
+    train, train_labels, test, test_labels = (_read_idx(folder, stem) for stem in stems)
     train, test = (x[:, None].float().div(255).sub(0.2860).div(0.3530) for x in (train, test))
     return LabelledImages("Fashion-MNIST", train, train_labels.long(), test, test_labels.long(), 10)
 
 
 def fashion_mnist_folder() -> Path | None:
-    """Where a copy lies on this machine."""
+    """The folder of a copy on this machine, or None."""
     return next((folder for folder in FASHION_MNIST if any(folder.glob("train-images*"))), None)
 
 
 def digits() -> LabelledImages:
-    """scikit-learn's 1,797 scanned digits of 1 x 8 x 8: every fifth image is the test set."""
+    """scikit-learn's 1,797 scanned digits of 1 x 8 x 8, every fifth in the test set; an extra, else `GhostifyError`."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise GhostifyError(
-            "no images for the demo: install scikit-learn (pip install 'ghostify[demo]') "
-            "or Debian's dataset-fashion-mnist"
+            "digits: scikit-learn is not installed. "
+            "Run pip install 'ghostify[demo]', or install Debian's dataset-fashion-mnist."
         ) from error
     data = load_digits()
     images = torch.from_numpy(data.images).float()[:, None].div(16)
@@ -63,8 +63,9 @@ def digits() -> LabelledImages:
     return LabelledImages("scikit-learn digits", images[~test], labels[~test], images[test], labels[test], 10)
 
 
-def _idx(folder: Path, stem: str) -> Tensor:
+def _read_idx(folder: Path, stem: str) -> Tensor:
+    """A uint8 array in the IDX format of MNIST: two zero bytes, a type byte, the rank, the sizes, the values."""
     path = next(p for p in sorted(folder.glob(f"{stem}*")) if p.is_file())
-    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    dims = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(raw[3])]
-    return torch.frombuffer(bytearray(raw[4 + 4 * len(dims) :]), dtype=torch.uint8).reshape(dims)
+    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    sizes = [int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(content[3])]
+    return torch.frombuffer(bytearray(content[4 + 4 * len(sizes) :]), dtype=torch.uint8).reshape(sizes)

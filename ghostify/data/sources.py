@@ -1,4 +1,4 @@
-"""Where models and images come from: names on the command line -> modules and batches."""
+"""Models by name, and images and arrays in files as batches of inputs."""
 
 from __future__ import annotations
 
@@ -35,49 +35,60 @@ class ModelSource:
     arguments: Mapping[str, Any]
 
     def build(self) -> nn.Module:
-        """The model with its initial weights; raises `GhostifyError` where the name or the arguments do not fit."""
+        """The model in eval mode with its initial weights; raises `GhostifyError` for wrong names or arguments."""
         kind, _, name = self.name.partition(":")
         if not name:
             raise GhostifyError(
-                f"model {self.name!r} is no name I know: use timm:NAME, torchvision:NAME or module.path:callable"
+                f"model {self.name!r}: unknown model name. Use timm:NAME, torchvision:NAME or module.path:callable."
             )
-        make = _maker(self.name, kind, name)
+        constructor = _constructor(self.name, kind, name)
         try:
-            model = make(**self.arguments)
+            model = constructor(**self.arguments)
         except Exception as error:
-            raise GhostifyError(f"model {self.name!r} cannot be built: {type(error).__name__}: {error}") from error
+            raise GhostifyError(
+                f"model {self.name!r}: cannot be built ({type(error).__name__}: {error}). Check its arguments."
+            ) from error
         if not isinstance(model, nn.Module):
-            raise GhostifyError(f"model {self.name!r} gives a {type(model).__name__}, not an nn.Module")
+            raise GhostifyError(
+                f"model {self.name!r}: returns a {type(model).__name__}. Name a callable that returns an nn.Module."
+            )
         return model.eval()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for a saved model's description."""
+        """The source as JSON data, for the description of a saved model."""
         return {"name": self.name, "arguments": dict(self.arguments)}
 
 
-def _maker(full: str, kind: str, name: str) -> Callable[..., Any]:
+def _constructor(full_name: str, kind: str, name: str) -> Callable[..., Any]:
     if kind == "timm":
         if not timm.is_model(name):
-            near = ", ".join(difflib.get_close_matches(name, timm.list_models(), 3))
-            raise GhostifyError(f"timm has no model {name!r}" + (f": it has {near}" if near else ""))
+            similar = ", ".join(difflib.get_close_matches(name, timm.list_models(), 3))
+            remedy = f"Similar names: {similar}." if similar else "timm.list_models() lists its models."
+            raise GhostifyError(f"model {full_name!r}: timm has no model of this name. {remedy}")
         return lambda **arguments: timm.create_model(name, pretrained=False, **arguments)
     if kind == "torchvision":
         if name not in torchvision.models.list_models():
-            raise GhostifyError(f"torchvision has no model {name!r}: torchvision.models.list_models() lists them")
+            raise GhostifyError(
+                f"model {full_name!r}: torchvision has no model of this name. "
+                f"torchvision.models.list_models() lists its models."
+            )
         return lambda **arguments: torchvision.models.get_model(name, weights=None, **arguments)
     try:
-        return import_object(full)
+        return import_object(full_name)
     except (ImportError, AttributeError) as error:
-        raise GhostifyError(f"model {full!r}: {error}: is it on the Python path?") from error
+        raise GhostifyError(f"model {full_name!r}: {error}. Check the name and the Python path.") from error
 
 
 def parse_arguments(pairs: list[str]) -> dict[str, Any]:
-    """`key=value` strings as constructor arguments; values are JSON where they can be, else text."""
+    """`key=value` strings as constructor arguments; values are parsed as JSON where possible, else kept as text.
+
+    Raises `GhostifyError` for a string of another form.
+    """
     arguments = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key.isidentifier():
-            raise GhostifyError(f"argument {pair!r} is not of the form key=value")
+            raise GhostifyError(f"argument {pair!r}: is not of the form key=value. Write it as in width=32.")
         try:
             arguments[key] = json.loads(value)
         except ValueError:
@@ -87,7 +98,7 @@ def parse_arguments(pairs: list[str]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How images become inputs: size (C, H, W), timm's evaluation transform for this model, and what makes it up."""
+    """The input size (C, H, W), timm's evaluation transform for a model, and the configuration of the transform."""
 
     size: tuple[int, int, int]
     transform: Callable[[Image.Image], Tensor]
@@ -95,20 +106,20 @@ class Preprocessing:
 
 
 def preprocessing(model: nn.Module, size: tuple[int, int, int] | None = None) -> Preprocessing:
-    """timm's own evaluation transform of the model; ImageNet's mean and deviation where the model says nothing."""
+    """timm's evaluation transform for the model; ImageNet's mean and deviation where the model does not define them."""
     config = resolve_data_config({} if size is None else {"input_size": size}, model=model)
     transform: Any = create_transform(**config, is_training=False)
     return Preprocessing(tuple(config["input_size"]), transform, config)
 
 
 def blank_input(size: tuple[int, int, int]) -> Tensor:
-    """One blank input, 1 x C x H x W."""
+    """An input of zeros, 1 x C x H x W, for a size (C, H, W)."""
     return torch.zeros(1, *size)
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """Batches of inputs, and labels where there are any."""
+    """Batches of inputs, each N x C x H x W, and the labels of all images (N) where there are any."""
 
     batches: tuple[Tensor, ...]
     labels: Tensor | None
@@ -121,59 +132,67 @@ class ImageData:
 def read_data(path: str | Path, prepared: Preprocessing, *, limit: int | None = None, batch: int = 32) -> ImageData:
     """Inputs from a folder of images (classes as subfolders, if any), or from an array file.
 
-    Labels are the places of the class folders in the alphabet: of a trained model's classes, all must be there. `.npy`
-    holds N x C x H x W inputs; `.npz` and `.safetensors` hold them as `images`, and perhaps `labels`. Arrays are taken
-    as they are; images go through the model's transform. Raises `GhostifyError` naming the file.
+    Labels are the positions of the class folders in alphabetical order: all classes of a trained model must be present.
+    `.npy` holds N x C x H x W inputs; `.npz` and `.safetensors` hold them as `images`, with optional `labels`. Images
+    pass through the model's transform, arrays do not. At most `limit` images are read, sampled evenly. Raises
+    `GhostifyError` naming the file.
     """
     path = Path(path)
     if path.is_dir():
         files, classes = list_images(path)
         files = _sample_evenly(files, limit)
         labels = torch.tensor([classes.index(p.relative_to(path).parts[0]) for p in files]) if classes else None
-        return ImageData(tuple(_images(files, prepared, batch)), labels)
+        return ImageData(tuple(_read_batches(files, prepared, batch)), labels)
     if path.suffix.lower() not in ARRAY_SUFFIXES:
-        raise GhostifyError(f"{path}: is neither a folder of images nor one of {', '.join(ARRAY_SUFFIXES)}")
-    images, labels = _arrays(path)
+        raise GhostifyError(
+            f"{path}: is neither a folder nor an array file. "
+            f"Name a folder of images, or a {' or '.join(ARRAY_SUFFIXES)} file."
+        )
+    images, labels = _read_arrays(path)
     if images.dim() != 4 or tuple(images.shape[1:2]) != prepared.size[:1]:
         expected = format_shape(("N", *prepared.size))
-        raise GhostifyError(f"{path}: holds {format_shape(images.shape)}, the model takes {expected}")
-    chosen = _sample_evenly(list(range(len(images))), limit)
-    kept = images[chosen].float()
-    return ImageData(tuple(kept.split(batch)), None if labels is None else labels[chosen])
+        raise GhostifyError(
+            f"{path}: holds {format_shape(images.shape)}, the model expects {expected}. Save the images in this shape."
+        )
+    indices = _sample_evenly(list(range(len(images))), limit)
+    return ImageData(tuple(images[indices].float().split(batch)), None if labels is None else labels[indices])
 
 
 def list_images(path: Path) -> tuple[list[Path], list[str]]:
-    """The images in a folder, and its class folders by name: none where there is one alone, or images beside them."""
+    """The images in a folder, and its class folders in alphabetical order.
+
+    There are no classes where only one folder holds images, or where images lie outside of the class folders.
+    """
     files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
-        raise GhostifyError(f"{path}: holds no images ({', '.join(IMAGE_SUFFIXES)})")
-    places = [p.relative_to(path).parts for p in files]
-    classes = sorted({parts[0] for parts in places if len(parts) > 1})
-    return files, [] if len(classes) < 2 or any(len(parts) == 1 for parts in places) else classes
+        raise GhostifyError(f"{path}: holds no images. Name a folder with {', '.join(IMAGE_SUFFIXES)} files.")
+    relative_paths = [file.relative_to(path) for file in files]
+    classes = sorted({p.parts[0] for p in relative_paths if len(p.parts) > 1})
+    return files, [] if len(classes) < 2 or any(len(p.parts) == 1 for p in relative_paths) else classes
 
 
 def _sample_evenly(items: list[Any], limit: int | None) -> list[Any]:
-    """At most `limit` items, evenly spread, so that every class of a sorted listing is seen."""
+    """At most `limit` items, evenly spaced, so that a sorted listing keeps all its classes."""
     if limit is None or len(items) <= limit:
         return items
     return [items[i * len(items) // limit] for i in range(limit)]
 
 
-def _images(files: list[Path], prepared: Preprocessing, batch: int) -> Iterator[Tensor]:
+def _read_batches(files: list[Path], prepared: Preprocessing, batch: int) -> Iterator[Tensor]:
     for start in range(0, len(files), batch):
         yield torch.stack([read_image(file, prepared) for file in files[start : start + batch]])
 
 
 def read_image(file: Path, prepared: Preprocessing) -> Tensor:
-    """An image file as an input, grey where the model takes one channel."""
+    """An image file as an input, C x H x W; in greyscale where the model has one input channel."""
     try:
         with Image.open(file) as image:
             return prepared.transform(image.convert("L" if prepared.size[0] == 1 else "RGB"))
     except (OSError, UnidentifiedImageError) as error:
-        raise GhostifyError(f"{file}: is no readable image: {error}") from error
+        raise GhostifyError(f"{file}: is not a readable image ({error}). Replace or remove it.") from error
 
 
-def _arrays(path: Path) -> tuple[Tensor, Tensor | None]:
+def _read_arrays(path: Path) -> tuple[Tensor, Tensor | None]:
     try:
         if path.suffix == ".npy":
             return torch.from_numpy(np.load(path, allow_pickle=False)), None
@@ -183,9 +202,13 @@ def _arrays(path: Path) -> tuple[Tensor, Tensor | None]:
         else:
             arrays = load_file(path)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise GhostifyError(f"{path}: cannot be read: {error}") from error
+        raise GhostifyError(
+            f"{path}: cannot be read ({error}). Name a file of arrays without pickled objects."
+        ) from error
     images = arrays.get("images", next(iter(arrays.values())) if len(arrays) == 1 else None)
     if images is None:
-        raise GhostifyError(f"{path}: holds {', '.join(arrays) or 'nothing'}: name the inputs 'images'")
+        raise GhostifyError(
+            f"{path}: holds {', '.join(arrays) or 'no array'}, not images. Store the inputs under the name 'images'."
+        )
     labels = arrays.get("labels")
     return images, None if labels is None else labels.long().flatten()

@@ -1,4 +1,4 @@
-"""Training data: from a name or a path to images and labels that come the same however often training is resumed."""
+"""Training and validation data by name or path, in an order that does not depend on interruptions of training."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VALIDATION_EVERY = 20
 
 @dataclass(frozen=True, eq=False)
 class TrainingData:
-    """Images to train on and images to judge by, each with a label, -1 where there is none."""
+    """Training images and validation images, each with a label, which is -1 where there is none."""
 
     train: Dataset[Any]
     validation: Dataset[Any]
@@ -36,27 +36,28 @@ class TrainingData:
 def load_training_data(data: str, prepared: Preprocessing, seed: int = 0) -> TrainingData:
     """The training set called `data`: "fashion-mnist", "cifar10", a folder, or an array file.
 
-    A folder holds class folders, or `train` and `val` (or `test`) with class folders each, as ImageNet's, or images
-    without labels; an array file `images` and perhaps `labels` (see `read_data`). Copies on this machine are read, none
-    is fetched. Where nothing is set apart for validation, every twentieth image is, by seed. Raises `GhostifyError`
-    naming the file.
+    A folder holds class folders, or `train` and `val` (or `test`) with class folders each, like ImageNet, or images
+    without labels; an array file holds `images` with optional `labels` (see `read_data`). Nothing is downloaded. Where
+    there is no validation set, one in twenty images, drawn by `seed`, is used for validation instead of training.
+    Raises `GhostifyError` naming the file.
     """
     if data == "fashion-mnist":
-        return _arrays_of(data, fashion_mnist(), prepared, seed)
+        return _fashion_mnist(prepared, seed)
     if data == "cifar10":
         return _cifar10(seed)
     path = Path(data)
     if path.suffix.lower() in ARRAY_SUFFIXES:
-        read = read_data(path, prepared, batch=2**30)
-        return _split(_tensors(torch.cat(read.batches), read.labels), seed, read.labels is not None)
+        arrays = read_data(path, prepared, batch=2**30)
+        return _split(_tensors(torch.cat(arrays.batches), arrays.labels), seed, arrays.labels is not None)
     if not path.is_dir():
-        known = "fashion-mnist, cifar10, a folder of images, or an array file"
-        raise GhostifyError(f"{data}: is no training set: use {known}")
+        raise GhostifyError(
+            f"{data}: is not a training set. Use fashion-mnist, cifar10, a folder of images, or an array file."
+        )
     return _folder(path, prepared, seed)
 
 
 class SeededDataset(Dataset[Any]):
-    """A data set whose random augmentations depend on seed, epoch and image alone; its keys are (epoch, index)."""
+    """A data set whose random augmentations depend only on seed, epoch and image; its keys are (epoch, index)."""
 
     def __init__(self, items: Dataset[Any], seed: int) -> None:
         self.items, self.seed = items, seed
@@ -66,21 +67,21 @@ class SeededDataset(Dataset[Any]):
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
         epoch, index = key
-        own = int(np.random.SeedSequence((self.seed, epoch, index)).generate_state(1)[0])
-        standing = random.getstate(), np.random.get_state()
+        item_seed = int(np.random.SeedSequence((self.seed, epoch, index)).generate_state(1)[0])
+        python_state, numpy_state = random.getstate(), np.random.get_state()
         try:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(own)
-                random.seed(own)
-                np.random.seed(own)
+                torch.manual_seed(item_seed)
+                random.seed(item_seed)
+                np.random.seed(item_seed)
                 return self.items[index]
         finally:
-            random.setstate(standing[0])
-            np.random.set_state(standing[1])
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
-    """The keys of one epoch, in an order drawn by seed and epoch; begins after `skip` of them."""
+    """The keys (epoch, index) of one epoch, shuffled by seed and epoch, without the first `skip` of them."""
 
     def __init__(self, count: int, seed: int) -> None:
         self.count, self.seed, self.epoch, self.skip = count, seed, 0, 0
@@ -89,56 +90,62 @@ class EpochSampler(Sampler[tuple[int, int]]):
         return self.count - self.skip
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        drawn = np.random.default_rng((self.seed, self.epoch)).permutation(self.count)
-        return ((self.epoch, int(k)) for k in drawn[self.skip :])
+        shuffled = np.random.default_rng((self.seed, self.epoch)).permutation(self.count)
+        return ((self.epoch, int(index)) for index in shuffled[self.skip :])
 
 
-def _arrays_of(name: str, found: Any, prepared: Preprocessing, seed: int) -> TrainingData:
-    if found is None:
-        raise GhostifyError(f"{name}: is not on this machine (Debian: apt-get install dataset-{name})")
-    if found.train.shape[1] != prepared.size[0]:
-        raise GhostifyError(f"{name}: has {found.train.shape[1]} channel, the model takes {prepared.size[0]}")
-    return _split(_tensors(found.train, found.train_labels), seed, labelled=True)
+def _fashion_mnist(prepared: Preprocessing, seed: int) -> TrainingData:
+    images = fashion_mnist()
+    if images is None:
+        raise GhostifyError(
+            "fashion-mnist: is not on this machine. Install it (Debian: apt-get install dataset-fashion-mnist)."
+        )
+    if images.train.shape[1] != prepared.size[0]:
+        raise GhostifyError(
+            f"fashion-mnist: has {images.train.shape[1]} channel, the model expects {prepared.size[0]}. "
+            f"Use a model with one input channel."
+        )
+    return _split(_tensors(images.train, images.train_labels), seed, labelled=True)
 
 
 def _cifar10(seed: int) -> TrainingData:
-    normal = [torchvision.transforms.ToTensor(), torchvision.transforms.Normalize(CIFAR_MEAN, CIFAR_STD)]
-    moved = [torchvision.transforms.RandomCrop(32, 4), torchvision.transforms.RandomHorizontalFlip()]
+    normalized = [torchvision.transforms.ToTensor(), torchvision.transforms.Normalize(CIFAR_MEAN, CIFAR_STD)]
+    augmented = [torchvision.transforms.RandomCrop(32, 4), torchvision.transforms.RandomHorizontalFlip(), *normalized]
     for root in CIFAR10:
         try:
-            both = [
-                torchvision.datasets.CIFAR10(root, transform=torchvision.transforms.Compose([*first, *normal]))
-                for first in (moved, [])
+            train, validation = [
+                torchvision.datasets.CIFAR10(root, transform=torchvision.transforms.Compose(transforms))
+                for transforms in (augmented, normalized)
             ]
         except RuntimeError:
             continue
-        return _split(both[0], seed, labelled=True, judged=both[1])
-    raise GhostifyError(f"cifar10: is not on this machine: put cifar-10-batches-py into {CIFAR10[0]}/")
+        return _split(train, seed, labelled=True, unaugmented=validation)
+    raise GhostifyError(f"cifar10: is not on this machine. Put cifar-10-batches-py into {CIFAR10[0]}/.")
 
 
 def _folder(path: Path, prepared: Preprocessing, seed: int) -> TrainingData:
     config = {k: v for k, v in prepared.config.items() if k in ("input_size", "interpolation", "mean", "std")}
-    moving: Any = create_transform(**config, is_training=True, color_jitter=0.0)
-    inner = next((path / name for name in ("val", "validation", "test") if (path / name).is_dir()), None)
+    augment: Any = create_transform(**config, is_training=True, color_jitter=0.0)
+    validation_folder = next((path / name for name in ("val", "validation", "test") if (path / name).is_dir()), None)
     try:
-        if (path / "train").is_dir() and inner is not None:
+        if (path / "train").is_dir() and validation_folder is not None:
             return TrainingData(
-                torchvision.datasets.ImageFolder(path / "train", moving),
-                torchvision.datasets.ImageFolder(inner, prepared.transform),
+                torchvision.datasets.ImageFolder(path / "train", augment),
+                torchvision.datasets.ImageFolder(validation_folder, prepared.transform),
                 labelled=True,
             )
         files, classes = list_images(path)
         if not classes:
-            moved, still = _Unlabelled(files, replace(prepared, transform=moving)), _Unlabelled(files, prepared)
-            return _split(moved, seed, labelled=False, judged=still)
-        both = [torchvision.datasets.ImageFolder(path, t) for t in (moving, prepared.transform)]
+            augmented = _UnlabelledImages(files, replace(prepared, transform=augment))
+            return _split(augmented, seed, labelled=False, unaugmented=_UnlabelledImages(files, prepared))
+        train, validation = [torchvision.datasets.ImageFolder(path, t) for t in (augment, prepared.transform)]
     except FileNotFoundError as error:
-        raise GhostifyError(f"{path}: {str(error).splitlines()[0]}") from error
-    return _split(both[0], seed, labelled=True, judged=both[1])
+        raise GhostifyError(f"{path}: {str(error).splitlines()[0]}. Put images into every class folder.") from error
+    return _split(train, seed, labelled=True, unaugmented=validation)
 
 
-class _Unlabelled(Dataset[Any]):
-    """Image files, each with a -1."""
+class _UnlabelledImages(Dataset[Any]):
+    """Image files, each with the label -1."""
 
     def __init__(self, files: list[Path], prepared: Preprocessing) -> None:
         self.files, self.prepared = files, prepared
@@ -154,7 +161,8 @@ def _tensors(images: Tensor, labels: Tensor | None) -> TensorDataset:
     return TensorDataset(images, torch.full((len(images),), -1) if labels is None else labels)
 
 
-def _split(items: Any, seed: int, labelled: bool, judged: Any = None) -> TrainingData:
-    order, held = np.random.default_rng(seed).permutation(len(items)).tolist(), len(items) // VALIDATION_EVERY or 1
-    judging = Subset(items if judged is None else judged, sorted(order[:held]))
-    return TrainingData(Subset(items, sorted(order[held:])), judging, labelled)
+def _split(items: Any, seed: int, labelled: bool, unaugmented: Any = None) -> TrainingData:
+    """Training items and one in `VALIDATION_EVERY` for validation; the latter from `unaugmented` where it is given."""
+    indices, count = np.random.default_rng(seed).permutation(len(items)).tolist(), len(items) // VALIDATION_EVERY or 1
+    validation = Subset(items if unaugmented is None else unaugmented, sorted(indices[:count]))
+    return TrainingData(Subset(items, sorted(indices[count:])), validation, labelled)

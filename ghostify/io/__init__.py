@@ -1,1 +1,1 @@
-"""TODO."""
+"""Files on disk: saved models, and atomic replacement of files and folders."""

@@ -1,4 +1,4 @@
-"""Text files and folders that are complete or absent."""
+"""Atomic replacement of text files and folders."""
 
 from __future__ import annotations
 
@@ -11,49 +11,48 @@ from pathlib import Path
 
 
 def write_text_atomic(file: Path, text: str) -> None:
-    """Write a file beside its place, then put it there in one step."""
-    fresh = file.with_name(f".{file.name}-{os.getpid()}")
-    fresh.write_text(text)
-    fresh.replace(file)
+    """Write a file in the same folder, then rename it to `file` in one step."""
+    staging = file.with_name(f".{file.name}-{os.getpid()}")
+    staging.write_text(text)
+    staging.replace(file)
 
 
 @contextlib.contextmanager
 def staged_folder(folder: Path, *, staging: Path | None = None, merge: bool = False) -> Iterator[Path]:
-    """A new folder to fill, which takes the place of `folder` when the block ends, and is removed when it raises.
+    """A new folder to fill, which replaces `folder` when the block ends, and is removed when it raises.
 
-    It lies beside `folder` under a random name, or at `staging`, whatever is there being removed first. With `merge`
-    the files of an existing `folder` stay and those of the same name are replaced; else it is replaced as a whole.
+    It lies in the same parent folder under a random name, or at `staging`, which is emptied first. With `merge` the
+    files of an existing `folder` stay and those of the same name are replaced; else it is replaced as a whole.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     if staging is None:
-        fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        os.chmod(fresh, 0o755)
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        os.chmod(staging, 0o755)
     else:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
-        fresh = staging
     try:
-        yield fresh
+        yield staging
         if merge and folder.exists():
-            for file in fresh.iterdir():
+            for file in staging.iterdir():
                 file.replace(folder / file.name)
         else:
-            _replace_folder(fresh, folder)
+            _replace_folder(staging, folder)
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
 
 
-def _replace_folder(fresh: Path, folder: Path) -> None:
-    """Put `fresh` in the place of `folder`; what was there comes back if that fails."""
+def _replace_folder(staging: Path, folder: Path) -> None:
+    """Rename `staging` to `folder`; an existing `folder` is restored if that fails."""
     if not folder.exists():
-        fresh.rename(folder)
+        staging.rename(folder)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent)) / "was"
-    folder.rename(old)
+    previous = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent)) / "was"
+    folder.rename(previous)
     try:
-        fresh.rename(folder)
+        staging.rename(folder)
     except OSError:
-        old.rename(folder)
+        previous.rename(folder)
         raise
     finally:
-        shutil.rmtree(old.parent, ignore_errors=True)
+        shutil.rmtree(previous.parent, ignore_errors=True)

@@ -1,12 +1,12 @@
-"""What a training leaves on disk: its state, its metrics and its best weights, each whole or not there."""
+"""The folder of a training run: its state, metrics and best weights, each written atomically."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import shutil
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,10 @@ from torch import Tensor
 from ghostify.errors import GhostifyError
 from ghostify.io.atomic import staged_folder, write_text_atomic
 
-FACTS, METRICS, BEST, STATE, PROGRESS = "training.json", "metrics.jsonl", "best.safetensors", "state-", "progress.json"
+SETTINGS, METRICS, PROGRESS = "training.json", "metrics.jsonl", "progress.json"
+BEST, STATE = "best.safetensors", "state-"
+NEW_KEYS = {"apart": "distance_to_original", "stale": "evaluations_without_gain"}  # by the key in earlier versions
+OTHER_FOLDER = "Use another folder."
 
 
 @dataclass(frozen=True)
@@ -31,95 +34,124 @@ class TrainingProgress:
 
 
 class RunFolder:
-    """A folder of one training, written by the main process; raises `GhostifyError` if it is another's."""
+    """The folder of one training run, written by the main process alone.
 
-    def __init__(self, folder: Path, facts: Mapping[str, Any], main: bool) -> None:
-        self.folder, self.main, self.board = folder, main, None
-        file = folder / FACTS
-        if not main:
+    `settings` are the recipe, the number of images and the fingerprints of both models. Raises `GhostifyError` for a
+    folder that belongs to another run.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], *, is_main: bool) -> None:
+        self.folder, self.is_main, self.tensorboard = folder, is_main, None
+        file = folder / SETTINGS
+        if not is_main:
             return
         if file.exists():
-            known = json.loads(file.read_text())
-            other = [key for key in facts if known.get(key) != facts[key]]
-            if other:
-                raise GhostifyError(f"{folder}: holds a training of other {', '.join(other)}: use another folder")
+            stored = _read_object(file)
+            changed = [key for key in settings if stored.get(key) != settings[key]]
+            if changed:
+                raise GhostifyError(f"{folder}: belongs to a run with different {', '.join(changed)}. {OTHER_FOLDER}")
         elif folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
-            raise GhostifyError(f"{folder}: holds something else than a training: use another folder")
+            raise GhostifyError(f"{folder}: holds files that are not of a training run. {OTHER_FOLDER}")
         folder.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(file, json.dumps(dict(facts), indent=1) + "\n")
+        write_text_atomic(file, json.dumps(dict(settings), indent=1) + "\n")
 
     def resume(self, accelerator: Any) -> TrainingProgress:
-        """Load the newest whole state, and forget what was noted after it."""
+        """Load the newest state, and remove the metrics that were logged after it."""
         accelerator.wait_for_everyone()
-        states = sorted(self.folder.glob(f"{STATE}*[0-9]"))
+        states = self._states()
         progress = TrainingProgress()
         if states:
             accelerator.load_state(str(states[-1]))
-            progress = TrainingProgress(**json.loads((states[-1] / PROGRESS).read_text()))
-        if self.main:
+            progress = _read_progress(states[-1] / PROGRESS)
+        if self.is_main:
             metrics = self.folder / METRICS
-            lines = metrics.read_text().splitlines() if metrics.exists() else []
-            write_text_atomic(metrics, "".join(f"{line}\n" for line in lines if _step(line) <= progress.step))
-            self.board = _board(self.folder, progress.step)
+            entries = _parse_metrics(metrics.read_text()) if metrics.exists() else []
+            lines = [json.dumps(entry) + "\n" for entry in entries if entry["step"] <= progress.step]
+            write_text_atomic(metrics, "".join(lines))
+            self.tensorboard = _tensorboard_writer(self.folder, progress.step)
         return progress
 
     def save(self, accelerator: Any, progress: TrainingProgress) -> None:
-        """Keep the state of all that takes part; the one before goes when this one stands."""
-        fresh, place = self.folder / f".{STATE}", self.folder / f"{STATE}{progress.step:09d}"
-        with staged_folder(place, staging=fresh) if self.main else nullcontext():
+        """Write the state of all processes; the previous state is removed afterwards."""
+        staging, state = self.folder / f".{STATE}", self.folder / f"{STATE}{progress.step:09d}"
+        with staged_folder(state, staging=staging) if self.is_main else contextlib.nullcontext():
             accelerator.wait_for_everyone()
-            accelerator.save_state(str(fresh))
+            accelerator.save_state(str(staging))
             accelerator.wait_for_everyone()
-            if self.main:
-                (fresh / PROGRESS).write_text(json.dumps(asdict(progress)))
-        if self.main:
-            for old in sorted(self.folder.glob(f"{STATE}*[0-9]"))[:-1]:
-                shutil.rmtree(old, ignore_errors=True)
+            if self.is_main:
+                (staging / PROGRESS).write_text(json.dumps(asdict(progress)))
+        if self.is_main:
+            for previous in self._states()[:-1]:
+                shutil.rmtree(previous, ignore_errors=True)
         accelerator.wait_for_everyone()
 
-    def log_metrics(self, step: int, found: Mapping[str, float]) -> None:
-        """Add a line of metrics."""
-        if not self.main:
+    def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append a line to `metrics.jsonl`, and the same values to TensorBoard's log."""
+        if not self.is_main:
             return
         with (self.folder / METRICS).open("a") as file:
-            file.write(json.dumps({"step": step, **found}) + "\n")
-        if self.board is not None:
-            for key, value in found.items():
-                self.board.add_scalar(key, value, step)
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        if self.tensorboard is not None:
+            for name, value in metrics.items():
+                self.tensorboard.add_scalar(name, value, step)
 
     def save_best(self, weights: dict[str, Tensor]) -> None:
-        """Keep the best weights."""
-        if self.main:
-            fresh = self.folder / f".{BEST}"
-            save_file({name: value.contiguous().clone() for name, value in weights.items()}, fresh)
-            fresh.replace(self.folder / BEST)
+        """Replace the best weights."""
+        if self.is_main:
+            staging = self.folder / f".{BEST}"
+            save_file({name: value.contiguous().clone() for name, value in weights.items()}, staging)
+            staging.replace(self.folder / BEST)
+
+    def load_best(self) -> dict[str, Tensor]:
+        """The weights that were saved last as the best."""
+        return load_file(self.folder / BEST)
 
     def close(self) -> None:
-        """Write out what TensorBoard is still to get; its thread ends."""
-        if self.board is not None:
-            self.board.close()
+        """Flush TensorBoard's log and end its thread."""
+        if self.tensorboard is not None:
+            self.tensorboard.close()
 
-    def best(self) -> dict[str, Tensor]:
-        """The weights that were kept last."""
-        return load_file(self.folder / BEST)
+    def _states(self) -> list[Path]:
+        """The complete states, the newest last."""
+        return sorted(self.folder.glob(f"{STATE}*[0-9]"))
 
 
 def metrics_of(folder: Path) -> list[dict[str, float]]:
-    """The lines of metrics of a training."""
-    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    """The lines of a run's `metrics.jsonl`."""
+    return _parse_metrics((folder / METRICS).read_text())
 
 
-def _step(line: str) -> float:
-    """The step of a line of metrics; one that a kill cut short is of none."""
+def _parse_metrics(text: str) -> list[dict[str, float]]:
+    """The complete lines; a killed process may have left a truncated one."""
+    entries = []
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            entries.append(_with_new_keys(json.loads(line)))
+    return entries
+
+
+def _read_progress(file: Path) -> TrainingProgress:
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+        return TrainingProgress(**_read_object(file))
+    except TypeError as error:
+        raise GhostifyError(f"{file}: has keys that this version does not know ({error}). {OTHER_FOLDER}") from error
 
 
-def _board(folder: Path, step: int) -> Any:
+def _read_object(file: Path) -> dict[str, Any]:
     try:
-        writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
+        return _with_new_keys(json.loads(file.read_text()))
+    except (OSError, ValueError, AttributeError) as error:
+        raise GhostifyError(f"{file}: is not a readable file of a training run ({error}). {OTHER_FOLDER}") from error
+
+
+def _with_new_keys(item: Mapping[str, Any]) -> dict[str, Any]:
+    return {NEW_KEYS.get(key, key): value for key, value in item.items()}
+
+
+def _tensorboard_writer(folder: Path, step: int) -> Any:
+    """A writer that drops what was logged after `step`, or None where TensorBoard is not installed."""
+    try:
+        writer_class = importlib.import_module("torch.utils.tensorboard").SummaryWriter
     except ImportError:
         return None
-    return writer(str(folder / "tensorboard"), purge_step=step)
+    return writer_class(str(folder / "tensorboard"), purge_step=step)

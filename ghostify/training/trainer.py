@@ -1,4 +1,4 @@
-"""Training a converted model towards the original's answers, and to labels where there are any."""
+"""Fine-tuning of a converted model by distillation from the original, and on labels where there are any."""
 
 from __future__ import annotations
 
@@ -24,27 +24,26 @@ from torch.utils.data import DataLoader
 from ghostify.data.training_data import EpochSampler, SeededDataset, TrainingData
 from ghostify.errors import GhostifyError
 from ghostify.graph.batchnorm import has_running_statistics
-from ghostify.graph.call_hooks import AfterCall, on_calls
 from ghostify.graph.inputs import tensor_leaves
-from ghostify.modules.ghost import GhostModule
 from ghostify.runtimes.tensors import to_channels_last
-from ghostify.summary import report
+from ghostify.training.features import collect_features
 from ghostify.training.losses import distillation_loss, feature_loss
-from ghostify.training.run_folder import RunFolder
+from ghostify.training.run_folder import RunFolder, TrainingProgress
 
-LOG = 10
+LOG_EVERY = 10
 ProgressCallback = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. Optimizers and schedules are timm's, by name; `batch` counts the images of all processes together.
+    """Training settings. Optimizers and schedules are timm's, by name; `batch` is the total over all processes.
 
-    The loss is `distill` times the distance to the original's answers (`temperature` softens classes), `features`
-    times that of the rewritten layers' maps, and, where there are labels, `labels` times cross entropy. `clip` limits
-    the gradients' norm. `frozen_norms` keeps the norms' statistics. `precision` is "no", "bf16" or "fp16". An
-    evaluation comes every `evaluate_every` epochs, and training ends after `patience` of them without a gain. The state
-    is kept every `save_every` steps. `warmup` is a share of all steps.
+    The loss is `distill` times the distillation loss of the outputs (`temperature` softens the classes), plus
+    `features` times the relative error of the rewritten layers' maps, plus `labels` times the cross entropy. `clip`
+    limits the norm of the gradients. `frozen_norms` keeps the running statistics of the norms. `precision` is "no",
+    "bf16" or "fp16". The model is evaluated every `evaluate_every` epochs, and training ends after `patience`
+    evaluations without a gain. The state is saved every `save_every` steps. `warmup` is a share of all steps. Raises
+    `GhostifyError` for values outside their range.
     """
 
     epochs: float = 1.0
@@ -74,11 +73,11 @@ class Recipe:
     def __post_init__(self) -> None:
         for key in ("epochs", "batch", "learning_rate", "temperature", "evaluate_every", "save_every"):
             if not 0 < getattr(self, key) < math.inf:
-                raise GhostifyError(f"{key} {getattr(self, key)!r} is not a positive number")
+                raise GhostifyError(f"recipe: {key} {getattr(self, key)!r} is not a positive number. Set it above 0.")
         if self.precision not in ("no", "bf16", "fp16"):
-            raise GhostifyError(f"precision {self.precision!r} is unknown: use no, bf16 or fp16")
+            raise GhostifyError(f"recipe: precision {self.precision!r} is unknown. Use no, bf16 or fp16.")
         if self.distill == self.features == self.labels == 0:
-            raise GhostifyError("nothing to learn from: distill, features and labels are all 0")
+            raise GhostifyError("recipe: distill, features and labels are all 0. Set one of them above 0.")
 
 
 def finetune(
@@ -91,80 +90,88 @@ def finetune(
     accelerator: Any = None,
     on_progress: ProgressCallback | None = None,
 ) -> nn.Module:
-    """A copy of a converted model, trained towards `original` on `data`; the best of its evaluations.
+    """A copy of a converted model, fine-tuned towards `original` on `data`, with the weights of its best evaluation.
 
-    The best is the one with the highest top-1 on validation images where there are labels, else with the highest
-    agreement with the original; of equal ones, the nearer to the original. `folder` keeps the state of training, so
-    that a call with the same arguments goes on after any interruption, up to the same result; and metrics, as JSON
-    lines and for TensorBoard. Devices, precision and processes are Accelerate's (`accelerate launch`, `torchrun`); an
-    `accelerator` of the caller's is used as it is. Raises `GhostifyError` for a folder of another training.
+    The best evaluation has the highest top-1 on the validation images where there are labels, else the highest
+    agreement with the original; among equal ones, the smallest distance to the original. `folder` keeps the state, so
+    that a call with the same arguments resumes after an interruption and ends with the same result. It also keeps the
+    metrics, as JSON lines and for TensorBoard. Devices, precision and processes are those of Accelerate (`accelerate
+    launch`, `torchrun`), or of the given `accelerator`. Raises `GhostifyError` for a folder of another run.
     """
     recipe, folder = recipe or Recipe(), Path(folder)
     if recipe.labels and not data.labelled:
-        raise GhostifyError(f"labels {recipe.labels:g}: the training images have none: set it to 0")
+        raise GhostifyError(f"recipe: labels is {recipe.labels:g}, the training images have none. Set it to 0.")
     accelerator = accelerator or _accelerator(recipe.precision)
     training = _Training(accelerator, model, original, data, recipe)
-    records = RunFolder(folder, {**asdict(recipe), **training.facts}, accelerator.is_main_process)
+    run_folder = RunFolder(folder, {**asdict(recipe), **training.data_settings}, is_main=accelerator.is_main_process)
     try:
-        _train(training, records, on_progress or (lambda *_: None))
+        _train(training, run_folder, on_progress or (lambda *_: None))
     finally:
-        records.close()
+        run_folder.close()
     result = copy.deepcopy(model)
-    result.load_state_dict(records.best())
+    result.load_state_dict(run_folder.load_best())
     return result
 
 
 def _accelerator(precision: str) -> Any:
     try:
-        made = importlib.import_module("accelerate").Accelerator
-        return made(mixed_precision=precision, cpu=not torch.accelerator.is_available())
+        accelerator_class = importlib.import_module("accelerate").Accelerator
+        return accelerator_class(mixed_precision=precision, cpu=not torch.accelerator.is_available())
     except ImportError as error:
-        raise GhostifyError("fine-tuning needs accelerate: pip install 'ghostify[finetune]'") from error
+        raise GhostifyError("finetune: accelerate is not installed. Run pip install 'ghostify[finetune]'.") from error
     except ValueError as error:
-        raise GhostifyError(f"precision {precision!r}: an Accelerator of another one is in use: pass it") from error
+        raise GhostifyError(
+            f"recipe: precision is {precision!r}, this process has an Accelerator of another one. Pass accelerator=."
+        ) from error
 
 
-def _train(training: _Training, records: RunFolder, on_progress: ProgressCallback) -> None:
-    """From where the records end to the last step, or to the patience's end."""
+def _train(training: _Training, run_folder: RunFolder, on_progress: ProgressCallback) -> None:
+    """Train from the newest state to the last step, or until `patience` evaluations brought no gain."""
     recipe, accelerator = training.recipe, training.accelerator
-    every = max(1, round(recipe.evaluate_every * training.per_epoch))
-    progress = records.resume(accelerator)
+    evaluation_steps = max(1, round(recipe.evaluate_every * training.per_epoch))
+    progress = run_folder.resume(accelerator)
     for step, batch in training.batches(progress.step):
         if progress.evaluations_without_gain >= (recipe.patience or math.inf):
             break
-        found = training.step(step, batch)
+        losses = training.step(step, batch)
         progress = replace(progress, step=step + 1)
-        last = progress.step == training.steps
-        on_progress(progress.step, training.steps, f"loss {found['loss']:.4f}")
-        if not step % LOG or last:
-            records.log_metrics(progress.step, found)
-        judged = not progress.step % every or last
-        if judged:
-            score, apart = training.evaluate()
-            better = progress.best is None or (score, -apart) > (progress.best, -progress.distance_to_original)
-            records.log_metrics(progress.step, {"validation": score, "apart": apart})
-            progress = (
-                replace(progress, best=score, distance_to_original=apart, evaluations_without_gain=0)
-                if better
-                else replace(progress, evaluations_without_gain=progress.evaluations_without_gain + 1)
-            )
-            if better:
-                records.save_best(training.weights())
-        if judged or not progress.step % recipe.save_every:
-            records.save(accelerator, progress)
+        is_last = progress.step == training.steps
+        on_progress(progress.step, training.steps, f"loss {losses['loss']:.4f}")
+        if not step % LOG_EVERY or is_last:
+            run_folder.log_metrics(progress.step, losses)
+        is_evaluated = not progress.step % evaluation_steps or is_last
+        if is_evaluated:
+            progress = _evaluate(training, run_folder, progress)
+        if is_evaluated or not progress.step % recipe.save_every:
+            run_folder.save(accelerator, progress)
+
+
+def _evaluate(training: _Training, run_folder: RunFolder, progress: TrainingProgress) -> TrainingProgress:
+    """The progress after an evaluation; logs its metrics, and saves the weights if they are the best so far."""
+    score, distance = training.evaluate()
+    run_folder.log_metrics(progress.step, {"validation": score, "distance_to_original": distance})
+    is_best = progress.best is None or (score, -distance) > (progress.best, -progress.distance_to_original)
+    if not is_best:
+        return replace(progress, evaluations_without_gain=progress.evaluations_without_gain + 1)
+    run_folder.save_best(training.weights())
+    return replace(progress, best=score, distance_to_original=distance, evaluations_without_gain=0)
 
 
 class _Training:
-    """What takes part in one training: student, teacher, images, optimizer and schedule."""
+    """The parts of a training run: student, teacher, data, optimizer and schedule."""
 
     def __init__(
         self, accelerator: Any, model: nn.Module, original: nn.Module, data: TrainingData, recipe: Recipe
     ) -> None:
         count, processes = len(data.train), accelerator.num_processes  # type: ignore[arg-type]
         if recipe.batch % processes:
-            raise GhostifyError(f"batch {recipe.batch} does not divide among {processes} processes")
+            raise GhostifyError(
+                f"recipe: batch {recipe.batch} is not a multiple of the {processes} processes. Use one that is."
+            )
         if recipe.batch > count:
-            raise GhostifyError(f"batch {recipe.batch} is more than the {count} training images")
+            raise GhostifyError(
+                f"recipe: batch {recipe.batch} is more than the {count} training images. Use a smaller batch."
+            )
         self.accelerator, self.recipe, self.labelled = accelerator, recipe, data.labelled
         self.per_epoch = count // recipe.batch
         self.steps = max(1, round(recipe.epochs * self.per_epoch))
@@ -172,7 +179,7 @@ class _Training:
         student = copy.deepcopy(model).requires_grad_().to(memory_format=torch.channels_last)
         teacher = copy.deepcopy(original).requires_grad_(False).eval().to(memory_format=torch.channels_last)
         self.student_features, self.teacher_features = (
-            _collect_features(student, teacher) if recipe.features else ([], [])
+            collect_features(student, teacher) if recipe.features else ([], [])
         )
         optimizer = create_optimizer_v2(
             student, recipe.optimizer, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
@@ -186,10 +193,12 @@ class _Training:
             step_on_epochs=False,
             updates_per_epoch=1,
         )
-        self.order = EpochSampler(count, recipe.seed)
-        share = {"batch_size": recipe.batch // processes, "num_workers": recipe.workers}
-        train_loader = DataLoader(SeededDataset(data.train, recipe.seed), sampler=self.order, drop_last=True, **share)
-        validation_loader = DataLoader(data.validation, **share)
+        self.sampler = EpochSampler(count, recipe.seed)
+        loading = {"batch_size": recipe.batch // processes, "num_workers": recipe.workers}
+        train_loader = DataLoader(
+            SeededDataset(data.train, recipe.seed), sampler=self.sampler, drop_last=True, **loading
+        )
+        validation_loader = DataLoader(data.validation, **loading)
         self.student, self.optimizer, self.train_loader, self.validation_loader = accelerator.prepare(
             student, optimizer, train_loader, validation_loader
         )
@@ -198,14 +207,14 @@ class _Training:
         if self.ema is not None:
             accelerator.register_for_checkpointing(self.ema)
         self.mixup: Any = None
-        self.facts = {"images": count, "model": _fingerprint(model), "original": _fingerprint(original)}
+        self.data_settings = {"images": count, "model": _fingerprint(model), "original": _fingerprint(original)}
 
     def batches(self, start: int) -> Iterator[tuple[int, Any]]:
-        """Steps and their images, from step `start` on."""
+        """Step numbers and their batches, from step `start` on."""
         step = start
         while step < self.steps:
-            self.order.epoch, begun = divmod(step, self.per_epoch)
-            self.order.skip = begun * self.recipe.batch
+            self.sampler.epoch, steps_done = divmod(step, self.per_epoch)
+            self.sampler.skip = steps_done * self.recipe.batch
             for batch in self.train_loader:
                 yield step, batch
                 step += 1
@@ -213,15 +222,15 @@ class _Training:
                     break
 
     def step(self, step: int, batch: Any) -> dict[str, float]:
-        """One step; what its loss is made of."""
+        """One optimizer step; returns the loss, its terms and the learning rate."""
         self.student.train()
         if self.recipe.frozen_norms:
             for module in self.student.modules():
                 if has_running_statistics(module):
                     module.eval()
-        drawn = np.random.SeedSequence((self.recipe.seed, step, self.accelerator.process_index)).generate_state(1)
-        torch.manual_seed(int(drawn[0]))
-        np.random.seed(drawn)
+        seed = np.random.SeedSequence((self.recipe.seed, step, self.accelerator.process_index)).generate_state(1)
+        torch.manual_seed(int(seed[0]))
+        np.random.seed(seed)
         self.schedule.step_update(step)
         images, labels = to_channels_last([v.to(self.accelerator.device) for v in batch])
         losses = self._losses(images, labels)
@@ -233,32 +242,33 @@ class _Training:
         if self.ema is not None:
             self.ema.update(self.accelerator.unwrap_model(self.student), step)
         means = self.accelerator.reduce(torch.stack([v.detach().float() for v in losses.values()]), "mean")
-        rates = {"learning_rate": self.optimizer.param_groups[0]["lr"]}
-        return {**dict(zip(losses, means.tolist(), strict=True)), **rates}
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        return {**dict(zip(losses, means.tolist(), strict=True)), "learning_rate": learning_rate}
 
     def _losses(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The terms of the loss by name, and their weighted sum as "loss"."""
         recipe, targets = self.recipe, labels
         with self.accelerator.autocast():
             with torch.no_grad():
                 if recipe.mixup or recipe.cutmix:
                     images, targets = self._mixed(images, labels)
-                wanted = tensor_leaves(self.teacher(images))
-            answers = tensor_leaves(self.student(images))
-        found: dict[str, Tensor] = {}
+                teacher_outputs = tensor_leaves(self.teacher(images))
+            outputs = tensor_leaves(self.student(images))
+        terms: dict[str, Tensor] = {}
         if recipe.distill:
-            each = [distillation_loss(a, w, recipe.temperature) for a, w in zip(answers, wanted, strict=True)]
-            found["distill"] = torch.stack(each).sum()
+            pairs = zip(outputs, teacher_outputs, strict=True)
+            terms["distill"] = torch.stack([distillation_loss(s, t, recipe.temperature) for s, t in pairs]).sum()
         if recipe.features:
-            found["features"] = feature_loss(self.student_features, self.teacher_features)
+            terms["features"] = feature_loss(self.student_features, self.teacher_features)
         if recipe.labels:
-            found["labels"] = F.cross_entropy(answers[0].float(), targets, label_smoothing=self._smoothing(targets))
+            terms["labels"] = F.cross_entropy(outputs[0].float(), targets, label_smoothing=self._smoothing(targets))
         self.student_features.clear()
         self.teacher_features.clear()
-        total = torch.stack([getattr(recipe, key) * value for key, value in found.items()]).sum()
-        return {"loss": total, **found}
+        total = torch.stack([getattr(recipe, name) * value for name, value in terms.items()]).sum()
+        return {"loss": total, **terms}
 
     def _mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Images and targets blended in pairs; the classes are counted once, by the original's answers."""
+        """Images and targets mixed in pairs; the number of classes is that of the original's outputs."""
         if self.mixup is None:
             recipe, classes = self.recipe, tensor_leaves(self.teacher(images[:1]))[0].shape[1]
             self.mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=classes)
@@ -266,67 +276,42 @@ class _Training:
         return self.mixup(images, labels.clamp_min(0))
 
     def _smoothing(self, targets: Tensor) -> float:
-        """Mixed targets are smoothed already."""
+        """The label smoothing that cross entropy still has to apply; mixed targets are smoothed already."""
         return 0.0 if targets.is_floating_point() else self.recipe.smoothing
 
     @torch.no_grad()
     def evaluate(self) -> tuple[float, float]:
-        """Percent of the validation images answered right, or, without labels, as the original does; and how far the
-        answers are from the original's."""
+        """Score in percent and mean distillation loss on the validation images.
+
+        The score is top-1, or, without labels, the agreement of the predicted class with the original's.
+        """
         model = self.student if self.ema is None else self.ema.module
         model.eval()
-        right, apart = [], []
+        hits, distances = [], []
         for images, labels in self.validation_loader:
-            answers, wanted = (tensor_leaves(m(images))[0] for m in (model, self.teacher))
-            classes = answers.dim() == 2
-            asked = labels if self.labelled else wanted.argmax(1) if classes else torch.full_like(labels, -1)
-            each = zip(answers.split(1), wanted.split(1), strict=True)
-            own = torch.stack([distillation_loss(a, w, self.recipe.temperature) for a, w in each])
-            apart.append(self.accelerator.gather_for_metrics(own))
-            hit = (answers.argmax(1) == asked).float() if classes else torch.zeros_like(own)
-            right.append(self.accelerator.gather_for_metrics(hit))
+            outputs, teacher_outputs = (tensor_leaves(m(images))[0] for m in (model, self.teacher))
+            is_classifier = outputs.dim() == 2
+            pairs = zip(outputs.split(1), teacher_outputs.split(1), strict=True)
+            distance = torch.stack([distillation_loss(s, t, self.recipe.temperature) for s, t in pairs])
+            distances.append(self.accelerator.gather_for_metrics(distance))
+            if is_classifier:
+                targets = labels if self.labelled else teacher_outputs.argmax(1)
+                hit = (outputs.argmax(1) == targets).float()
+            else:
+                hit = torch.zeros_like(distance)
+            hits.append(self.accelerator.gather_for_metrics(hit))
         self.student_features.clear()
         self.teacher_features.clear()
-        return 100 * torch.cat(right).mean().item(), torch.cat(apart).mean().item()
+        return 100 * torch.cat(hits).mean().item(), torch.cat(distances).mean().item()
 
     def weights(self) -> dict[str, Tensor]:
-        """Those that an evaluation judges."""
+        """The weights that are evaluated: the student's, or their moving average."""
         model = self.accelerator.unwrap_model(self.student) if self.ema is None else self.ema.module
         return {name: value.detach().cpu() for name, value in model.state_dict().items()}
 
 
-def _collect_features(student: nn.Module, teacher: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Two lists that fill with the maps of the rewritten layers as the models run, in the student's channel order.
-
-    Layers that make fewer maps than the original's are left out.
-    """
-    both: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for line in report(student).layers:
-        if line.skip_reason is not None or line.outputs < line.weight_shape[0]:
-            continue
-        ghost: Any = _compared(student, line.name)
-        moved = isinstance(ghost, GhostModule) and ghost.order is None and bool(line.channels)
-        order = list(line.channels) if moved else slice(None)
-        on_calls([ghost], after=lambda _, made: both[0].append(made))
-        on_calls([_compared(teacher, line.name)], after=_appending(both[1], order))
-    return both
-
-
-def _appending(maps: list[Tensor], channels: list[int] | slice) -> AfterCall:
-    """Appends what a module makes, its channels in this order, to a list."""
-    return lambda _, made: maps.append(made[:, channels])
-
-
-def _compared(model: nn.Module, name: str) -> nn.Module:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        raise GhostifyError(
-            f"{name}: its maps cannot be compared: the original has no such module: set features to 0"
-        ) from None
-
-
 def _fingerprint(model: nn.Module) -> str:
+    """A hash of the names, shapes and sums of all weights."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         digest.update(f"{name} {tuple(value.shape)} {value.double().sum().item():.12g}".encode())

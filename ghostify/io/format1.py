@@ -1,0 +1,66 @@
+"""Translation of a format-1 `ghostify.json` to format 2: new import paths, new report keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+IMPORT_PATHS = {
+    "ghostify.ghost:GhostModule": "ghostify.modules.ghost:GhostModule",
+    "ghostify.ghost:CheapOperation": "ghostify.modules.ghost:CheapOperation",
+    "ghostify.ghost:join": "ghostify.modules.ghost:concat_channels",
+    "ghostify.tracing.tracer:Mode": "ghostify.graph.symbolic_tracer:TrainingFlag",
+    "ghostify.tracing.tracer:fixed": "ghostify.graph.symbolic_tracer:check_default_argument",
+    "ghostify.tracing.tracer:unused": "ghostify.graph.symbolic_tracer:check_no_extra_arguments",
+    "ghostify.tracing.tracer:same_mode": "ghostify.graph.symbolic_tracer:check_training_mode",
+}
+REPORT_KEYS = {"lines": "layers", "lost": "missing_attributes"}
+LAYER_KEYS = {
+    "kind": "conv_class",
+    "filters": "weight_shape",
+    "output": "output_size",
+    "reason": "skip_reason",
+    "gather": "reorders_output",
+    "error": "fit_error",
+    "held_out": "holdout_error",
+    "felt": "output_error",
+    "makes": "kept_out_count",
+    "reads": "kept_in_count",
+}
+RECONSTRUCTION_KEYS = {"before": "error_before", "after": "error_after"}
+
+
+def upgrade(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a format-1 `ghostify.json`, its digest already checked, in format 2; `content` is not changed.
+
+    Raises `KeyError`, `TypeError` or `AttributeError` for content that is incomplete.
+    """
+    return {
+        **content,
+        "format": 2,
+        "model": _with_new_import_paths(content["model"]),
+        "report": _upgrade_report(content["report"]),
+    }
+
+
+def _upgrade_report(report: Mapping[str, Any]) -> dict[str, Any]:
+    upgraded = _with_new_keys(report, REPORT_KEYS)
+    upgraded["layers"] = [_with_new_keys(layer, LAYER_KEYS) for layer in upgraded["layers"]]
+    if upgraded.get("reconstruction") is not None:
+        reconstruction = _with_new_keys(upgraded["reconstruction"], RECONSTRUCTION_KEYS)
+        blocks = [_with_new_keys(block, RECONSTRUCTION_KEYS) for block in reconstruction["blocks"]]
+        upgraded["reconstruction"] = {**reconstruction, "blocks": blocks}
+    return upgraded
+
+
+def _with_new_keys(item: Mapping[str, Any], new_keys: Mapping[str, str]) -> dict[str, Any]:
+    return {new_keys.get(key, key): value for key, value in item.items()}
+
+
+def _with_new_import_paths(value: Any) -> Any:
+    """The same lists and dicts, with every string that is an old import path replaced."""
+    if isinstance(value, dict):
+        return {key: _with_new_import_paths(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_new_import_paths(inner) for inner in value]
+    return IMPORT_PATHS.get(value, value) if isinstance(value, str) else value
