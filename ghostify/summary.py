@@ -1,4 +1,4 @@
-"""What was done to a model, layer by layer: data, tables, JSON."""
+"""The report of a conversion, layer by layer: data and JSON."""
 
 from __future__ import annotations
 
@@ -6,23 +6,18 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from rich import box
-from rich.table import Table
 from torch import nn
-from typing_extensions import assert_never
 
 from ghostify.errors import GhostifyError
 from ghostify.fitting.driver import FitResult
 from ghostify.graph.program import Convolution
-from ghostify.modules.layout import Depthwise, GhostForm, GhostLayout, Grouped, Pointwise, form_of
+from ghostify.modules.layout import GhostForm, GhostLayout, form_of
 from ghostify.planning import cost
 from ghostify.planning.planner import GhostRewrite, Plan, PruneRewrite, Skip
 from ghostify.pruning.pruning_groups import conv_after_pruning
 from ghostify.reconstruction.blockwise import BlockResult, Reconstruction
-from ghostify.text import format_shape
 
 REPORT_KEY = "ghostify"
-UNCHANGED, DEPTHWISE, WIDER, PRUNED = "left as it is", "depthwise ghosts", "wider ghosts", "fewer maps"
 
 
 @dataclass(frozen=True)
@@ -231,108 +226,6 @@ def _originals(entry: GhostRewrite, channels: list[int]) -> tuple[int, ...]:
     """The original's channels, from their places among those that are left."""
     keeps = None if entry.kept_channels is None else entry.kept_channels.kept_out
     return tuple(channels) if keeps is None else tuple(keeps[k] for k in channels)
-
-
-def table(made: Report, title: str = "") -> Table:
-    """A table of the report for a terminal."""
-    longest = max((len(line.name) for line in made.layers), default=0)
-    result = Table(
-        title=title or None,
-        caption="\n".join(made.notes) or None,
-        box=box.SIMPLE_HEAD,
-        show_footer=made.macs_before is not None,
-        footer_style="bold",
-        pad_edge=False,
-        collapse_padding=True,
-    )
-    result.add_column("layer", "the whole model", overflow="fold", min_width=min(longest, 22))
-    for heading in ("filters", "output"):
-        result.add_column(heading, no_wrap=True)
-    for heading, total in (("MACs", made.macs_before), ("after", made.macs_after)):
-        result.add_column(heading, format_count(total), justify="right", no_wrap=True)
-    fitted = any(line.fit_error is not None for line in made.layers)
-    if fitted:
-        result.add_column("error", justify="right")
-    result.add_column("m + ghosts, or why not", overflow="fold")
-    for line in made.layers:
-        result.add_row(*_cells(line, fitted))
-    return result
-
-
-def _cells(line: LayerReport, fitted: bool) -> list[str]:
-    filters = format_shape(line.weight_shape)
-    output = "" if line.output_size is None else format_shape(line.output_size)
-    if line.skip_reason is not None:
-        return [line.name, filters, output, format_count(line.macs_before), "", *[""] * fitted, describe_outcome(line)]
-    error = line.holdout_error if line.holdout_error is not None else line.fit_error
-    return [
-        line.name,
-        filters,
-        output,
-        format_count(line.macs_before),
-        format_count(line.macs_after),
-        *(["" if error is None else f"{error:.3f}"] if fitted else []),
-        describe_outcome(line),
-    ]
-
-
-def outcome_of(line: LayerReport) -> str:
-    """What became of a convolution, as one of few kinds."""
-    if line.skip_reason is not None:
-        return UNCHANGED
-    match line.form:
-        case None:
-            return PRUNED
-        case Depthwise():
-            return DEPTHWISE
-        case Grouped() | Pointwise():
-            return WIDER
-        case _:
-            assert_never(line.form)
-
-
-def describe_outcome(line: LayerReport, *, counts: bool = True) -> str:
-    """What became of a convolution, in a few words: why it was skipped, or what it was replaced by.
-
-    Without `counts` the kind of outcome stands in place of the numbers of intrinsic maps and ghosts.
-    """
-    if line.skip_reason is not None:
-        return line.skip_reason
-    sizes = f"{line.intrinsic} + {line.outputs - line.intrinsic}, d={line.dw_size}"
-    if not counts:
-        shape = (
-            outcome_of(line)
-            if line.kept_in_count is None
-            else f"{outcome_of(line)}: {line.kept_in_count} to {line.kept_out_count}"
-        )
-    elif line.kept_in_count is None:
-        shape = sizes
-    else:
-        shape = f"{line.kept_in_count} maps to {line.kept_out_count if line.is_pruned else sizes}"
-    return (
-        shape + _width(line) + (", activated" if line.activated else "") + (", gather" if line.reorders_output else "")
-    )
-
-
-def _width(line: LayerReport) -> str:
-    """How many intrinsic maps each ghost sees, where it is more than one."""
-    match line.form:
-        case None | Depthwise():
-            return ""
-        case Grouped() | Pointwise():
-            return f", w={line.width}"
-        case _:
-            assert_never(line.form)
-
-
-def format_count(count: int | None) -> str:
-    """A count with three digits and a unit: 1.23 M."""
-    if count is None:
-        return ""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return str(count)
 
 
 def _size(conv: Convolution) -> tuple[int, int] | None:

@@ -7,48 +7,70 @@ from ghostify.reporting.analysis import layer_costs, skipped_by_reason, suggesti
 from tests import nets
 
 
-def found(**wish):
+def converted_report(**options):
     x = nets.images(16)
-    return report(ghostify(nets.settle(nets.Straight()), 2, example_inputs=x[:1], **wish))
+    return report(ghostify(nets.settle(nets.Straight()), 2, example_inputs=x[:1], **options))
 
 
-def test_every_layer_is_left_alone_for_one_reason_or_costs_something():
-    made = found(ignore="a.0", calibration=nets.images(16).split(8))
-    left = {name: group.reason for group in skipped_by_reason(made) for name in group.names}
-    assert left == {line.name: line.skip_reason for line in made.layers if line.skip_reason}
-    shares = [c.error_share for c in layer_costs(made)]
-    assert {c.line.name for c in layer_costs(made)} | set(left) == {line.name for line in made.layers}
+def fitted_report(**options):
+    return converted_report(calibration=nets.images(16).split(8), **options)
+
+
+def options_of(summary, latencies=None):
+    return [suggestion.option for suggestion in suggestions(summary, latencies)]
+
+
+def test_every_layer_is_skipped_for_a_reason_or_has_a_cost():
+    summary = fitted_report(ignore="a.0")
+    reasons = {name: group.reason for group in skipped_by_reason(summary) for name in group.names}
+    assert reasons == {layer.name: layer.skip_reason for layer in summary.layers if layer.skip_reason}
+    costs = layer_costs(summary)
+    assert {cost.layer.name for cost in costs} | set(reasons) == {layer.name for layer in summary.layers}
+    shares = [cost.error_share for cost in costs]
     assert sum(shares) == pytest.approx(1)
     assert shares == sorted(shares, reverse=True)
-    assert sum(c.saved_share for c in layer_costs(made)) == pytest.approx(1)
-    whole = sum(group.share for group in skipped_by_reason(made))
-    assert whole == pytest.approx(sum(x.macs_before for x in made.layers if x.skip_reason) / made.macs_before)
+    assert sum(cost.saved_share for cost in costs) == pytest.approx(1)
+    skipped_share = sum(group.share for group in skipped_by_reason(summary))
+    skipped_macs = sum(layer.macs_before for layer in summary.layers if layer.skip_reason)
+    assert skipped_share == pytest.approx(skipped_macs / summary.macs_before)
 
 
-def test_what_the_outputs_do_not_feel_costs_nothing():
-    made = found(calibration=nets.images(16).split(8))
-    lines = tuple(replace(x, felt=None, held_out=9.0) if x.name == "a.0" else x for x in made.layers)
-    assert layer_costs(replace(made, lines=lines))[-1].line.name == "a.0"
-    assert layer_costs(replace(made, lines=lines))[-1].error_share == 0
+def test_a_layer_without_output_error_has_no_share():
+    summary = fitted_report()
+    layers = tuple(replace(x, output_error=None, holdout_error=9.0) if x.name == "a.0" else x for x in summary.layers)
+    last = layer_costs(replace(summary, layers=layers))[-1]
+    assert last.layer.name == "a.0"
+    assert last.error_share == 0
 
 
-def test_without_images_images_are_advised():
-    said = [one.option for one in suggestions(found())]
-    assert "--calibration DIR" in said
-    assert "--calibration DIR" not in [one.option for one in suggestions(found(calibration=nets.images(16).split(8)))]
+def test_images_are_suggested_where_there_were_none():
+    assert "--calibration DIR" in options_of(converted_report())
+    assert "--calibration DIR" not in options_of(fitted_report())
 
 
-def test_a_layer_that_costs_more_than_it_saves_is_better_left():
-    made = found(calibration=nets.images(16).split(8))
-    lines = [replace(x, felt=10.0 if x.name == "a.0" else 0.1, macs_after=x.macs_before - 1) for x in made.layers]
-    lines = [replace(x, macs_after=0) if x.name == "b.0" else x for x in lines]
-    said = [one.option for one in suggestions(replace(made, lines=tuple(lines)))]
-    assert "--ignore a.0" in said
-    assert "--ignore b.0" not in said
+def test_a_layer_with_more_error_than_saving_is_suggested_to_be_skipped():
+    summary = fitted_report()
+    layers = [
+        replace(x, output_error=10.0 if x.name == "a.0" else 0.1, macs_after=x.macs_before - 1) for x in summary.layers
+    ]
+    layers = [replace(x, macs_after=0) if x.name == "b.0" else x for x in layers]
+    options = options_of(replace(summary, layers=tuple(layers)))
+    assert "--ignore a.0" in options
+    assert "--ignore b.0" not in options
 
 
 def test_slower_layers_are_named():
-    said = suggestions(found(), {"a.0": (1.0, 1.2), "b.0": (1.0, 1.0)})
-    slower = next(one for one in said if "slower" in one.text)
+    latencies = {"a.0": (1.0, 1.2), "b.0": (1.0, 1.0)}
+    slower = next(s for s in suggestions(converted_report(), latencies) if "slower" in s.text)
     assert "a.0" in slower.text
     assert "b.0" not in slower.text
+
+
+def test_depthwise_ghosts_that_need_a_gather_are_named():
+    summary = fitted_report(cheap="depthwise")
+    reordered = [layer.name for layer in summary.layers if layer.reorders_output]
+    assert reordered == ["b.0"]
+    gathers = next(s for s in suggestions(summary) if s.option == "--cheap pointwise")
+    assert "b.0" in gathers.text
+    assert "a.0" not in gathers.text
+    assert "--cheap pointwise" not in options_of(fitted_report(cheap="pointwise"))

@@ -123,12 +123,12 @@ def test_what_is_shown(tmp_path):
     file = write_report(
         made, tmp_path / "r.html", original=model, example_inputs=images[0], images=images, labels=labels
     )
-    assert "same answers on 64 images" in file.read_text()
+    assert "agreement on 64 images" in file.read_text()
 
 
 def test_a_study():
     found = study_layer(trace(on_gpu(lambda: nets.Straight(16)), X[:2].cuda()), "a.0", [X.cuda()])
-    assert {v.device.type for v in (found.maps, found.ghosted, found.errors)} == {"cpu"}
+    assert {v.device.type for v in (found.maps, found.ghost_maps, found.errors)} == {"cpu"}
     assert 0 < found.errors.median() < 1
 
 

@@ -10,7 +10,7 @@ from ghostify.deployment.inference_form import deploy
 from ghostify.modules.ghost import GhostModule
 from tests import nets
 
-EVERY = pytest.mark.parametrize("make", [*nets.ALL, nets.Wild, nets.Methods], ids=lambda c: c.__name__)
+NETWORKS = pytest.mark.parametrize("make", [*nets.ALL, nets.Wild, nets.Methods], ids=lambda c: c.__name__)
 FORMS = pytest.mark.parametrize(
     "form",
     [{}, {"ratio": 3}, {"cheap": "pointwise"}, {"cheap": 2}, {"dw_size": 1}, {"activated": True}],
@@ -29,38 +29,45 @@ def norms(module):
     return [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
 
 
-@EVERY
+@NETWORKS
 @FORMS
-def test_the_inference_form_answers_as_the_model_does(make, form):
-    made = converted(make, form)
-    before = {k: v.clone() for k, v in made.state_dict().items()}
-    small = deploy(made, nets.images(2))
+def test_the_inference_form_has_the_models_outputs(make, form):
+    model = converted(make, form)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    deployed = deploy(model, nets.images(2))
     for x in (nets.images(2), nets.images(3, 16)):
-        torch.testing.assert_close(small(x), made.eval()(x), rtol=1e-4, atol=1e-5)
-    assert all(torch.equal(v, before[k]) for k, v in made.state_dict().items())
-    assert not any(p.requires_grad for p in small.parameters())
-    assert not small.training
+        torch.testing.assert_close(deployed(x), model.eval()(x), rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert not any(p.requires_grad for p in deployed.parameters())
+    assert not deployed.training
 
 
 @FORMS
 def test_norms_and_ghost_modules_are_gone(form):
-    small = deploy(converted(nets.Residual, form), nets.images(2))
-    assert not norms(small)
-    assert not [m for m in small.modules() if isinstance(m, GhostModule)]
-    filters = [m.weight for m in small.modules() if isinstance(m, nn.Conv2d)]
+    deployed = deploy(converted(nets.Residual, form), nets.images(2))
+    assert not norms(deployed)
+    assert not [m for m in deployed.modules() if isinstance(m, GhostModule)]
+    filters = [m.weight for m in deployed.modules() if isinstance(m, nn.Conv2d)]
     assert all(w.is_contiguous(memory_format=torch.channels_last) for w in filters)
 
 
-def gathers(module):
+@FORMS
+@pytest.mark.parametrize("make", [nets.Residual, nets.Branches], ids=lambda c: c.__name__)
+def test_an_inference_form_can_be_deployed_again(make, form):
+    deployed, x = deploy(converted(make, form), nets.images(2)), nets.images(3)
+    torch.testing.assert_close(deploy(deployed, x)(x), deployed(x), rtol=1e-4, atol=1e-5)
+
+
+def reorders(module):
     return [n for n in module.graph.nodes if n.target is torch.index_select]
 
 
-class Wired(nn.Module):
-    """A ghost whose order must go through what stands behind: by name."""
+class GhostBefore(nn.Module):
+    """A convolution, and the operator by this name between it and its consumers."""
 
-    def __init__(self, how):
+    def __init__(self, operator):
         super().__init__()
-        self.how = how
+        self.operator = operator
         self.stem, self.conv = nets.conv_norm(3, 8), nets.conv_norm(8, 8)
         self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
         self.norm, self.pool, self.flat = nn.BatchNorm2d(16), nn.AdaptiveAvgPool2d(1), nn.Flatten()
@@ -70,85 +77,84 @@ class Wired(nn.Module):
     def forward(self, x):
         stem = self.stem(x)
         x = self.conv(stem)
-        if self.how == "linear":
+        if self.operator == "linear":
             return self.fc(self.flat(self.pool(x)))
-        if self.how == "mean":
+        if self.operator == "mean":
             return self.fc(x.mean((2, 3)))
-        if self.how == "maps to linear":
+        if self.operator == "maps to linear":
             return self.large(F.max_pool2d(x, 2).view(x.size(0), -1))
-        if self.how == "depthwise":
+        if self.operator == "depthwise":
             return self.last(F.relu(self.depthwise(x)))
-        if self.how == "squeeze and excite":
+        if self.operator == "squeeze and excite":
             return self.last(x * self.expand(F.relu(self.squeeze(x.mean((2, 3), keepdim=True)))).sigmoid())
-        if self.how == "residual":
+        if self.operator == "residual":
             return self.last(F.relu(x + stem))
-        if self.how == "concatenation":
+        if self.operator == "concatenation":
             return self.wide(F.relu(self.norm(torch.cat((x, stem), 1))))
-        if self.how == "flip":
+        if self.operator == "flip":
             return self.last(x.flip(1))
         return x
 
 
 @pytest.mark.parametrize(
-    ("how", "left"),
+    ("operator", "remaining"),
     [("linear", 0), ("mean", 0), ("maps to linear", 0), ("depthwise", 0), ("squeeze and excite", 0), ("residual", 0),
      ("concatenation", 0), ("flip", 1), ("output", 1)],
 )  # fmt: skip
-def test_orders_are_taken_up_by_whoever_reads(how, left):
+def test_consumers_are_permuted_in_place_of_outputs(operator, remaining):
     torch.manual_seed(1)
-    model, x = nets.settle(Wired(how)), nets.images(2)
-    made = ghostify(model, targets="conv.0", example_inputs=x)
-    ghost = next(m for m in made.modules() if isinstance(m, GhostModule))
+    model, x = nets.settle(GhostBefore(operator)), nets.images(2)
+    model_with_ghost = ghostify(model, targets="conv.0", example_inputs=x)
+    ghost = next(m for m in model_with_ghost.modules() if isinstance(m, GhostModule))
     if ghost.order is None:
         ghost.order = torch.randperm(8)
-    small = deploy(made, x)
-    torch.testing.assert_close(small(x), made(x), rtol=1e-4, atol=1e-5)
-    assert len(gathers(small)) == left
+    deployed = deploy(model_with_ghost, x)
+    torch.testing.assert_close(deployed(x), model_with_ghost(x), rtol=1e-4, atol=1e-5)
+    assert len(reorders(deployed)) == remaining
 
 
-def test_pointwise_ghosts_become_dense_rather_than_gathered():
-    made = converted(nets.Residual, {"cheap": "pointwise"})
-    small = deploy(made, nets.images(2))
-    assert not gathers(small)
-    assert not [n for n in small.graph.nodes if n.target is torch.cat]
+def test_pointwise_ghosts_become_dense_where_their_output_would_be_reordered():
+    deployed = deploy(converted(nets.Residual, {"cheap": "pointwise"}), nets.images(2))
+    assert not reorders(deployed)
+    assert not [n for n in deployed.graph.nodes if n.target is torch.cat]
 
 
-def test_a_norm_without_scale_does_not_divide_by_nothing():
+def test_a_norm_with_zero_scale_does_not_divide_by_zero():
     model, x = nets.settle(nets.Straight()), nets.images(2)
     with torch.no_grad():
         model.a[1].weight[:5] = 0
-    made = ghostify(model, targets="a.0", example_inputs=x)
-    small = deploy(made, x)
-    assert torch.isfinite(small(x)).all()
-    torch.testing.assert_close(small(x), made(x), rtol=1e-4, atol=1e-5)
+    model_with_ghost = ghostify(model, targets="a.0", example_inputs=x)
+    deployed = deploy(model_with_ghost, x)
+    assert torch.isfinite(deployed(x)).all()
+    torch.testing.assert_close(deployed(x), model_with_ghost(x), rtol=1e-4, atol=1e-5)
 
 
 def test_an_original_can_be_deployed_too():
     model, x = nets.settle(nets.Residual()), nets.images(2)
-    small = deploy(model, x)
-    torch.testing.assert_close(small(x), model(x), rtol=1e-4, atol=1e-5)
-    assert not norms(small)
+    deployed = deploy(model, x)
+    torch.testing.assert_close(deployed(x), model(x), rtol=1e-4, atol=1e-5)
+    assert not norms(deployed)
     assert norms(model)
 
 
 def test_a_deployed_model_saves_loads_and_copies(tmp_path):
-    made = converted(nets.Branches, {})
-    small = deploy(made, nets.images(2))
-    assert report(small) == report(made)
+    model = converted(nets.Branches, {})
+    deployed = deploy(model, nets.images(2))
+    assert report(deployed) == report(model)
     x = nets.images(3)
-    assert torch.equal(load(save(small, tmp_path / "out"))(x), small(x))
-    assert torch.equal(copy.deepcopy(small)(x), small(x))
+    assert torch.equal(load(save(deployed, tmp_path / "out"))(x), deployed(x))
+    assert torch.equal(copy.deepcopy(deployed)(x), deployed(x))
 
 
-def test_modes_are_settled():
-    made = converted(nets.Branches, {}).train()
-    small = deploy(made, nets.images(2))
-    assert isinstance(small, fx.GraphModule)
+def test_the_mode_is_fixed():
+    model = converted(nets.Branches, {}).train()
+    deployed = deploy(model, nets.images(2))
+    assert isinstance(deployed, fx.GraphModule)
     x = nets.images(2)
-    assert torch.equal(small.train()(x), small.eval()(x))
-    assert made.training
+    assert torch.equal(deployed.train()(x), deployed.eval()(x))
+    assert model.training
 
 
-def test_what_does_not_run_is_one_line():
+def test_a_model_that_does_not_run_is_an_error():
     with pytest.raises(GhostifyError, match="does not run on example_inputs"):
         deploy(converted(nets.Straight, {}), torch.rand(1, 4, 8, 8))

@@ -21,7 +21,7 @@ from ghostify.modules.layout import (
     round_up_width,
 )
 from ghostify.planning import cost
-from ghostify.reporting.charts import outcome_of
+from ghostify.reporting.outcome import outcome_of
 from ghostify.search.candidates import _LossEstimator
 from ghostify.summary import LayerReport
 
@@ -203,13 +203,6 @@ def test_pruned_and_skipped_layers_have_no_form():
     assert (pruned.form, pruned.layout, pruned.is_pruned) == (None, None, True)
     skipped = replace(LAYER_REPORT, width=0, dw_size=0, intrinsic=8, skip_reason="not targeted by any rule")
     assert (skipped.form, skipped.is_pruned) == (None, False)
-    assert [outcome_of(x) for x in (LAYER_REPORT, pruned, skipped)] == [
-        "depthwise ghosts",
-        "fewer maps",
-        "left as it is",
-    ]
-    assert (
-        outcome_of(replace(LAYER_REPORT, width=2))
-        == outcome_of(replace(LAYER_REPORT, width=4, dw_size=1))
-        == "wider ghosts"
-    )
+    assert [outcome_of(x) for x in (LAYER_REPORT, pruned, skipped)] == ["depthwise ghosts", "pruned", "skipped"]
+    wider, pointwise = replace(LAYER_REPORT, width=2), replace(LAYER_REPORT, width=4, dw_size=1)
+    assert outcome_of(wider) == outcome_of(pointwise) == "wider ghosts"

@@ -25,15 +25,15 @@ LAYOUTS = [
     st.sampled_from(LAYOUTS), st.integers(1, 2), st.integers(0, 2), st.integers(1, 2), st.sampled_from([1, 3, (1, 3)])
 )
 @settings(max_examples=25, deadline=None)
-def test_written_layers_compute_what_pytorch_does(tmp_path_factory, layout, stride, padding, dilation, kernel):
+def test_written_layers_have_pytorchs_outputs(tmp_path_factory, layout, stride, padding, dilation, kernel):
     folder = tmp_path_factory.mktemp("written")
     conv = nn.Conv2d(6, 80, kernel, stride=stride, padding=padding, dilation=dilation)
     x = torch.randn(2, 6, 9, 9)
-    small, _ = _build_layer((conv, layout), tuple(x.shape))
-    assert write_onnx(small, (x,), folder / "model.onnx")
+    deployed, _ = _build_layer((conv, layout), tuple(x.shape))
+    assert write_onnx(deployed, (x,), folder / "model.onnx")
     for runtime in ("onnx", "openvino"):
-        found = load_runner(folder / "model.onnx", 1, runtime=runtime)(x)[0]
-        torch.testing.assert_close(found, small(x), rtol=1e-3, atol=1e-4)
+        output = load_runner(folder / "model.onnx", 1, runtime=runtime)(x)[0]
+        torch.testing.assert_close(output, deployed(x), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -44,14 +44,14 @@ def test_written_layers_compute_what_pytorch_does(tmp_path_factory, layout, stri
         nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"),
     ],
 )
-def test_other_graphs_are_left_to_the_exporter(model, tmp_path):
+def test_graphs_with_other_nodes_are_not_written(model, tmp_path):
     x = nets.images(1)
     assert not write_onnx(deploy(nn.Sequential(model).eval(), x), (x,), tmp_path / "model.onnx")
     assert not write_onnx(nn.Identity(), (x,), tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 
 
-class Added(nn.Module):
+class InPlaceSum(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv = nn.Conv2d(3, 3, 3, padding=1)
@@ -62,10 +62,10 @@ class Added(nn.Module):
         return F.relu(torch.cat((y, y), dim=1))
 
 
-def test_functions_and_sums_in_place_are_drawn_too(tmp_path):
+def test_functions_and_sums_in_place_are_written_too(tmp_path):
     x = nets.images(1)
-    small = deploy(Added().eval(), x)
-    assert write_onnx(small, (x,), tmp_path / "model.onnx")
+    deployed = deploy(InPlaceSum().eval(), x)
+    assert write_onnx(deployed, (x,), tmp_path / "model.onnx")
     torch.testing.assert_close(
-        load_runner(tmp_path / "model.onnx", 1, runtime="onnx")(x)[0], small(x), rtol=1e-3, atol=1e-4
+        load_runner(tmp_path / "model.onnx", 1, runtime="onnx")(x)[0], deployed(x), rtol=1e-3, atol=1e-4
     )

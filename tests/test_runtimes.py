@@ -21,15 +21,15 @@ from ghostify.timing.timer import LatencyTimer
 from tests import nets
 
 pytestmark = pytest.mark.filterwarnings("default")  # the exporters' own
-EACH = pytest.mark.parametrize("name", RUNTIMES)
-EACH_UNLESS_SLOW = pytest.mark.parametrize(
+ALL_RUNTIMES = pytest.mark.parametrize("name", RUNTIMES)
+SLOW_ONES_MARKED = pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.slow] * r.compiles_slowly) for n, r in RUNTIMES.items()]
 )
 WORKERS = [name for name, runtime in RUNTIMES.items() if not runtime.is_in_process]
 COMPILED = [name for name, runtime in RUNTIMES.items() if runtime.package == "torch" and runtime.compiles_slowly]
 
 
-def usable(name):
+def runtime_or_skip(name):
     """The runtime; skips the test where it does not work on this machine."""
     try:
         return require_runtime(name)
@@ -46,10 +46,10 @@ def compiler_missing(monkeypatch):
     monkeypatch.setattr(builder, "get_cpp_compiler", fail)
 
 
-@EACH
-def test_a_written_file_computes_what_the_module_does(name, tmp_path):
-    """For any batch, and whatever the memory layout of the images."""
-    runtime, x = usable(name), nets.images(1)
+@ALL_RUNTIMES
+def test_a_written_file_has_the_modules_outputs(name, tmp_path):
+    """For any batch size, in both memory formats of the images."""
+    runtime, x = runtime_or_skip(name), nets.images(1)
     deployed = deploy(nets.settle(nets.Residual()), x)
     file = runtime.write(deployed, (x,), tmp_path)
     assert file.name == f"model{runtime.suffix}"
@@ -59,19 +59,19 @@ def test_a_written_file_computes_what_the_module_does(name, tmp_path):
         torch.testing.assert_close(run(images)[0], deployed(images), rtol=1e-3, atol=1e-4)
 
 
-@EACH_UNLESS_SLOW
+@SLOW_ONES_MARKED
 @pytest.mark.parametrize("make", [nets.Residual, lambda: nets.conv_norm(3, 8)], ids=["model", "layer"])
-def test_so_does_a_file_for_timing_on_inputs_of_its_size(name, make, tmp_path):
-    runtime, x = usable(name), nets.images(2)
+def test_a_file_for_timing_has_the_modules_outputs_on_inputs_of_its_size(name, make, tmp_path):
+    runtime, x = runtime_or_skip(name), nets.images(2)
     deployed = deploy(nets.settle(make()), x)
     run = runtime.load(runtime.write_for_timing(deployed, (x,), tmp_path), 1, True)
     for images in (x, to_channels_last(x)):
         torch.testing.assert_close(run(images)[0], deployed(x), rtol=1e-3, atol=1e-4)
 
 
-@EACH_UNLESS_SLOW
-def test_folders_are_run_by_the_runtimes_that_say_so(name, tmp_path):
-    runtime, x = usable(name), nets.images(2)
+@SLOW_ONES_MARKED
+def test_runtimes_load_folders_if_they_can(name, tmp_path):
+    runtime, x = runtime_or_skip(name), nets.images(2)
     converted = ghostify(nets.settle(nets.Straight())).eval()
     folder = save(converted, tmp_path / "out")
     torch.testing.assert_close(load_runner(folder)(x)[0], converted(x), rtol=0, atol=0)
@@ -82,9 +82,9 @@ def test_folders_are_run_by_the_runtimes_that_say_so(name, tmp_path):
         load_runner(folder, runtime=name)
 
 
-@EACH
-def test_versions_are_those_of_the_package_and_name_measured_latencies(name, monkeypatch):
-    runtime = usable(name)
+@ALL_RUNTIMES
+def test_the_version_is_that_of_the_package_and_part_of_the_latency_key(name, monkeypatch):
+    runtime = runtime_or_skip(name)
     version = importlib.metadata.version(runtime.package)
     assert installed_version(runtime) == version
     assert LatencyTimer(name).version == f"{name} {version}"
@@ -93,18 +93,18 @@ def test_versions_are_those_of_the_package_and_name_measured_latencies(name, mon
         raise importlib.metadata.PackageNotFoundError(package)
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
-    wanted = rf"runtime '{name}': needs {runtime.package}. Run pip install 'ghostify\[export\]'"
-    with pytest.raises(GhostifyError, match=wanted):
+    message = rf"runtime '{name}': needs {runtime.package}. Run pip install 'ghostify\[export\]'"
+    with pytest.raises(GhostifyError, match=message):
         require_runtime(name)
 
 
-def test_an_unknown_name_is_refused():
+def test_an_unknown_name_is_an_error():
     with pytest.raises(GhostifyError, match=r"runtime 'tflite': is unknown\. Use eager, compile, onnx, openvino, aot"):
         require_runtime("tflite")
 
 
 @pytest.mark.parametrize("name", WORKERS)
-def test_inputs_that_no_other_process_can_take_are_refused(name):
+def test_inputs_that_a_worker_process_cannot_run_are_errors(name):
     x = nets.images(1)
     for example, reason in (
         ({"x": x}, "takes no keyword inputs. Pass example_inputs as a tuple"),
@@ -117,17 +117,17 @@ def test_inputs_that_no_other_process_can_take_are_refused(name):
 
 
 @pytest.mark.usefixtures("compiler_missing")
-def test_only_what_compiles_needs_a_compiler(tmp_path):
+def test_only_compiling_runtimes_need_a_compiler(tmp_path):
     for name in COMPILED:
         with pytest.raises(GhostifyError, match=rf"'{name}': finds no C\+\+ compiler \(RuntimeError\)\. Install"):
             require_runtime(name)
-    assert [r.unsupported(None) for n, r in RUNTIMES.items() if n not in COMPILED] == [None] * 3
+    assert {r.unsupported(None) for n, r in RUNTIMES.items() if n not in COMPILED} == {None}
     with pytest.raises(GhostifyError, match=r"finds no C\+\+ compiler"):
         export(nets.settle(nets.Straight()), tmp_path / "out", format="aotinductor", example_inputs=nets.images(1))
     assert not list(tmp_path.iterdir())
 
 
-def test_formats_are_told_apart_by_their_files(tmp_path, monkeypatch):
+def test_the_suffix_of_a_file_selects_the_runtime(tmp_path, monkeypatch):
     loaded = []
     for name, runtime in RUNTIMES.items():
         monkeypatch.setattr(type(runtime), "load", lambda *_, name=name: loaded.append(name))

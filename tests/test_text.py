@@ -1,8 +1,25 @@
+import pytest
 import torch
 
-from ghostify.text import format_shape
+from ghostify.text import format_count, format_shape
 
 
 def test_shapes_are_sizes_with_a_cross_between():
     assert format_shape(torch.zeros(3, 8, 8).shape) == "3x8x8"
     assert format_shape(("N", 3)) == "Nx3"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (None, ""),
+        (0, "0"),
+        (999, "999"),
+        (1000, "1 k"),
+        (1234, "1.23 k"),
+        (2_500_000, "2.5 M"),
+        (4_112_000_000, "4.11 G"),
+    ],
+)
+def test_counts_have_three_digits_and_a_unit(count, text):
+    assert format_count(count) == text

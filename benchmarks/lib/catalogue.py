@@ -186,9 +186,9 @@ CATALOGUE: dict[str, tuple[str, Columns]] = {
         "How redundant feature maps are: each predicted from another by one d x d kernel, relative error",
         {
             "maps": number("maps", 0),
-            "median over maps of the best, d = 1 / 3 / 5 / 7": by_kernel_size("best relative, median", "{:.2f}"),
-            "maps below 0.1": by_kernel_size("best relative below 0.1", "{:.0f}"),
-            "half of them ghosts, median": number("ghosts relative, median", 2),
+            "median over maps of the best, d = 1 / 3 / 5 / 7": by_kernel_size("best_error_median", "{:.2f}"),
+            "maps below 0.1": by_kernel_size("maps_with_small_error", "{:.0f}"),
+            "half of them ghosts, median": number("ghost_error_median", 2),
         },
     ),
     "paper": (

@@ -56,8 +56,7 @@ from ghostify.graph.tracing import trace
 from ghostify.io.checkpoint import load, save
 from ghostify.planning.planner import plan
 from ghostify.reporting.builder import write_report
-from ghostify.reporting.redundancy import study_layer, write_pictures
-from ghostify.reporting.redundancy import table as study_table
+from ghostify.reporting.redundancy import study_layer, study_table, write_pictures
 from ghostify.runtimes.registry import RUNTIMES
 from ghostify.search.budget import plan_for_budget
 from ghostify.search.pareto import POINTS, frontier_table, read_frontier, write_frontier
@@ -313,7 +312,7 @@ def study_command(
         print(text)
         return
     Console().print(study_table(study))
-    median = facts["ghosts relative, median"]
+    median = facts["ghost_error_median"]
     print_line(f"as a ghost module at ratio 2: median relative error of the ghosts {median:.3f}")
     print_line(f"{output}: study.json, pairs.png, ghosts.png")
 

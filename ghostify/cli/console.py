@@ -15,7 +15,8 @@ from rich.text import Text
 
 from ghostify.fitting.driver import ProgressCallback
 from ghostify.reporting.analysis import layer_costs
-from ghostify.summary import Report, table
+from ghostify.reporting.table import report_table
+from ghostify.summary import Report
 
 LAYERS_SHOWN = 3
 
@@ -53,12 +54,12 @@ def show_report(report: Report, title: str, as_json: bool) -> None:
     if as_json:
         print(json.dumps(report.to_dict(), indent=1))
         return
-    Console().print(table(report, title))
+    Console().print(report_table(report, title))
     print_line(f"{report.rewritten} convolutions rewritten, {len(report.layers) - report.rewritten} skipped")
     shares = [
-        f"{c.line.name} {c.error_share:.0%}"
+        f"{c.layer.name} {c.error_share:.0%}"
         for c in layer_costs(report)[:LAYERS_SHOWN]
-        if c.line.output_error is not None
+        if c.layer.output_error is not None
     ]
     if shares:
         print_line(f"largest shares of the predicted output error: {', '.join(shares)}")

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Deployment: the inference form of a model, and its export to files."""

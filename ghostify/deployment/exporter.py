@@ -1,4 +1,4 @@
-"""The inference form as a file for another runtime, checked there."""
+"""Export: the inference form as a file for another runtime, verified there."""
 
 from __future__ import annotations
 
@@ -24,13 +24,12 @@ TOLERANCE = 1e-3
 
 
 def export(model: nn.Module, path: str | Path, *, format: str, example_inputs: Any) -> Path:
-    """Write the inference form of a model (see `deploy`) to a folder: "onnx", "openvino", "pt2" or "aotinductor";
-    returns the file.
+    """Write the inference form of a model (see `deploy`) to a folder as "onnx", "openvino", "pt2" or "aotinductor".
 
-    The size of a batch stays free; heights and widths are those of `example_inputs`. Every file is run by its own
-    runtime and compared with PyTorch, to 1e-3 of the largest answer. Raises `GhostifyError` for a format whose packages
-    are not installed (pip install 'ghostify[export]'), a model that cannot be exported, or a file that answers
-    otherwise; nothing is written then.
+    Returns the file. The batch size stays free; heights and widths are those of `example_inputs`. Every file is run in
+    its runtime and compared with PyTorch, to 1e-3 of the maximum output. Raises `GhostifyError` for a format whose
+    packages are not installed (pip install 'ghostify[export]'), a model that cannot be exported, or a file with
+    different outputs; nothing is written then.
     """
     if format not in EXPORT_FORMATS:
         raise GhostifyError(f"format {format!r}: is unknown. Use {', '.join(EXPORT_FORMATS)}.")
@@ -42,17 +41,17 @@ def export(model: nn.Module, path: str | Path, *, format: str, example_inputs: A
     deployed = deploy(model, example_inputs)
     folder = Path(path)
     if folder.is_file():
-        raise GhostifyError(f"{folder}: is a file: name a folder to export into")
-    with staged_folder(folder, merge=True) as fresh:
-        file = write_unchecked(deployed, args, fresh, runtime)
-        _check(deployed, args, file, runtime)
+        raise GhostifyError(f"{folder}: is a file. Pass a folder to export into.")
+    with staged_folder(folder, merge=True) as staging:
+        file = write_unchecked(deployed, args, staging, runtime)
+        _check_file(deployed, args, file, runtime)
     return folder / file.name
 
 
 def write_unchecked(
     deployed: nn.Module, args: tuple[Any, ...], folder: Path, runtime: Runtime, *, for_timing: bool = False
 ) -> Path:
-    """Write an inference form for a runtime into a folder, unchecked; returns the file."""
+    """Write an inference form for a runtime to a folder without verification; returns the file."""
     try:
         with _silence_exporters():
             return (runtime.write_for_timing if for_timing else runtime.write)(deployed, args, folder)
@@ -61,31 +60,32 @@ def write_unchecked(
         raise GhostifyError(f"{missing}. Run pip install 'ghostify[export]'.") from error
     except Exception as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise GhostifyError(f"the model cannot be exported as {runtime.format}: {reason}") from error
+        failure = f"format {runtime.format!r}: the model cannot be exported ({reason.rstrip('.')})"
+        raise GhostifyError(f"{failure}. Use another format.") from error
 
 
-def _check(deployed: nn.Module, args: tuple[Any, ...], file: Path, runtime: Runtime) -> None:
+def _check_file(deployed: nn.Module, args: tuple[Any, ...], file: Path, runtime: Runtime) -> None:
     run = runtime.load(file, None, True)
-    for given in (args, with_batch_of_two(args)):
+    for inputs in (args, with_batch_of_two(args)):
         with torch.no_grad():
-            wanted = tensor_leaves(deployed(*given))
-        for a, b in zip(wanted, run(*given), strict=True):
-            mismatch = find_mismatch(b, a, of_largest=TOLERANCE)
+            expected = tensor_leaves(deployed(*inputs))
+        for reference, output in zip(expected, run(*inputs), strict=True):
+            mismatch = find_mismatch(output, reference, of_largest=TOLERANCE)
             if mismatch is not None:
                 raise GhostifyError(
-                    f"the {runtime.format} file is {mismatch.difference:.2g} off PyTorch's answers, which reach "
-                    f"{mismatch.largest:.2g}: use another format, and report this"
+                    f"format {runtime.format!r}: the file differs by {mismatch.difference:.2g} from PyTorch's outputs "
+                    f"with maximum {mismatch.largest:.2g}. Use another format, and report this."
                 )
 
 
 @contextlib.contextmanager
 def _silence_exporters() -> Iterator[None]:
-    """Without what exporters tell their own developers."""
-    before = logging.root.manager.disable
+    """Suppress the warnings and messages of the exporters."""
+    disabled_level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(None):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(before)
+        logging.disable(disabled_level)

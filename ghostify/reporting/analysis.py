@@ -1,21 +1,23 @@
-"""What a reader of a report looks for: who was left alone and why, who costs the most, and what to change."""
+"""Skipped layers by reason, layers with the largest error, and suggestions for the next conversion."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ghostify.summary import LayerReport, Report
 
-SHOWN = 5
-SLOWER = 1.02
+LAYERS_CHECKED = 5
+MAX_ERROR_TO_SAVING = 2
+MIN_ERROR_SHARE = 0.05
+MIN_SLOWDOWN = 1.02
 
-Times = Mapping[str, tuple[float, float]]
+LatencyPairs = Mapping[str, tuple[float, float]]  # by layer: ms before and after
 
 
 @dataclass(frozen=True)
 class SkippedGroup:
-    """Convolutions that stayed as they were for one reason, and their share of the model's MACs."""
+    """Convolutions that were skipped for one reason, and their share of the model's MACs."""
 
     reason: str
     names: tuple[str, ...]
@@ -24,67 +26,87 @@ class SkippedGroup:
 
 @dataclass(frozen=True)
 class LayerCost:
-    """A rewritten convolution, its share of the outputs' expected error, and of the MACs that were saved."""
+    """A rewritten convolution with its share of the predicted output error, and of the MACs saved."""
 
-    line: LayerReport
+    layer: LayerReport
     error_share: float
     saved_share: float
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Something to change, why, and the option that does it."""
+    """A change with its reason, and the option that makes it."""
 
     text: str
     option: str
 
 
-def skipped_by_reason(found: Report) -> list[SkippedGroup]:
-    """By reason, the largest share first."""
-    total = found.macs_before or sum(line.macs_before for line in found.layers) or 1
-    reasons = dict.fromkeys(line.skip_reason for line in found.layers if line.skip_reason is not None)
-    grouped = []
+def skipped_by_reason(report: Report) -> list[SkippedGroup]:
+    """The skipped convolutions, a group for each reason, the largest share of the MACs first."""
+    total = report.macs_before or sum(layer.macs_before for layer in report.layers) or 1
+    reasons = dict.fromkeys(layer.skip_reason for layer in report.layers if layer.skip_reason is not None)
+    groups = []
     for reason in reasons:
-        own = [line for line in found.layers if line.skip_reason == reason]
-        share = sum(line.macs_before for line in own) / total
-        grouped.append(SkippedGroup(reason, tuple(line.name for line in own), share))
-    return sorted(grouped, key=lambda left: -left.share)
+        layers = [layer for layer in report.layers if layer.skip_reason == reason]
+        share = sum(layer.macs_before for layer in layers) / total
+        groups.append(SkippedGroup(reason, tuple(layer.name for layer in layers), share))
+    return sorted(groups, key=lambda group: -group.share)
 
 
-def layer_costs(found: Report) -> list[LayerCost]:
-    """Every rewritten layer, the one that costs most first: by the outputs' expected errors, or by the layers' own
-    relative errors where those are unknown of all."""
-    lines = [line for line in found.layers if line.skip_reason is None]
-    known = any(line.output_error is not None for line in lines)
-    whole = [(line.output_error if known else line.holdout_error or line.fit_error) or 0.0 for line in lines]
-    saved = [line.macs_before - line.macs_after for line in lines]
-    each = zip(lines, whole, saved, strict=True)
-    shares = [LayerCost(line, lost / (sum(whole) or 1), less / (sum(saved) or 1)) for line, lost, less in each]
-    return sorted(shares, key=lambda c: -c.error_share)
+def layer_costs(report: Report) -> list[LayerCost]:
+    """Every rewritten convolution, the largest share of the error first.
+
+    Shares are of the predicted output errors, or of the layers' own relative errors if no output error is known.
+    """
+    layers = [layer for layer in report.layers if layer.skip_reason is None]
+    has_output_errors = any(layer.output_error is not None for layer in layers)
+    errors = [
+        (layer.output_error if has_output_errors else layer.holdout_error or layer.fit_error) or 0.0 for layer in layers
+    ]
+    savings = [layer.macs_before - layer.macs_after for layer in layers]
+    costs = [
+        LayerCost(layer, error / (sum(errors) or 1), saving / (sum(savings) or 1))
+        for layer, error, saving in zip(layers, errors, savings, strict=True)
+    ]
+    return sorted(costs, key=lambda cost: -cost.error_share)
 
 
-def suggestions(found: Report, times: Times | None = None) -> list[Suggestion]:
-    """What to change: layers that cost more than they save, and layers that became no faster."""
-    said = []
-    for one in layer_costs(found)[:SHOWN]:
-        if one.error_share > 2 * one.saved_share and one.error_share > 0.05:
+def suggestions(report: Report, latencies: LatencyPairs | None = None) -> list[Suggestion]:
+    """Changes for layers that lose more than they save, became slower, or need a gather; and calibration images."""
+    return [
+        *_costly_layers(report),
+        *_slower_layers(latencies or {}),
+        *_reordered_layers(report),
+        *_missing_images(report),
+    ]
+
+
+def _costly_layers(report: Report) -> Iterator[Suggestion]:
+    for cost in layer_costs(report)[:LAYERS_CHECKED]:
+        if cost.error_share > MAX_ERROR_TO_SAVING * cost.saved_share and cost.error_share > MIN_ERROR_SHARE:
             text = (
-                f"{one.line.name} causes {one.error_share:.0%} of the expected error and saves {one.saved_share:.1%} "
-                "of what is saved: leave it as it was"
+                f"{cost.layer.name} causes {cost.error_share:.0%} of the predicted error and saves only "
+                f"{cost.saved_share:.1%} of the saved MACs: skip it"
             )
-            said.append(Suggestion(text, f"--ignore {one.line.name}"))
-    slower = [name for name, (before, after) in (times or {}).items() if after > SLOWER * before]
-    if slower:
-        text = f"{', '.join(slower)} became slower here: leave them as they were, or let a budget of latency decide"
-        said.append(Suggestion(text, "--cheap auto --budget latency=0.7"))
-    gathered = [x.name for x in found.layers if x.reorders_output and x.layout is not None and not x.layout.is_low_rank]
-    if gathered:
-        text = (
-            f"{', '.join(gathered)} put channels in order by an index, which costs a copy: pointwise ghosts need none"
-        )
-        said.append(Suggestion(text, "--cheap pointwise"))
-    if not found.images and found.rewritten:
-        said.append(
-            Suggestion("nothing was fitted to images: a few hundred unlabelled ones help most", "--calibration DIR")
-        )
-    return said
+            yield Suggestion(text, f"--ignore {cost.layer.name}")
+
+
+def _slower_layers(latencies: LatencyPairs) -> Iterator[Suggestion]:
+    names = [name for name, (before, after) in latencies.items() if after > MIN_SLOWDOWN * before]
+    if names:
+        text = f"slower than before on this machine: {', '.join(names)}. Skip them, or set a latency budget"
+        yield Suggestion(text, "--cheap auto --budget latency=0.7")
+
+
+def _reordered_layers(report: Report) -> Iterator[Suggestion]:
+    layers = [x for x in report.layers if x.reorders_output and x.layout is not None and not x.layout.is_low_rank]
+    if layers:
+        names = ", ".join(layer.name for layer in layers)
+        text = f"a gather, which costs a copy, restores the channel order of {names}: pointwise ghosts need none"
+        yield Suggestion(text, "--cheap pointwise")
+
+
+def _missing_images(report: Report) -> Iterator[Suggestion]:
+    if not report.images and report.rewritten:
+        text = "the fit used no images: a few hundred unlabelled ones reduce the error most"
+        yield Suggestion(text, "--calibration DIR")

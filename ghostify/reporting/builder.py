@@ -1,4 +1,4 @@
-"""From a converted model to the page that shows it: what is counted, timed, judged and pictured on the way."""
+"""The report page of a converted model: counts, latencies, comparison with the original, and pictures."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from ghostify.errors import GhostifyError
 from ghostify.evaluation.comparison import Comparison, compare_models, has_tensor_output
 from ghostify.graph.tracing import trace
 from ghostify.planning import cost
-from ghostify.reporting.analysis import Times, layer_costs
+from ghostify.reporting.analysis import LatencyPairs, layer_costs
 from ghostify.reporting.ghost_pictures import is_picturable, picture_ghosts
 from ghostify.reporting.html import Page, TotalRow, write_page
-from ghostify.summary import LayerReport, Report, format_count, report
+from ghostify.summary import LayerReport, Report, report
+from ghostify.text import format_count
 from ghostify.timing.latency import interleaved_latency, layer_latency
 from ghostify.timing.timer import LatencyTimer
 
-PICTURED = 3
+LAYERS_PICTURED = 3
+NAMES_LISTED = 3
 
 
 def write_report(
@@ -36,79 +38,82 @@ def write_report(
     curve: Sequence[Mapping[str, Any]] = (),
     title: str = "",
 ) -> Path:
-    """Write what was done to a converted model as one HTML page that needs no network.
+    """Write the report of a converted model as one HTML page that needs no network.
 
-    With the `original` and `example_inputs`, both models and every rewritten layer are timed in `runtime` (None: not at
-    all). On batches of `images` both are compared where their output is one tensor, by `labels` (N) too where there are
-    any, and the maps of `layers` (default: those that cost the most) are shown beside the original's. `curve` is that
+    With the `original` and `example_inputs`, both models and every rewritten layer are timed in `runtime` (None: no
+    timing). On batches of `images` both are compared where their output is one tensor, with `labels` (N) by top-1 too,
+    and the maps of `layers` (default: those with the largest error) are shown next to the original's. `curve` is that
     of `frontier`, as dicts. Raises `GhostifyError` for a model without a report, and for layers that cannot be shown.
     """
-    found = report(module)
-    totals = _counts(module, original, found)
-    times: Times = {}
+    summary = report(module)
+    totals = _count_rows(module, original, summary)
+    latencies: LatencyPairs = {}
     if original is not None and images and has_tensor_output(module, images[0]):
-        totals += _scores(compare_models(module, original, images, labels))
+        totals += _comparison_rows(compare_models(module, original, images, labels))
     if original is not None and runtime is not None and example_inputs is not None:
-        with LatencyTimer(runtime) as clock:
-            before, after = interleaved_latency([original, module], example_inputs, clock)
-            times = layer_latencies(original, found, example_inputs, clock)
-        totals.append(TotalRow(f"ms, deployed, {runtime}", f"{before:.2f}", f"{after:.2f}", after / before))
-    shown = []
+        with LatencyTimer(runtime) as timer:
+            before, after = interleaved_latency([original, module], example_inputs, timer)
+            latencies = layer_latencies(original, summary, example_inputs, timer)
+        totals.append(TotalRow(f"latency in ms, deployed, {runtime}", f"{before:.2f}", f"{after:.2f}", after / before))
+    pictures = []
     if original is not None and images:
-        shown = [
-            picture_ghosts(module, original, line, images)
-            for line in _layers_to_picture(module, original, found, layers)
+        pictures = [
+            picture_ghosts(module, original, layer, images)
+            for layer in _layers_to_picture(module, original, summary, layers)
         ]
     elif layers:
-        raise GhostifyError("layers are shown on images, beside the original: pass both")
-    return write_page(Page(title or type(module).__name__, found, totals, times, shown, curve), file)
+        raise GhostifyError("layers: their maps are shown next to the original's. Pass original and images, too.")
+    return write_page(Page(title or type(module).__name__, summary, totals, latencies, pictures, curve), file)
 
 
-def layer_latencies(original: nn.Module, found: Report, example_inputs: Any, clock: LatencyTimer) -> Times:
-    """Milliseconds of every rewritten layer's calls in one forward, before and after, by its name."""
-    program, times = trace(original, example_inputs), {}
+def layer_latencies(original: nn.Module, summary: Report, example_inputs: Any, timer: LatencyTimer) -> LatencyPairs:
+    """Latencies (ms) of the calls of each ghost module without pruning in one forward: before and after, by name."""
+    program, latencies = trace(original, example_inputs), {}
     convs = {conv.name: conv for conv in program.convolutions}
-    for line in found.layers:
-        if line.skip_reason is None and line.kept_in_count is None and line.name in convs:
-            taken = layer_latency(program.conv(line.name), convs[line.name], [None, line.layout], clock)
-            times[line.name] = (taken[0], taken[1])
-    return times
+    for layer in summary.layers:
+        if layer.skip_reason is None and layer.kept_in_count is None and layer.name in convs:
+            before, after = layer_latency(program.conv(layer.name), convs[layer.name], [None, layer.layout], timer)
+            latencies[layer.name] = (before, after)
+    return latencies
 
 
-def _counts(module: nn.Module, original: nn.Module | None, found: Report) -> list[TotalRow]:
-    totals = []
-    if found.macs_before is not None and found.macs_after is not None:
-        counts = format_count(found.macs_before), format_count(found.macs_after)
-        totals.append(TotalRow("multiply-accumulates", *counts, found.macs_after / found.macs_before))
+def _count_rows(module: nn.Module, original: nn.Module | None, summary: Report) -> list[TotalRow]:
+    rows = []
+    if summary.macs_before is not None and summary.macs_after is not None:
+        rows.append(_count_row("multiply-accumulates", summary.macs_before, summary.macs_after))
     if original is not None:
-        for what, count in (("parameters", cost.count_parameters), ("bytes of weights", _bytes)):
-            before, after = count(original), count(module)
-            totals.append(TotalRow(what, format_count(before), format_count(after), after / before))
-    return totals
+        for quantity, count in (("parameters", cost.count_parameters), ("bytes of weights", _count_bytes)):
+            rows.append(_count_row(quantity, count(original), count(module)))
+    return rows
 
 
-def _bytes(module: nn.Module) -> int:
+def _count_row(quantity: str, before: int, after: int) -> TotalRow:
+    return TotalRow(quantity, format_count(before), format_count(after), after / before)
+
+
+def _count_bytes(module: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in chain(module.parameters(), module.buffers()))
 
 
-def _scores(found: Comparison) -> list[TotalRow]:
-    totals, on = [], f"on {found.images} images"
-    if found.top1 is not None and found.original_top1 is not None:
-        totals.append(TotalRow(f"top-1 {on}", f"{found.original_top1:.2f} %", f"{found.top1:.2f} %"))
-    if found.agreement is not None:
-        totals.append(TotalRow(f"same answers {on}", "", f"{found.agreement:.1f} %"))
-    return [*totals, TotalRow(f"outputs' error {on}", "", f"{found.error:.4f}")]
+def _comparison_rows(comparison: Comparison) -> list[TotalRow]:
+    rows, images = [], f"on {comparison.images} images"
+    if comparison.top1 is not None and comparison.original_top1 is not None:
+        rows.append(TotalRow(f"top-1 {images}", f"{comparison.original_top1:.2f} %", f"{comparison.top1:.2f} %"))
+    if comparison.agreement is not None:
+        rows.append(TotalRow(f"agreement {images}", "", f"{comparison.agreement:.1f} %"))
+    return [*rows, TotalRow(f"output error {images}", "", f"{comparison.error:.4f}")]
 
 
 def _layers_to_picture(
-    module: nn.Module, original: nn.Module, found: Report, layers: Sequence[str] | None
+    module: nn.Module, original: nn.Module, summary: Report, names: Sequence[str] | None
 ) -> list[LayerReport]:
-    """The lines of these layers, or of those that cost the most."""
-    if layers is None:
-        able = (c.line for c in layer_costs(found) if is_picturable(module, original, c.line))
-        return list(islice(able, PICTURED))
-    by_name = {line.name: line for line in found.layers}
-    for name in layers:
+    """The layers of these names, or those with the largest error."""
+    if names is None:
+        by_error = (c.layer for c in layer_costs(summary) if is_picturable(module, original, c.layer))
+        return list(islice(by_error, LAYERS_PICTURED))
+    by_name = {layer.name: layer for layer in summary.layers}
+    for name in names:
         if name not in by_name:
-            raise GhostifyError(f"{name}: is no convolution of the report: it has {', '.join(list(by_name)[:3])}, ...")
-    return [by_name[name] for name in layers]
+            examples = ", ".join(list(by_name)[:NAMES_LISTED])
+            raise GhostifyError(f"{name}: not a convolution of the report. Choose one of {examples}, ...")
+    return [by_name[name] for name in names]

@@ -1,4 +1,4 @@
-"""What one layer of a model makes of images, in the original's channel order."""
+"""The output maps of one layer on images, in the original's channel order."""
 
 from __future__ import annotations
 
@@ -19,28 +19,33 @@ MIN_VARIANCE = 1e-12
 
 
 def layer_outputs(module: nn.Module, layer: str, batches: Sequence[Any]) -> Tensor:
-    """What the module called `layer` makes of all images, N x n x H x W on the CPU; `GhostifyError` if nothing."""
-    kept: list[Tensor] = []
-    hooks = on_calls([module.get_submodule(layer)], after=lambda _, made: kept.append(made.detach().float().cpu()))
+    """The outputs of the submodule `layer` on all images, N x n x H x W on the CPU.
+
+    Raises `GhostifyError` for a layer that is not called.
+    """
+    outputs: list[Tensor] = []
+    hooks = on_calls(
+        [module.get_submodule(layer)], after=lambda _, output: outputs.append(output.detach().float().cpu())
+    )
     with hooks, eval_mode(module):
         for batch in batches:
             call_model(module, bind_batch(module, batch))
-    if not kept:
-        raise GhostifyError(f"{layer}: does not run on these images")
-    return torch.cat(kept)
+    if not outputs:
+        raise GhostifyError(f"{layer}: does not run on these images. Choose a layer that the model calls.")
+    return torch.cat(outputs)
 
 
 def ghost_outputs(module: nn.Module, layer: str, batches: Sequence[Any], channels: Sequence[int]) -> Tensor:
-    """The same of a converted model, whose ghost module computes the original's `channels` in this order."""
-    made = layer_outputs(module, layer, batches)
+    """The same for a converted model, whose ghost module computes the original's `channels` in this order."""
+    outputs = layer_outputs(module, layer, batches)
     ghost = module.get_submodule(layer)
-    absorbed = isinstance(ghost, GhostModule) and ghost.order is None
-    return made[:, torch.argsort(torch.tensor(channels))] if absorbed else made
+    is_permuted = isinstance(ghost, GhostModule) and ghost.order is None
+    return outputs[:, torch.argsort(torch.tensor(channels))] if is_permuted else outputs
 
 
-def errors_of(made: Tensor, wanted: Tensor) -> Tensor:
-    """Squared error of each map by the variance of the wanted one, constants apart (n)."""
-    count = wanted[:, 0].numel()
+def map_errors(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Squared error of each map by the variance of its target, without constant differences (n)."""
+    count = targets[:, 0].numel()
     return relative_squared_error(
-        made, wanted, over=(0, 2, 3), ignore_mean=True, per_map=True, minimum=MIN_VARIANCE * count
+        outputs, targets, over=(0, 2, 3), ignore_mean=True, per_map=True, minimum=MIN_VARIANCE * count
     )

@@ -13,40 +13,44 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 
 from ghostify.io.atomic import write_text_atomic
-from ghostify.reporting.analysis import Times, layer_costs, skipped_by_reason, suggestions
-from ghostify.reporting.charts import altair, error_chart, frontier_chart, layers_chart
+from ghostify.reporting.analysis import LatencyPairs, layer_costs, skipped_by_reason, suggestions
+from ghostify.reporting.charts import error_chart, frontier_chart, layers_chart, require_altair
 from ghostify.reporting.ghost_pictures import LayerPictures
-from ghostify.summary import Report, describe_outcome, format_count
-from ghostify.text import format_shape
+from ghostify.reporting.outcome import describe_outcome
+from ghostify.summary import Report
+from ghostify.text import format_count, format_shape
 
 TEMPLATE = "report.html.j2"
+LAYERS_LISTED = 5
 
 
 @dataclass(frozen=True)
 class TotalRow:
-    """A line of the table of totals; before and after are as they are shown, `share` after / before where it says
-    something."""
+    """A row of the table of totals: before and after as they are shown, and after / before where it has a meaning."""
 
-    what: str
+    quantity: str
     before: str
     after: str
-    share: float | None = None
+    ratio: float | None = None
 
 
 @dataclass(frozen=True)
 class Page:
-    """All that a page shows: the report, totals, each layer's milliseconds before and after, pictures, and a curve."""
+    """The content of a page; `latencies` are in ms, `frontier` holds the points of a curve as dicts."""
 
     title: str
     report: Report
     totals: Sequence[TotalRow] = ()
-    times: Times = field(default_factory=dict)
+    latencies: LatencyPairs = field(default_factory=dict)
     pictures: Sequence[LayerPictures] = ()
     frontier: Sequence[Mapping[str, Any]] = ()
 
 
 def write_page(page: Page, file: str | Path) -> Path:
-    """Write the page; one file that needs no other and no network. Raises `GhostifyError` without its libraries."""
+    """Write the page as one file that needs no other file and no network.
+
+    Raises `GhostifyError` where the libraries for charts are not installed.
+    """
     target = Path(file)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomic(target, render(page))
@@ -55,15 +59,27 @@ def write_page(page: Page, file: str | Path) -> Path:
 
 def render(page: Page) -> str:
     """The page's HTML."""
-    altair()
+    require_altair()
     bundle: str = importlib.import_module("vl_convert").javascript_bundle()
-    found = page.report
-    charts = {"layers": layers_chart(found)}
-    if any(line.fit_error is not None or line.holdout_error is not None for line in found.layers):
-        charts["costs"] = error_chart(found)
-    if page.frontier:
-        share = found.macs_after / found.macs_before if found.macs_after and found.macs_before else None
-        charts["frontier"] = frontier_chart(page.frontier, share)
+    charts = _charts(page)
+    return (
+        _environment()
+        .get_template(TEMPLATE)
+        .render(
+            page=page,
+            report=page.report,
+            skipped=skipped_by_reason(page.report),
+            largest_errors=[cost for cost in layer_costs(page.report) if cost.error_share > 0][:LAYERS_LISTED],
+            has_output_errors=any(layer.output_error is not None for layer in page.report.layers),
+            suggestions=suggestions(page.report, page.latencies),
+            charts=charts,
+            specs=Markup(json.dumps(charts).replace("</", "<\\/")),
+            bundle=Markup(bundle.replace("</script", "<\\/script")),
+        )
+    )
+
+
+def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("ghostify.reporting"),
         autoescape=select_autoescape(["html.j2", "j2"]),
@@ -71,17 +87,17 @@ def render(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["short"] = format_count
-    return environment.get_template(TEMPLATE).render(
-        page=page,
-        report=found,
-        describe_outcome=describe_outcome,
-        format_shape=format_shape,
-        left=skipped_by_reason(found),
-        costly=[c for c in layer_costs(found) if c.error_share > 0][:5],
-        felt=any(line.output_error is not None for line in found.layers),
-        advice=suggestions(found, page.times),
-        specs=Markup(json.dumps(charts).replace("</", "<\\/")),
-        charts=charts,
-        bundle=Markup(bundle.replace("</script", "<\\/script")),
-    )
+    environment.filters.update(count=format_count, shape=format_shape, outcome=describe_outcome)
+    return environment
+
+
+def _charts(page: Page) -> dict[str, dict[str, Any]]:
+    """The Vega-Lite specification of each chart, by the end of its element's id."""
+    report = page.report
+    charts = {"layers": layers_chart(report)}
+    if any(layer.fit_error is not None or layer.holdout_error is not None for layer in report.layers):
+        charts["errors"] = error_chart(report)
+    if page.frontier:
+        macs_share = report.macs_after / report.macs_before if report.macs_after and report.macs_before else None
+        charts["frontier"] = frontier_chart(page.frontier, macs_share)
+    return charts

@@ -1,4 +1,4 @@
-"""How redundant a layer's maps are: each made of each other by one small kernel, and half of them of the other half."""
+"""The redundancy of a layer's maps: errors of predicting one from another, and one half from the other half."""
 
 from __future__ import annotations
 
@@ -21,22 +21,24 @@ from ghostify.fitting.moments import PerMapMoments
 from ghostify.graph.program import Program
 from ghostify.planning.planner import plan
 from ghostify.planning.policy import Policy, Rule
-from ghostify.reporting import images
-from ghostify.reporting.feature_maps import errors_of, ghost_outputs, layer_outputs
-from ghostify.reporting.images import grey_tile
+from ghostify.reporting.feature_maps import ghost_outputs, layer_outputs, map_errors
+from ghostify.reporting.images import grey_tile, write_grid
 from ghostify.rewriting.apply import rewrite
 
-SIZES = (1, 3, 5, 7)
-SHOWN = 3
-PICTURES = 8
+KERNEL_SIZES = (1, 3, 5, 7)
+PAIRS_SHOWN = 3
+GHOSTS_SHOWN = 8
+SMALL_ERROR = 0.1
+MIN_VARIANCE_SHARE, MIN_VARIANCE = 1e-12, 1e-30
 
 
 @dataclass(frozen=True, eq=False)
 class PairErrors:
-    """Errors (n x n) of map j made of map i by the best d x d kernel and a constant; a map of itself counts infinite.
+    """Errors (n x n) of predicting map j (column) from map i (row) by the best d x d kernel and a constant.
 
-    `squared` is the mean squared error, as in GhostNet's table 1 (Han et al., 2020, section 4.1.1), `relative` the same
-    by the map's own variance: a map that is nearly constant has a small error whatever it is made of.
+    `squared` is the mean squared error, as in GhostNet's table 1 (Han et al., 2020, section 4.1.1). `relative` is that
+    error by the variance of map j: a nearly constant map has a small squared error from any other map. The diagonals
+    are infinite.
     """
 
     dw_size: int
@@ -44,30 +46,33 @@ class PairErrors:
     relative: Tensor
 
     def best(self, count: int) -> list[tuple[int, int]]:
-        """The `count` pairs (source, made of it) of the least relative error that share no map."""
-        left, found = self.relative.clone(), list[tuple[int, int]]()
-        while len(found) < min(count, len(left) // 2):
-            i, j = divmod(int(left.argmin()), len(left))
-            found.append((i, j))
-            left[[i, j]] = left[:, [i, j]] = float("inf")
-        return found
+        """The at most `count` pairs (source, target) with the smallest relative errors, no map in two of them."""
+        remaining, pairs = self.relative.clone(), list[tuple[int, int]]()
+        while len(pairs) < min(count, len(remaining) // 2):
+            i, j = divmod(int(remaining.argmin()), len(remaining))
+            pairs.append((i, j))
+            remaining[[i, j]] = remaining[:, [i, j]] = float("inf")
+        return pairs
 
 
 @dataclass(frozen=True, eq=False)
 class RedundancyStudy:
-    """A layer's maps on one image (n x H x W), by kernel size how they make each other, and for the layer at ratio 2:
-    the intrinsic channels, and the maps as its ghost module makes them with each map's relative error."""
+    """The maps of a layer on one image (n x H x W), the errors of their pairs by kernel size, and its ghosts' errors.
+
+    `intrinsic` are the channels that stay intrinsic at ratio 2, `ghost_maps` (n x H x W) the output of the ghost module
+    on the same image, `errors` (n) its relative error of each map over all images.
+    """
 
     layer: str
     maps: Tensor
     pairs: tuple[PairErrors, ...]
     intrinsic: tuple[int, ...]
-    ghosted: Tensor
+    ghost_maps: Tensor
     errors: Tensor
 
     @property
-    def shown(self) -> PairErrors:
-        """The pairs that tables and pictures pick the best of: those of the second kernel size, if there is one."""
+    def ranking_pairs(self) -> PairErrors:
+        """The errors that the best pairs are chosen by: those of the second kernel size, if there is one."""
         return self.pairs[min(1, len(self.pairs) - 1)]
 
     @property
@@ -76,103 +81,113 @@ class RedundancyStudy:
         return [k for k in range(len(self.maps)) if k not in self.intrinsic]
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures, without the maps: the best pairs by the size shown, every map's best error, and the ghosts'."""
-        named = [
-            {
-                "pair": list(pair),
-                **{f"mse d={p.dw_size}": float(p.squared[pair]) for p in self.pairs},
-                **{f"relative d={p.dw_size}": float(p.relative[pair]) for p in self.pairs},
-            }
-            for pair in self.shown.best(SHOWN)
-        ]
-        best = {p.dw_size: p.relative.min(0).values for p in self.pairs}
+        """The figures without the maps, as plain data; keys of the inner dicts are kernel sizes."""
+        best_errors = {p.dw_size: p.relative.min(0).values for p in self.pairs}
         return {
             "layer": self.layer,
             "maps": len(self.maps),
-            "pairs": named,
-            "best relative, median": {d: float(own.median()) for d, own in best.items()},
-            "best relative below 0.1": {d: int((own < 0.1).sum()) for d, own in best.items()},
+            "pairs": [
+                {
+                    "source": source,
+                    "target": target,
+                    "mse": {p.dw_size: float(p.squared[source, target]) for p in self.pairs},
+                    "relative_error": {p.dw_size: float(p.relative[source, target]) for p in self.pairs},
+                }
+                for source, target in self.ranking_pairs.best(PAIRS_SHOWN)
+            ],
+            "best_error_median": {d: float(errors.median()) for d, errors in best_errors.items()},
+            "maps_with_small_error": {d: int((errors < SMALL_ERROR).sum()) for d, errors in best_errors.items()},
             "ghosts": self.ghosts,
-            "ghosts relative, median": float(self.errors[self.ghosts].median()),
+            "ghost_error_median": float(self.errors[self.ghosts].median()),
         }
 
 
 def study_layer(
-    program: Program, layer: str, images: Iterable[Any], *, sizes: Sequence[int] = SIZES, seed: int = 0
+    program: Program, layer: str, images: Iterable[Any], *, sizes: Sequence[int] = KERNEL_SIZES, seed: int = 0
 ) -> RedundancyStudy:
-    """Look at the outputs of one convolution on `images`: how its maps make each other, and a ghost module of them.
+    """The redundancy of one convolution's maps on `images`: errors of all pairs, and of a ghost module at ratio 2.
 
-    Raises `GhostifyError` for a layer that the program has not, or that cannot be rewritten.
+    Raises `GhostifyError` without images, for a layer that is not in the program, or that cannot be rewritten.
     """
     batches = list(images)
     if not batches:
         raise GhostifyError("a study needs images: pass a few, such as a batch")
     if layer not in dict(program.module.named_modules()):
         names = ", ".join(c.name for c in program.convolutions[:5])
-        raise GhostifyError(f"{layer}: is no convolution of the model: it has {names}, ...")
-    decided = plan(program, Policy((Rule(targets=(layer,)),), keep_first=False))
-    if not decided.rewrites:
-        reason = next(s.reason for s in decided.skips if s.conv.name == layer)
+        raise GhostifyError(f"{layer}: not a convolution of the model. Choose one of {names}, ...")
+    layer_plan = plan(program, Policy((Rule(targets=(layer,)),), keep_first=False))
+    if not layer_plan.rewrites:
+        reason = next(s.reason for s in layer_plan.skips if s.conv.name == layer)
         raise GhostifyError(f"{layer}: {reason}")
-    fits = fit(program, decided, batches, seed=seed)
+    fits = fit(program, layer_plan, batches, seed=seed)
     channels = fits.ghost(layer).channels.tolist()
     maps = layer_outputs(program.module, layer, batches)
-    ghosted = ghost_outputs(rewrite(program, decided, fits.weights), layer, batches, channels)
-    intrinsic = channels[: decided.rewrites[0].layout.intrinsic]
+    ghost_maps = ghost_outputs(rewrite(program, layer_plan, fits.weights), layer, batches, channels)
+    intrinsic = channels[: layer_plan.rewrites[0].layout.intrinsic]
     return RedundancyStudy(
         layer,
         maps[0],
-        tuple(pairs_of(maps, d) for d in sizes),
+        tuple(pair_errors(maps, d) for d in sizes),
         tuple(sorted(intrinsic)),
-        ghosted[0],
-        errors_of(ghosted, maps),
+        ghost_maps[0],
+        map_errors(ghost_maps, maps),
     )
 
 
-def pairs_of(maps: Tensor, dw_size: int) -> PairErrors:
-    """All pairs of `maps` (N x n x H x W) by kernels of one size, zeros beyond the border."""
+def pair_errors(maps: Tensor, dw_size: int) -> PairErrors:
+    """The errors of all pairs of `maps` (N x n x H x W) for one kernel size, with zero padding."""
     n = maps.shape[1]
     moments = PerMapMoments.zero(n, dw_size**2)
-    for own in maps.split(1):
-        padded = F.pad(own, (dw_size // 2,) * 4)
-        moments.add(patches.unfold_neighbours(padded, dw_size), patches.flatten_positions(own))
-    found = replace(map_statistics(moments), rows=float("inf"))  # to describe what is there, not to foretell
-    squared = found.pair_errors(torch.ones(n, dtype=torch.float64))
+    for image_maps in maps.split(1):
+        padded = F.pad(image_maps, (dw_size // 2,) * 4)
+        moments.add(patches.unfold_neighbours(padded, dw_size), patches.flatten_positions(image_maps))
+    statistics = replace(map_statistics(moments), rows=float("inf"))  # errors on these images, so no damping
+    squared = statistics.pair_errors(torch.ones(n, dtype=torch.float64))
     squared.fill_diagonal_(float("inf"))
-    return PairErrors(dw_size, squared, squared / found.var.clamp_min(1e-12 * found.var.max() + 1e-30))
+    variance = statistics.var
+    return PairErrors(
+        dw_size, squared, squared / variance.clamp_min(MIN_VARIANCE_SHARE * variance.max() + MIN_VARIANCE)
+    )
 
 
-def table(found: RedundancyStudy) -> Table:
-    """The pairs of GhostNet's table 1, for a terminal."""
-    facts = found.to_dict()
-    sizes = [p.dw_size for p in found.pairs]
-    result = Table(title=f"{found.layer}: {facts['maps']} maps", box=box.SIMPLE_HEAD, pad_edge=False)
-    result.add_column("map made of map, MSE (relative error)")
+def study_table(study: RedundancyStudy) -> Table:
+    """The best pairs as in GhostNet's table 1, for a terminal."""
+    facts = study.to_dict()
+    sizes = [p.dw_size for p in study.pairs]
+    table = Table(title=f"{study.layer}: {facts['maps']} maps", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("map from map, MSE (relative error)")
     for d in sizes:
-        result.add_column(f"d={d}", justify="right")
-    for row in facts["pairs"]:
-        cells = [f"{row[f'mse d={d}']:.2g} ({row[f'relative d={d}']:.3f})" for d in sizes]
-        result.add_row(f"{row['pair'][1]} of {row['pair'][0]}", *cells)
-    result.add_row("every map of its best, median", *(f"{facts['best relative, median'][d]:.3f}" for d in sizes))
-    result.add_row("maps with an error below 0.1", *(str(facts["best relative below 0.1"][d]) for d in sizes))
-    return result
+        table.add_column(f"d={d}", justify="right")
+    for pair in facts["pairs"]:
+        cells = [f"{pair['mse'][d]:.2g} ({pair['relative_error'][d]:.3f})" for d in sizes]
+        table.add_row(f"{pair['target']} from {pair['source']}", *cells)
+    table.add_row("each map from its best, median", *(f"{facts['best_error_median'][d]:.3f}" for d in sizes))
+    table.add_row(f"maps with an error below {SMALL_ERROR}", *(str(facts["maps_with_small_error"][d]) for d in sizes))
+    return table
 
 
-def write_pictures(found: RedundancyStudy, folder: Path) -> list[Path]:
-    """Write pairs.png (a row each: source, what a kernel makes of it, map) and ghosts.png (originals above ghosts)."""
+def write_pictures(study: RedundancyStudy, folder: Path) -> list[Path]:
+    """Write pairs.png (a row each: source, prediction, target) and ghosts.png (originals above ghosts)."""
     folder.mkdir(parents=True, exist_ok=True)
-    size = found.shown.dw_size
-    rows = [tile for i, j in found.shown.best(SHOWN) for tile in _pair_tiles(found.maps, i, j, size)]
-    ghosts = found.ghosts[:PICTURES]
-    own = [grey_tile(maps[k], found.maps[k]) for maps in (found.maps, found.ghosted) for k in ghosts]
-    return [images.write(rows, 3, folder / "pairs.png"), images.write(own, len(ghosts), folder / "ghosts.png")]
+    pairs = study.ranking_pairs
+    pair_tiles = [tile for i, j in pairs.best(PAIRS_SHOWN) for tile in _pair_tiles(study.maps, i, j, pairs.dw_size)]
+    ghosts = study.ghosts[:GHOSTS_SHOWN]
+    ghost_tiles = [grey_tile(maps[k], study.maps[k]) for maps in (study.maps, study.ghost_maps) for k in ghosts]
+    return [
+        write_grid(pair_tiles, 3, folder / "pairs.png"),
+        write_grid(ghost_tiles, len(ghosts), folder / "ghosts.png"),
+    ]
 
 
 def _pair_tiles(maps: Tensor, source: int, target: int, dw_size: int) -> list[Tensor]:
-    """A map, what the best kernel makes of another one, and that one."""
+    """Tiles of a source map, of the best kernel's prediction from it, and of the target map."""
     padded = F.pad(maps[None, source : source + 1], (dw_size // 2,) * 4)
-    rows = patches.unfold_neighbours(padded, dw_size).flatten(1).double()
-    wanted = maps[target].flatten()[:, None].double()
-    given = torch.cat((rows, torch.ones_like(wanted)), 1)
-    made = (given @ torch.linalg.lstsq(given, wanted).solution).reshape(maps[target].shape).float()
-    return [grey_tile(maps[source], maps[source]), grey_tile(made, maps[target]), grey_tile(maps[target], maps[target])]
+    neighbours = patches.unfold_neighbours(padded, dw_size).flatten(1).double()
+    values = maps[target].flatten()[:, None].double()
+    rows = torch.cat((neighbours, torch.ones_like(values)), 1)
+    predicted = (rows @ torch.linalg.lstsq(rows, values).solution).reshape(maps[target].shape).float()
+    return [
+        grey_tile(maps[source], maps[source]),
+        grey_tile(predicted, maps[target]),
+        grey_tile(maps[target], maps[target]),
+    ]

@@ -1,1 +1,1 @@
-"""The runtimes that inference forms run in, one file each, and one protocol for all."""
+"""Runtimes for inference forms: one protocol, and one file for each runtime."""

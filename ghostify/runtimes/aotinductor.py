@@ -1,4 +1,4 @@
-"""AOTInductor: compiled once by Inductor and the C++ compiler, into a file for this kind of processor."""
+"""AOTInductor: compiled ahead of time by Inductor and the C++ compiler, to a file for this kind of processor."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ LAYOUT_KEY, CHANNELS_LAST, CONTIGUOUS = "ghostify_images", "channels_last", "con
 
 @dataclass(frozen=True)
 class AotInductor:
-    """See `Runtime`. A file reads images in the one memory layout that it was written for, without a check; the layout
-    is noted in it, and `load` converts to it."""
+    """The `Runtime` for AOTInductor's packages.
+
+    A file reads images in the memory format that it was compiled for, without a check; the format is stored in the
+    file, and `load` converts inputs to it.
+    """
 
     name: str = "aotinductor"
     package: str = "torch"
@@ -41,13 +44,13 @@ class AotInductor:
 
     def load(self, file: Path, threads: int | None, _exclusive: bool) -> Runner:
         package = torch._inductor.aoti_load_package(str(file))
-        layout = to_channels_last if package.get_metadata().get(LAYOUT_KEY) == CHANNELS_LAST else _contiguous
+        convert = to_channels_last if package.get_metadata().get(LAYOUT_KEY) == CHANNELS_LAST else _contiguous
         run = module_runner(package, threads)
-        return lambda *inputs: run(*layout(inputs))
+        return lambda *inputs: run(*convert(inputs))
 
 
 def _compile(deployed: nn.Module, args: tuple[Any, ...], file: Path, layout: str) -> Path:
-    """Compile for inputs laid out as `args` are; any number of threads may run it."""
+    """Compile for inputs in the memory format of `args`; the number of threads stays free."""
     settings = {"freezing": True, "cpp.dynamic_threads": True, "aot_inductor.metadata": {LAYOUT_KEY: layout}}
     with torch.no_grad():
         program = export_program(deployed, args)
@@ -56,5 +59,5 @@ def _compile(deployed: nn.Module, args: tuple[Any, ...], file: Path, layout: str
 
 
 def _contiguous(values: Any) -> Any:
-    """The same values, all laid out in the order of their dimensions."""
+    """The same values, tensors in contiguous memory format."""
     return tree_map_only(Tensor, Tensor.contiguous, values)

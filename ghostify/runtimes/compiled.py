@@ -17,7 +17,7 @@ from ghostify.runtimes.tensors import Runner, unsupported_by_worker
 
 @dataclass(frozen=True)
 class Compiled:
-    """See `Runtime`. Weights are frozen, so that Inductor packs them."""
+    """The `Runtime` for torch.compile; weights are frozen, so that Inductor packs them."""
 
     name: str = "compile"
     package: str = "torch"

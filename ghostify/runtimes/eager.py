@@ -1,4 +1,4 @@
-"""Eager PyTorch: node by node in this process, on any device."""
+"""Eager PyTorch: in this process, operator by operator, on any device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ghostify.runtimes.tensors import Runner
 
 @dataclass(frozen=True)
 class Eager:
-    """See `Runtime`. Its files are torch.export's, which PyTorch loads without ghostify."""
+    """The `Runtime` for eager PyTorch; its files are torch.export's, which PyTorch loads without ghostify."""
 
     name: str = "eager"
     package: str = "torch"
@@ -27,7 +27,7 @@ class Eager:
     loads_folders: bool = True
     compiles_slowly: bool = False
 
-    def unsupported(self, _: Any) -> str | None:
+    def unsupported(self, _example: Any) -> str | None:
         return None
 
     def write(self, deployed: nn.Module, args: tuple[Any, ...], folder: Path) -> Path:
@@ -43,5 +43,5 @@ class Eager:
 
 
 def load_module(file: Path) -> nn.Module:
-    """The module in torch.export's file, or in a folder that `save` wrote."""
+    """The module in a file of torch.export, or in a folder that `save` wrote."""
     return load(file).eval() if file.is_dir() else torch.export.load(file).module()

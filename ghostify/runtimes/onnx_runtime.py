@@ -14,12 +14,12 @@ from ghostify.runtimes.onnx_writer import write_onnx
 from ghostify.runtimes.pytorch import export_program
 from ghostify.runtimes.tensors import Runner, unsupported_by_worker
 
-ERRORS_ONLY = 3
+ERROR_SEVERITY = 3
 
 
 @dataclass(frozen=True)
 class OnnxRuntime:
-    """See `Runtime`."""
+    """The `Runtime` for ONNX files in ONNX Runtime."""
 
     name: str = "onnx"
     package: str = "onnxruntime"
@@ -47,7 +47,7 @@ class OnnxRuntime:
     def load(self, file: Path, threads: int | None, exclusive: bool) -> Runner:
         onnxruntime = importlib.import_module("onnxruntime")
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = ERRORS_ONLY
+        options.log_severity_level = ERROR_SEVERITY
         if threads:
             options.intra_op_num_threads = threads
         if not exclusive:

@@ -1,4 +1,4 @@
-"""Inference forms of a few layers as ONNX files, node by node: an exporter is too slow for thousands of candidates."""
+"""ONNX files of small inference graphs, written node by node: an exporter is too slow for thousands of candidates."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ OPSET = 18
 
 
 def write_onnx(deployed: nn.Module, example: tuple[Any, ...], file: Path) -> bool:
-    """Write an inference form of plain convolutions, ReLU, concatenation and the like as an ONNX file.
+    """Write an inference form that consists of convolutions, ReLU, sums, slices and concatenations as an ONNX file.
 
-    Returns False, and writes nothing, for whatever has other nodes in it. Sizes are those of `example`.
+    `example` are the inputs, N x C x H x W; the file accepts their sizes only. Returns False, and writes nothing, for
+    graphs with other nodes.
     """
     if not isinstance(deployed, fx.GraphModule) or not all(isinstance(x, Tensor) and x.dim() == 4 for x in example):
         return False
@@ -41,7 +42,7 @@ def write_onnx(deployed: nn.Module, example: tuple[Any, ...], file: Path) -> boo
 
 
 class _OnnxBuilder:
-    """ONNX nodes and constants of a graph, added one by one under the graph's own names."""
+    """The ONNX nodes and constants of a graph, with the graph's names."""
 
     def __init__(self, module: fx.GraphModule, onnx: Any) -> None:
         self.module, self.onnx = module, onnx
@@ -51,7 +52,7 @@ class _OnnxBuilder:
         self.output = ""
 
     def append(self, node: fx.Node) -> bool:
-        """Whether the node could be written."""
+        """Append a node; returns whether it can be written."""
         if node.op == "placeholder":
             self.inputs.append(node.name)
         elif node.op == "output":
@@ -61,37 +62,38 @@ class _OnnxBuilder:
         elif isinstance(activation_module(self.module, node), nn.ReLU):
             return self._add(node, "Relu", [activation_input(self.module, node).name])
         elif node.op == "call_module":
-            return self._module(node, called_module(self.module, node))
+            return self._append_module(node, called_module(self.module, node))
         elif node.op == "get_attr":
             self._constant(node.name, operator.attrgetter(str(node.target))(self.module))
         else:
-            return self._function(node)
+            return self._append_function(node)
         return True
 
-    def _module(self, node: fx.Node, inner: nn.Module) -> bool:
-        if type(inner) is not nn.Conv2d or inner.padding_mode != "zeros" or isinstance(inner.padding, str):
+    def _append_module(self, node: fx.Node, conv: nn.Module) -> bool:
+        if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
             return False
-        given = [node.all_input_nodes[0].name, self._constant(f"{node.name}_weight", inner.weight)]
-        if inner.bias is not None:
-            given.append(self._constant(f"{node.name}_bias", inner.bias))
-        shape: dict[str, Any] = {"strides": inner.stride, "dilations": inner.dilation, "group": inner.groups}
-        return self._add(node, "Conv", given, pads=[*inner.padding, *inner.padding], **shape)
+        inputs = [node.all_input_nodes[0].name, self._constant(f"{node.name}_weight", conv.weight)]
+        if conv.bias is not None:
+            inputs.append(self._constant(f"{node.name}_bias", conv.bias))
+        attributes: dict[str, Any] = {"strides": conv.stride, "dilations": conv.dilation, "group": conv.groups}
+        return self._add(node, "Conv", inputs, pads=[*conv.padding, *conv.padding], **attributes)
 
-    def _function(self, node: fx.Node) -> bool:
+    def _append_function(self, node: fx.Node) -> bool:
         args: tuple[Any, ...] = node.args
-        if (joined := concat_inputs(node)) is not None:
-            return self._add(node, "Concat", [n.name for n in joined], axis=1)
+        if (concatenated := concat_inputs(node)) is not None:
+            return self._add(node, "Concat", [n.name for n in concatenated], axis=1)
         if node.target is torch.narrow and not node.kwargs and args[1] == 1:
             bounds = {"start": args[2], "end": args[2] + args[3], "axis": 1}
-            names = [self._constant(f"{node.name}_{k}", torch.tensor([v])) for k, v in bounds.items()]
-            return self._add(node, "Slice", [args[0].name, *names])
+            constants = [self._constant(f"{node.name}_{k}", torch.tensor([v])) for k, v in bounds.items()]
+            return self._add(node, "Slice", [args[0].name, *constants])
         operands = elementwise_operands(node)
         return is_add(node) and operands is not None and self._add(node, "Add", [n.name for n in operands])
 
-    def _add(self, node: fx.Node, kind: str, inputs: list[str], **attributes: Any) -> bool:
-        self.nodes.append(self.onnx.helper.make_node(kind, inputs, [node.name], name=node.name, **attributes))
+    def _add(self, node: fx.Node, op_type: str, inputs: list[str], **attributes: Any) -> bool:
+        self.nodes.append(self.onnx.helper.make_node(op_type, inputs, [node.name], name=node.name, **attributes))
         return True
 
     def _constant(self, name: str, value: Tensor) -> str:
+        """Append a constant; returns its name."""
         self.constants.append(self.onnx.numpy_helper.from_array(value.detach().contiguous().numpy(), name))
         return name

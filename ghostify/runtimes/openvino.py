@@ -17,7 +17,10 @@ from ghostify.runtimes.tensors import Runner, unsupported_by_worker
 
 @dataclass(frozen=True)
 class OpenVino:
-    """See `Runtime`. It reads ONNX files as well. Without the hint it computes in bfloat16 where that is fast."""
+    """The `Runtime` for OpenVINO files, which reads ONNX files as well.
+
+    `precision` is a hint; without it OpenVINO computes in bfloat16 where the processor supports that.
+    """
 
     name: str = "openvino"
     package: str = "openvino"

@@ -1,6 +1,7 @@
 """The protocol of a runtime, and the runtimes by name, by export format and by file.
 
-To add one, write a file beside this one and a row in `ROWS`; timing, export, the command and the benchmarks ask here.
+A new runtime is a new file in this package and a row in `ROWS`; timing, export, the command line and the benchmarks
+read this registry.
 """
 
 from __future__ import annotations
@@ -21,54 +22,53 @@ from ghostify.runtimes.tensors import Runner
 
 
 class Runtime(Protocol):
-    """One way to run an inference form (see `deploy`), and all that the rest of the program asks of it."""
+    """A way to write, load and run inference forms (see `deploy`)."""
 
     @property
     def name(self) -> str:
-        """What users type; part of the keys of measured latencies."""
+        """The name for users; part of the keys of measured latencies."""
 
     @property
     def package(self) -> str:
-        """The distribution that runs the model; its version decides whether a measured latency still holds."""
+        """The distribution that runs the model; a stored latency is valid for one version of it."""
 
     @property
     def format(self) -> str:
-        """The export format that it reads. Of several runtimes that share one, the first row verifies its files."""
+        """The export format that it reads; if several runtimes share it, the first row verifies exported files."""
 
     @property
     def suffix(self) -> str:
-        """How the names of its files end."""
+        """The suffix of its files."""
 
     @property
     def is_in_process(self) -> bool:
-        """Whether it is timed in this process, on the device of the inputs; otherwise in a worker, on the CPU."""
+        """Whether it is timed in this process on the device of the inputs, or in a worker process on the CPU."""
 
     @property
     def is_channels_last(self) -> bool:
-        """Whether it is timed on images laid out N x H x W x C."""
+        """Whether it is timed with images laid out N x H x W x C."""
 
     @property
     def loads_folders(self) -> bool:
-        """Whether it runs a folder that `save` wrote, too."""
+        """Whether it also loads folders that `save` wrote."""
 
     @property
     def compiles_slowly(self) -> bool:
-        """Whether even a single layer takes seconds of compilation, and a plan's candidates thus hours."""
+        """Whether compiling a single layer takes seconds, and a plan's candidates therefore hours."""
 
     def unsupported(self, example: Any, /) -> str | None:
-        """What it cannot do with these inputs, and the remedy; with None, what it cannot do on this machine."""
+        """The error, with its remedy, if it cannot run these inputs, or cannot run on this machine; None if it can."""
 
     def write(self, deployed: nn.Module, args: tuple[Any, ...], folder: Path) -> Path:
-        """Write an inference form, the size of a batch free, the other sizes those of `args`; returns the file."""
+        """Write an inference form with a free batch size and the other sizes of `args`; returns the file."""
 
     def write_for_timing(self, deployed: nn.Module, args: tuple[Any, ...], folder: Path) -> Path:
-        """Write it as fast as possible; the file may accept no other sizes than those of `args`."""
+        """Write an inference form as fast as possible; the file may be limited to the sizes of `args`."""
 
     def load(self, file: Path, threads: int | None, exclusive: bool, /) -> Runner:
-        """A function that runs such a file on the CPU, tensors in, tensors out.
+        """A function from input tensors to output tensors that runs such a file on the CPU.
 
-        Where it is not `exclusive`, but alternates with other models in one process, its threads do not wait for the
-        next call at the others' cost.
+        With `exclusive=False`, for models that alternate in one process, its threads do not spin between calls.
         """
 
 
@@ -84,14 +84,14 @@ EXPORT_FORMATS = {name: next(r for r in ROWS if r.format == name) for name in di
 
 
 def get_runtime(name: str) -> Runtime:
-    """The runtime of that name, installed or not."""
+    """The runtime of this name, installed or not; raises `GhostifyError` for an unknown name."""
     if name not in RUNTIMES:
         raise GhostifyError(f"runtime {name!r}: is unknown. Use {', '.join(RUNTIMES)}.")
     return RUNTIMES[name]
 
 
 def require_runtime(name: str) -> Runtime:
-    """The runtime of that name, which is installed and works on this machine; raises `GhostifyError` otherwise."""
+    """The runtime of this name; raises `GhostifyError` unless it is installed and works on this machine."""
     runtime = get_runtime(name)
     installed_version(runtime)
     check_supported(runtime, None)
@@ -99,7 +99,7 @@ def require_runtime(name: str) -> Runtime:
 
 
 def check_supported(runtime: Runtime, example: Any) -> None:
-    """Raise `GhostifyError` for what the runtime cannot do with these inputs."""
+    """Raise `GhostifyError` if the runtime cannot run these inputs, or with None if it cannot run on this machine."""
     if (reason := runtime.unsupported(example)) is not None:
         raise GhostifyError(f"runtime {runtime.name!r}: {reason}")
 
@@ -116,21 +116,22 @@ def installed_version(runtime: Runtime) -> str:
 def load_runner(
     path: str | Path, threads: int | None = None, *, runtime: str | None = None, exclusive: bool = True
 ) -> Runner:
-    """A function that runs an exported file, or a folder that `save` wrote, in a runtime: tensors in, tensors out.
+    """A function from input tensors to output tensors that runs an exported file, or a folder that `save` wrote.
 
-    The runtime is by default the file's own, and eager PyTorch for a folder; see `Runtime.load` for `exclusive`.
+    The runtime is by default that of the file's suffix, and eager PyTorch for a folder; `exclusive` as in
+    `Runtime.load`. Raises `GhostifyError` for a path that does not exist or that the runtime cannot load.
     """
     path = Path(path)
-    chosen = _runtime_of(path) if runtime is None else get_runtime(runtime)
-    if path.is_dir() and not chosen.loads_folders:
-        raise GhostifyError(f"{path}: is a folder. Pass the {chosen.suffix} file in it to runtime {chosen.name!r}.")
+    selected = _runtime_of(path) if runtime is None else get_runtime(runtime)
+    if path.is_dir() and not selected.loads_folders:
+        raise GhostifyError(f"{path}: is a folder. Pass the {selected.suffix} file in it to runtime {selected.name!r}.")
     if not path.exists():
         raise GhostifyError(f"{path}: does not exist. Pass a file that `export` wrote, or a folder that `save` wrote.")
-    return chosen.load(path, threads, exclusive)
+    return selected.load(path, threads, exclusive)
 
 
 def _runtime_of(path: Path) -> Runtime:
-    """The first runtime with the longest suffix that the name has."""
+    """The first runtime with the longest suffix that matches the file's name, or the first that loads folders."""
     matching = [r for r in ROWS if (r.loads_folders if path.is_dir() else path.name.endswith(r.suffix))]
     if not matching:
         suffixes = ", ".join(r.suffix for r in EXPORT_FORMATS.values())

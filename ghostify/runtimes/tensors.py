@@ -1,4 +1,4 @@
-"""Tensors on their way into a runtime: which ones can leave PyTorch's process, and their memory layout."""
+"""Input tensors of runtimes: limits of worker processes, memory format and batch size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ UNKNOWN_TO_NUMPY = (torch.bfloat16,)
 
 
 def unsupported_by_worker(example: Any) -> str | None:
-    """Why inputs cannot be stored for a worker process that runs on the CPU, and the remedy."""
+    """The error, with its remedy, if a worker process on the CPU cannot run these inputs; None if it can."""
     args, kwargs = as_arguments(example)
     tensors = tensor_leaves((args, kwargs))
     if any(t.device.type != "cpu" for t in tensors):
@@ -30,11 +30,11 @@ def unsupported_by_worker(example: Any) -> str | None:
 
 
 def to_channels_last(values: Any) -> Any:
-    """The same values, images among them laid out N x H x W x C."""
-    last = torch.channels_last
-    return tree_map_only(Tensor, lambda t: t.contiguous(memory_format=last) if t.dim() == 4 else t, values)
+    """The same values, tensors of four dimensions laid out N x H x W x C."""
+    memory_format = torch.channels_last
+    return tree_map_only(Tensor, lambda t: t.contiguous(memory_format=memory_format) if t.dim() == 4 else t, values)
 
 
 def with_batch_of_two(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The same inputs, a batch of one repeated: exporters take a size of one for a constant."""
+    """The same inputs with a batch of one repeated: exporters treat a size of one as a constant."""
     return tuple(tree_map_only(Tensor, lambda t: torch.cat((t, t)) if t.dim() and len(t) == 1 else t, args))

@@ -1,0 +1,59 @@
+"""The outcome of each convolution in words, the same in tables and charts."""
+
+from __future__ import annotations
+
+from typing_extensions import assert_never
+
+from ghostify.modules.layout import Depthwise, Grouped, Pointwise
+from ghostify.summary import LayerReport
+
+SKIPPED, DEPTHWISE, WIDER, PRUNED = "skipped", "depthwise ghosts", "wider ghosts", "pruned"
+
+
+def outcome_of(layer: LayerReport) -> str:
+    """The kind of outcome: one of `SKIPPED`, `DEPTHWISE`, `WIDER` and `PRUNED`."""
+    if layer.skip_reason is not None:
+        return SKIPPED
+    match layer.form:
+        case None:
+            return PRUNED
+        case Depthwise():
+            return DEPTHWISE
+        case Grouped() | Pointwise():
+            return WIDER
+        case _:
+            assert_never(layer.form)
+
+
+def describe_outcome(layer: LayerReport, *, counts: bool = True) -> str:
+    """The skip reason of a convolution, or the form of its replacement.
+
+    With `counts` the text gives the numbers of intrinsic maps and ghosts, else the kind of outcome.
+    """
+    if layer.skip_reason is not None:
+        return layer.skip_reason
+    activated = ", activated" if layer.activated else ""
+    reordered = ", reordered" if layer.reorders_output else ""
+    return _shape(layer, counts) + _width(layer) + activated + reordered
+
+
+def _shape(layer: LayerReport, counts: bool) -> str:
+    """The numbers of maps where `counts`, else the kind of outcome and the numbers of kept channels."""
+    sizes = f"{layer.intrinsic} + {layer.outputs - layer.intrinsic}, d={layer.dw_size}"
+    if not counts:
+        kind = outcome_of(layer)
+        return kind if layer.kept_in_count is None else f"{kind}: {layer.kept_in_count} to {layer.kept_out_count}"
+    if layer.kept_in_count is None:
+        return sizes
+    return f"{layer.kept_in_count} maps to {layer.kept_out_count if layer.is_pruned else sizes}"
+
+
+def _width(layer: LayerReport) -> str:
+    """The number of intrinsic maps that each ghost reads, where it is more than one."""
+    match layer.form:
+        case None | Depthwise():
+            return ""
+        case Grouped() | Pointwise():
+            return f", w={layer.width}"
+        case _:
+            assert_never(layer.form)
