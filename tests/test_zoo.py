@@ -22,7 +22,7 @@ DETACHED = ("rpn.",)  # region proposals take no gradient from the boxes in eval
 
 @pytest.mark.filterwarnings("default")  # the models' own
 @pytest.mark.parametrize("name", NAMES)
-def test_a_network_of_each_family(name):
+def test_a_family(name):
     row = examine(name, fitted=False)
     assert row["outcome"] == "good"
     assert row["rewritten"]
