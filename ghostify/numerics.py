@@ -29,7 +29,7 @@ def relative_squared_error(
     """||x - y||^2 / ||y - mean(y)||^2 for an estimate x of a reference y, the mean taken over the dimensions `over`.
 
     A scalar, or with `per_map` one value for each index of the other dimensions. With `ignore_mean` the mean of x is
-    subtracted from x as well, so that a constant offset is no error. `minimum` bounds the denominator from below.
+    subtracted from x as well, so that a constant offset does not count. `minimum` bounds the denominator from below.
     """
     dims = list(over)
     centred = reference - reference.mean(dims, keepdim=True)

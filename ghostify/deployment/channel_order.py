@@ -28,8 +28,9 @@ class ChannelOrders:
     ) -> None:
         self.module = module
         self.computed = {node: concatenations[node] for node in module.graph.nodes if node in concatenations}
-        found = find_channel_groups(module, {node.name: len(order) for node, order in self.computed.items()}, shapes)
-        self.groups, self.groups_of = found.groups, found.of_node
+        sources = {node.name: len(order) for node, order in self.computed.items()}
+        channels = find_channel_groups(module, sources, shapes)
+        self.groups, self.groups_of = channels.groups, channels.of_node
         self.orders = [torch.arange(group.size) for group in self.groups]
         for node, order in reversed(self.computed.items()):
             first, *others = self.groups_of[node.name]
