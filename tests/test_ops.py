@@ -15,7 +15,6 @@ from ghostify.graph.op_queries import (
     channel_parameters,
     concat_inputs,
     elementwise_operands,
-    flattens_channels,
     is_add,
     is_channel_independent,
     is_channelwise,
@@ -24,7 +23,6 @@ from ghostify.graph.op_queries import (
     is_identity_in_eval,
     is_mul,
     is_pooling,
-    is_spatial_mean,
     is_standard_conv,
     may_mutate_input,
     reads_metadata,
@@ -383,35 +381,6 @@ def test_concatenation_along_channels(call, by_channel):
     _, node = graph_of(call)
     inputs = concat_inputs(node)
     assert (None if inputs is None else [n.name for n in inputs]) == (["x", "y"] if by_channel else None)
-
-
-@pytest.mark.parametrize(
-    ("call", "mean", "flattens"),
-    [
-        (lambda x: x.mean((2, 3)), True, True), (lambda x: torch.mean(x, dim=[-2, -1]), True, True),
-        (lambda x: x.mean((2, 3), keepdim=True), True, False), (lambda x: F.adaptive_avg_pool2d(x, 1), True, False),
-        (lambda x: F.adaptive_avg_pool2d(x, (1, 1)), True, False),
-        (lambda x: F.adaptive_avg_pool2d(x, 2), False, False),
-        (lambda x: x.mean(1), False, False), (lambda x: x.mean(), False, False), (lambda x: x.flatten(1), False, True),
-        (lambda x: torch.flatten(x, 1), False, True), (lambda x: x.view(2, -1), False, True),
-        (lambda x: x.flatten(2), False, False), (lambda x: x.reshape(-1, 4), False, False),
-    ],
-)  # fmt: skip
-def test_spatial_means_and_flattened_channels(call, mean, flattens):
-    module, node = graph_of(call)
-    x = torch.randn(2, 3, 4, 4)
-    assert is_spatial_mean(module, node) == mean
-    assert flattens_channels(module, node, tuple(x.shape), tuple(module(x).shape)) == flattens
-    assert not (flattens and is_channel_independent(module, node))
-
-
-def test_modules_average_and_flatten_too():
-    module, node = graph_of(lambda self, x: self.pool(x), pool=nn.AdaptiveAvgPool2d(1))
-    assert is_spatial_mean(module, node)
-    module, node = graph_of(lambda self, x: self.pool(x), pool=nn.AdaptiveAvgPool2d((1, 2)))
-    assert not is_spatial_mean(module, node)
-    module, node = graph_of(lambda self, x: self.flat(x), flat=nn.Flatten())
-    assert flattens_channels(module, node, (2, 3, 4, 4), (2, 48))
 
 
 def test_padding_of_positions_only_is_channel_independent():

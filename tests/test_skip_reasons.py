@@ -1,6 +1,6 @@
 import pytest
 
-from ghostify.planning import skip_reasons
+from ghostify import skip_reasons
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ from ghostify.fitting.initialization import untrained_weights
 from ghostify.graph.inputs import tensor_leaves
 from ghostify.io.checkpoint import versions
 from ghostify.planning.cost import count_macs
-from ghostify.planning.skip_reasons import kind_of
+from ghostify.skip_reasons import kind_of
 from ghostify.summary import attach_report, build_report
 
 FILE, COMMAND = RESULTS / "zoo.json", "python benchmarks/experiments/zoo.py"

@@ -8,7 +8,7 @@ import torch
 from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
 
-from ghostify.graph import skip_reasons
+from ghostify import skip_reasons
 from ghostify.graph.functional_conv import Conv2dCall, Conv2dRecorder
 from ghostify.graph.modes import eval_mode
 from ghostify.graph.op_queries import is_standard_conv

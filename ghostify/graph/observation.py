@@ -17,7 +17,7 @@ from ghostify.graph.inputs import CallInputs, bind_inputs, run_example
 from ghostify.graph.modes import eval_mode
 from ghostify.graph.op_queries import is_conv2d
 from ghostify.graph.program import FUNCTIONAL_CONV, SINGLE_CONV_NAME, ConvCall, Convolution
-from ghostify.graph.skip_reasons import UNTRACED_FUNCTION
+from ghostify.skip_reasons import UNTRACED_FUNCTION
 
 ConvCallback = Callable[[str, fx.Node, Tensor, Tensor], Tensor]
 

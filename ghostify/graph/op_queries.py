@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import operator
-from typing import Any
 
 from timm.layers import Conv2dSame
 from torch import Tensor, fx, nn
@@ -123,7 +121,7 @@ def is_channelwise(module: nn.Module, node: fx.Node) -> bool:
     """Whether every output channel depends on the input channel of the same index and that channel's parameters only.
 
     `channel_parameters` names the parameters. False for means over all positions that drop the dimensions
-    (`flattens_channels`) and for depthwise convolutions (`is_depthwise`).
+    and for depthwise convolutions (`is_depthwise`).
     """
     if node.op == "call_module":
         return is_channelwise_module(_called(module, node))
@@ -239,26 +237,6 @@ def is_pooling(module: nn.Module, node: fx.Node) -> bool:
 def is_resampling(module: nn.Module, node: fx.Node) -> bool:
     """Whether the node pools or upsamples each channel."""
     return is_pooling(module, node) or _op_name(op_of(module, node)) == "upsample"
-
-
-def is_spatial_mean(module: nn.Module, node: fx.Node) -> bool:
-    """Whether the node averages each channel over all positions, keeping the dimensions or not."""
-    name = _op_name(op_of(module, node))
-    if name != "adaptive_avg_pool":
-        return name == "spatial_mean"
-    inner: Any = _called(module, node) if node.op == "call_module" else None
-    size = argument(node, 1, "output_size") if inner is None else inner.output_size
-    return size == 1 or (isinstance(size, list | tuple) and tuple(size) == (1, 1))
-
-
-def flattens_channels(module: nn.Module, node: fx.Node, shape_in: tuple[int, ...], shape_out: tuple[int, ...]) -> bool:
-    """Whether the node maps N x C x H x W to N x C*H*W in channel order, or to N x C by pooling all positions."""
-    op = op_of(module, node)
-    if op is None or len(shape_in) != RANK or len(shape_out) != 2:
-        return False
-    if _drops_positions(node):
-        return True
-    return op.name in ("flatten", "reshape", "squeeze") and shape_out == (shape_in[0], math.prod(shape_in[1:]))
 
 
 def _drops_positions(node: fx.Node) -> bool:

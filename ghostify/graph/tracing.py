@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import fx, nn
 
+from ghostify import skip_reasons
 from ghostify.errors import GhostifyError
-from ghostify.graph import skip_reasons
 from ghostify.graph.attributes import copy_attributes, missing_attributes
 from ghostify.graph.conv_types import to_standard_conv
 from ghostify.graph.functional_conv import as_conv_module, call_settings_key, resolve_attribute, weight_path

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from ghostify import skip_reasons
 from ghostify.errors import GhostifyError
 from ghostify.graph.neighbours import GraphIndex, find_residual_operand, following_activation, following_norm
 from ghostify.graph.program import Convolution, Program
@@ -17,7 +18,7 @@ from ghostify.modules.layout import (
     may_read_activated,
     round_up_width,
 )
-from ghostify.planning import cost, skip_reasons
+from ghostify.planning import cost
 from ghostify.planning.policy import Policy, Rule
 from ghostify.pruning.channel_groups import ChannelGroup, ChannelGroups, find_channel_groups
 from ghostify.pruning.kept_channels import KeptChannels

@@ -27,7 +27,7 @@ from ghostify.graph.op_queries import (
 )
 from ghostify.graph.program import called_module
 from ghostify.modules.hooks import has_hooks
-from ghostify.pruning import skip_reasons
+from ghostify.pruning import obstacles
 from ghostify.pruning.channel_layout import (
     ChannelLayout,
     has_constant_channel_count,
@@ -95,28 +95,28 @@ class Propagation:
             if channels is not None:
                 self.values[node] = channels
                 for method, _ in sorted(method_marks(node)):
-                    self._fix_order([node], skip_reasons.METHOD_BOUNDARY.format(method))
+                    self._fix_order([node], obstacles.METHOD_BOUNDARY.format(method))
 
     def _visit(self, node: fx.Node) -> NodeChannels | None:
         """The channels of a node's output, where they are known; records the node's uses and obstacles."""
         known = [n for n in node.all_input_nodes if n in self.values]
         if node.name in self.sources:
-            self._fix_order(known, skip_reasons.ORIGINAL_ORDER.format(_target_name(node)))
+            self._fix_order(known, obstacles.ORIGINAL_ORDER.format(_target_name(node)))
             return NodeChannels((ChannelRun(self.sources[node.name]),), ChannelLayout())
         if node.op == "output":
-            self._fix_order(known, skip_reasons.REACH_OUTPUT)
+            self._fix_order(known, obstacles.REACH_OUTPUT)
             return None
         if is_conv2d(self.module, node):
             return self._convolution(node)
         if known and reads_metadata(node):
             if any(reads_channel_count(node, self.values[n].layout) for n in known):
-                self._fix_count(known, skip_reasons.COUNT_READ)
+                self._fix_count(known, obstacles.COUNT_READ)
             return None
         channels = self._channelwise(node) if known else None
         if channels is None:
             module = called_module(self.module, node) if node.op == "call_module" else None
             obstacle = None if module is None else self._weight_obstacle(module, str(node.target))
-            self._fix_order(known, obstacle or skip_reasons.MIXED.format(_target_name(node)))
+            self._fix_order(known, obstacle or obstacles.MIXED.format(_target_name(node)))
         return channels
 
     def _channelwise(self, node: fx.Node) -> NodeChannels | None:
@@ -133,7 +133,7 @@ class Propagation:
             return self._linear(node, source)
         if (layout := layout_after_reshape(self.module, node, source.layout, self.shapes)) is not None:
             if has_constant_channel_count(node):
-                self._fix_count([node.all_input_nodes[0]], skip_reasons.CONSTANT_COUNT.format(_target_name(node)))
+                self._fix_count([node.all_input_nodes[0]], obstacles.CONSTANT_COUNT.format(_target_name(node)))
             return NodeChannels(source.runs, layout)
         if not is_channelwise(self.module, node):
             return None
@@ -161,12 +161,12 @@ class Propagation:
         source = self.values.get(node.all_input_nodes[0])
         known = [n for n in node.all_input_nodes if n in self.values]
         if node.op != "call_module":
-            self._fix_order(known, skip_reasons.FUNCTION_INPUT.format(_target_name(node)))
+            self._fix_order(known, obstacles.FUNCTION_INPUT.format(_target_name(node)))
             path = weight_path(self.module, node)
             if path is None:
                 return None
             outputs = as_conv_module(self.module, node).out_channels
-            return self._new_channels(node, path, outputs, source, skip_reasons.FUNCTION_WEIGHT.format(path))
+            return self._new_channels(node, path, outputs, source, obstacles.FUNCTION_WEIGHT.format(path))
         conv, path = called_module(self.module, node), str(node.target)
         assert isinstance(conv, nn.Conv2d)
         obstacle = self._weight_obstacle(conv, path)
@@ -178,7 +178,7 @@ class Propagation:
                 if source is not None:
                     self.uses.append(ChannelUse(Role.CONSUMER, node, path, source))
                 return self._new_channels(node, path, conv.out_channels, source)
-        reason = skip_reasons.GROUPED if is_standard_conv(conv) else skip_reasons.COMPUTED_WEIGHTS
+        reason = obstacles.GROUPED if is_standard_conv(conv) else obstacles.COMPUTED_WEIGHTS
         weight_obstacle = obstacle or reason.format(path)
         self._fix_order(known, weight_obstacle)
         return self._new_channels(node, path, conv.out_channels, source, weight_obstacle, obstacle)
@@ -206,7 +206,7 @@ class Propagation:
         """The `size` channels that the module or weight at `path` computes, in the layout of its input."""
         layout = ChannelLayout() if source is None else replace(source.layout, width=1)
         if len(self.shapes.get(node.name, (0,) * layout.rank)) != layout.rank:
-            order_obstacle = order_obstacle or skip_reasons.NO_BATCH
+            order_obstacle = order_obstacle or obstacles.NO_BATCH
         channels = NodeChannels((ChannelRun(size, order_obstacle),), layout)
         self.uses.append(ChannelUse(Role.PRODUCER, node, path, channels, weight_obstacle=weight_obstacle))
         return channels
@@ -244,12 +244,12 @@ class Propagation:
     def _weight_obstacle(self, module: nn.Module, path: str) -> str | None:
         """The reason why a module's weights must stay as they are, None if they can change."""
         if self.call_counts[id(module)] > 1:
-            return skip_reasons.CALLED_REPEATEDLY.format(path)
+            return obstacles.CALLED_REPEATEDLY.format(path)
         if has_hooks(module):
-            return skip_reasons.HAS_HOOKS.format(path)
+            return obstacles.HAS_HOOKS.format(path)
         parameters = module.parameters(recurse=False)
         shared = any(self.owner_counts[id(p)] > 1 or self.fetch_counts[id(p)] for p in parameters)
-        return skip_reasons.SHARED_WEIGHTS.format(path) if shared else None
+        return obstacles.SHARED_WEIGHTS.format(path) if shared else None
 
     def _fix_order(self, nodes: Iterable[fx.Node], reason: str) -> None:
         for piece in pieces_of(run for node in nodes for run in self.values[node].runs):

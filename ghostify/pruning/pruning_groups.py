@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from ghostify.graph.program import Convolution, Program
-from ghostify.pruning import skip_reasons
+from ghostify.pruning import obstacles
 from ghostify.pruning.channel_groups import ChannelGroup, Member, find_channel_groups
 from ghostify.pruning.kept_channels import KeptChannels, kept_by_path
 
@@ -50,7 +50,7 @@ class PruningGroup:
 
 @dataclass(frozen=True)
 class Unprunable:
-    """A channel group that cannot be pruned: the name of its first producer, and the reason (see `skip_reasons`)."""
+    """A channel group that cannot be pruned: the name of its first producer, and the reason (see `obstacles`)."""
 
     name: str
     reason: str
@@ -76,15 +76,15 @@ def _unsupported_reason(channels: ChannelGroup, convs: Mapping[str, Convolution]
     for member in (*channels.producers, *channels.consumers):
         conv = convs.get(member.node)
         if conv is None:
-            return skip_reasons.LINEAR.format(member.path)
+            return obstacles.LINEAR.format(member.path)
         if conv.unsupported_reason is not None:
             return f"{conv.name}: {conv.unsupported_reason}"
     totals = [(m, convs[m.node].outputs) for m in channels.producers]
     totals += [(m, convs[m.node].inputs) for m in channels.consumers]
     partial = next((member for member, total in totals if member.count != total), None)
     if partial is not None:
-        return skip_reasons.OTHER_CHANNELS.format(partial.path)
-    return None if channels.consumers else skip_reasons.NO_CONSUMER
+        return obstacles.OTHER_CHANNELS.format(partial.path)
+    return None if channels.consumers else obstacles.NO_CONSUMER
 
 
 def _members(channels: ChannelGroup, convs: Mapping[str, Convolution]) -> Iterator[GroupMember]:

@@ -9,6 +9,7 @@ from typing import Any
 from ghostify.errors import GhostifyError
 from ghostify.reporting.analysis import layer_costs
 from ghostify.reporting.outcome import DEPTHWISE, PRUNED, SKIPPED, WIDER, outcome_of
+from ghostify.search.costs import COSTS
 from ghostify.summary import Report
 
 COLOURS = {SKIPPED: "#9a9a9a", DEPTHWISE: "#0b6e99", WIDER: "#b45309", PRUNED: "#6d28d9"}
@@ -82,13 +83,15 @@ def error_chart(report: Report) -> dict[str, Any]:
 def frontier_chart(curve: Sequence[Mapping[str, Any]], macs_share: float | None) -> dict[str, Any]:
     """The measured drop, or else the predicted error, by the share of the cost; a rule at this model's `macs_share`."""
     alt = require_altair()
-    cost = next(iter(k for k in ("latency", "macs") if all(k in point["shares"] for point in curve)))
+    cost = _cost_of(curve)
     has_drops = all(point.get("drop") is not None for point in curve)
     key, title = ("drop", "drop in points") if has_drops else ("error", "predicted output error")
     rows = [{"share": point["shares"][cost], key: point[key]} for point in curve]
-    label = {"latency": "latency", "macs": "MACs"}[cost]
     x = alt.X(
-        "share:Q", title=f"{label}, share of the original", axis=alt.Axis(format="%"), scale=alt.Scale(zero=False)
+        "share:Q",
+        title=f"{COSTS[cost].unit}, share of the original",
+        axis=alt.Axis(format="%"),
+        scale=alt.Scale(zero=False),
     )
     chart = (
         alt.Chart(alt.Data(values=rows))
@@ -98,6 +101,12 @@ def frontier_chart(curve: Sequence[Mapping[str, Any]], macs_share: float | None)
     if macs_share is not None and cost == "macs":
         chart += alt.Chart(alt.Data(values=[{"share": macs_share}])).mark_rule(strokeDash=[4, 4]).encode(x="share:Q")
     return _sized(chart, "Error-cost frontier", FRONTIER_BARS)
+
+
+def _cost_of(frontier: Sequence[Mapping[str, Any]]) -> str:
+    """The cost to draw a frontier over: a measured one where every point has it, else the first of `COSTS`."""
+    names = [name for name in COSTS if all(name in point["shares"] for point in frontier)]
+    return max(names, key=lambda name: COSTS[name].is_measured)
 
 
 def _layer_axis(alt: Any, order: Sequence[str]) -> Any:

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
+from ghostify import skip_reasons
 from ghostify.errors import GhostifyError, InfeasibleBudgetError
 from ghostify.fitting.initialization import untrained_weights
 from ghostify.fitting.sensitivity import Calibration, prepare_calibration
 from ghostify.graph.program import Program
 from ghostify.modules.layout import GhostLayout
-from ghostify.planning import skip_reasons
 from ghostify.planning.planner import Plan, PlanTarget, Skip, build_plan, may_prune, resolve_targets
 from ghostify.planning.policy import Policy
 from ghostify.pruning.pruning_groups import PruningGroup, Unprunable, find_pruning_groups

@@ -1,6 +1,6 @@
 """The quantities that a budget limits.
 
-To add one, write it as a `CountedCost`, or as a class with the members of `Cost`, and put it into `COSTS`: candidates,
+To add one, write it as a `CountedCost`, or as a class with the members of `Cost`, and put it into `ROWS`: candidates,
 budgets, the frontier, the command's help and the error messages read that table.
 """
 
@@ -202,7 +202,7 @@ class LatencyCost:
         return after / before
 
 
-_ALL: tuple[Cost, ...] = (
+ROWS: tuple[Cost, ...] = (
     CountedCost("macs", "multiply-accumulates", lambda program: program.macs or 0, cost.count_macs, _layer_macs),
     CountedCost(
         "params",
@@ -215,7 +215,7 @@ _ALL: tuple[Cost, ...] = (
     ),
     LatencyCost(),
 )
-COSTS: Mapping[str, Cost] = {entry.name: entry for entry in _ALL}
+COSTS: Mapping[str, Cost] = {entry.name: entry for entry in ROWS}
 
 
 def budget_help() -> str:

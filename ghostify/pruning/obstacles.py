@@ -1,4 +1,4 @@
-"""Reasons why the channels of a group cannot be permuted or pruned: every reason that this package gives."""
+"""Obstacles: why the channels of a group cannot be permuted or pruned."""
 
 from __future__ import annotations
 
