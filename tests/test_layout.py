@@ -17,6 +17,7 @@ from ghostify.modules.layout import (
     Pointwise,
     form_of,
     intrinsic_count,
+    make_layout,
     may_read_activated,
     round_up_width,
 )
@@ -206,3 +207,25 @@ def test_pruned_and_skipped_layers_have_no_form():
     assert [outcome_of(x) for x in (LAYER_REPORT, pruned, skipped)] == ["depthwise ghosts", "pruned", "skipped"]
     wider, pointwise = replace(LAYER_REPORT, width=2), replace(LAYER_REPORT, width=4, dw_size=1)
     assert outcome_of(wider) == outcome_of(pointwise) == "wider ghosts"
+
+
+@pytest.mark.parametrize(
+    ("intrinsic", "cheap", "form"),
+    [
+        (8, "depthwise", Depthwise(3)),
+        (8, 1, Depthwise(3)),
+        (8, "pointwise", Pointwise()),
+        (1, "pointwise", Depthwise(1)),
+        (8, 4, Grouped(4, 3)),
+        (8, 3, Grouped(4, 3)),
+        (8, 99, Grouped(8, 3)),
+        (1, 99, Depthwise(3)),
+    ],
+)
+def test_the_form_that_cheap_names(intrinsic, cheap, form):
+    assert make_layout(16, intrinsic, cheap, 3) == GhostLayout(16, intrinsic, form)
+
+
+def test_auto_is_not_one_form():
+    with pytest.raises(GhostifyError, match="cheap 'auto': is not one form"):
+        make_layout(16, 8, "auto", 3)

@@ -3,8 +3,7 @@ import torch
 from torch import nn
 
 from ghostify import GhostifyError, Policy, Rule, plan, trace
-from ghostify.modules.layout import Depthwise, GhostLayout, Grouped, Pointwise
-from ghostify.planning.planner import GhostRewrite, Skip, make_layout
+from ghostify.planning.planner import GhostRewrite, Skip
 from tests import nets
 
 
@@ -67,25 +66,3 @@ def test_totals_need_shapes():
 def test_planning_two_thousand_convolutions_takes_seconds():
     model = nn.Sequential(*[nn.Conv2d(4, 4, 3, padding=1) for _ in range(2000)])
     assert len(plan(trace(model)).rewrites) == 1999
-
-
-@pytest.mark.parametrize(
-    ("intrinsic", "cheap", "form"),
-    [
-        (8, "depthwise", Depthwise(3)),
-        (8, 1, Depthwise(3)),
-        (8, "pointwise", Pointwise()),
-        (1, "pointwise", Depthwise(1)),
-        (8, 4, Grouped(4, 3)),
-        (8, 3, Grouped(4, 3)),
-        (8, 99, Grouped(8, 3)),
-        (1, 99, Depthwise(3)),
-    ],
-)
-def test_the_form_that_cheap_names(intrinsic, cheap, form):
-    assert make_layout(16, intrinsic, cheap, 3) == GhostLayout(16, intrinsic, form)
-
-
-def test_auto_is_not_one_form():
-    with pytest.raises(GhostifyError, match="cheap 'auto': is not one form"):
-        make_layout(16, 8, "auto", 3)

@@ -1,13 +1,14 @@
 """The form of a layer's ghosts, and how its output maps split into intrinsic maps and ghosts.
 
-A new form of ghost is a new dataclass here, added to `GhostForm`. mypy then lists every `match` that has to handle it:
-its convolutions, cost and stored form in this module; its predicted error, fit and deployment in other modules. At run
-time a form that a `match` does not handle is an error.
+A new form of ghost is a new dataclass here, added to `GhostForm`, with its name for `cheap` in `NAMED_FORMS` and
+`make_layout`. mypy then lists every `match` that has to handle it: its convolutions, cost and stored form in this
+module, its predicted error and its fit in other modules. At run time a form that a `match` does not handle is an error.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from typing_extensions import assert_never
@@ -36,6 +37,7 @@ class Pointwise:
 
 
 GhostForm = Depthwise | Grouped | Pointwise
+NAMED_FORMS: Mapping[str, type[GhostForm]] = {"depthwise": Depthwise, "pointwise": Pointwise}  # as `cheap` names them
 
 
 def form_of(intrinsic: int, width: int, kernel_size: int) -> GhostForm:
@@ -188,3 +190,21 @@ def round_up_width(outputs: int, intrinsic: int, width: int) -> int:
         return 1
     divisors = (g for g in range(max(1, intrinsic // width), 0, -1) if intrinsic % g == (outputs - intrinsic) % g == 0)
     return intrinsic // next(divisors)
+
+
+def make_layout(outputs: int, intrinsic: int, cheap: str | int, dw_size: int) -> GhostLayout:
+    """The layout of `intrinsic` of `outputs` maps with the form of ghosts that a rule's `cheap` names; not "auto".
+
+    Raises `GhostifyError` for other values.
+    """
+    form: GhostForm
+    match cheap:
+        case "depthwise":
+            form = Depthwise(dw_size)
+        case "pointwise":
+            form = form_of(intrinsic, intrinsic, 1)
+        case int():
+            form = form_of(intrinsic, round_up_width(outputs, intrinsic, min(cheap, intrinsic)), dw_size)
+        case _:
+            raise GhostifyError(f"cheap {cheap!r}: is not one form of ghost. Use 'depthwise', 'pointwise' or a width.")
+    return GhostLayout(outputs, intrinsic, form)

@@ -9,15 +9,7 @@ from ghostify import skip_reasons
 from ghostify.errors import GhostifyError
 from ghostify.graph.neighbours import GraphIndex, find_residual_operand, following_activation, following_norm
 from ghostify.graph.program import Convolution, Program
-from ghostify.modules.layout import (
-    Depthwise,
-    GhostForm,
-    GhostLayout,
-    form_of,
-    intrinsic_count,
-    may_read_activated,
-    round_up_width,
-)
+from ghostify.modules.layout import GhostLayout, intrinsic_count, make_layout, may_read_activated
 from ghostify.planning import cost
 from ghostify.planning.policy import Policy, Rule
 from ghostify.pruning.channel_groups import ChannelGroup, ChannelGroups, find_channel_groups
@@ -145,24 +137,6 @@ def may_prune(program: Program, policy: Policy, conv: Convolution) -> bool:
     """Whether the rule that targets a convolution allows pruning."""
     rule = _rule(program, policy, conv)
     return isinstance(rule, Rule) and rule.prune
-
-
-def make_layout(outputs: int, intrinsic: int, cheap: str | int, dw_size: int) -> GhostLayout:
-    """The layout of `intrinsic` of `outputs` maps with the form of ghosts that a rule's `cheap` names; not "auto".
-
-    Raises `GhostifyError` for other values.
-    """
-    form: GhostForm
-    match cheap:
-        case "depthwise":
-            form = Depthwise(dw_size)
-        case "pointwise":
-            form = form_of(intrinsic, intrinsic, 1)
-        case int():
-            form = form_of(intrinsic, round_up_width(outputs, intrinsic, min(cheap, intrinsic)), dw_size)
-        case _:
-            raise GhostifyError(f"cheap {cheap!r}: is not one form of ghost. Use 'depthwise', 'pointwise' or a width.")
-    return GhostLayout(outputs, intrinsic, form)
 
 
 def _rule(program: Program, policy: Policy, conv: Convolution) -> Rule | Skip:

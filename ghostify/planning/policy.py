@@ -14,7 +14,7 @@ from torch import nn
 
 from ghostify.deprecation import rename_keys, renamed_keywords, warn_renamed
 from ghostify.errors import GhostifyError
-from ghostify.modules.layout import Depthwise, GhostForm, Grouped, Pointwise
+from ghostify.modules.layout import NAMED_FORMS, Depthwise, GhostForm, Grouped
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -22,7 +22,6 @@ else:
     import tomli as tomllib
 
 Pattern = str | Callable[[str, nn.Module], bool]
-CHEAP_FORMS = ("depthwise", "pointwise", "auto")
 RENAMED_FIELDS = {"narrow": "prune"}
 
 
@@ -64,7 +63,7 @@ class Rule:
         ):
             raise GhostifyError(f"dw_size {self.dw_size!r}: is not an odd number. Use 1, 3, 5 or 7.")
         is_width = isinstance(self.cheap, int) and not isinstance(self.cheap, bool) and self.cheap >= 1
-        if not is_width and self.cheap not in CHEAP_FORMS:
+        if not is_width and self.cheap not in (*NAMED_FORMS, "auto"):
             raise GhostifyError(
                 f"cheap {self.cheap!r}: is unknown. Use 'depthwise', 'pointwise', 'auto' or the number of intrinsic "
                 f"maps per ghost."
@@ -78,15 +77,11 @@ class Rule:
         """The forms of ghosts that `cheap` allows."""
         match self.cheap:
             case "auto":
-                return Depthwise, Pointwise
-            case "depthwise" | 1:
-                return (Depthwise,)
-            case "pointwise":
-                return (Pointwise,)
-            case int():
-                return (Grouped,)
-            case _:
-                raise GhostifyError(f"cheap {self.cheap!r}: names no form of ghost. Use 'depthwise' or 'pointwise'.")
+                return tuple(NAMED_FORMS.values())
+            case str(name):
+                return (NAMED_FORMS[name],)
+            case width:
+                return (Depthwise,) if width == 1 else (Grouped,)
 
     @property
     def narrow(self) -> bool:
