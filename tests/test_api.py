@@ -52,8 +52,8 @@ def test_promise_2_dtype_and_memory_format_carry_over(dtype):
 @pytest.mark.parametrize(
     ("wish", "message"),
     [
-        ({"targets": "nothing.*"}, "targets 'nothing.*' matches no convolution"),
-        ({"ratio": 0.9}, "ratio 0.9 is not a number of at least 1"),
+        ({"targets": "nothing.*"}, "targets 'nothing.*': matches no convolution"),
+        ({"ratio": 0.9}, "ratio 0.9: is not a number of at least 1"),
         ({"policy": Policy(), "targets": "a.0"}, "Pass either, not both"),
     ],
 )
