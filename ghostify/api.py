@@ -59,7 +59,7 @@ def ghostify(
     during the fit. The same inputs and `seed` give the same result. Raises `GhostifyError`.
     """
     if reconstruct and calibration is None:
-        raise GhostifyError("reconstruct: needs images. Pass calibration, such as a few hundred unlabelled images.")
+        raise GhostifyError("reconstruct: needs images. Pass calibration (--calibration FOLDER).")
     if policy is None:
         selected = ("*",) if targets is None else as_patterns(targets, "targets")
         ignored = () if ignore is None else as_patterns(ignore, "ignore")
@@ -72,7 +72,7 @@ def ghostify(
     prepared = None if calibration is None else prepare_calibration(program, calibration, seed)
     if budget is not None and "max_drop" in budget:
         if evaluate is None:
-            raise GhostifyError("budget max_drop: needs the model's score. Pass evaluate (--validation).")
+            raise GhostifyError("budget max_drop: needs the model's score. Pass evaluate (--validation FOLDER).")
         planned, fits = plan_for_drop(
             program, policy, budget, evaluate, prepared, seed=seed, runtime=runtime, on_progress=on_progress
         )

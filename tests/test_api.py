@@ -52,7 +52,7 @@ def test_promise_2_dtype_and_memory_format_carry_over(dtype):
 @pytest.mark.parametrize(
     ("wish", "message"),
     [
-        ({"targets": "nothing.*"}, "targets 'nothing.*' matches no convolution"),
+        ({"targets": "nothing.*"}, "targets 'nothing.*': matches no convolution"),
         ({"ratio": 0.9}, "ratio 0.9: is not a number of at least 1"),
         ({"policy": Policy(), "targets": "a.0"}, "Pass either, not both"),
     ],

@@ -52,11 +52,11 @@ def test_the_planned_ratios_beat_one_for_all():
 @pytest.mark.parametrize(
     ("budget", "options", "message"),
     [
-        ({"macs": 0.01}, {}, r"budget macs=0.01 is infeasible: the minimum under these rules is 0\.\d+"),
+        ({"macs": 0.01}, {}, r"budget macs 0.01: is infeasible: the minimum is 0\.\d+ .*Raise it to at least 0\.\d+"),
         ({"flops": 0.5}, {}, r"budget 'flops': is unknown\. Use macs, params, latency"),
         ({"macs": -1}, {}, "budget macs=-1: is not a positive number"),
         ({"macs": "half"}, {}, "budget macs='half': is not a positive number"),
-        ({"macs": 0.5}, {"cheap": 2}, "a budget selects the cheap operation's width"),
+        ({"macs": 0.5}, {"cheap": 2}, "cheap 2: does not work with a budget. Use auto"),
     ],
 )
 def test_budgets_that_cannot_be(budget, options, message):
@@ -68,7 +68,7 @@ def test_budgets_that_cannot_be(budget, options, message):
 
 def test_what_a_budget_needs():
     model = nets.settle(nets.Straight())
-    with pytest.raises(GhostifyError, match="pass example_inputs"):
+    with pytest.raises(GhostifyError, match=r"budget: needs the model's shapes\. Pass example_inputs"):
         ghostify(model, budget={"macs": 0.5})
     with pytest.raises(GhostifyError, match="cheap 'auto': needs a budget"):
         ghostify(model, cheap="auto")
@@ -132,7 +132,7 @@ def test_a_latency_budget_is_kept_by_measured_time():
 
 def test_no_layer_is_rewritten_that_does_not_get_faster(fake_timer):
     fake_timer.overhead = 1e12
-    with pytest.raises(GhostifyError, match=r"budget latency=0.6 is infeasible: the minimum under these rules is 1"):
+    with pytest.raises(GhostifyError, match=r"budget latency 0.6: is infeasible: the minimum is 1 "):
         timed(0.6)
     _, planned = timed(1.0)
     assert not planned.rewrites
@@ -143,7 +143,7 @@ def test_the_plan_is_revised_where_the_layers_do_not_add_up(fake_timer):
     program, planned = timed(0.6)
     assert planned.macs_after <= 1.01 * 0.6 / 1.2 * program.macs
     fake_timer.whole = 5.0
-    with pytest.raises(GhostifyError, match=r"latency=0.6 is infeasible: .* the complete model takes"):
+    with pytest.raises(GhostifyError, match=r"latency 0.6: is infeasible: .* the complete model takes"):
         timed(0.6)
 
 
@@ -230,7 +230,7 @@ def test_pruning_needs_a_budget_and_images():
     model, x = nets.settle(nets.Inverted()), nets.images(4)
     with pytest.raises(GhostifyError, match="prune: needs a budget"):
         ghostify(model, prune=True)
-    with pytest.raises(GhostifyError, match="pruning needs calibration images: pass calibration"):
+    with pytest.raises(GhostifyError, match=r"prune: needs calibration images\. Pass calibration"):
         ghostify(model, prune=True, cheap="auto", budget={"macs": 0.5}, example_inputs=x)
 
 

@@ -148,7 +148,7 @@ def test_layers_that_cannot_be_shown_are_named(tmp_path):
     file = tmp_path / "r.html"
     with pytest.raises(GhostifyError, match="Pass original and images"):
         write_report(converted, file, layers=["a.0"])
-    with pytest.raises(GhostifyError, match=r"nothing: not a convolution of the report. Choose one of stem\.0"):
+    with pytest.raises(GhostifyError, match=r"nothing: is not a convolution of the report. Choose from stem\.0"):
         write_report(converted, file, original=model, images=[x], layers=["nothing"], runtime=None)
     with pytest.raises(GhostifyError, match="has no report"):
         write_report(torch.nn.Conv2d(1, 1, 1), file)

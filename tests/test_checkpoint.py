@@ -1,3 +1,4 @@
+import hashlib
 import json
 import pickle
 import subprocess
@@ -141,6 +142,27 @@ def test_a_damaged_folder_says_which_file_and_why(converted, tmp_path, damage, m
     damage(tmp_path / "out")
     with pytest.raises(GhostifyError, match=message):
         load(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "torch:Size",
+            r"ghostify\.json: torch:Size: is not a subclass of nn\.Module\. Convert and save the model again\.$",
+        ),
+        ("os:system", r"ghostify\.json: os:system: is not in an allowed package .*--allow os\.$"),
+    ],
+)
+def test_stored_data_that_cannot_be_used_has_one_remedy(converted, tmp_path, name, message):
+    folder = save(converted, tmp_path / "out")
+    content = json.loads((folder / "ghostify.json").read_text())
+    del content["digest"]
+    content["model"]["modules"]["stem.0"]["class"] = name
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    (folder / "ghostify.json").write_text(json.dumps({**content, "digest": digest}))
+    with pytest.raises(GhostifyError, match=message):
+        load(folder)
 
 
 class Evil:

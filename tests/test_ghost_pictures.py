@@ -42,5 +42,5 @@ def test_a_layer_without_ghosts_cannot_be_pictured():
     converted = ghostify(model, 2, example_inputs=x[:1])
     first = report(converted).layers[0]
     assert not is_picturable(converted, model, first)
-    with pytest.raises(GhostifyError, match=r"stem\.0: not a ghost module"):
+    with pytest.raises(GhostifyError, match=r"stem\.0: is not a ghost module"):
         picture_ghosts(converted, model, first, [x])

@@ -156,5 +156,5 @@ def test_the_mode_is_fixed():
 
 
 def test_a_model_that_does_not_run_is_an_error():
-    with pytest.raises(GhostifyError, match="does not run on example_inputs"):
+    with pytest.raises(GhostifyError, match="the model does not run on them"):
         deploy(converted(nets.Straight, {}), torch.rand(1, 4, 8, 8))

@@ -37,6 +37,10 @@ def test_budgets_are_numbers_by_name():
     assert parse_budget(["macs=0.5", "latency=12"]) == {"macs": 0.5, "latency": 12}
     assert parse_budget(None) is None
     assert parse_budget([]) is None
+    with pytest.raises(
+        GhostifyError, match=r"--budget '0\.5': is not of the form key=value\. Write it as in macs=0\.5"
+    ):
+        parse_budget(["0.5"])
 
 
 @pytest.mark.parametrize("text", ["3,4", "3,4,5,6", "3,0,4", "3,-4,5", "3x4x5", ""])
@@ -54,5 +58,5 @@ def test_settings_complete_the_recipe():
     assert parse_recipe(1.0, 8, 0.1, 0, None) == Recipe(batch=8, learning_rate=0.1)
     with pytest.raises(GhostifyError, match=r"--set depth: unknown training setting\. Use batch, clip,"):
         parse_recipe(1.0, 8, 0.1, 0, ["depth=3"])
-    with pytest.raises(GhostifyError, match="--set warmup=1 epochs=many:"):
+    with pytest.raises(GhostifyError, match="--set warmup=1 epochs=many: has a value of the wrong type"):
         parse_recipe(1.0, 8, 0.1, 0, ["warmup=1", "epochs=many"])

@@ -52,7 +52,7 @@ def test_the_first_rule_that_matches_decides_the_ratio():
 @pytest.mark.parametrize("key", ["targets", "ignore"])
 def test_a_pattern_that_matches_nothing_is_an_error(key):
     program = trace(nets.settle(nets.Straight()))
-    with pytest.raises(GhostifyError, match=f"{key} 'layer9' matches no convolution of Straight: its 3"):
+    with pytest.raises(GhostifyError, match=f"{key} 'layer9': matches no convolution of Straight. Choose from stem.0"):
         plan(program, Policy((Rule(**{key: "layer9"}),)))
 
 

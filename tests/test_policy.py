@@ -53,7 +53,7 @@ def test_policy_from_toml(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[[rule", "policy.toml: is not a readable policy"),
+        ("[[rule", r"policy\.toml: is not a readable policy \(.*\)\. Correct the TOML file"),
         ("", r"has no \[\[rule\]\] table"),
         ("[[rule]]\nration = 2", "rule 1: unknown key 'ration'. Use activated, cheap, dw_size"),
         ("colour = 1\n[[rule]]\nratio = 2", "unknown key 'colour'"),

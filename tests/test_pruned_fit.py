@@ -55,7 +55,7 @@ def test_the_result_saves_loads_deploys_and_trains(tmp_path, squeeze):
 
 def test_pruned_layers_need_images():
     _, program, chosen_plan, _ = planned()
-    with pytest.raises(GhostifyError, match="pruning needs calibration images"):
+    with pytest.raises(GhostifyError, match=r"pruning needs calibration images\. Pass calibration"):
         fit(program, chosen_plan)
 
 

@@ -34,7 +34,7 @@ def test_wrong_names_and_arguments_are_refused(name, message):
 
 def test_arguments_are_json_where_possible():
     assert parse_arguments(["a=1", "b=true", "c=x y"]) == {"a": 1, "b": True, "c": "x y"}
-    with pytest.raises(GhostifyError, match="argument 'a': is not of the form key=value"):
+    with pytest.raises(GhostifyError, match=r"--arg 'a': is not of the form key=value. Write it as in width=32\."):
         parse_arguments(["a"])
 
 

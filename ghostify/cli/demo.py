@@ -64,7 +64,9 @@ def run_demo(output: Path | None, console: Console, as_json: bool = False, seed:
         f"saved and reloaded without pickle: outputs {'bit-equal' if is_equal else 'DIFFERENT'}", highlight=False
     )
     if not is_equal:
-        raise GhostifyError("demo: the reloaded model computes different outputs. Report this with `pip list`.")
+        raise GhostifyError(
+            "demo: the reloaded model computes different outputs. Report this, with the output of `pip list`."
+        )
     return results
 
 

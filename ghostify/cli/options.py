@@ -111,7 +111,7 @@ def _read_policy(file: Path) -> Policy:
 
 def parse_budget(pairs: list[str] | None) -> dict[str, float] | None:
     """Limits by name, or None where there are none."""
-    return sources.parse_arguments(pairs) if pairs else None
+    return sources.parse_arguments(pairs, "--budget", "macs=0.5") if pairs else None
 
 
 def parse_size(text: str | None) -> tuple[int, int, int] | None:
@@ -127,7 +127,7 @@ def parse_size(text: str | None) -> tuple[int, int, int] | None:
 
 def parse_recipe(epochs: float, batch: int, learning_rate: float, seed: int, settings: list[str] | None) -> Recipe:
     """The recipe of these values and of further settings `key=value`."""
-    further = sources.parse_arguments(settings or [])
+    further = sources.parse_arguments(settings or [], "--set", "features=0.1")
     known = {f.name for f in fields(Recipe)}
     for key in further:
         if key not in known:
@@ -135,4 +135,6 @@ def parse_recipe(epochs: float, batch: int, learning_rate: float, seed: int, set
     try:
         return replace(Recipe(epochs=epochs, batch=batch, learning_rate=learning_rate, seed=seed), **further)
     except TypeError as error:
-        raise GhostifyError(f"--set {' '.join(settings or [])}: {error}") from error
+        raise GhostifyError(
+            f"--set {' '.join(settings or [])}: has a value of the wrong type ({error}). Write it as in features=0.1."
+        ) from error

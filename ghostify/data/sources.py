@@ -79,16 +79,16 @@ def _constructor(full_name: str, kind: str, name: str) -> Callable[..., Any]:
         raise GhostifyError(f"model {full_name!r}: {error}. Check the name and the Python path.") from error
 
 
-def parse_arguments(pairs: list[str]) -> dict[str, Any]:
-    """`key=value` strings as constructor arguments; values are parsed as JSON where possible, else kept as text.
+def parse_arguments(pairs: list[str], option: str = "--arg", example: str = "width=32") -> dict[str, Any]:
+    """The `key=value` strings of an option by key; values are parsed as JSON where possible, else kept as text.
 
-    Raises `GhostifyError` for a string of another form.
+    Raises `GhostifyError` for a string of another form, with an `example` of the option's.
     """
     arguments = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key.isidentifier():
-            raise GhostifyError(f"argument {pair!r}: is not of the form key=value. Write it as in width=32.")
+            raise GhostifyError(f"{option} {pair!r}: is not of the form key=value. Write it as in {example}.")
         try:
             arguments[key] = json.loads(value)
         except ValueError:

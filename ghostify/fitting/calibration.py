@@ -89,7 +89,8 @@ def bind_calibration(module: nn.Module, calibration: Iterable[Any] | Calibration
         raise GhostifyError(
             "calibration: yields no batches. Pass a list or a DataLoader, not an exhausted iterator."
             if not batch_count
-            else f"calibration: yields {batch_count} batches for {processes} processes. Use smaller batches."
+            else f"calibration: yields {batch_count} batches for {processes} processes. "
+            "Use smaller batches, or fewer processes."
         )
     memory_format = _fastest_memory_format(module, split(local_batches[0].inputs, 1)[0])
     return CalibrationBatches(tuple(replace(batch, memory_format=memory_format) for batch in local_batches), images)

@@ -75,7 +75,7 @@ def fit(
     run = _FitRun(program, plan, seed, on_progress, method)
     if calibration is None:
         for name in plan.pruned:
-            raise GhostifyError(f"{name}: pruning needs calibration images. Pass calibration.")
+            raise GhostifyError(f"{name}: pruning needs calibration images. Pass calibration (--calibration FOLDER).")
         with run.timer("solving"):
             weights = {e.conv.name: run.fit_data_free(e) for e in plan.rewrites}
         return FitResult(weights, 0, run.timer.seconds)

@@ -111,7 +111,10 @@ def run_example(module: nn.Module, inputs: CallInputs) -> Any:
     except GhostifyError:
         raise
     except Exception as error:
-        raise GhostifyError(f"the model does not run on example_inputs: {type(error).__name__}: {error}") from error
+        raise GhostifyError(
+            f"example_inputs: the model does not run on them ({type(error).__name__}: {error}). "
+            "Pass inputs of the shape and type that its forward takes (--input-size)."
+        ) from error
 
 
 def unbind_inputs(module: fx.GraphModule, inputs: PlaceholderValues) -> tuple[list[Any], dict[str, Any]]:

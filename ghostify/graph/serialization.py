@@ -32,6 +32,7 @@ TORCH_FUNCTIONS = ("_assert", "sym_int", "sym_float", "sym_max", "sym_min", "sym
 FORBIDDEN = ("from_file", "save", "load")
 MODULE_INTERNALS = frozenset(nn.Module().__dict__) - {"training"}
 DERIVED = ("_flat_weights", "_flat_weight_refs")  # recurrent layers compute these from their parameters
+UNSAVABLE_REMEDY = "Remove the attribute, or make it a submodule or buffer."
 
 
 def serialize_module(module: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -273,7 +274,8 @@ def _encode_callable(value: Any, where: str, tensors: dict[str, Tensor] | None) 
         return {"class": _import_name(value, where)}
     if isinstance(value, nn.Module | types.MethodType):
         raise GhostifyError(
-            f"{where}: holds a {type(value).__name__} that is not a registered submodule, which cannot be saved"
+            f"{where}: holds a {type(value).__name__} that is not a registered submodule, which cannot be saved. "
+            f"{UNSAVABLE_REMEDY}"
         )
     if callable(value) and hasattr(value, "__qualname__"):
         return {"function": _import_name(value, where)}
@@ -284,7 +286,7 @@ def _encode_callable(value: Any, where: str, tensors: dict[str, Tensor] | None) 
     ):
         attributes = {k: _encode(v, f"{where}.{k}", tensors) for k, v in vars(value).items()}
         return {"object": [_import_name(type(value), where), attributes]}
-    raise GhostifyError(f"{where}: a value of class {type(value).__name__} cannot be saved")
+    raise GhostifyError(f"{where}: a value of class {type(value).__name__} cannot be saved. {UNSAVABLE_REMEDY}")
 
 
 def _decode(value: Any, references: Mapping[str, Any], names: _AllowedImports) -> Any:
@@ -381,7 +383,7 @@ class _AllowedImports:
         try:
             return import_object(name)
         except (ImportError, AttributeError, ValueError) as error:
-            raise GhostifyError(f"{name}: is not installed ({error})") from error
+            raise GhostifyError(f"{name}: is not installed ({error}). Install it.") from error
 
     def module_class(self, name: str) -> type[nn.Module]:
         """A subclass of `nn.Module`."""

@@ -72,7 +72,9 @@ def _copied(model: nn.Module) -> nn.Module:
     try:
         root = copy.deepcopy(model, memo)
     except Exception as error:
-        raise GhostifyError(f"{type(model).__name__}: the model cannot be copied: {error}") from error
+        raise GhostifyError(
+            f"{type(model).__name__}: the model cannot be copied ({error}). Make it work with copy.deepcopy."
+        ) from error
     for path, module in list(root.named_modules()):
         if path and _is_compiled(module):
             root.set_submodule(path, module._orig_mod)

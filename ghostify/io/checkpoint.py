@@ -66,7 +66,9 @@ def load(path: str | Path, *, allow: Iterable[str] = (), device: str | torch.dev
         module = deserialize_module(content["model"], tensors, allow)
         return attach_report(module, Report.from_dict(content["report"]), content["source"])
     except GhostifyError as error:
-        raise GhostifyError(f"{folder / DESCRIPTION}: {error}") from error
+        problem = str(error)
+        remedy = "" if problem.endswith(".") else ". Convert and save the model again."
+        raise GhostifyError(f"{folder / DESCRIPTION}: {problem}{remedy}") from error
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise GhostifyError(
             f"{folder / DESCRIPTION}: is incomplete ({type(error).__name__}: {error}). Save the model again."

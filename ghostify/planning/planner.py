@@ -167,9 +167,12 @@ def _with_ratio(target: PlanTarget | Skip) -> tuple[PlanTarget, GhostLayout] | S
         return target
     conv, rule = target.conv, target.rule
     if rule.cheap == "auto":
-        raise GhostifyError("cheap 'auto': needs a budget. Pass budget={'macs': 0.5}, or name the form.")
+        raise GhostifyError(
+            "cheap 'auto': needs a budget. Pass budget={'macs': 0.5} (--budget macs=0.5), "
+            "or use depthwise or pointwise."
+        )
     if rule.prune:
-        raise GhostifyError("prune: needs a budget. Pass budget={'macs': 0.5}.")
+        raise GhostifyError("prune: needs a budget. Pass budget={'macs': 0.5} (--budget macs=0.5).")
     intrinsic = intrinsic_count(conv.outputs, rule.ratio)
     if rule.ratio == 1:
         return Skip(conv, skip_reasons.RATIO_ONE)
@@ -246,8 +249,8 @@ def _check_patterns_match(program: Program, policy: Policy) -> None:
                     continue
                 if isinstance(pattern, str) and any(pattern == c.name for c in program.convolutions):
                     continue
-                names = ", ".join(c.name for c, _ in convs[:3]) or "none"
+                names = ", ".join(c.name for c, _ in convs[:3])
+                remedy = f"Choose from {names}, ... (`ghostify plan` lists all)." if convs else "Leave it out."
                 raise GhostifyError(
-                    f"{key} {pattern!r} matches no convolution of {type(program.module).__name__}: "
-                    f"its {len(convs)} convolutions are {names}, ... (ghostify plan lists them)"
+                    f"{key} {pattern!r}: matches no convolution of {type(program.module).__name__}. {remedy}"
                 )

@@ -115,7 +115,9 @@ class Policy:
         try:
             data = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise GhostifyError(f"{path}: is not a readable policy: {error}") from error
+            raise GhostifyError(
+                f"{path}: is not a readable policy ({error}). Correct the TOML file, or name another."
+            ) from error
         return cls.from_dict(data, str(path))
 
     @classmethod
@@ -148,7 +150,7 @@ def as_patterns(value: Any, key: str) -> tuple[Pattern, ...]:
             try:
                 re.compile(pattern[3:])
             except re.error as error:
-                raise GhostifyError(f"{key} {pattern!r}: is not a regular expression: {error}") from error
+                raise GhostifyError(f"{key} {pattern!r}: is not a regular expression ({error}). Correct it.") from error
     return tuple(patterns)
 
 
@@ -162,7 +164,7 @@ def _matches(pattern: Pattern, name: str, module: nn.Module, kind: str) -> bool:
 
 def _check_keys(table: Any, keys: set[str], where: str, former: Container[str] = ()) -> None:
     if not isinstance(table, dict):
-        raise GhostifyError(f"{where}: is not a table")
+        raise GhostifyError(f"{where}: is not a table. Correct the TOML file.")
     for key in table:
         if key not in keys and key not in former:
             raise GhostifyError(f"{where}: unknown key {key!r}. Use {', '.join(sorted(keys))}.")

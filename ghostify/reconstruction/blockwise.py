@@ -132,7 +132,7 @@ def _whole_graph(program: Program, plan: Plan) -> fx.GraphModule:
             "Leave out reconstruct."
         )
     for name in plan.pruned:
-        raise GhostifyError(f"{name}: reconstruct does not work with pruned layers. Leave out reconstruct or narrow.")
+        raise GhostifyError(f"{name}: reconstruct does not work with pruned layers. Leave out reconstruct or prune.")
     return traced
 
 

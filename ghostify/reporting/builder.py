@@ -115,5 +115,8 @@ def _layers_to_picture(
     for name in names:
         if name not in by_name:
             examples = ", ".join(list(by_name)[:NAMES_LISTED])
-            raise GhostifyError(f"{name}: not a convolution of the report. Choose one of {examples}, ...")
+            raise GhostifyError(
+                f"{name}: is not a convolution of the report. "
+                f"Choose from {examples}, ... (`ghostify report` lists all)."
+            )
     return [by_name[name] for name in names]

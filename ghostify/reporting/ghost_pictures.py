@@ -90,7 +90,7 @@ def picture_ghosts(
     """
     if not is_picturable(module, original, layer):
         raise GhostifyError(
-            f"{layer.name}: not a ghost module that computes all maps of the original's layer. "
+            f"{layer.name}: is not a ghost module that computes all maps of the original's layer. "
             "Choose a layer with ghosts and without pruning."
         )
     original_maps = layer_outputs(original, layer.name, batches)

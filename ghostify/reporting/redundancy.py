@@ -111,14 +111,16 @@ def study_layer(
     """
     batches = list(images)
     if not batches:
-        raise GhostifyError("a study needs images: pass a few, such as a batch")
+        raise GhostifyError("images: are empty. Pass a few, such as a batch.")
     if layer not in dict(program.module.named_modules()):
         names = ", ".join(c.name for c in program.convolutions[:5])
-        raise GhostifyError(f"{layer}: not a convolution of the model. Choose one of {names}, ...")
+        raise GhostifyError(
+            f"{layer}: is not a convolution of the model. Choose from {names}, ... (`ghostify plan` lists all)."
+        )
     layer_plan = plan(program, Policy((Rule(targets=(layer,)),), keep_first=False))
     if not layer_plan.rewrites:
         reason = next(s.reason for s in layer_plan.skips if s.conv.name == layer)
-        raise GhostifyError(f"{layer}: {reason}")
+        raise GhostifyError(f"{layer}: cannot be studied ({reason}). Choose another layer.")
     fits = fit(program, layer_plan, batches, seed=seed)
     channels = fits.ghost(layer).channels.tolist()
     maps = layer_outputs(program.module, layer, batches)

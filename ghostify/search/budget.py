@@ -105,7 +105,10 @@ def check_budget(budget: Mapping[str, float]) -> None:
         raise GhostifyError("budget: is empty. Use {'macs': 0.5} to halve the multiply-accumulates.")
     for key, value in budget.items():
         if key == "max_drop":
-            raise GhostifyError("budget max_drop: needs fitted models. Use ghostify(..., evaluate=...).")
+            raise GhostifyError(
+                "budget max_drop: needs fitted models. Use `ghostify convert` with --validation, or "
+                "ghostify(..., evaluate=...)."
+            )
         if key not in COSTS:
             raise GhostifyError(f"budget {key!r}: is unknown. Use {', '.join(COSTS)} or max_drop.")
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
@@ -126,13 +129,12 @@ def build_search_space(
     """
     prunes = any(rule.prune for rule in policy.rules)
     if program.macs is None:
-        raise GhostifyError("a budget needs the model's shapes: pass example_inputs")
-    if any(isinstance(rule.cheap, int) for rule in policy.rules):
-        raise GhostifyError(
-            "a budget selects the cheap operation's width: use cheap 'auto', 'depthwise' or 'pointwise'"
-        )
+        raise GhostifyError("budget: needs the model's shapes. Pass example_inputs.")
+    for rule in policy.rules:
+        if isinstance(rule.cheap, int):
+            raise GhostifyError(f"cheap {rule.cheap}: does not work with a budget. Use auto, depthwise or pointwise.")
     if prunes and calibration is None:
-        raise GhostifyError("pruning needs calibration images: pass calibration, unlabelled images")
+        raise GhostifyError("prune: needs calibration images. Pass calibration (--calibration FOLDER).")
     decisions = resolve_targets(program, policy)
     targets = [t for t in decisions if isinstance(t, PlanTarget)]
     totals = {key: COSTS[key].of_program(program, timer) for key in keys}
@@ -249,8 +251,8 @@ def select_plan(space: SearchSpace, budget: Mapping[str, float]) -> BudgetPlan:
             tightened[k] *= goals[k] / shares[k]
     worst = max(measured, key=lambda k: shares[k] / goals[k])
     raise InfeasibleBudgetError(
-        f"budget {names[worst]}={budget[names[worst]]:g} is infeasible: the per-layer sum meets it, the complete model "
-        f"takes {shares[worst]:.3f} of the original's {names[worst]}. Relax it."
+        f"budget {names[worst]} {budget[names[worst]]:g}: is infeasible: the per-layer sum meets it, the "
+        f"complete model takes {shares[worst]:.3f} of the original's {names[worst]}. Raise it, or target more layers."
     )
 
 
@@ -298,6 +300,7 @@ def _raise_infeasible(space: SearchSpace, budget: Mapping[str, float], limits: S
         if minimum * space.totals[key] > limit:
             share = math.ceil(1000 * minimum) / 1000
             raise InfeasibleBudgetError(
-                f"budget {key}={budget[key]:g} is infeasible: the minimum under these rules is {share:g}"
+                f"budget {key} {budget[key]:g}: is infeasible: the minimum is {share:g} of the original's. "
+                f"Raise it to at least {share:g}, or target more layers."
             )
-    raise InfeasibleBudgetError("the limits of the budget are infeasible together: relax one of them")
+    raise InfeasibleBudgetError("budget: its limits are infeasible together. Raise one of them, or target more layers.")

@@ -142,7 +142,10 @@ def plan_for_drop(
         drop, best = evaluated(select_plan(space, limits).plan)
         if drop > max_drop:
             text = ", ".join(f"{k}={v:g}" for k, v in limits.items())
-            raise GhostifyError(f"budget max_drop={max_drop:g} is infeasible: at {text} the drop is {drop:.3g}")
+            raise GhostifyError(
+                f"budget max_drop {max_drop:g}: is infeasible: at {text} the drop is {drop:.3g}. "
+                "Raise it, or the other limits."
+            )
         high = limits[key] if limits[key] <= 1 else min(1.0, limits[key] / space.totals[key])
         low = min(space.minimum_shares[key], high)
         for _ in range(BISECTIONS):
@@ -162,7 +165,7 @@ def write_frontier(curve: Sequence[FrontierPoint], file: Path) -> None:
     try:
         write_text_atomic(file, json.dumps(content, indent=1) + "\n")
     except OSError as error:
-        raise GhostifyError(f"{file}: cannot be written: {error.strerror}") from error
+        raise GhostifyError(f"{file}: cannot be written ({error.strerror}). Choose another file.") from error
 
 
 def read_frontier(file: Path) -> list[dict[str, Any]]:
@@ -178,7 +181,9 @@ def read_frontier(file: Path) -> list[dict[str, Any]]:
         if not points or any(not point["shares"] or "error" not in point for point in points):
             raise ValueError("it has no points")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise GhostifyError(f"{file}: is not a readable frontier of `ghostify plan --frontier`: {error}") from error
+        raise GhostifyError(
+            f"{file}: is not a readable frontier ({error}). Write it again with `ghostify plan --frontier`."
+        ) from error
     return points
 
 

@@ -63,7 +63,7 @@ def choose_candidates(
         if result.status != TIMED_OUT:
             return None
         raise GhostifyError(
-            f"no plan found in {SECONDS} s ({result.message}): target fewer layers, or relax the budget"
+            f"budget: no plan found in {SECONDS} s ({result.message}). Target fewer layers, or raise the limit."
         )
     return [int(result.x[start:stop].argmax()) for start, stop in pairwise(starts)]
 

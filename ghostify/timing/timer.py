@@ -99,7 +99,7 @@ def request_timings(process: subprocess.Popen[str], files: Sequence[Path], round
         line = ""
     answer: dict[str, Any] = json.loads(line) if line else {"error": f"its process ended ({process.wait()})"}
     if "error" in answer:
-        raise GhostifyError(f"{files[0].name} cannot be timed: {answer['error']}")
+        raise GhostifyError(f"{files[0].name}: cannot be timed ({answer['error']}). Use another runtime.")
     times: list[list[float]] = answer["times"]
     return times
 
