@@ -30,7 +30,7 @@ check: $(VENV)/installed         ## lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/bench             ## the tables of the README
+bench: $(VENV)/bench             ## quick forms of two benchmarks
 	$(BIN)/python benchmarks/experiments/accuracy.py --quick
 	$(BIN)/python benchmarks/experiments/craft.py --quick
 

@@ -6,7 +6,8 @@
     save(converted, "out/")
 
 `model` is any trained `torch.nn.Module` with `Conv2d` layers, `x` one input of it, and `images` a few hundred
-unlabelled inputs in batches. `load("out/")` restores the converted model without the code of the original.
+unlabelled inputs in batches. `load("out/")` restores the converted model, without the code of the original if its whole
+forward traces.
 """
 
 from importlib.metadata import PackageNotFoundError, version

@@ -95,7 +95,7 @@ def plan_command(
     runtime: Runtime = "eager",
     frontier: Annotated[
         Path | None,
-        typer.Option(help="write the error-cost frontier to this JSON file; its cost is the budget's first, or MACs"),
+        typer.Option(help="write the error-cost frontier to this JSON file"),
     ] = None,
     points: Annotated[int, typer.Option(min=2, help="number of plans on the frontier")] = POINTS,
     checkpoint: Annotated[
@@ -109,7 +109,9 @@ def plan_command(
     input_size: Size = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what would become of each convolution. With --frontier, show the error at each cost. Converts nothing.
+    """Show the plan for each convolution without converting anything.
+
+    With --frontier, show the predicted error against the first cost named by --budget (default: MACs).
 
     Example: ghostify plan timm:resnet18 --ratio 2
 
@@ -296,7 +298,9 @@ def study_command(
     input_size: Size = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure how well the maps of a layer predict each other. Tries single maps, and one half from the other half.
+    """Measure how well the maps of a layer predict each other.
+
+    Predicts each map from one other map, and half of the maps from the other half.
 
     Example: ghostify study timm:resnet18 --layer layer1.0.conv1 --checkpoint resnet18.safetensors --data photos/
     --output study/

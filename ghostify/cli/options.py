@@ -32,13 +32,15 @@ def _deprecated(old: str, new: str) -> Callable[[bool], bool]:
 
 Model = Annotated[str, typer.Argument(help="timm:NAME, torchvision:NAME or module.path:callable")]
 Folder = Annotated[Path, typer.Argument(help="folder written by `ghostify convert`")]
-Ratio = Annotated[float, typer.Option(help="output channels per intrinsic map; 2 halves the convolutions")]
+Ratio = Annotated[
+    float, typer.Option(help="output channels per intrinsic map; 2 halves the MACs of each convolution, approximately")
+]
 DwSize = Annotated[int, typer.Option(help="kernel size of the cheap operation")]
 Cheap = Annotated[
     str,
     typer.Option(
-        help="cheap operation: depthwise, pointwise, the number of intrinsic maps per ghost, or auto: with a "
-        "budget, the form with the smaller predicted error"
+        help="cheap operation: depthwise, pointwise, the number of intrinsic maps per ghost, or auto (needs --budget "
+        "or plan --frontier): the form with the smaller predicted error"
     ),
 ]
 Activated = Annotated[
@@ -50,13 +52,21 @@ Targets = Annotated[
     list[str] | None, typer.Option("--target", help="convolutions to rewrite: name, glob, re:PATTERN or class name")
 ]
 Ignore = Annotated[list[str] | None, typer.Option(help="convolutions to skip: name, glob, re:PATTERN or class name")]
-PolicyFile = Annotated[Path | None, typer.Option("--policy", help="TOML file of rules; replaces the options above")]
+PolicyFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--policy",
+        help="TOML file of rules; in place of --ratio, --dw-size, --cheap, --activated, --prune; not with --target "
+        "or --ignore",
+    ),
+]
 Arguments = Annotated[list[str] | None, typer.Option("--arg", help="constructor argument of the model, key=value")]
 Size = Annotated[str | None, typer.Option("--input-size", help="C,H,W of an image; default: the model's own")]
 Budget = Annotated[
     list[str] | None,
     typer.Option(
-        help=f"limit in place of the ratio: {budget_help()}; or max_drop=0.5 (on --validation); best with --cheap auto"
+        help=f"limit, in place of the ratio: {budget_help()}. max_drop=0.5 (points of top-1) only with convert and "
+        "--validation. Best with --cheap auto."
     ),
 ]
 Runtime = Annotated[str, typer.Option(help=f"runtime to measure latency in: {', '.join(RUNTIMES)}")]

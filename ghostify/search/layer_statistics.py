@@ -95,7 +95,10 @@ def _needs_pairs(target: PlanTarget) -> bool:
 
 
 def _data_free(program: Program, targets: list[PlanTarget]) -> Iterator[LayerStatistics]:
-    """Statistics under white inputs; the outputs of every layer have the same total weight."""
+    """Statistics under independent inputs, with the variances that the preceding BatchNorms imply.
+
+    The outputs of every layer have the same total weight.
+    """
     indices = {path: GraphIndex(graph) for path, graph in program.subgraphs.items()}
     input_stats = {path: input_channel_stats(graph) for path, graph in program.subgraphs.items()}
     for target in targets:
