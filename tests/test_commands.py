@@ -95,7 +95,7 @@ def test_convert_keeps_within_a_drop(files, tmp_path):
     assert summary["macs_after"] < summary["macs_before"]
     refused = run("convert", NET, *SIZE, *options, *limit)
     assert refused.returncode == 2
-    assert "Pass evaluate (--validation)" in refused.stderr
+    assert "Pass evaluate (--validation FOLDER)" in refused.stderr
 
 
 def test_convert_then_eval(files, tmp_path):
