@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import fx
+
+from ghostify.graph.paths import resolve_attribute
 
 Values = Mapping[fx.Node, Any]
 NodeCallback = Callable[[fx.Node, Any, Values], Any]
@@ -20,7 +21,7 @@ def run_node(module: fx.GraphModule, node: fx.Node, values: Values) -> Any:
         case "placeholder":
             return values[node]
         case "get_attr":
-            return operator.attrgetter(target)(module)
+            return resolve_attribute(module, target)
         case "call_module":
             return module.get_submodule(target)(*args, **kwargs)
         case "call_function":

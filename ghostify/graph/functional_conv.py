@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from ghostify.graph.op_queries import is_conv2d_function
+from ghostify.graph.paths import resolve_attribute
 
 Conv2dCall = tuple[dict[str, Any], Tensor]
 
@@ -56,11 +56,6 @@ def call_settings_key(node: fx.Node) -> str:
     """A key of all arguments of a functional convolution except its input."""
     bound = {k: v.target if isinstance(v, fx.Node) else v for k, v in _bind(node).items() if k != "input"}
     return str(sorted(bound.items()))
-
-
-def resolve_attribute(module: nn.Module, path: str) -> Any:
-    """The parameter, buffer or other attribute at a dotted path."""
-    return operator.attrgetter(path)(module)
 
 
 def _bind(node: fx.Node) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from timm.layers import Conv2dSame
 from torch import Tensor, fx, nn
 
 from ghostify.graph.ops import Op, argument, op_of, op_of_call, op_of_module
+from ghostify.graph.paths import resolve_attribute
 from ghostify.modules.hooks import has_hooks
 
 IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
@@ -93,7 +94,7 @@ def _prelu(module: nn.Module, node: fx.Node) -> nn.Module | None:
     source = argument(node, 1, "weight")
     if not isinstance(source, fx.Node) or source.op != "get_attr":
         return None
-    weight = operator.attrgetter(str(source.target))(module)
+    weight = resolve_attribute(module, str(source.target))
     if not isinstance(weight, nn.Parameter):
         return None
     activation = nn.PReLU(weight.numel(), device="meta")
@@ -133,11 +134,6 @@ def is_channelwise(module: nn.Module, node: fx.Node) -> bool:
     return op.channel_independent or (bool(op.channel_parameters) and _parameters_are_attributes(node))
 
 
-def is_channel_independent_module(module: nn.Module) -> bool:
-    """`is_channel_independent` of any call of a module."""
-    return is_channelwise_module(module) and not _channel_parameters(module)
-
-
 def is_channelwise_module(module: nn.Module) -> bool:
     """`is_channelwise` of any call of a module, and of its submodules, such as a norm's activation."""
     op = op_of_module(module)
@@ -155,7 +151,7 @@ def channel_parameters(module: nn.Module, node: fx.Node) -> tuple[str, ...]:
     if node.op != "call_module":
         op = op_of_call(node)
         attributes = _attribute_arguments(node) if op is not None and op.channel_parameters else ()
-        return tuple(path for path in attributes if _has_channels(operator.attrgetter(path)(module)))
+        return tuple(path for path in attributes if _has_channels(resolve_attribute(module, path)))
     return tuple(f"{node.target}.{path}" for path in _channel_parameters(_called(module, node)))
 
 
@@ -249,6 +245,11 @@ def reads_metadata(node: fx.Node) -> bool:
     return _op_name(op_of_call(node)) == "metadata"
 
 
+def target_name(node: fx.Node) -> str:
+    """The name of the module, function or method that the node calls; empty for a function without a name."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
 def may_mutate_input(module: nn.Module, node: fx.Node) -> bool:
     """Whether the node may write to an input, or return a view of one, which a later node may write to."""
     if node.op not in ("call_module", "call_function", "call_method"):
@@ -261,7 +262,7 @@ def _may_write(module: nn.Module, node: fx.Node) -> bool:
     """Whether a known operator is called in its in-place form."""
     if node.op == "call_module":
         return any(getattr(m, "inplace", False) or has_hooks(m) for m in _called(module, node).modules())
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = target_name(node)
     in_place = name.endswith("_") or node.target in IN_PLACE or "out" in node.kwargs
     op = op_of_call(node)
     is_set_in_place = op is not None and op.activation is not None and any(value is True for value in node.args[1:])

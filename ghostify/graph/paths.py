@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
+from torch import nn
+
 
 def join_path(path: str, name: str) -> str:
     """The path of what is called `name` in the module at `path`."""
     return f"{path}.{name}" if path else name
+
+
+def resolve_attribute(module: nn.Module, path: str) -> Any:
+    """The parameter, buffer or other attribute at a dotted path."""
+    return operator.attrgetter(path)(module)

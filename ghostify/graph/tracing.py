@@ -15,12 +15,12 @@ from ghostify import skip_reasons
 from ghostify.errors import GhostifyError
 from ghostify.graph.attributes import copy_attributes, missing_attributes
 from ghostify.graph.conv_types import to_standard_conv
-from ghostify.graph.functional_conv import as_conv_module, call_settings_key, resolve_attribute, weight_path
+from ghostify.graph.functional_conv import as_conv_module, call_settings_key, weight_path
 from ghostify.graph.inputs import bind_example, tensor_leaves
 from ghostify.graph.observation import ForwardRecord, record_forward
 from ghostify.graph.op_queries import is_conv2d, is_standard_conv
 from ghostify.graph.partition import models_match, record_first_calls, trace_submodules
-from ghostify.graph.paths import join_path
+from ghostify.graph.paths import join_path, resolve_attribute
 from ghostify.graph.program import FUNCTIONAL_CONV, ConvCall, Convolution, Program
 from ghostify.modules.hooks import has_hooks
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from ghostify.graph.op_queries import target_name
 from ghostify.graph.ops import argument, op_of
 from ghostify.graph.program import called_module
 
@@ -76,7 +77,7 @@ def _pools_all(module: nn.Module, node: fx.Node) -> bool:
 
 def has_constant_channel_count(node: fx.Node) -> bool:
     """Whether a node that reshapes has the number of channels, or features, as a constant argument."""
-    sizes = _sizes(node) if _name(node) in RESHAPES else ()
+    sizes = _sizes(node) if target_name(node) in RESHAPES else ()
     return len(sizes) > 1 and isinstance(sizes[1], int) and sizes[1] != -1
 
 
@@ -97,10 +98,6 @@ def _excludes_channels(index: Any, layout: ChannelLayout) -> bool:
     return isinstance(index, int) and index not in (1, 1 - layout.rank)
 
 
-def _name(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-
-
 def _sizes(node: fx.Node) -> tuple[Any, ...]:
     """The size arguments of a `view` or `reshape`."""
     sizes = node.args[1:] or tuple(node.kwargs.values())
@@ -110,10 +107,10 @@ def _sizes(node: fx.Node) -> tuple[Any, ...]:
 def _flattens(module: nn.Module, node: fx.Node, shapes: Mapping[str, Shape]) -> bool:
     """Whether a node flattens N x C x H x W to N x features, one channel after another."""
     shape_in, shape_out = shapes.get(node.all_input_nodes[0].name), shapes.get(node.name)
-    is_reshape = node.op != "call_module" and _name(node) in (*RESHAPES, "flatten")
+    is_reshape = node.op != "call_module" and target_name(node) in (*RESHAPES, "flatten")
     if is_reshape and shape_in is not None and shape_out is not None:
         return shape_out == (shape_in[0], math.prod(shape_in[1:]))
-    if node.op != "call_module" and _name(node) in RESHAPES:
+    if node.op != "call_module" and target_name(node) in RESHAPES:
         sizes = _sizes(node)
         return len(sizes) == 2 and isinstance(sizes[0], fx.Node) and _reads_batch(sizes[0]) and sizes[1] == -1
     return _is_flatten(module, node)
@@ -125,7 +122,7 @@ def _is_flatten(module: nn.Module, node: fx.Node) -> bool:
         flatten = called_module(module, node)
         return isinstance(flatten, nn.Flatten) and flatten.start_dim == 1 and flatten.end_dim in (-1, 3)
     dims = (*node.args[1:], *node.kwargs.values())
-    return _name(node) == "flatten" and dims in ((1,), (1, -1), (1, 3))
+    return target_name(node) == "flatten" and dims in ((1,), (1, -1), (1, 3))
 
 
 def _reads_batch(node: fx.Node) -> bool:
@@ -150,7 +147,7 @@ def _adds_positions(node: fx.Node) -> bool:
     if node.target is operator.getitem:
         index = node.args[1]
         return index == (slice(None), slice(None), None, None)
-    sizes = _sizes(node) if node.op == "call_method" and _name(node) in RESHAPES else ()
+    sizes = _sizes(node) if node.op == "call_method" and target_name(node) in RESHAPES else ()
     return sizes[2:] == (1, 1) and isinstance(sizes[0], fx.Node) and _reads_batch(sizes[0])
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ghostify.graph.paths import resolve_attribute
 from ghostify.pruning.channel_groups import ChannelGroup
 from ghostify.pruning.slicing import slice_conv, slice_linear, slice_tensor
 
@@ -39,7 +39,7 @@ def kept_by_path(module: nn.Module, kept: Mapping[ChannelGroup, Sequence[int]]) 
             width = member.width
             pruned_in[member.path] |= {(member.start + k) * width + j for k in pruned for j in range(width)}
     paths = dict.fromkeys((*pruned_out, *pruned_in))
-    sizes = {path: _sizes(operator.attrgetter(path)(module)) for path in paths}
+    sizes = {path: _sizes(resolve_attribute(module, path)) for path in paths}
     return {
         path: KeptChannels(_without(outputs, pruned_out.get(path)), _without(inputs, pruned_in.get(path)))
         for path, (outputs, inputs) in sizes.items()
@@ -49,7 +49,7 @@ def kept_by_path(module: nn.Module, kept: Mapping[ChannelGroup, Sequence[int]]) 
 def prune_channels(module: nn.Module, kept: Mapping[str, KeptChannels]) -> None:
     """Prune the modules and tensors at these paths, in place; kept channels keep their weights."""
     for path, channels in kept.items():
-        target = operator.attrgetter(path)(module)
+        target = resolve_attribute(module, path)
         if isinstance(target, nn.Conv2d):
             module.set_submodule(path, slice_conv(target, channels.kept_out, channels.kept_in))
         elif isinstance(target, nn.Linear):

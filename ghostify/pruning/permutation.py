@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import operator
-
 import torch
 from torch import Tensor, nn
 
+from ghostify.graph.paths import resolve_attribute
 from ghostify.modules.ghost import GhostModule
 from ghostify.pruning.channel_groups import ChannelGroup, Member
 
@@ -29,7 +28,7 @@ def permute_consumers(module: nn.Module, group: ChannelGroup, order: Tensor) -> 
 
 
 def _permute_outputs(module: nn.Module, member: Member, order: Tensor) -> None:
-    target = operator.attrgetter(member.path)(module)
+    target = resolve_attribute(module, member.path)
     for tensor in (target,) if isinstance(target, Tensor) else target.parameters(recurse=False):
         if tensor.dim():
             tensor.copy_(tensor[_index(len(tensor), member, order).to(tensor.device)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -24,7 +23,9 @@ from ghostify.graph.op_queries import (
     is_mul,
     is_standard_conv,
     reads_metadata,
+    target_name,
 )
+from ghostify.graph.paths import resolve_attribute
 from ghostify.graph.program import called_module
 from ghostify.modules.hooks import has_hooks
 from ghostify.pruning import obstacles
@@ -239,7 +240,7 @@ class Propagation:
         return shape is not None and math.prod(shape) == 1
 
     def _attribute(self, node: fx.Node) -> object:
-        return operator.attrgetter(str(node.target))(self.module)
+        return resolve_attribute(self.module, str(node.target))
 
     def _weight_obstacle(self, module: nn.Module, path: str) -> str | None:
         """The reason why a module's weights must stay as they are, None if they can change."""
@@ -262,4 +263,4 @@ class Propagation:
 
 def _target_name(node: fx.Node) -> str:
     """The name of the module, function or method that a node calls."""
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.name)
+    return target_name(node) or node.name

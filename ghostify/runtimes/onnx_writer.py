@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import operator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ghostify.graph.op_queries import activation_input, activation_module, concat_inputs, elementwise_operands, is_add
+from ghostify.graph.paths import resolve_attribute
 from ghostify.graph.program import called_module
 
 OPSET = 18
@@ -64,7 +64,7 @@ class _OnnxBuilder:
         elif node.op == "call_module":
             return self._append_module(node, called_module(self.module, node))
         elif node.op == "get_attr":
-            self._constant(node.name, operator.attrgetter(str(node.target))(self.module))
+            self._constant(node.name, resolve_attribute(self.module, str(node.target)))
         else:
             return self._append_function(node)
         return True
