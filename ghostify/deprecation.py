@@ -11,6 +11,22 @@ from ghostify.errors import GhostifyError
 
 P = ParamSpec("P")
 R = TypeVar("R")
+C = TypeVar("C", bound=type)
+
+REPORT_FIELDS = {"lines": "layers", "lost": "missing_attributes"}
+LAYER_FIELDS = {
+    "kind": "conv_class",
+    "filters": "weight_shape",
+    "output": "output_size",
+    "reason": "skip_reason",
+    "gather": "reorders_output",
+    "error": "fit_error",
+    "held_out": "holdout_error",
+    "felt": "output_error",
+    "makes": "kept_out_count",
+    "reads": "kept_in_count",
+}
+RECONSTRUCTION_FIELDS = {"before": "error_before", "after": "error_after"}
 
 
 def renamed_keywords(**new_names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -29,6 +45,22 @@ def renamed_keywords(**new_names: str) -> Callable[[Callable[P, R]], Callable[P,
         return with_old_keywords
 
     return decorate
+
+
+def renamed_attributes(new_names: Mapping[str, str]) -> Callable[[C], C]:
+    """A decorator: instances of the class have their attributes by the old names too, with a `DeprecationWarning`."""
+
+    def decorate(cls: C) -> C:
+        for old, new in new_names.items():
+            setattr(cls, old, property(functools.partial(_read_renamed, f"{cls.__name__}.{old}", new)))
+        return cls
+
+    return decorate
+
+
+def _read_renamed(old: str, new: str, instance: Any) -> Any:
+    warn_renamed(old, new)
+    return getattr(instance, new)
 
 
 def rename_keys(table: Mapping[str, Any], new_names: Mapping[str, str], where: str) -> dict[str, Any]:

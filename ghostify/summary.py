@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ghostify.deprecation import LAYER_FIELDS, REPORT_FIELDS, renamed_attributes
 from ghostify.errors import GhostifyError
 from ghostify.fitting.driver import FitResult
 from ghostify.graph.program import Convolution
@@ -19,6 +20,7 @@ from ghostify.reconstruction.blockwise import BlockResult, Reconstruction
 REPORT_KEY = "ghostify"
 
 
+@renamed_attributes(LAYER_FIELDS)
 @dataclass(frozen=True)
 class LayerReport:
     """One convolution; MACs are for the example inputs where `output_size` (H, W) is known, else for one position.
@@ -75,6 +77,7 @@ class LayerReport:
         return self.weight_shape[0] if self.kept_out_count is None else self.kept_out_count
 
 
+@renamed_attributes(REPORT_FIELDS)
 @dataclass(frozen=True)
 class Report:
     """All convolutions in order of first use, the model's MACs where known, calibration images and seconds by stage.

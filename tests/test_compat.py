@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from ghostify import GhostifyError, load, report, save
+from ghostify.deprecation import LAYER_FIELDS, RECONSTRUCTION_FIELDS, REPORT_FIELDS
 from ghostify.imports import import_object
-from ghostify.io.format1 import IMPORT_PATHS, LAYER_KEYS, RECONSTRUCTION_KEYS, REPORT_KEYS, upgrade
+from ghostify.io.format1 import IMPORT_PATHS, upgrade
 
 FORMAT1 = Path(__file__).parent / "data/format1"
 FOLDERS = sorted(p for p in FORMAT1.iterdir() if p.is_dir())
@@ -69,9 +70,9 @@ def test_a_report_of_format_1_keeps_its_values(folder):
     assert report(load(folder)).rewritten > 0
     assert len(old["lines"]) == len(new["layers"]) > 0
     for old_layer, layer in zip(old["lines"], new["layers"], strict=True):
-        assert {LAYER_KEYS.get(key, key): value for key, value in old_layer.items()} == layer
+        assert {LAYER_FIELDS.get(key, key): value for key, value in old_layer.items()} == layer
     for key in old.keys() - {"lines", "reconstruction"}:
-        assert old[key] == new[REPORT_KEYS.get(key, key)]
+        assert old[key] == new[REPORT_FIELDS.get(key, key)]
     assert new["reconstruction"] == upgrade(description_of(folder))["report"]["reconstruction"]
 
 
@@ -79,7 +80,7 @@ def test_the_errors_of_a_reconstruction_keep_their_values():
     block = {"layers": ["a", "b"], "before": 0.5, "after": 0.25, "steps": 75}
     old = {"lines": [], "lost": ["m"], "reconstruction": {"blocks": [block], "before": 0.1, "after": 0.05}}
     upgraded = upgrade({"format": 1, "model": {}, "report": old})["report"]
-    assert RECONSTRUCTION_KEYS == {"before": "error_before", "after": "error_after"}
+    assert RECONSTRUCTION_FIELDS == {"before": "error_before", "after": "error_after"}
     assert upgraded == {
         "layers": [],
         "missing_attributes": ["m"],

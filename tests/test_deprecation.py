@@ -88,3 +88,15 @@ def test_ghostify_takes_narrow_for_prune():
         pytest.raises(GhostifyError, match="budget"),
     ):
         ghostify.ghostify(nets.settle(nets.Straight()), narrow=True)
+
+
+def test_reports_have_their_former_fields():
+    converted_report = ghostify.report(ghostify.ghostify(nets.settle(nets.Straight())))
+    with pytest.warns(DeprecationWarning, match=r"Report\.lines is deprecated\. Use layers\.") as warned:
+        layers = converted_report.lines
+    assert layers is converted_report.layers
+    assert warned[0].filename == __file__
+    with pytest.warns(DeprecationWarning, match=r"LayerReport\.reason is deprecated\. Use skip_reason\."):
+        assert layers[0].reason == converted_report.layers[0].skip_reason
+    with pytest.warns(DeprecationWarning, match=r"LayerReport\.makes is deprecated\. Use kept_out_count\."):
+        assert layers[0].makes is None

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ghostify.deprecation import LAYER_FIELDS, RECONSTRUCTION_FIELDS, REPORT_FIELDS
+
 IMPORT_PATHS = {
     "ghostify.ghost:GhostModule": "ghostify.modules.ghost:GhostModule",
     "ghostify.ghost:CheapOperation": "ghostify.modules.ghost:CheapOperation",
@@ -14,20 +16,6 @@ IMPORT_PATHS = {
     "ghostify.tracing.tracer:unused": "ghostify.graph.symbolic_tracer:check_no_extra_arguments",
     "ghostify.tracing.tracer:same_mode": "ghostify.graph.symbolic_tracer:check_training_mode",
 }
-REPORT_KEYS = {"lines": "layers", "lost": "missing_attributes"}
-LAYER_KEYS = {
-    "kind": "conv_class",
-    "filters": "weight_shape",
-    "output": "output_size",
-    "reason": "skip_reason",
-    "gather": "reorders_output",
-    "error": "fit_error",
-    "held_out": "holdout_error",
-    "felt": "output_error",
-    "makes": "kept_out_count",
-    "reads": "kept_in_count",
-}
-RECONSTRUCTION_KEYS = {"before": "error_before", "after": "error_after"}
 
 
 def upgrade(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,11 +32,11 @@ def upgrade(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _upgrade_report(report: Mapping[str, Any]) -> dict[str, Any]:
-    upgraded = _with_new_keys(report, REPORT_KEYS)
-    upgraded["layers"] = [_with_new_keys(layer, LAYER_KEYS) for layer in upgraded["layers"]]
+    upgraded = _with_new_keys(report, REPORT_FIELDS)
+    upgraded["layers"] = [_with_new_keys(layer, LAYER_FIELDS) for layer in upgraded["layers"]]
     if upgraded.get("reconstruction") is not None:
-        reconstruction = _with_new_keys(upgraded["reconstruction"], RECONSTRUCTION_KEYS)
-        blocks = [_with_new_keys(block, RECONSTRUCTION_KEYS) for block in reconstruction["blocks"]]
+        reconstruction = _with_new_keys(upgraded["reconstruction"], RECONSTRUCTION_FIELDS)
+        blocks = [_with_new_keys(block, RECONSTRUCTION_FIELDS) for block in reconstruction["blocks"]]
         upgraded["reconstruction"] = {**reconstruction, "blocks": blocks}
     return upgraded
 
