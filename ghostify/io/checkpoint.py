@@ -17,7 +17,8 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from ghostify.errors import GhostifyError
-from ghostify.graph.serialization import deserialize_module, serialize_module
+from ghostify.graph.deserialization import deserialize_module
+from ghostify.graph.serialization import serialize_module
 from ghostify.io import format1
 from ghostify.io.atomic import staged_folder
 from ghostify.summary import Report, attach_report, conversion_info
@@ -54,7 +55,8 @@ def save(module: nn.Module, path: str | Path, *, source: dict[str, Any] | None =
 def load(path: str | Path, *, allow: Iterable[str] = (), device: str | torch.device = "cpu") -> nn.Module:
     """Read a folder written by `save`, of format 1 or 2; bit-equal, without pickle.
 
-    Classes are imported from torch, torchvision and timm, and from the packages named in `allow`. Raises
+    A folder can name only functions and classes of torch, torchvision, timm and ghostify that are in a fixed list, and
+    those in `allow`: "package.module:Name", or "package.module" for all that this module defines. Raises
     `GhostifyError` naming the file that is missing, damaged, of an unknown format, or not written by ghostify.
     """
     folder = Path(path)
