@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from ghostify.errors import GhostifyError
 from ghostify.files import read_json
-from ghostify.graph.serialization import deserialize_module, serialize_module
-from ghostify.graph.tensor_needs import needed_tensors
+from ghostify.graph.description import parse_description
+from ghostify.graph.deserialization import deserialize_module
+from ghostify.graph.serialization import serialize_module
 from ghostify.io import format1
 from ghostify.io.atomic import staged_folder
 from ghostify.io.tensor_file import read_tensors
@@ -58,7 +59,8 @@ def save(module: nn.Module, path: str | Path, *, source: dict[str, Any] | None =
 def load(path: str | Path, *, allow: Iterable[str] = (), device: str | torch.device = "cpu") -> nn.Module:
     """Read a folder written by `save`, of format 1 or 2; bit-equal, without pickle.
 
-    Classes are imported from torch, torchvision and timm, and from the packages named in `allow`. Raises
+    A folder can name only functions and classes of torch, torchvision, timm and ghostify that are in a fixed list, and
+    those in `allow`: "package.module:Name", or "package.module" for all that this module defines. Raises
     `GhostifyError` naming the file that is missing, damaged, of an unknown format, or not written by ghostify.
     """
     folder = Path(path)
@@ -66,7 +68,7 @@ def load(path: str | Path, *, allow: Iterable[str] = (), device: str | torch.dev
     with _named(folder / DESCRIPTION):
         if content["format"] == 1:
             content = format1.upgrade(content)
-        needed, digest = needed_tensors(content["model"]), content["tensors"]
+        needed, digest = parse_description(content["model"]).tensors(), content["tensors"]
         if not isinstance(digest, str):
             raise GhostifyError(f"tensors {digest!r}: is not the digest of a file")
     tensors = read_tensors(folder / TENSORS, digest=digest, needed=needed, description=DESCRIPTION, remedy=REMEDY)
