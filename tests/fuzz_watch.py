@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import ghostify
-from tests.fuzz_mutations import CODE
+from tests.fuzz_values import CODE
 
 ROOTS = {sys.prefix, sys.base_prefix, *(str(Path(p.__file__).parents[1]) for p in (torch, ghostify))}
 LIBRARY = tuple(sorted({os.path.realpath(root) for root in ROOTS}))  # opened lazily, and for reading only

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.fuzz_folders import table
-from tests.fuzz_mutations import CODE
+from tests.fuzz_values import CODE
 from tests.fuzz_watch import foreign_code
 
 ROOT = Path(__file__).parents[1]
