@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from ghostify.errors import GhostifyError
-from ghostify.graph.deserialization import deserialize_module
+from ghostify.graph.allowed_ops import allow_entries
+from ghostify.graph.deserialization import deserialize_module, names_to_allow
 from ghostify.graph.serialization import serialize_module
 from ghostify.io import format1
 from ghostify.io.atomic import staged_folder
@@ -37,6 +39,7 @@ def save(module: nn.Module, path: str | Path, *, source: dict[str, Any] | None =
     _check_output_folder(folder)
     info = conversion_info(module)
     data, tensors = serialize_module(module)
+    _warn_of_custom_names(folder, names_to_allow(data, tensors))
     with staged_folder(folder) as staging:
         save_file({name: _with_own_storage(tensor) for name, tensor in tensors.items()}, staging / TENSORS)
         content = {
@@ -75,6 +78,16 @@ def load(path: str | Path, *, allow: Iterable[str] = (), device: str | torch.dev
         raise GhostifyError(
             f"{folder / DESCRIPTION}: is incomplete ({type(error).__name__}: {error}). Save the model again."
         ) from error
+
+
+def _warn_of_custom_names(folder: Path, names: list[str]) -> None:
+    if names:
+        python, command = allow_entries(names)
+        warnings.warn(
+            f"{folder}: names classes or functions that a folder may not run by itself. "
+            f"Load it with load(..., {python}), or {command}.",
+            stacklevel=3,
+        )
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
