@@ -21,7 +21,7 @@ import textwrap
 import types
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,14 @@ OWN_FUNCTIONS = (
 OWN_MODULES = (
     "ghostify.modules.ghost:GhostModule", "ghostify.modules.ghost:CheapOperation",
     "ghostify.graph.symbolic_tracer:TrainingFlag",
+)  # fmt: skip
+OBJECTS = (
+    "timm.models._features:FeatureInfo", "timm.models._pretrained:PretrainedCfg",
+    "torchvision.transforms.functional:InterpolationMode",
+)  # fmt: skip
+QUANTIZATION = (
+    "torch.ao.quantization.stubs:QuantStub", "torch.ao.quantization.stubs:DeQuantStub",
+    "torch.ao.nn.quantized.modules.functional_modules:FloatFunctional",
 )  # fmt: skip
 PREPROCESSING = "CenterCrop ConvertImageDtype Grayscale Normalize Pad Resize".split()
 REFUSED_MODULES = re.compile(r"Lazy|_Lazy|FeatureHookNet|FeatureGraphNet|DualGraph|LeafModule")
@@ -107,8 +115,8 @@ def tensor_methods() -> Iterator[str]:
     yield from ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros")
 
 
-def sample_of_models() -> Iterator[tuple[str, Any]]:
-    """The architectures of torchvision and some of each family of timm, without memory for their weights."""
+def sample_of_models() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
+    """The architectures of torchvision and some of each family of timm, by title."""
     for name in torchvision.models.list_models():
         parameters = inspect.signature(torchvision.models.get_model_builder(name)).parameters
         none = {key: None for key in ("weights", "weights_backbone") if key in parameters}
@@ -119,16 +127,24 @@ def sample_of_models() -> Iterator[tuple[str, Any]]:
             yield f"timm:{name}", lambda name=name: timm.create_model(name)
 
 
+def description_of(make: Callable[[], nn.Module]) -> dict[str, Any]:
+    """The description of a traced model; its weights take memory only where it does not trace without them."""
+    for device in ("meta", "cpu"):
+        with contextlib.suppress(NotImplementedError):
+            with torch.device(device):
+                model = make().eval()
+            return serialize_module(trace(model).module)[0]
+    raise AssertionError(make)
+
+
 def names_of_models() -> Names:
     """The names that saved models of the sample have."""
     names: Names = defaultdict(set)
     for title, make in sample_of_models():
         try:
-            with torch.device("meta"):
-                model = make().eval()
-            data, _ = serialize_module(trace(model).module)
-        except (GhostifyError, NotImplementedError, RuntimeError) as error:
-            print(f"{title}: {type(error).__name__}: {str(error)[:100]}")
+            data = description_of(make)
+        except GhostifyError as error:
+            print(f"{title}: {error}")
             continue
         for item in data["modules"].values():
             if "class" in item:
@@ -157,7 +173,8 @@ def _add_values(value: Any, names: Names) -> None:
 def collect() -> Names:
     """All names by section, less those that are refused and those of the operator table."""
     names = names_of_models()
-    names["modules"] |= {*module_classes(), *OWN_MODULES}
+    names["modules"] |= {*module_classes(), *OWN_MODULES, *QUANTIZATION}
+    names["objects"] |= set(OBJECTS)
     names["modules"] |= {f"torchvision.transforms.transforms:{name}" for name in PREPROCESSING}
     names["functions"] |= {*tensor_functions(), *OWN_FUNCTIONS}
     names["methods"] |= set(tensor_methods())

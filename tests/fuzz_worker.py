@@ -40,7 +40,7 @@ class LateError(BaseException):
     """A step takes too long; no handler of errors takes it for one."""
 
 
-class Finding(Exception):
+class FindingError(Exception):
     """What must not happen."""
 
 
@@ -56,7 +56,7 @@ class Worker:
             for sample in self.samples:  # imports what the steps import the first time
                 model = self._load(sample, sample.folder)
                 assert self._forward(model, sample, sample.folder) == "loaded"
-                self._save(model, sample, sample.folder, place / "warm-up")
+                self._save(model, sample.folder, place / "warm-up")
                 self._build_original(sample.folder)
         _limit_memory()
 
@@ -87,23 +87,23 @@ class Worker:
         return {"index": index, "kind": kind, "outcome": "finding" if problems else outcome, "problem": problem}
 
     def _outcome(self, sample: Sample, case: Path, out: Path) -> str:
-        """The outcome of a case; raises `Finding`, or any other error that must not occur."""
+        """The outcome of a case; raises `FindingError`, or any other error that must not occur."""
         try:
             model = self._load(sample, case)
         except GhostifyError as error:
             if not str(error).isprintable() or len(str(error)) > 2500 or str(case) not in str(error):
-                raise Finding(f"a message such as {error}") from error
+                raise FindingError(f"a message such as {error}") from error
             return "refused"
         outcome = self._forward(model, sample, case)
         try:
-            self._save(model, sample, case, out)
+            self._save(model, case, out)
         except GhostifyError:
             outcome += ", not saved again"
         else:
             try:
                 self._load(sample, out)
             except GhostifyError as error:
-                raise Finding(f"saved again, but {error}") from error
+                raise FindingError(f"saved again, but {error}") from error
         self._build_original(case)
         return outcome
 
@@ -124,7 +124,7 @@ class Worker:
             return "loaded, forward fails"
         return "loaded"
 
-    def _save(self, model: nn.Module, sample: Sample, folder: Path, out: Path) -> None:
+    def _save(self, model: nn.Module, folder: Path, out: Path) -> None:
         with time_limit(SECONDS), self.watch.over(readable=folder, writable=out.parent):
             save(model, out)
 
@@ -135,7 +135,7 @@ class Worker:
                 load_pair(folder, None, None)
         except GhostifyError as error:
             if not str(error).isprintable():
-                raise Finding(f"a message such as {error}") from error
+                raise FindingError(f"a message such as {error}") from error
 
 
 @contextlib.contextmanager

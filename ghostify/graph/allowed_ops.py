@@ -20,7 +20,11 @@ from ghostify.imports import import_name, import_object
 NAMES_FILE = "allowed_names.txt"
 DEVICE = re.compile(r"(cpu|cuda|meta|mps|xpu)(:\d{1,3})?")
 ENTRY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*)?")
-READABLE_ATTRIBUTES = frozenset({*METADATA, "T", "mT", "H", "mH", "real", "imag"})
+TENSOR_TYPE = re.compile(r"torch\.(cuda\.)?[A-Z]\w{2,12}Tensor")
+READABLE_ATTRIBUTES = frozenset({
+    *METADATA, "T", "mT", "H", "mH", "real", "imag", "data", "itemsize", "nbytes", "is_cpu", "is_leaf", "is_meta",
+    "is_mps", "is_nested", "is_quantized", "is_sparse", "is_xpu",
+})  # fmt: skip
 
 ANY_TEXT = frozenset({
     "torch:_assert", "torch.functional:einsum", "_operator:getitem", "_operator:contains", "_operator:eq",
@@ -166,8 +170,8 @@ def allow_entries(names: Iterable[str]) -> tuple[str, str]:
 
 
 def is_mode_text(text: str) -> bool:
-    """Whether a text is a mode, a reduction or a device."""
-    return text in TEXTS or DEVICE.fullmatch(text) is not None
+    """Whether a text is a mode, a reduction, a device or a type of tensors."""
+    return text in TEXTS or any(pattern.fullmatch(text) for pattern in (DEVICE, TENSOR_TYPE))
 
 
 def check_method_name(name: str) -> None:

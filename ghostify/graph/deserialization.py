@@ -42,6 +42,17 @@ def deserialize_module(data: object, tensors: Mapping[str, Tensor], allow: Itera
     return _Builder(description, tensors, names).build()
 
 
+def names_to_allow(data: object, tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names that `deserialize_module` needs in `allow` for what `serialize_module` returned.
+
+    Raises `GhostifyError` for what it would refuse even so. Builds the module without memory for its tensors.
+    """
+    custom = [name for name in dict.fromkeys(parse_description(data).names()) if not AllowedNames().is_listed(name)]
+    shapes = {key: tensor.detach().to("meta") for key, tensor in tensors.items()}
+    deserialize_module(data, shapes, custom)
+    return custom
+
+
 class _Builder:
     """Builds the modules of a description from the outermost one inwards, then their graphs from the inside out."""
 

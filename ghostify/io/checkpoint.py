@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 
 from ghostify.errors import GhostifyError
 from ghostify.files import read_json
+from ghostify.graph.allowed_ops import allow_entries
 from ghostify.graph.description import parse_description
-from ghostify.graph.deserialization import deserialize_module
+from ghostify.graph.deserialization import deserialize_module, names_to_allow
 from ghostify.graph.serialization import serialize_module
 from ghostify.io import format1
 from ghostify.io.atomic import staged_folder
@@ -41,6 +43,7 @@ def save(module: nn.Module, path: str | Path, *, source: dict[str, Any] | None =
     _check_output_folder(folder)
     info = conversion_info(module)
     data, tensors = serialize_module(module)
+    _warn_of_custom_names(folder, names_to_allow(data, tensors))
     with staged_folder(folder) as staging:
         save_file({name: _with_own_storage(tensor) for name, tensor in tensors.items()}, staging / TENSORS)
         content = {
@@ -89,6 +92,16 @@ def _named(file: Path) -> Iterator[None]:
         raise GhostifyError(f"{file}: {problem}{remedy}") from error
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise GhostifyError(f"{file}: is incomplete ({type(error).__name__}: {error}). {REMEDY}") from error
+
+
+def _warn_of_custom_names(folder: Path, names: list[str]) -> None:
+    if names:
+        python, command = allow_entries(names)
+        warnings.warn(
+            f"{folder}: names classes or functions that a folder may not run by itself. "
+            f"Load it with load(..., {python}), or {command}.",
+            stacklevel=3,
+        )
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
