@@ -47,6 +47,7 @@ from ghostify.cli.options import (
     parse_recipe,
     parse_size,
 )
+from ghostify.data.saved_source import parse_input_size
 from ghostify.data.sources import blank_input, read_data
 from ghostify.data.training_data import load_training_data
 from ghostify.deployment.exporter import export
@@ -278,9 +279,8 @@ def export_command(
     Example: ghostify export out/ --format onnx
     """
     converted = load(folder, allow=allow or ())
-    source = conversion_info(converted).source or {}
-    size = parse_size(input_size) or tuple(source.get("input_size", ()))
-    if not size:
+    size = parse_size(input_size) or parse_input_size(conversion_info(converted).source, folder)
+    if size is None:
         raise GhostifyError(f"{folder}: does not state the input size. Pass --input-size C,H,W.")
     file = export(converted, output or folder, format=format, example_inputs=blank_input(size))
     print_line(f"{file}: {file.stat().st_size / 1e6:.1f} MB, any batch of {format_shape(size)}")

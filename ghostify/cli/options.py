@@ -80,7 +80,10 @@ Validation = Annotated[
 Images = Annotated[int, typer.Option(min=1, help="maximum number of calibration images, sampled evenly")]
 Batch = Annotated[int, typer.Option(min=1, help="calibration images per batch")]
 Allow = Annotated[
-    list[str] | None, typer.Option(help="package that the folder may import classes from, such as your own")
+    list[str] | None,
+    typer.Option(
+        help="class or function that the folder may use, package.module:Name, or package.module for all that it defines"
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 Original = Annotated[Path, typer.Option(help="checkpoint of the original: safetensors, .pt or .pth")]

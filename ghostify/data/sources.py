@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -72,7 +73,9 @@ def _constructor(full_name: str, kind: str, name: str) -> Callable[..., Any]:
                 f"model {full_name!r}: torchvision has no model of this name. "
                 f"torchvision.models.list_models() lists its models."
             )
-        return lambda **arguments: torchvision.models.get_model(name, weights=None, **arguments)
+        parameters = inspect.signature(torchvision.models.get_model_builder(name)).parameters
+        untrained = {"weights_backbone": None} if "weights_backbone" in parameters else {}
+        return lambda **arguments: torchvision.models.get_model(name, weights=None, **{**untrained, **arguments})
     try:
         return import_object(full_name)
     except (ImportError, AttributeError) as error:
