@@ -25,6 +25,7 @@ from ghostify.data.training_data import EpochSampler, SeededDataset, TrainingDat
 from ghostify.errors import GhostifyError
 from ghostify.graph.batchnorm import has_running_statistics
 from ghostify.graph.inputs import tensor_leaves
+from ghostify.graph.modes import eval_mode
 from ghostify.runtimes.tensors import to_channels_last
 from ghostify.training.features import collect_features
 from ghostify.training.losses import distillation_loss, feature_loss
@@ -112,6 +113,21 @@ def _evaluate(training: _Training, run_folder: RunFolder, progress: TrainingProg
     return replace(progress, best=score, distance_to_original=distance, evaluations_without_gain=0)
 
 
+@torch.no_grad()
+def _check_classes(original: nn.Module, data: TrainingData) -> None:
+    """Raise `GhostifyError` for labels beyond the classes of an original with outputs of N x classes."""
+    if not data.labelled or not data.classes:
+        return
+    with eval_mode(original):
+        image = data.validation[0][0].to(next(original.parameters()).device)
+        outputs = tensor_leaves(original(image[None]))[0]
+    if outputs.dim() == 2 and data.classes > outputs.shape[1]:
+        raise GhostifyError(
+            f"{data.name}: has label {data.classes - 1}, the model has {outputs.shape[1]} classes, counted from 0. "
+            f"Use the classes that the model was trained on."
+        )
+
+
 def _optimizer_and_schedule(student: nn.Module, recipe: Recipe, steps: int) -> tuple[torch.optim.Optimizer, Any]:
     """timm's; raises `GhostifyError` for those that this machine or this version of timm does not have."""
     try:
@@ -159,6 +175,7 @@ class _Training:
         self.accelerator, self.recipe, self.labelled = accelerator, recipe, data.labelled
         self.per_epoch = count // recipe.batch
         self.steps = max(1, round(recipe.epochs * self.per_epoch))
+        _check_classes(original, data)
         torch.manual_seed(recipe.seed)
         student = copy.deepcopy(model).requires_grad_().to(memory_format=torch.channels_last)
         teacher = copy.deepcopy(original).requires_grad_(False).eval().to(memory_format=torch.channels_last)
