@@ -11,6 +11,7 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from ghostify.errors import GhostifyError, InfeasibleBudgetError
@@ -24,6 +25,7 @@ from ghostify.planning.policy import Policy
 from ghostify.rewriting.apply import rewrite
 from ghostify.search.budget import BudgetPlan, SearchSpace, build_search_space, check_budget, select_plan
 from ghostify.search.costs import COSTS
+from ghostify.text import printable
 from ghostify.timing.timer import LatencyTimer
 
 POINTS = 12
@@ -95,7 +97,7 @@ def frontier(
 
 def frontier_table(curve: Sequence[FrontierPoint], title: str = "") -> Table:
     """A table of a frontier for a terminal."""
-    table = Table(title=title or None, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=Text(printable(title)) if title else None, box=box.SIMPLE_HEAD, pad_edge=False)
     keys = [key for key in COSTS if curve and key in curve[0].shares]
     for key in keys:
         table.add_column(f"{key} %", justify="right")
