@@ -15,8 +15,9 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, Subset, TensorDataset
 
+from ghostify.arguments import a_path, a_seed, public
 from ghostify.data.datasets import fashion_mnist
-from ghostify.data.sources import ARRAY_SUFFIXES, Preprocessing, list_images, read_data, read_image
+from ghostify.data.sources import ARRAY_SUFFIXES, Preprocessing, a_preprocessing, list_images, read_data, read_image
 from ghostify.errors import GhostifyError
 
 CIFAR10 = (Path("data"), Path.home() / ".cache/torchvision", Path("/usr/share/datasets"))
@@ -33,6 +34,7 @@ class TrainingData:
     labelled: bool
 
 
+@public(data=a_path, prepared=a_preprocessing, seed=a_seed)
 def load_training_data(data: str, prepared: Preprocessing, seed: int = 0) -> TrainingData:
     """The training set called `data`: "fashion-mnist", "cifar10", a folder, or an array file.
 

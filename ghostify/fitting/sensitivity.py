@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ghostify.fitting import patches
+from ghostify.fitting.batch_checks import an_iterable
 from ghostify.fitting.calibration import CalibrationBatches, bind_calibration, count_images, split
 from ghostify.fitting.distributed import all_reduce_sum
 from ghostify.graph.batchnorm import BatchNorm, gamma_beta
@@ -42,6 +43,11 @@ class Calibration:
     batches: CalibrationBatches
     sensitivity: Sensitivity
     seconds: float
+
+
+def a_calibration(name: str, value: Any) -> Any:
+    """Calibration batches, prepared or not; a check of arguments."""
+    return value if isinstance(value, Calibration | CalibrationBatches) else an_iterable(name, value)
 
 
 def prepare_calibration(program: Program, calibration: Iterable[Any] | Calibration, seed: int = 0) -> Calibration:
@@ -200,6 +206,7 @@ def _random_direction(output: Tensor, seed: int) -> Tensor:
     if output.dim() == 0:
         return torch.ones_like(output)
     values = [
-        torch.randn(output.shape[1:], generator=torch.Generator().manual_seed(seed + k)) for k in range(len(output))
+        torch.randn(output.shape[1:], generator=torch.Generator().manual_seed((seed + k) % 2**64))
+        for k in range(len(output))
     ]
     return torch.stack(values).to(output)

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import register_pytree_node, tree_leaves
 
 from ghostify.errors import GhostifyError
+from ghostify.text import first_line
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +102,7 @@ def call_model(module: nn.Module, inputs: CallInputs) -> Any:
         return module(*inputs.args, **inputs.kwargs)
     assert isinstance(module, fx.GraphModule)
     args, kwargs = unbind_inputs(module, inputs)
-    return module(*args, **kwargs)
+    return nn.Module.__call__(module, *args, **kwargs)  # GraphModule's own prints notes on an error
 
 
 def run_example(module: nn.Module, inputs: CallInputs) -> Any:
@@ -112,7 +113,7 @@ def run_example(module: nn.Module, inputs: CallInputs) -> Any:
         raise
     except Exception as error:
         raise GhostifyError(
-            f"example_inputs: the model does not run on them ({type(error).__name__}: {error}). "
+            f"example_inputs: the model does not run on them ({type(error).__name__}: {first_line(error)}). "
             "Pass inputs of the shape and type that its forward takes (--input-size)."
         ) from error
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
+from ghostify.arguments import a_device, a_mapping, a_model, a_module, a_path, anything, optional, public
 from ghostify.errors import GhostifyError
 from ghostify.graph.serialization import deserialize_module, serialize_module
 from ghostify.io import format1
@@ -26,6 +27,7 @@ FORMAT_VERSION = 2
 TENSORS, DESCRIPTION = "model.safetensors", "ghostify.json"
 
 
+@public(module=a_model, path=a_path, source=optional(a_mapping("Pass a dict that JSON can hold.")))
 def save(module: nn.Module, path: str | Path, *, source: dict[str, Any] | None = None) -> Path:
     """Write a converted model as a folder, atomically; `source` may describe the original model.
 
@@ -51,6 +53,7 @@ def save(module: nn.Module, path: str | Path, *, source: dict[str, Any] | None =
     return folder
 
 
+@public(path=a_path, allow=anything, device=a_device)
 def load(path: str | Path, *, allow: Iterable[str] = (), device: str | torch.device = "cpu") -> nn.Module:
     """Read a folder written by `save`, of format 1 or 2; bit-equal, without pickle.
 
@@ -113,6 +116,7 @@ def _read_tensors(file: Path, digest: str | None, device: str | torch.device) ->
         raise GhostifyError(f"{file}: is not a safetensors file ({error}). Save the model again.") from error
 
 
+@public(model=a_module, path=a_path)
 def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     """Load a plain checkpoint into `model` in place: safetensors, or `.pt`/`.pth` read with `weights_only=True`.
 

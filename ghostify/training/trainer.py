@@ -7,7 +7,7 @@ import hashlib
 import importlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,65 +21,39 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from ghostify.arguments import a_function, a_model, a_path, instance_of, optional, public
 from ghostify.data.training_data import EpochSampler, SeededDataset, TrainingData
 from ghostify.errors import GhostifyError
 from ghostify.graph.batchnorm import has_running_statistics
 from ghostify.graph.inputs import tensor_leaves
+from ghostify.graph.modes import eval_mode
 from ghostify.runtimes.tensors import to_channels_last
+from ghostify.text import first_line, format_value
 from ghostify.training.features import collect_features
 from ghostify.training.losses import distillation_loss, feature_loss
+from ghostify.training.recipe import Recipe
 from ghostify.training.run_folder import RunFolder, TrainingProgress
 
 LOG_EVERY = 10
 ProgressCallback = Callable[[int, int, str], None]
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Training settings. Optimizers and schedules are timm's, by name; `batch` is the total over all processes.
-
-    The loss is `distill` times the distillation loss of the outputs (`temperature` softens the classes), plus
-    `features` times the relative error of the rewritten layers' maps, plus `labels` times the cross entropy. `clip`
-    limits the norm of the gradients. `frozen_norms` keeps the running statistics of the norms. `precision` is "no",
-    "bf16" or "fp16". The model is evaluated every `evaluate_every` epochs, and training ends after `patience`
-    evaluations without a gain. The state is saved every `save_every` steps. `warmup` is a share of all steps. Raises
-    `GhostifyError` for values outside their range.
-    """
-
-    epochs: float = 1.0
-    batch: int = 128
-    optimizer: str = "sgd"
-    learning_rate: float = 0.02
-    weight_decay: float = 5e-4
-    schedule: str = "cosine"
-    warmup: float = 0.1
-    distill: float = 1.0
-    temperature: float = 2.0
-    features: float = 0.0
-    labels: float = 0.0
-    smoothing: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    ema: float | None = None
-    clip: float | None = None
-    frozen_norms: bool = False
-    precision: str = "no"
-    evaluate_every: float = 1.0
-    patience: int | None = None
-    save_every: int = 200
-    workers: int = 0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for key in ("epochs", "batch", "learning_rate", "temperature", "evaluate_every", "save_every"):
-            if not 0 < getattr(self, key) < math.inf:
-                raise GhostifyError(f"recipe: {key} {getattr(self, key)!r} is not a positive number. Set it above 0.")
-        if self.precision not in ("no", "bf16", "fp16"):
-            raise GhostifyError(f"recipe: precision {self.precision!r} is unknown. Use no, bf16 or fp16.")
-        if self.distill == self.features == self.labels == 0:
-            raise GhostifyError("recipe: distill, features and labels are all 0. Set one of them above 0.")
+def _an_accelerator(name: str, value: Any) -> Any:
+    """An Accelerator, by its methods: accelerate is an extra."""
+    if all(hasattr(value, attribute) for attribute in ("prepare", "backward", "unwrap_model")):
+        return value
+    raise GhostifyError(f"{name}: is {format_value(value)}. Pass an accelerate.Accelerator, or leave it out.")
 
 
+@public(
+    model=a_model,
+    original=a_model,
+    data=instance_of(TrainingData, "Pass what load_training_data(name, prepared) returns."),
+    folder=a_path,
+    recipe=optional(instance_of(Recipe, "Pass Recipe(epochs=1, ...).")),
+    accelerator=optional(_an_accelerator),
+    on_progress=optional(a_function("done", "total", "text")),
+)
 def finetune(
     model: nn.Module,
     original: nn.Module,
@@ -178,12 +152,11 @@ class _Training:
         torch.manual_seed(recipe.seed)
         student = copy.deepcopy(model).requires_grad_().to(memory_format=torch.channels_last)
         teacher = copy.deepcopy(original).requires_grad_(False).eval().to(memory_format=torch.channels_last)
+        _check_outputs(student, teacher, data)
         self.student_features, self.teacher_features = (
             collect_features(student, teacher) if recipe.features else ([], [])
         )
-        optimizer = create_optimizer_v2(
-            student, recipe.optimizer, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
-        )
+        optimizer = _create_optimizer(student, recipe)
         self.schedule, _ = create_scheduler_v2(
             optimizer,
             recipe.schedule,
@@ -308,6 +281,38 @@ class _Training:
         """The weights that are evaluated: the student's, or their moving average."""
         model = self.accelerator.unwrap_model(self.student) if self.ema is None else self.ema.module
         return {name: value.detach().cpu() for name, value in model.state_dict().items()}
+
+
+def _create_optimizer(student: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    try:
+        return create_optimizer_v2(student, recipe.optimizer, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    except Exception as error:  # several of timm's optimizers need other packages
+        problem = f"recipe: optimizer {recipe.optimizer!r}: cannot be created ({first_line(error)})"
+        raise GhostifyError(f"{problem}. Use another one.") from error
+
+
+def _check_outputs(student: nn.Module, teacher: nn.Module, data: TrainingData) -> None:
+    """Raises `GhostifyError` where the models do not run on the first image, or their outputs differ in shape."""
+    if not len(data.validation):  # type: ignore[arg-type]
+        raise GhostifyError("data: has no validation images. Pass some.")
+    image = data.validation[0][0]
+    shapes, expected = (_output_shapes(model, image) for model in (student, teacher))
+    if shapes != expected:
+        raise GhostifyError(
+            f"original: its outputs are {expected}, those of the model {shapes}. Pass the model that was converted."
+        )
+
+
+def _output_shapes(model: nn.Module, image: Tensor) -> list[tuple[int, ...]]:
+    try:
+        with eval_mode(model):
+            outputs = tensor_leaves(model(image[None].to(next(model.parameters()).device)))
+    except Exception as error:
+        raise GhostifyError(
+            f"data: {type(model).__name__} does not run on its images ({type(error).__name__}: {first_line(error)}). "
+            "Pass images of the size and channels that it takes."
+        ) from error
+    return [tuple(output.shape) for output in outputs]
 
 
 def _fingerprint(model: nn.Module) -> str:
