@@ -89,17 +89,18 @@ def a_number(
     maximum: float = math.inf,
     *,
     above: bool = False,
+    below: bool = False,
     problem: str = "is not a number",
     remedy: str = "Pass one.",
 ) -> Check:
-    """A finite number from `minimum` to `maximum`; with `above`, greater than `minimum`."""
+    """A finite number from `minimum` to `maximum`; with `above` and `below`, strictly between them."""
 
     def check(name: str, value: Any) -> Any:
         number = _plain_number(value)
-        is_in_range = number is not None and math.isfinite(number) and minimum <= number <= maximum
-        if number is None or not is_in_range or (above and number == minimum):
-            raise GhostifyError(f"{name} {format_value(value)}: {problem}. {remedy}")
-        return number
+        excluded = ([minimum] if above else []) + ([maximum] if below else [])
+        if number is not None and math.isfinite(number) and minimum <= number <= maximum and number not in excluded:
+            return number
+        raise GhostifyError(f"{name} {format_value(value)}: {problem}. {remedy}")
 
     return check
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-MAX_TEXT, MAX_VALUE, MAX_INTEGER = 300, 60, 10**30
-CONTROL_SEQUENCE = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")  # colours and the like, for terminals
+ESCAPE_SEQUENCE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
+MAX_LINE, MAX_REASON, MAX_VALUE, MAX_INTEGER = 1000, 300, 60, 10**30
 
 
 def format_shape(sizes: Iterable[int | str]) -> str:
@@ -24,12 +24,20 @@ def format_count(count: int | None) -> str:
     return str(count)
 
 
+def printable(text: str) -> str:
+    """The text with control characters, other than line ends, written as escapes, so that a terminal obeys none."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(text: str, limit: int = MAX_LINE) -> str:
+    """The text in one line of at most `limit` characters: without colours, spaces in place of line ends."""
+    line = printable(" ".join(ESCAPE_SEQUENCE.sub("", text).split()))
+    return line if len(line) <= limit else f"{line[: limit // 2]} ... {line[-limit // 2 :]}"
+
+
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message as plain text, without a final full stop; its class where it has none."""
-    lines = CONTROL_SEQUENCE.sub("", str(error)).splitlines()
-    text = next((line.strip() for line in lines if line.strip()), type(error).__name__)
-    text = "".join(c if c.isprintable() else " " for c in text)
-    return (text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}...").rstrip(".")
+    """The first line of an error's message, without its full stop; the error's class where it has none."""
+    return one_line(str(error).strip().partition("\n")[0], MAX_REASON).rstrip(".") or type(error).__name__
 
 
 def format_value(value: object) -> str:

@@ -11,9 +11,10 @@ from ghostify.graph.modes import eval_mode
 def test_modes_are_restored_even_after_an_error():
     model = nn.Sequential(nn.Dropout(), nn.Linear(2, 2)).train()
     model[1].eval()
-    with pytest.raises(RuntimeError), eval_mode(model):
+    with eval_mode(model):
         assert not model[0].training
         assert not torch.is_grad_enabled()
+    with pytest.raises(RuntimeError), eval_mode(model):
         model(torch.zeros(1, 3))
     assert [m.training for m in model.modules()] == [True, True, False]
 

@@ -53,7 +53,9 @@ VALUES = {
     "exception": ValueError("a\nb"),
 }
 NUMBERS = {"one", "five", "1.5", "numpy integer", "numpy float"}
-COUNTS = {"one", "five", "numpy integer"}
+COUNTS = frozenset({"one", "five", "numpy integer"})
+POSITIVE = frozenset({"fraction", *NUMBERS})
+NOT_NEGATIVE = frozenset({"zero", *POSITIVE})
 SEEDS = {"zero", *COUNTS}
 FLAGS = {"true", "numpy bool"}
 PATTERNS = {"no list", "list of texts", "function"}
@@ -157,11 +159,9 @@ ACCEPTED = {
         "prune": FLAGS,
     },
     "Recipe": {
-        **dict.fromkeys(("epochs", "learning_rate", "temperature", "evaluate_every"), {"fraction", *NUMBERS}),
+        **dict.fromkeys(("epochs", "learning_rate", "temperature", "evaluate_every"), POSITIVE),
         **dict.fromkeys(("batch", "save_every"), COUNTS),
-        **dict.fromkeys(
-            ("weight_decay", "distill", "features", "labels", "mixup", "cutmix"), {"zero", "fraction", *NUMBERS}
-        ),
+        **dict.fromkeys(("weight_decay", "distill", "features", "labels", "mixup", "cutmix"), NOT_NEGATIVE),
         "optimizer": set(),
         "schedule": set(),
         "warmup": {"zero", "fraction", "one"},

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -87,8 +88,49 @@ def test_a_state_with_unknown_keys_is_refused_in_one_line(tmp_path):
 
 def test_damaged_settings_are_refused_by_name(tmp_path):
     (tmp_path / "training.json").write_text('{"epochs"')
-    with pytest.raises(GhostifyError, match=r"training\.json: is not a readable file of a training run"):
+    with pytest.raises(GhostifyError, match=r"training\.json: is truncated or not JSON"):
         RunFolder(tmp_path, SETTINGS, is_main=True)
+
+
+@pytest.mark.parametrize("progress", [{"step": "4"}, {"step": -1}, {"step": 1, "best": [1]}, {"step": 1.5}])
+def test_a_state_of_other_values_is_refused(tmp_path, progress):
+    write_run_of_earlier_version(tmp_path, progress)
+    with pytest.raises(GhostifyError, match=r"progress\.json: has other values than a training run writes"):
+        RunFolder(tmp_path, SETTINGS, is_main=True).resume(Accelerator())
+
+
+@pytest.mark.parametrize("line", ["[1]", '{"loss": 1.0}', '{"step": "x"}', '{"step": 1, "loss": [1]}'])
+def test_metrics_of_other_kinds_are_refused(tmp_path, line):
+    (tmp_path / METRICS).write_text(f'{{"step": 1, "loss": NaN}}\n{line}\n')
+    with pytest.raises(GhostifyError, match=r"metrics\.jsonl: has a line that is not of a training run"):
+        metrics_of(tmp_path)
+
+
+class Pickled:
+    def __reduce__(self):
+        return print, ("it has run",)
+
+
+def test_a_state_is_read_without_running_code(tmp_path, capsys):
+    write_run_of_earlier_version(tmp_path, {"step": 4})
+    torch.save({"a": torch.ones(1)}, tmp_path / "state-000000004/custom_checkpoint_0.pkl")
+    assert RunFolder(tmp_path, SETTINGS, is_main=True).resume(Accelerator()).step == 4
+    torch.save({"a": Pickled()}, tmp_path / "state-000000004/custom_checkpoint_0.pkl")
+    with pytest.raises(GhostifyError, match=r"custom_checkpoint_0\.pkl: is damaged, or cannot be read without running"):
+        RunFolder(tmp_path, SETTINGS, is_main=True).resume(Accelerator())
+    assert "it has run" not in capsys.readouterr().out
+
+
+def test_a_state_with_a_pipe_is_refused(tmp_path):
+    write_run_of_earlier_version(tmp_path, {"step": 4})
+    os.mkfifo(tmp_path / "state-000000004/model.safetensors")
+    with pytest.raises(GhostifyError, match=r"model\.safetensors: is a pipe"):
+        RunFolder(tmp_path, SETTINGS, is_main=True).resume(Accelerator())
+
+
+def test_best_weights_that_are_missing_are_named(tmp_path):
+    with pytest.raises(GhostifyError, match=r"best\.safetensors: cannot be read"):
+        RunFolder(tmp_path, SETTINGS, is_main=True).load_best()
 
 
 def test_the_best_weights_are_the_last_that_were_saved(tmp_path):

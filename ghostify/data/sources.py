@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,27 +73,15 @@ def _constructor(full_name: str, kind: str, name: str) -> Callable[..., Any]:
                 f"torchvision.models.list_models() lists its models."
             )
         return lambda **arguments: torchvision.models.get_model(name, weights=None, **arguments)
+    if not all(part.isidentifier() for part in (*kind.split("."), *name.split("."))):
+        raise GhostifyError(
+            f"model {full_name!r}: is not a name of the form module.path:callable. Write it as in package.models:Net."
+        )
     try:
         return import_object(full_name)
-    except (ImportError, AttributeError) as error:
-        raise GhostifyError(f"model {full_name!r}: {error}. Check the name and the Python path.") from error
-
-
-def parse_arguments(pairs: list[str], option: str = "--arg", example: str = "width=32") -> dict[str, Any]:
-    """The `key=value` strings of an option by key; values are parsed as JSON where possible, else kept as text.
-
-    Raises `GhostifyError` for a string of another form, with an `example` of the option's.
-    """
-    arguments = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key.isidentifier():
-            raise GhostifyError(f"{option} {pair!r}: is not of the form key=value. Write it as in {example}.")
-        try:
-            arguments[key] = json.loads(value)
-        except ValueError:
-            arguments[key] = value
-    return arguments
+    except Exception as error:  # the module is the user's, and its import runs it
+        problem = str(error) if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {error}"
+        raise GhostifyError(f"model {full_name!r}: {problem}. Check the name and the Python path.") from error
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from ghostify.errors import GhostifyError
 CIFAR10 = (Path("data"), Path.home() / ".cache/torchvision", Path("/usr/share/datasets"))
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 VALIDATION_EVERY = 20
+DATASETS = ("fashion-mnist", "cifar10")
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import timm
 import torch
 import torchvision
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from ghostify.arguments import a_device, a_mapping, a_model, a_module, a_path, anything, optional, public
 from ghostify.errors import GhostifyError
+from ghostify.files import read_json
 from ghostify.graph.serialization import deserialize_module, serialize_module
+from ghostify.graph.tensor_needs import needed_tensors
 from ghostify.io import format1
 from ghostify.io.atomic import staged_folder
+from ghostify.io.tensor_file import read_tensors
 from ghostify.summary import Report, attach_report, conversion_info
 
 FORMAT_VERSION = 2
 TENSORS, DESCRIPTION = "model.safetensors", "ghostify.json"
+REMEDY = "Convert and save the model again."
 
 
 @public(module=a_model, path=a_path, source=optional(a_mapping("Pass a dict that JSON can hold.")))
@@ -62,58 +66,47 @@ def load(path: str | Path, *, allow: Iterable[str] = (), device: str | torch.dev
     """
     folder = Path(path)
     content = _read_description(folder)
-    tensors = _read_tensors(folder / TENSORS, content.get("tensors"), device)
-    try:
+    with _named(folder / DESCRIPTION):
         if content["format"] == 1:
             content = format1.upgrade(content)
-        module = deserialize_module(content["model"], tensors, allow)
+        needed, digest = needed_tensors(content["model"]), content["tensors"]
+        if not isinstance(digest, str):
+            raise GhostifyError(f"tensors {digest!r}: is not the digest of a file")
+    tensors = read_tensors(folder / TENSORS, digest=digest, needed=needed, description=DESCRIPTION, remedy=REMEDY)
+    with _named(folder / DESCRIPTION):
+        on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
+        module = deserialize_module(content["model"], on_device, allow)
         return attach_report(module, Report.from_dict(content["report"]), content["source"])
+
+
+@contextlib.contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """Name the file in errors that its content causes."""
+    try:
+        yield
     except GhostifyError as error:
         problem = str(error)
-        remedy = "" if problem.endswith(".") else ". Convert and save the model again."
-        raise GhostifyError(f"{folder / DESCRIPTION}: {problem}{remedy}") from error
+        remedy = "" if problem.endswith(".") else f". {REMEDY}"
+        raise GhostifyError(f"{file}: {problem}{remedy}") from error
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise GhostifyError(
-            f"{folder / DESCRIPTION}: is incomplete ({type(error).__name__}: {error}). Save the model again."
-        ) from error
+        raise GhostifyError(f"{file}: is incomplete ({type(error).__name__}: {error}). {REMEDY}") from error
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
     """The content of a folder's `ghostify.json` in the format that it has, less its digest, which is checked."""
     file = folder / DESCRIPTION
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise GhostifyError(
-            f"{file}: cannot be read, so {folder} is not a ghostify folder ({error.strerror}). Name a saved model."
-        ) from error
-    except ValueError as error:
-        raise GhostifyError(f"{file}: is truncated or not JSON ({error}). Save the model again.") from error
+    content = read_json(file, folder=folder, remedy="Name a folder that ghostify saved.")
     if not isinstance(content, dict) or "format" not in content or "model" not in content:
         raise GhostifyError(f"{file}: was not written by ghostify. Name a saved model.")
-    if content["format"] not in (1, FORMAT_VERSION):
+    if type(content["format"]) is not int or content["format"] not in (1, FORMAT_VERSION):
         raise GhostifyError(
             f"{file}: has format {content['format']!r}, this version reads formats 1 and {FORMAT_VERSION}. "
             f"Convert the model again, or update ghostify."
         )
     digest = content.pop("digest", None)
     if digest != _content_digest(content):
-        raise GhostifyError(f"{file}: was changed after it was saved. Save the model again.")
+        raise GhostifyError(f"{file}: was changed after it was saved. {REMEDY}")
     return content
-
-
-def _read_tensors(file: Path, digest: str | None, device: str | torch.device) -> dict[str, Tensor]:
-    """The tensors of a safetensors file with this digest, by path."""
-    try:
-        is_unchanged = _file_digest(file) == digest
-    except OSError as error:
-        raise GhostifyError(f"{file}: cannot be read ({error.strerror}). Save the model again.") from error
-    if not is_unchanged:
-        raise GhostifyError(f"{file}: is damaged or belongs to another {DESCRIPTION}. Save the model again.")
-    try:
-        return load_file(file, device=str(device))
-    except (safetensors.SafetensorError, OSError) as error:
-        raise GhostifyError(f"{file}: is not a safetensors file ({error}). Save the model again.") from error
 
 
 @public(model=a_module, path=a_path)

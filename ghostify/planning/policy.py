@@ -15,6 +15,7 @@ from torch import nn
 from ghostify.arguments import a_flag, a_function, a_number, a_path, an_integer, call_function
 from ghostify.deprecation import rename_keys, renamed_keywords, warn_renamed
 from ghostify.errors import GhostifyError
+from ghostify.files import MEGABYTE, read_text
 from ghostify.modules.layout import NAMED_FORMS, Depthwise, GhostForm, Grouped
 from ghostify.text import first_line, format_value
 
@@ -25,6 +26,7 @@ else:
 
 Pattern = str | Callable[[str, nn.Module], bool]
 RENAMED_FIELDS = {"narrow": "prune"}
+REMEDY = "Correct the TOML file, or name another."
 
 
 @dataclass(frozen=True)
@@ -103,12 +105,11 @@ class Policy:
     def from_toml(cls, path: str | Path) -> Policy:
         """Read `keep_first = true` and `[[rule]]` tables; raises `GhostifyError` naming the file and the key."""
         path = Path(a_path("path", path))
+        text = read_text(path, limit=MEGABYTE, remedy=REMEDY)
         try:
-            data = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-            raise GhostifyError(
-                f"{path}: is not a readable policy ({first_line(error)}). Correct the TOML file, or name another."
-            ) from error
+            data = tomllib.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise GhostifyError(f"{path}: is not a readable policy ({first_line(error)}). {REMEDY}") from error
         return cls.from_dict(data, str(path))
 
     @classmethod

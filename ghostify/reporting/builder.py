@@ -134,10 +134,10 @@ def _check_original(original: nn.Module, summary: Report) -> None:
         if not all(layer.weight_shape):  # a weight that a forward computes
             continue
         try:
-            found = resolve_attribute(original, layer.name)
+            holder = resolve_attribute(original, layer.name)
         except AttributeError as error:
             raise GhostifyError(f"original: has no layer {layer.name}. Pass the model that was converted.") from error
-        weight = getattr(found, "weight", found)
+        weight = getattr(holder, "weight", holder)
         if isinstance(weight, Tensor) and tuple(weight.shape) != layer.weight_shape:
             shapes = format_shape(weight.shape), format_shape(layer.weight_shape)
             raise GhostifyError(

@@ -1,4 +1,4 @@
-"""The settings of a training, each with its type and range."""
+"""The settings of a training run, each with its type and range."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ghostify.arguments import a_choice, a_flag, a_number, a_seed, an_integer, o
 from ghostify.errors import GhostifyError
 from ghostify.text import format_value
 
-SCHEDULES = ("constant", "cosine", "multistep", "poly", "step", "tanh")
-LOOKAHEAD = "lookahead_"
+SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant")
+LOOKAHEAD, MAX_COUNT = "lookahead_", 10**9
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Recipe:
     limits the norm of the gradients. `frozen_norms` keeps the running statistics of the norms. `precision` is "no",
     "bf16" or "fp16". The model is evaluated every `evaluate_every` epochs, and training ends after `patience`
     evaluations without a gain. The state is saved every `save_every` steps. `warmup` is a share of all steps. Raises
-    `GhostifyError` for values outside their range.
+    `GhostifyError` for values of another type or outside their range.
     """
 
     epochs: float = 1.0
@@ -67,31 +67,33 @@ def _an_optimizer(name: str, value: Any) -> str:
 
 _positive = a_number(0, above=True, problem="is not a positive number", remedy="Set it above 0.")
 _at_least_0 = a_number(0, problem="is not a number of at least 0", remedy="Set it to 0 or more.")
-_share = a_number(0, 1, problem="is not a number from 0 to 1", remedy="Set it to one.")
-_count = an_integer(1, remedy="Set it to 1 or more.")
+_below_1 = a_number(0, 1, below=True, problem="is not a number of at least 0 and below 1", remedy="Set it to one.")
+_count = an_integer(1, MAX_COUNT, problem=f"is not an integer from 1 to {MAX_COUNT:,}", remedy="Set it to one.")
 
 RECIPE_CHECKS = {
-    "epochs": _positive,
+    "epochs": a_number(
+        0, MAX_COUNT, above=True, problem=f"is not a positive number of at most {MAX_COUNT:,}", remedy="Set it to one."
+    ),
     "batch": _count,
     "optimizer": _an_optimizer,
     "learning_rate": _positive,
     "weight_decay": _at_least_0,
     "schedule": a_choice(SCHEDULES),
-    "warmup": _share,
+    "warmup": a_number(0, 1, problem="is not a number from 0 to 1", remedy="Set it to one."),
     "distill": _at_least_0,
     "temperature": _positive,
     "features": _at_least_0,
     "labels": _at_least_0,
-    "smoothing": _share,
+    "smoothing": _below_1,
     "mixup": _at_least_0,
     "cutmix": _at_least_0,
-    "ema": optional(_share),
+    "ema": optional(_below_1),
     "clip": optional(_positive),
     "frozen_norms": a_flag,
     "precision": a_choice(("no", "bf16", "fp16")),
     "evaluate_every": _positive,
     "patience": optional(_count),
     "save_every": _count,
-    "workers": an_integer(0, remedy="Set it to 0 or more."),
+    "workers": an_integer(0, 1024, problem="is not an integer from 0 to 1,024", remedy="Set it to one."),
     "seed": a_seed,
 }

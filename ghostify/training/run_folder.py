@@ -5,20 +5,25 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import pickle
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ghostify.errors import GhostifyError
+from ghostify.files import open_regular, parse_json, read_json, read_text
 from ghostify.io.atomic import staged_folder, write_text_atomic
+from ghostify.io.tensor_file import read_tensors
 
 SETTINGS, METRICS, PROGRESS = "training.json", "metrics.jsonl", "progress.json"
 BEST, STATE = "best.safetensors", "state-"
+OTHER_OBJECTS = "custom_checkpoint"  # Accelerate's name for the files of registered objects
 NEW_KEYS = {"apart": "distance_to_original", "stale": "evaluations_without_gain"}  # by the key in earlier versions
 OTHER_FOLDER = "Use another folder."
 
@@ -61,11 +66,12 @@ class RunFolder:
         states = self._states()
         progress = TrainingProgress()
         if states:
+            _check_state(states[-1])
             accelerator.load_state(str(states[-1]))
             progress = _read_progress(states[-1] / PROGRESS)
         if self.is_main:
             metrics = self.folder / METRICS
-            entries = _parse_metrics(metrics.read_text()) if metrics.exists() else []
+            entries = metrics_of(self.folder) if metrics.exists() else []
             lines = [json.dumps(entry) + "\n" for entry in entries if entry["step"] <= progress.step]
             write_text_atomic(metrics, "".join(lines))
             self.tensorboard = _tensorboard_writer(self.folder, progress.step)
@@ -104,7 +110,7 @@ class RunFolder:
 
     def load_best(self) -> dict[str, Tensor]:
         """The weights that were saved last as the best."""
-        return load_file(self.folder / BEST)
+        return read_tensors(self.folder / BEST, remedy=OTHER_FOLDER)
 
     def close(self) -> None:
         """Flush TensorBoard's log and end its thread."""
@@ -117,31 +123,57 @@ class RunFolder:
 
 
 def metrics_of(folder: Path) -> list[dict[str, float]]:
-    """The lines of a run's `metrics.jsonl`."""
-    return _parse_metrics((folder / METRICS).read_text())
+    """The complete lines of a run's `metrics.jsonl`; a killed process may have left a truncated one.
 
-
-def _parse_metrics(text: str) -> list[dict[str, float]]:
-    """The complete lines; a killed process may have left a truncated one."""
+    Raises `GhostifyError` for lines that are not of a training run.
+    """
+    file = folder / METRICS
     entries = []
-    for line in text.splitlines():
+    for line in read_text(file, folder=folder, remedy=OTHER_FOLDER).splitlines():
         with contextlib.suppress(ValueError):
-            entries.append(_with_new_keys(json.loads(line)))
-    return entries
+            entries.append(parse_json(line, finite=False))
+    for entry in entries:
+        if not isinstance(entry, dict) or not all(
+            isinstance(v, int | float) for v in (entry.get("step"), *entry.values())
+        ):
+            raise GhostifyError(f"{file}: has a line that is not of a training run. {OTHER_FOLDER}")
+    return [_with_new_keys(entry) for entry in entries]
+
+
+def _check_state(state: Path) -> None:
+    """Raise `GhostifyError` for a state with other than regular files, or a pickle that holds more than tensors.
+
+    Accelerate reads all files but those of other objects, such as averaged weights, without running code from them.
+    """
+    for file in sorted(p for p in state.rglob("*") if not p.is_dir()):
+        with open_regular(file, folder=state, remedy=OTHER_FOLDER) as stream:
+            if not file.name.startswith(OTHER_OBJECTS):
+                continue
+            try:
+                torch.load(stream, map_location="cpu", weights_only=True)
+            except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+                raise GhostifyError(
+                    f"{file}: is damaged, or cannot be read without running code from it. {OTHER_FOLDER}"
+                ) from error
 
 
 def _read_progress(file: Path) -> TrainingProgress:
     try:
-        return TrainingProgress(**_read_object(file))
+        progress = TrainingProgress(**_read_object(file))
     except TypeError as error:
         raise GhostifyError(f"{file}: has keys that this version does not know ({error}). {OTHER_FOLDER}") from error
+    counts = (progress.step, progress.evaluations_without_gain)
+    scores = (progress.best or 0.0, progress.distance_to_original)
+    if not all(type(n) is int and n >= 0 for n in counts) or not all(isinstance(n, int | float) for n in scores):
+        raise GhostifyError(f"{file}: has other values than a training run writes. {OTHER_FOLDER}")
+    return progress
 
 
 def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        return _with_new_keys(json.loads(file.read_text()))
-    except (OSError, ValueError, AttributeError) as error:
-        raise GhostifyError(f"{file}: is not a readable file of a training run ({error}). {OTHER_FOLDER}") from error
+    content = read_json(file, folder=file.parent, remedy=OTHER_FOLDER)
+    if not isinstance(content, dict):
+        raise GhostifyError(f"{file}: is not a file of a training run. {OTHER_FOLDER}")
+    return _with_new_keys(content)
 
 
 def _with_new_keys(item: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,11 +26,11 @@ from ghostify.data.training_data import EpochSampler, SeededDataset, TrainingDat
 from ghostify.errors import GhostifyError
 from ghostify.graph.batchnorm import has_running_statistics
 from ghostify.graph.inputs import tensor_leaves
-from ghostify.graph.modes import eval_mode
 from ghostify.runtimes.tensors import to_channels_last
 from ghostify.text import first_line, format_value
 from ghostify.training.features import collect_features
 from ghostify.training.losses import distillation_loss, feature_loss
+from ghostify.training.output_checks import check_outputs
 from ghostify.training.recipe import Recipe
 from ghostify.training.run_folder import RunFolder, TrainingProgress
 
@@ -131,6 +131,35 @@ def _evaluate(training: _Training, run_folder: RunFolder, progress: TrainingProg
     return replace(progress, best=score, distance_to_original=distance, evaluations_without_gain=0)
 
 
+def _optimizer_and_schedule(student: nn.Module, recipe: Recipe, steps: int) -> tuple[torch.optim.Optimizer, Any]:
+    """timm's; raises `GhostifyError` for those that this machine or this version of timm does not have."""
+    try:
+        optimizer = create_optimizer_v2(
+            student, recipe.optimizer, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+        )
+    except (AssertionError, ImportError, TypeError, ValueError) as error:
+        raise GhostifyError(
+            f"recipe: optimizer {recipe.optimizer!r}: cannot be used here ({first_line(error)}). Use another."
+        ) from error
+    try:
+        schedule, _ = create_scheduler_v2(
+            optimizer,
+            recipe.schedule,
+            num_epochs=steps,
+            warmup_epochs=int(recipe.warmup * steps),
+            warmup_prefix=True,
+            step_on_epochs=False,
+            updates_per_epoch=1,
+        )
+    except (AssertionError, ValueError) as error:
+        raise GhostifyError(
+            f"recipe: schedule {recipe.schedule!r}: does not suit {steps} steps ({first_line(error)}). Use cosine."
+        ) from error
+    if schedule is None:
+        raise GhostifyError(f"recipe: schedule {recipe.schedule!r}: is not in this version of timm. Use cosine.")
+    return optimizer, schedule
+
+
 class _Training:
     """The parts of a training run: student, teacher, data, optimizer and schedule."""
 
@@ -142,6 +171,11 @@ class _Training:
             raise GhostifyError(
                 f"recipe: batch {recipe.batch} is not a multiple of the {processes} processes. Use one that is."
             )
+        if (recipe.mixup or recipe.cutmix) and recipe.batch // processes % 2:
+            raise GhostifyError(
+                f"recipe: mixup, cutmix: mix images in pairs, a batch of {recipe.batch // processes} is odd. "
+                f"Use an even batch."
+            )
         if recipe.batch > count:
             raise GhostifyError(
                 f"recipe: batch {recipe.batch} is more than the {count} training images. Use a smaller batch."
@@ -152,20 +186,11 @@ class _Training:
         torch.manual_seed(recipe.seed)
         student = copy.deepcopy(model).requires_grad_().to(memory_format=torch.channels_last)
         teacher = copy.deepcopy(original).requires_grad_(False).eval().to(memory_format=torch.channels_last)
-        _check_outputs(student, teacher, data)
+        check_outputs(student, teacher, data)
         self.student_features, self.teacher_features = (
             collect_features(student, teacher) if recipe.features else ([], [])
         )
-        optimizer = _create_optimizer(student, recipe)
-        self.schedule, _ = create_scheduler_v2(
-            optimizer,
-            recipe.schedule,
-            num_epochs=self.steps,
-            warmup_epochs=int(recipe.warmup * self.steps),
-            warmup_prefix=True,
-            step_on_epochs=False,
-            updates_per_epoch=1,
-        )
+        optimizer, self.schedule = _optimizer_and_schedule(student, recipe, self.steps)
         self.sampler = EpochSampler(count, recipe.seed)
         loading = {"batch_size": recipe.batch // processes, "num_workers": recipe.workers}
         train_loader = DataLoader(
@@ -281,38 +306,6 @@ class _Training:
         """The weights that are evaluated: the student's, or their moving average."""
         model = self.accelerator.unwrap_model(self.student) if self.ema is None else self.ema.module
         return {name: value.detach().cpu() for name, value in model.state_dict().items()}
-
-
-def _create_optimizer(student: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    try:
-        return create_optimizer_v2(student, recipe.optimizer, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-    except Exception as error:  # several of timm's optimizers need other packages
-        problem = f"recipe: optimizer {recipe.optimizer!r}: cannot be created ({first_line(error)})"
-        raise GhostifyError(f"{problem}. Use another one.") from error
-
-
-def _check_outputs(student: nn.Module, teacher: nn.Module, data: TrainingData) -> None:
-    """Raises `GhostifyError` where the models do not run on the first image, or their outputs differ in shape."""
-    if not len(data.validation):  # type: ignore[arg-type]
-        raise GhostifyError("data: has no validation images. Pass some.")
-    image = data.validation[0][0]
-    shapes, expected = (_output_shapes(model, image) for model in (student, teacher))
-    if shapes != expected:
-        raise GhostifyError(
-            f"original: its outputs are {expected}, those of the model {shapes}. Pass the model that was converted."
-        )
-
-
-def _output_shapes(model: nn.Module, image: Tensor) -> list[tuple[int, ...]]:
-    try:
-        with eval_mode(model):
-            outputs = tensor_leaves(model(image[None].to(next(model.parameters()).device)))
-    except Exception as error:
-        raise GhostifyError(
-            f"data: {type(model).__name__} does not run on its images ({type(error).__name__}: {first_line(error)}). "
-            "Pass images of the size and channels that it takes."
-        ) from error
-    return [tuple(output.shape) for output in outputs]
 
 
 def _fingerprint(model: nn.Module) -> str:
