@@ -75,12 +75,14 @@ def ghostify(
     "aotinductor"). {"max_drop": 0.5} selects the cheapest model whose score by `evaluate(model)` is at most 0.5 below
     that of the original (see `plan_for_drop`).
 
-    `calibration` yields batches in any form that the model's forward takes. Each layer is fitted to the original's
-    outputs on them; without them, the fit is data-free. With `reconstruct`, gradient steps on the same batches follow,
-    block by block. `example_inputs` adds shapes and MACs to the report. `on_progress(done, total, text)` is called
-    during the fit. The same inputs and `seed` give the same result, whatever modes, defaults and random states the
-    caller has set (see `neutral_context`); only `evaluate` runs in the caller's modes. Raises `GhostifyError`, also
-    where a function that was passed fails, except for `on_progress`: what it raises ends the conversion.
+    `calibration` yields batches: tensors, tuples or dicts for the arguments that `example_inputs` fills (without it,
+    those without default); further elements of a tuple, such as labels, are dropped. Each layer is fitted to the
+    original's outputs on them; without them, the fit is data-free. With `reconstruct`, gradient steps on the same
+    batches follow, block by block. `example_inputs` adds shapes and MACs to the report. `on_progress(done, total,
+    text)` is called during the fit. The same inputs and `seed` give the same result, whatever modes, defaults and
+    random states the caller has set (see `neutral_context`); only `evaluate` runs in the caller's modes. Raises
+    `GhostifyError`, also where a function that was passed fails, except for `on_progress`: what it raises ends the
+    conversion.
     """
     if reconstruct and calibration is None:
         raise GhostifyError("reconstruct: needs images. Pass calibration (--calibration FOLDER).")

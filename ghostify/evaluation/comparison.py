@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ghostify.errors import GhostifyError
-from ghostify.evaluation.metrics import predict, relative_error, run_batch, top1
+from ghostify.evaluation.metrics import predict, relative_error, run_on_images, top1
 from ghostify.graph.modes import eval_mode
 from ghostify.text import format_shape
 
@@ -31,7 +31,7 @@ class Comparison:
 def has_tensor_output(module: nn.Module, batch: Tensor) -> bool:
     """Whether a model's output is one tensor."""
     with eval_mode(module):
-        return isinstance(run_batch(module, batch[:1]), Tensor)
+        return isinstance(run_on_images(module, batch[:1]), Tensor)
 
 
 def compare_models(

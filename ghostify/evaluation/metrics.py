@@ -20,7 +20,7 @@ def predict(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
     Raises `GhostifyError` where the model does not run on a batch.
     """
     with eval_mode(model):
-        outputs = [run_batch(model, batch, number) for number, batch in enumerate(batches)]
+        outputs = [run_on_images(model, batch, number) for number, batch in enumerate(batches)]
     try:
         return torch.cat(outputs)
     except RuntimeError as error:
@@ -29,7 +29,7 @@ def predict(model: nn.Module, batches: Iterable[Tensor]) -> Tensor:
         ) from error
 
 
-def run_batch(model: nn.Module, batch: Tensor, number: int = 0) -> Any:
+def run_on_images(model: nn.Module, batch: Tensor, number: int = 0) -> Any:
     """The output of a model on one batch; raises `GhostifyError` where it does not run."""
     try:
         return model(batch)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from ghostify.errors import GhostifyError
+from ghostify.graph.batches import batch_error
 from ghostify.graph.inputs import CallInputs, call_model, tensor_leaves
 from ghostify.graph.modes import eval_mode
 from ghostify.text import first_line, format_value
@@ -58,7 +59,7 @@ def check_values(inputs: CallInputs, number: int) -> None:
 
 
 class BatchRunner:
-    """Runs one image of each batch that differs in shape or type from those before, in the model that it is for."""
+    """Runs each batch that differs in shape or type from those before: one image of it, or else all."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -75,28 +76,36 @@ class BatchRunner:
         tensors = (leaf for leaf in leaves if isinstance(leaf, Tensor))
         signature = (str(structure), *((v.shape[1:], v.dtype, v.device) for v in tensors))
         if signature not in self.casts:
-            self.casts[signature] = self._cast(_ordinary(one_image, None), number)
+            samples = [_ordinary(one_image, None), _ordinary(inputs, None)]
+            self.casts[signature] = self._cast(samples, number)
         return _ordinary(inputs, self.casts[signature])
 
-    def _cast(self, one_image: CallInputs, number: int) -> torch.dtype | None:
-        """None where the model runs on the image as it is, else the type to convert it to."""
-        error = self._failure(one_image)
+    def _cast(self, samples: list[CallInputs], number: int) -> torch.dtype | None:
+        """None where the model runs on one of the samples as it is, else the type to convert them to."""
+        error = self._failure(samples)
         if error is None:
             return None
-        has_other_dtype = any(v.is_floating_point() and v.dtype != self.dtype for v in tensor_leaves(one_image))
-        if has_other_dtype and self._failure(_ordinary(one_image, self.dtype)) is None:
+        has_other_dtype = any(v.is_floating_point() and v.dtype != self.dtype for v in tensor_leaves(samples))
+        if has_other_dtype and self._failure([_ordinary(sample, self.dtype) for sample in samples]) is None:
             return self.dtype
-        dtype = str(self.dtype).removeprefix("torch.")
-        raise GhostifyError(
-            f"calibration batch {number}: the model does not run on it ({type(error).__name__}: {first_line(error)}). "
-            f"Pass what its forward takes, in {dtype} on its device."
-        ) from error
+        raise batch_error(number, error) from error
 
-    def _failure(self, inputs: CallInputs) -> Exception | None:
+    def _failure(self, samples: list[CallInputs]) -> Exception | None:
+        """The error on the last sample, or None where the model runs on one of them."""
+        error = None
+        for sample in samples:
+            error = self._error(sample)
+            if error is None:
+                break
+        return error
+
+    def _error(self, inputs: CallInputs) -> Exception | None:
         """The error of one forward, or None."""
         try:
             with eval_mode(self.module):
                 call_model(self.module, inputs)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception as error:
             return error
         return None

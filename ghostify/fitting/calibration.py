@@ -15,7 +15,8 @@ from ghostify.errors import GhostifyError
 from ghostify.fitting.activation_store import ActivationStore, restore
 from ghostify.fitting.batch_checks import BatchRunner, check_values, read_batches
 from ghostify.fitting.distributed import rank_and_world_size
-from ghostify.graph.inputs import CallArguments, CallInputs, PlaceholderValues, bind_batch, call_model, tensor_leaves
+from ghostify.graph.batches import bind_batch, run_batch
+from ghostify.graph.inputs import CallArguments, CallInputs, PlaceholderValues, tensor_leaves
 from ghostify.graph.modes import eval_mode
 from ghostify.numerics import outputs_match
 
@@ -62,13 +63,16 @@ class CalibrationBatches:
     images: int
 
 
-def bind_calibration(module: nn.Module, calibration: Iterable[Any] | CalibrationBatches) -> CalibrationBatches:
-    """The batches of `calibration` as inputs of `module`; further elements of a tuple, such as labels, are dropped.
+def bind_calibration(
+    module: nn.Module, calibration: Iterable[Any] | CalibrationBatches, example: Any = None
+) -> CalibrationBatches:
+    """The batches of `calibration` as inputs of `module`, as `bind_batch` binds them in the form of `example`.
 
     Large batches are split. Those of a loader are stored, beyond 64 MiB in temporary files; those of a list remain the
     caller's. With several processes, each passes the whole set and keeps its share of the batches. Floating-point
     inputs are converted to the model's type where it does not run on theirs. Raises `GhostifyError`, with the number of
-    the batch, for one that the model does not run on or that has values that are not finite, and for an empty set.
+    the batch, for one that lacks an argument, that the model does not run on or that has values that are not finite,
+    and for an empty set.
     """
     if isinstance(calibration, CalibrationBatches):
         return calibration
@@ -77,7 +81,7 @@ def bind_calibration(module: nn.Module, calibration: Iterable[Any] | Calibration
     local_batches: list[CalibrationBatch] = []
     runner = BatchRunner(module)
     for number, batch in enumerate(read_batches(calibration)):
-        inputs = bind_batch(module, batch)
+        inputs = bind_batch(module, batch, example, f"calibration batch {number}")
         check_values(inputs, number)
         inputs = runner.runnable(inputs, split(inputs, 1)[0], number)
         first = tensor_leaves(inputs)[0]
@@ -139,10 +143,10 @@ def _fastest_memory_format(module: nn.Module, inputs: CallInputs) -> torch.memor
     with eval_mode(module):
         try:
             expected, channels_last = (
-                tensor_leaves(call_model(module, to_memory_format(inputs, memory_format)))
+                tensor_leaves(run_batch(module, to_memory_format(inputs, memory_format), 0))
                 for memory_format in (torch.preserve_format, torch.channels_last)
             )
-        except (RuntimeError, TypeError):
+        except GhostifyError:  # one image, or channels last, is not what the model runs on
             return torch.preserve_format
     is_equal = bool(expected) and outputs_match(channels_last, expected, MEMORY_FORMAT_TOLERANCE)
     return torch.channels_last if is_equal else torch.preserve_format

@@ -75,11 +75,11 @@ def fit(
 ) -> FitResult:
     """Fit every rewrite of `plan`: data-free without `calibration`, else to the original's outputs on its batches.
 
-    `calibration` yields batches in a form that `trace` accepts as example inputs; further elements of a tuple, such as
-    labels, are dropped. In a `torch.distributed` process group every process passes the whole set, computes its share,
-    and returns the same weights. Raises `GhostifyError` for an empty calibration set, or one with values that are not
-    finite; warns where the error on the holdout is much larger than on the other images. `method` replaces steps of the
-    fit in ablations.
+    `calibration` yields batches for the arguments that the program's example inputs fill (without them, those without
+    default); further elements of a tuple, such as labels, are dropped. In a `torch.distributed` process group every
+    process passes the whole set, computes its share, and returns the same weights. Raises `GhostifyError` for an empty
+    calibration set, or one with values that are not finite; warns where the error on the holdout is much larger than on
+    the other images. `method` replaces steps of the fit in ablations.
     """
     check_plan(program, plan)
     run = _FitRun(program, plan, seed, on_progress, method)

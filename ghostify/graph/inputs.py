@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -82,18 +81,6 @@ def bind_example(module: nn.Module, batch: Any) -> CallInputs:
     """The inputs for one forward of `batch`: placeholder values of a traced module, arguments of any other."""
     args, kwargs = as_arguments(batch)
     return bind_inputs(module, args, kwargs) if isinstance(module, fx.GraphModule) else CallArguments(args, kwargs)
-
-
-def bind_batch(module: nn.Module, batch: Any) -> CallInputs:
-    """`bind_example` for a batch of a data set: tuple elements beyond the inputs, such as labels, are dropped."""
-    args, kwargs = as_arguments(batch)
-    if isinstance(module, fx.GraphModule):
-        count = sum(not str(n.target).startswith("*") for n in placeholders(module))
-        return bind_inputs(module, args[:count], kwargs)
-    required = [p for p in inspect.signature(module.forward).parameters.values() if p.default is p.empty]
-    if not any(p.kind is p.VAR_POSITIONAL for p in required):
-        args = args[: max(1, len(required))]
-    return CallArguments(args, kwargs)
 
 
 def call_model(module: nn.Module, inputs: CallInputs) -> Any:
