@@ -43,7 +43,7 @@ VALUES = {
     "bytes": b"bytes",
     "python module": torch,
     "class": nn.Conv2d,
-    "function": lambda name, module: False,  # noqa: ARG005
+    "function": lambda name, module: True,  # noqa: ARG005
     "function of nothing": lambda: 0,
     "generator": None,  # made anew for each row
     "tensor": torch.zeros(2),
@@ -52,7 +52,7 @@ VALUES = {
     "state": nn.Conv2d(3, 8, 3).state_dict(),
     "exception": ValueError("a\nb"),
 }
-NUMBERS = {"one", "five", "1.5", "numpy integer", "numpy float"}
+NUMBERS = {"one", "five", "1.5", "huge", "numpy integer", "numpy float"}
 COUNTS = frozenset({"one", "five", "numpy integer"})
 POSITIVE = frozenset({"fraction", *NUMBERS})
 NOT_NEGATIVE = frozenset({"zero", *POSITIVE})
@@ -159,7 +159,8 @@ ACCEPTED = {
         "prune": FLAGS,
     },
     "Recipe": {
-        **dict.fromkeys(("epochs", "learning_rate", "temperature", "evaluate_every"), POSITIVE),
+        "epochs": POSITIVE - {"huge"},
+        **dict.fromkeys(("learning_rate", "temperature", "evaluate_every"), POSITIVE),
         **dict.fromkeys(("batch", "save_every"), COUNTS),
         **dict.fromkeys(("weight_decay", "distill", "features", "labels", "mixup", "cutmix"), NOT_NEGATIVE),
         "optimizer": set(),
@@ -232,7 +233,7 @@ def right_arguments(name, folder):
         "Policy": dict,
         "Policy.from_toml": dict,
         "Rule": dict,
-        "Recipe": dict,
+        "Recipe": lambda: {"features": 1.0},
     }[name]()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
@@ -21,7 +22,7 @@ REMEDY = "Pass batches such as tensors of N x C x H x W, or a DataLoader."
 def an_iterable(name: str, value: Any) -> Any:
     """Something that yields batches; a check of arguments."""
     is_iterable = isinstance(value, Iterable) or hasattr(value, "__getitem__")
-    if not is_iterable or isinstance(value, str | bytes | type | nn.Module):
+    if not is_iterable or isinstance(value, str | bytes | type | nn.Module | np.generic):
         raise GhostifyError(f"{name}: is {format_value(value)}, which yields no batches. {REMEDY}")
     return value
 
@@ -29,7 +30,10 @@ def an_iterable(name: str, value: Any) -> Any:
 def read_batches(calibration: Any) -> Iterator[Any]:
     """The batches of `calibration`; raises `GhostifyError` where one cannot be read."""
     is_one_batch = isinstance(calibration, Tensor | Mapping)
-    batches = iter([calibration] if is_one_batch else an_iterable("calibration", calibration))
+    try:
+        batches = iter([calibration] if is_one_batch else an_iterable("calibration", calibration))
+    except TypeError as error:
+        raise GhostifyError(f"calibration: yields no batches ({first_line(error)}). {REMEDY}") from error
     number = 0
     while True:
         try:
@@ -52,6 +56,8 @@ def check_values(inputs: CallInputs, number: int) -> None:
     tensors = tensor_leaves(inputs)
     if not tensors or tensors[0].dim() == 0 or tensors[0].numel() == 0:
         raise GhostifyError(f"calibration batch {number}: has no images. Leave it out.")
+    if any(t.layout != torch.strided for t in tensors):
+        raise GhostifyError(f"calibration batch {number}: is not a dense tensor. Pass it with to_dense().")
     if any(t.is_meta for t in tensors):
         raise GhostifyError(f"calibration batch {number}: is on the meta device and has no values. Pass real images.")
     if not all(t.isfinite().all() for t in tensors if t.is_floating_point() or t.is_complex()):

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
-from ghostify.arguments import a_device, a_mapping, a_model, a_module, a_path, anything, optional, public
+from ghostify.arguments import a_device, a_json_object, a_model, a_module, a_path, optional, public, some_names
 from ghostify.errors import GhostifyError
 from ghostify.files import read_json
 from ghostify.graph.serialization import deserialize_module, serialize_module
@@ -31,7 +31,7 @@ TENSORS, DESCRIPTION = "model.safetensors", "ghostify.json"
 REMEDY = "Convert and save the model again."
 
 
-@public(module=a_model, path=a_path, source=optional(a_mapping("Pass a dict that JSON can hold.")))
+@public(module=a_model, path=a_path, source=optional(a_json_object))
 def save(module: nn.Module, path: str | Path, *, source: dict[str, Any] | None = None) -> Path:
     """Write a converted model as a folder, atomically; `source` may describe the original model.
 
@@ -57,7 +57,7 @@ def save(module: nn.Module, path: str | Path, *, source: dict[str, Any] | None =
     return folder
 
 
-@public(path=a_path, allow=anything, device=a_device)
+@public(path=a_path, allow=some_names, device=a_device)
 def load(path: str | Path, *, allow: Iterable[str] = (), device: str | torch.device = "cpu") -> nn.Module:
     """Read a folder written by `save`, of format 1 or 2; bit-equal, without pickle.
 

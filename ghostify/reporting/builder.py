@@ -23,6 +23,8 @@ from ghostify.arguments import (
 )
 from ghostify.errors import GhostifyError
 from ghostify.evaluation.comparison import Comparison, compare_models, has_tensor_output
+from ghostify.graph.inputs import bind_example, run_example
+from ghostify.graph.modes import eval_mode
 from ghostify.graph.paths import resolve_attribute
 from ghostify.graph.tracing import trace, unwrapped_model
 from ghostify.planning import cost
@@ -97,6 +99,11 @@ def write_report(
     if original is not None:
         original = unwrapped_model(original)
         _check_original(original, summary)
+    if labels is not None and (original is None or not images):
+        raise GhostifyError("labels: are compared with what both models predict. Pass original and images, too.")
+    if example_inputs is not None:
+        with eval_mode(module):
+            run_example(module, bind_example(module, example_inputs))
     totals = _count_rows(module, original, summary)
     latencies: LatencyPairs = {}
     if original is not None and images and has_tensor_output(module, images[0]):
