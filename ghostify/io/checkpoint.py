@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
+from ghostify.arguments import a_device, a_json_object, a_model, a_module, a_path, optional, public, some_names
 from ghostify.errors import GhostifyError
 from ghostify.files import open_regular, read_json
 from ghostify.graph.allowed_ops import allow_entries
@@ -34,6 +35,7 @@ MIN_FLOAT_BYTES = 2  # types of 8 bits need scales that a checkpoint of weights 
 REMEDY = "Convert and save the model again."
 
 
+@public(module=a_model, path=a_path, source=optional(a_json_object))
 def save(module: nn.Module, path: str | Path, *, source: dict[str, Any] | None = None) -> Path:
     """Write a converted model as a folder, atomically; `source` may describe the original model.
 
@@ -60,6 +62,7 @@ def save(module: nn.Module, path: str | Path, *, source: dict[str, Any] | None =
     return folder
 
 
+@public(path=a_path, allow=some_names, device=a_device)
 def load(path: str | Path, *, allow: Iterable[str] = (), device: str | torch.device = "cpu") -> nn.Module:
     """Read a folder written by `save`, of format 1 or 2; bit-equal, without pickle.
 
@@ -122,6 +125,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
     return content
 
 
+@public(model=a_module, path=a_path)
 def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     """Load a plain checkpoint into `model` in place: safetensors, or `.pt`/`.pth` read with `weights_only=True`.
 
