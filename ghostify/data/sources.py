@@ -139,13 +139,10 @@ def read_data(path: str | Path, prepared: Preprocessing, *, limit: int | None = 
     pass through the model's transform, arrays do not: their numbers, of whatever type, are the inputs. At most `limit`
     images are read, sampled evenly. Raises `GhostifyError` naming the file.
     """
-    for name, count in (("batch", batch), ("limit", 1 if limit is None else limit)):
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise GhostifyError(f"{name} {count!r}: is not a number of images. Use at least 1.")
     path = Path(path)
     if path.is_dir():
-        files, classes = list_images(path)
-        files = _sample_evenly(files, limit)
+        all_files, classes = list_images(path)
+        files = _sample_evenly(all_files, limit)
         labels = torch.tensor([classes.index(class_of(p, path)) for p in files]) if classes else None
         return ImageData(tuple(_read_batches(files, prepared, batch)), labels)
     if path.suffix.lower() not in ARRAY_SUFFIXES:

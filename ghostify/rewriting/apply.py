@@ -42,12 +42,12 @@ def _check_weights(plan: Plan, weights: Mapping[str, FittedWeights]) -> None:
     """Raises `GhostifyError` where a ghost rewrite has no weights, or weights of another layout."""
     for entry in plan.changes:
         fitted, name = weights.get(entry.conv.name), entry.conv.name
-        expected = GhostWeights if isinstance(entry, GhostRewrite) else PrunedConvWeights
-        if fitted is None and isinstance(entry, PruneRewrite):
-            continue
-        if not isinstance(fitted, expected):
-            raise GhostifyError(f"weights: have no {expected.__name__} for {name}. Pass those of fit(program, plan).")
-        if isinstance(entry, GhostRewrite) and len(fitted.channels) != entry.layout.outputs:
+        if isinstance(entry, PruneRewrite):
+            if not isinstance(fitted, PrunedConvWeights | None):
+                raise GhostifyError(f"weights: those of {name} are ghost weights. Pass those of fit(program, plan).")
+        elif not isinstance(fitted, GhostWeights):
+            raise GhostifyError(f"weights: have no GhostWeights for {name}. Pass those of fit(program, plan).")
+        elif len(fitted.channels) != entry.layout.outputs:
             raise GhostifyError(f"weights: those of {name} are of another plan. Pass those of fit(program, plan).")
 
 
