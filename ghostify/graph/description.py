@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from ghostify.graph.tensor_facts import TensorFacts, parse_facts
 from ghostify.graph.values import is_identifier, names_in, tensor_keys
 
 OPS = ("placeholder", "get_attr", "call_function", "call_method", "call_module", "output")
-PATH_PART = re.compile(r"[\w-]+")
+UNQUOTABLE = frozenset('"\\')
 PARAMETER_KINDS = {
     "": inspect.Parameter.POSITIONAL_OR_KEYWORD,
     "*": inspect.Parameter.VAR_POSITIONAL,
@@ -265,4 +264,5 @@ def _is_path_part(name: str) -> bool:
 
 
 def _is_target_part(name: str) -> bool:
-    return is_identifier(name) or (bool(PATH_PART.fullmatch(name)) and not name.isidentifier())
+    """Whether generated code can name a part of a path: as an attribute, else as text in double quotes."""
+    return is_identifier(name) or (not name.isidentifier() and name.isprintable() and not set(name) & UNQUOTABLE)
