@@ -265,4 +265,5 @@ def _is_path_part(name: str) -> bool:
 
 def _is_target_part(name: str) -> bool:
     """Whether generated code can name a part of a path: as an attribute, else as text in double quotes."""
-    return is_identifier(name) or (not name.isidentifier() and name.isprintable() and not set(name) & UNQUOTABLE)
+    is_quotable = bool(name) and name.isprintable() and not set(name) & UNQUOTABLE
+    return is_identifier(name) or (is_quotable and not name.isidentifier())
