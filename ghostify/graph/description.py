@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx, nn
+from torch import fx
 
 from ghostify.errors import GhostifyError
 from ghostify.graph.allowed_ops import check_method_name
 from ghostify.graph.methods import RESULT, Mark
 from ghostify.graph.paths import join_path
 from ghostify.graph.tensor_facts import TensorFacts, parse_facts
-from ghostify.graph.values import is_identifier, names_in, tensor_keys
+from ghostify.graph.values import MODULE_INTERNALS, is_identifier, names_in, tensor_keys
 
 OPS = ("placeholder", "get_attr", "call_function", "call_method", "call_module", "output")
 UNQUOTABLE = frozenset('"\\')
@@ -137,7 +137,7 @@ def _parse_module(
         nodes = _parse_nodes(item["nodes"], where)
         if not is_identifier(item.get("class_name")):
             raise GhostifyError(f"{where}: has no valid class name")
-    elif not isinstance(item.get("class"), str) or item["class"].count(":") != 1:
+    elif not isinstance(item.get("class"), str):
         raise GhostifyError(f"{where}: has neither a class nor nodes")
     if not isinstance(item.get("training"), bool):
         raise GhostifyError(f"{where}: has no mode")
@@ -260,7 +260,7 @@ def _is_within(path: str, owner: str) -> bool:
 
 
 def _is_path_part(name: str) -> bool:
-    return bool(name) and "." not in name and name not in nn.Module().__dict__
+    return name.isprintable() and name != "" and "." not in name and name not in MODULE_INTERNALS
 
 
 def _is_target_part(name: str) -> bool:
