@@ -24,6 +24,7 @@ else:
 
 Pattern = str | Callable[[str, nn.Module], bool]
 RENAMED_FIELDS = {"narrow": "prune"}
+MAX_DW_SIZE = 255
 REMEDY = "Correct the TOML file, or name another."
 
 
@@ -60,10 +61,10 @@ class Rule:
         if (
             isinstance(self.dw_size, bool)
             or not isinstance(self.dw_size, int)
-            or self.dw_size < 1
+            or not 1 <= self.dw_size <= MAX_DW_SIZE
             or self.dw_size % 2 == 0
         ):
-            raise GhostifyError(f"dw_size {self.dw_size!r}: is not an odd number. Use 1, 3, 5 or 7.")
+            raise GhostifyError(f"dw_size {self.dw_size!r}: is not an odd number of at most {MAX_DW_SIZE}. Use 1, 3, 5 or 7.")
         is_width = isinstance(self.cheap, int) and not isinstance(self.cheap, bool) and self.cheap >= 1
         if not is_width and self.cheap not in (*NAMED_FORMS, "auto"):
             raise GhostifyError(

@@ -114,13 +114,13 @@ def _evaluate(training: _Training, run_folder: RunFolder, progress: TrainingProg
 
 
 @torch.no_grad()
-def _check_classes(original: nn.Module, data: TrainingData) -> None:
-    """Raise `GhostifyError` for labels beyond the classes of an original with outputs of N x classes."""
+def _check_data(original: nn.Module, data: TrainingData) -> None:
+    """Read an image, and raise `GhostifyError` for labels beyond the classes of an original with N x classes."""
+    image, _ = data.validation[0]
     if not data.labelled or not data.classes:
         return
     with eval_mode(original):
-        image = data.validation[0][0].to(next(original.parameters()).device)
-        outputs = tensor_leaves(original(image[None]))[0]
+        outputs = tensor_leaves(original(image[None].to(next(original.parameters()).device)))[0]
     if outputs.dim() == 2 and data.classes > outputs.shape[1]:
         raise GhostifyError(
             f"{data.name}: has label {data.classes - 1}, the model has {outputs.shape[1]} classes, counted from 0. "
@@ -158,6 +158,7 @@ class _Training:
     def __init__(
         self, accelerator: Any, model: nn.Module, original: nn.Module, data: TrainingData, recipe: Recipe
     ) -> None:
+        _check_data(original, data)
         count, processes = len(data.train), accelerator.num_processes  # type: ignore[arg-type]
         if recipe.batch % processes:
             raise GhostifyError(
@@ -175,7 +176,6 @@ class _Training:
         self.accelerator, self.recipe, self.labelled = accelerator, recipe, data.labelled
         self.per_epoch = count // recipe.batch
         self.steps = max(1, round(recipe.epochs * self.per_epoch))
-        _check_classes(original, data)
         torch.manual_seed(recipe.seed)
         student = copy.deepcopy(model).requires_grad_().to(memory_format=torch.channels_last)
         teacher = copy.deepcopy(original).requires_grad_(False).eval().to(memory_format=torch.channels_last)
