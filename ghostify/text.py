@@ -18,3 +18,9 @@ def format_count(count: int | None) -> str:
         if count >= size:
             return f"{count / size:.3g} {unit}"
     return str(count)
+
+
+def printable(text: object) -> str:
+    """The text as it is, or with escapes where it holds control characters."""
+    plain = str(text)
+    return plain if plain.isprintable() else ascii(plain)[1:-1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,43 +11,59 @@ import safetensors
 import timm
 import torch
 import torchvision
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from ghostify.errors import GhostifyError
 from ghostify.graph.serialization import deserialize_module, serialize_module
 from ghostify.io import format1
-from ghostify.io.atomic import staged_folder
+from ghostify.io.atomic import check_output_folder, staged_folder
+from ghostify.io.journal import current_file
+from ghostify.io.manifest import DESCRIPTION, TENSORS, content_digest, file_digest
+from ghostify.io.tensor_file import write_tensors
+from ghostify.numerics import first_not_finite
 from ghostify.summary import Report, attach_report, conversion_info
 
 FORMAT_VERSION = 2
-TENSORS, DESCRIPTION = "model.safetensors", "ghostify.json"
 
 
-def save(module: nn.Module, path: str | Path, *, source: dict[str, Any] | None = None) -> Path:
+def save(module: nn.Module, path: str | Path, *, source: dict[str, Any] | None = None, overwrite: bool = False) -> Path:
     """Write a converted model as a folder, atomically; `source` may describe the original model.
 
-    Returns the folder. Raises `GhostifyError` for a model that cannot be expressed as JSON and tensors, and for an
-    existing folder that does not hold a saved model.
+    Returns the folder. Raises `GhostifyError` for a model that cannot be expressed as JSON and tensors, for weights
+    that are not finite, and for an existing folder that holds files which ghostify did not write; with `overwrite`
+    those stay, and only ghostify's own are replaced.
     """
-    folder = Path(path)
-    _check_output_folder(folder)
+    check_output_folder(path, overwrite=overwrite)
     info = conversion_info(module)
     data, tensors = serialize_module(module)
-    with staged_folder(folder) as staging:
-        save_file({name: _with_own_storage(tensor) for name, tensor in tensors.items()}, staging / TENSORS)
-        content = {
-            "format": FORMAT_VERSION,
-            "source": source or info.source,
-            "model": data,
-            "report": info.report.to_dict(),
-            "versions": versions(),
-            "tensors": _file_digest(staging / TENSORS),
-        }
-        content["digest"] = _content_digest(content)
+    damaged = first_not_finite(tensors, {name for name, _ in module.named_parameters(remove_duplicate=False)})
+    if damaged is not None:
+        raise GhostifyError(f"{damaged}: holds NaN or infinity. Save a model whose weights are finite.")
+    content: dict[str, Any] = {
+        "format": FORMAT_VERSION,
+        "source": source or info.source,
+        "model": data,
+        "report": info.report.to_dict(),
+        "versions": versions(),
+    }
+    for key in ("source", "report"):
+        _check_json(key, content[key])
+    with staged_folder(path, overwrite=overwrite) as staging:
+        write_tensors(staging / TENSORS, tensors)
+        content["tensors"] = file_digest(staging / TENSORS)
+        content["digest"] = content_digest(content)
         (staging / DESCRIPTION).write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
-    return folder
+    return Path(path)
+
+
+def _check_json(key: str, value: Any) -> None:
+    """Raise `GhostifyError` for what JSON cannot hold."""
+    try:
+        json.dumps(value, allow_nan=False, sort_keys=True)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise GhostifyError(f"{key}: cannot be saved as JSON ({error}). Use numbers, text, lists and dicts.") from error
 
 
 def load(path: str | Path, *, allow: Iterable[str] = (), device: str | torch.device = "cpu") -> nn.Module:
@@ -59,7 +74,7 @@ def load(path: str | Path, *, allow: Iterable[str] = (), device: str | torch.dev
     """
     folder = Path(path)
     content = _read_description(folder)
-    tensors = _read_tensors(folder / TENSORS, content.get("tensors"), device)
+    tensors = _read_tensors(current_file(folder, TENSORS), content.get("tensors"), device)
     try:
         if content["format"] == 1:
             content = format1.upgrade(content)
@@ -77,7 +92,7 @@ def load(path: str | Path, *, allow: Iterable[str] = (), device: str | torch.dev
 
 def _read_description(folder: Path) -> dict[str, Any]:
     """The content of a folder's `ghostify.json` in the format that it has, less its digest, which is checked."""
-    file = folder / DESCRIPTION
+    file = current_file(folder, DESCRIPTION)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -94,7 +109,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
             f"Convert the model again, or update ghostify."
         )
     digest = content.pop("digest", None)
-    if digest != _content_digest(content):
+    if digest != content_digest(content):
         raise GhostifyError(f"{file}: was changed after it was saved. Save the model again.")
     return content
 
@@ -102,7 +117,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
 def _read_tensors(file: Path, digest: str | None, device: str | torch.device) -> dict[str, Tensor]:
     """The tensors of a safetensors file with this digest, by path."""
     try:
-        is_unchanged = _file_digest(file) == digest
+        is_unchanged = file_digest(file) == digest
     except OSError as error:
         raise GhostifyError(f"{file}: cannot be read ({error.strerror}). Save the model again.") from error
     if not is_unchanged:
@@ -159,30 +174,3 @@ def versions() -> dict[str, str]:
         "torchvision": torchvision.__version__,
         "timm": timm.__version__,
     }
-
-
-def _check_output_folder(folder: Path) -> None:
-    if folder.is_file():
-        raise GhostifyError(f"{folder}: is a file. Name a folder to save into.")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / DESCRIPTION).is_file():
-        raise GhostifyError(f"{folder}: holds other files and no {DESCRIPTION}. Name a new folder.")
-
-
-def _with_own_storage(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU, in row-major order, the only one in its storage."""
-    on_cpu = tensor.detach().cpu().contiguous()
-    return on_cpu if on_cpu.untyped_storage().nbytes() == on_cpu.nbytes else on_cpu.clone()
-
-
-def _file_digest(file: Path) -> str:
-    """SHA-256 of a file that may be larger than the memory."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(2**22):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _content_digest(content: dict[str, Any]) -> str:
-    """SHA-256 of the content as compact JSON with sorted keys."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ghostify.deployment.inference_form import deploy
+from ghostify.errors import GhostifyError
 from ghostify.graph.program import Convolution, Program
 from ghostify.graph.tracing import trace
 from ghostify.io.atomic import write_text_atomic
@@ -173,7 +174,6 @@ def _read_cache() -> dict[str, float]:
 def _write_cache(latencies_ms: dict[str, float]) -> None:
     file = cache_file()
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomic(file, json.dumps(latencies_ms))
-    except OSError:
+    except (OSError, GhostifyError):
         return  # measured again next time

@@ -5,17 +5,30 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
-import shutil
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ghostify.errors import GhostifyError
-from ghostify.io.atomic import staged_folder, write_text_atomic
+from ghostify.io.atomic import (
+    check_output_folder,
+    partial_folder,
+    remove_own_files,
+    staged_file,
+    staged_folder,
+    write_text_atomic,
+)
+from ghostify.io.lock import locked
+from ghostify.io.manifest import changed_files
+from ghostify.io.output import parents_created, writing_to
+from ghostify.io.tensor_file import write_tensors
 
 SETTINGS, METRICS, PROGRESS = "training.json", "metrics.jsonl", "progress.json"
 BEST, STATE = "best.safetensors", "state-"
@@ -34,47 +47,58 @@ class TrainingProgress:
 
 
 class RunFolder:
-    """The folder of one training run, written by the main process alone.
+    """The folder of one training run, written by the main process alone, and by no other run until it is closed.
 
     `settings` are the recipe, the number of images and the fingerprints of both models. Raises `GhostifyError` for a
-    folder that belongs to another run.
+    folder that belongs to another run, or that another process is training in.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], *, is_main: bool) -> None:
         self.folder, self.is_main, self.tensorboard = folder, is_main, None
-        file = folder / SETTINGS
+        self.open_places = contextlib.ExitStack()
         if not is_main:
             return
-        if file.exists():
-            stored = _read_object(file)
-            changed = [key for key in settings if stored.get(key) != settings[key]]
-            if changed:
-                raise GhostifyError(f"{folder}: belongs to a run with different {', '.join(changed)}. {OTHER_FOLDER}")
-        elif folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
-            raise GhostifyError(f"{folder}: holds files that are not of a training run. {OTHER_FOLDER}")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(file, json.dumps(dict(settings), indent=1) + "\n")
+        check_run_folder(folder)
+        with writing_to(folder), self.open_places as stack:
+            stack.enter_context(parents_created(folder / SETTINGS))
+            stack.enter_context(locked(folder, lambda place: place.mkdir(exist_ok=True), folder))
+            if (folder / SETTINGS).exists():
+                stored = _read_object(folder / SETTINGS)
+                changed = [key for key in settings if stored.get(key) != settings[key]]
+                if changed:
+                    raise GhostifyError(
+                        f"{folder}: belongs to a run with different {', '.join(changed)}. {OTHER_FOLDER}"
+                    )
+            write_text_atomic(folder / SETTINGS, json.dumps(dict(settings), indent=1) + "\n")
+            self.open_places = stack.pop_all()
 
     def resume(self, accelerator: Any) -> TrainingProgress:
-        """Load the newest state, and remove the metrics that were logged after it."""
+        """Load the newest state, and remove the metrics that were logged after it.
+
+        Raises `GhostifyError` for a state, or best weights, that are missing or damaged.
+        """
         accelerator.wait_for_everyone()
         states = self._states()
         progress = TrainingProgress()
         if states:
-            accelerator.load_state(str(states[-1]))
             progress = _read_progress(states[-1] / PROGRESS)
+            _load_state(accelerator, states[-1])
         if self.is_main:
+            if progress.best is not None:
+                self.load_best()
             metrics = self.folder / METRICS
-            entries = _parse_metrics(metrics.read_text()) if metrics.exists() else []
-            lines = [json.dumps(entry) + "\n" for entry in entries if entry["step"] <= progress.step]
-            write_text_atomic(metrics, "".join(lines))
+            with writing_to(metrics):
+                entries = metrics_of(self.folder) if metrics.exists() else []
+                lines = [json.dumps(entry) + "\n" for entry in entries if entry["step"] <= progress.step]
+                write_text_atomic(metrics, "".join(lines))
             self.tensorboard = _tensorboard_writer(self.folder, progress.step)
         return progress
 
     def save(self, accelerator: Any, progress: TrainingProgress) -> None:
         """Write the state of all processes; the previous state is removed afterwards."""
-        staging, state = self.folder / f".{STATE}", self.folder / f"{STATE}{progress.step:09d}"
-        with staged_folder(state, staging=staging) if self.is_main else contextlib.nullcontext():
+        state = self.folder / f"{STATE}{progress.step:09d}"
+        staging = partial_folder(state)
+        with staged_folder(state) if self.is_main else contextlib.nullcontext():
             accelerator.wait_for_everyone()
             accelerator.save_state(str(staging))
             accelerator.wait_for_everyone()
@@ -82,15 +106,16 @@ class RunFolder:
                 (staging / PROGRESS).write_text(json.dumps(asdict(progress)))
         if self.is_main:
             for previous in self._states()[:-1]:
-                shutil.rmtree(previous, ignore_errors=True)
+                remove_own_files(previous)
         accelerator.wait_for_everyone()
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append a line to `metrics.jsonl`, and the same values to TensorBoard's log."""
         if not self.is_main:
             return
-        with (self.folder / METRICS).open("a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        file = self.folder / METRICS
+        with writing_to(file), file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
         if self.tensorboard is not None:
             for name, value in metrics.items():
                 self.tensorboard.add_scalar(name, value, step)
@@ -98,49 +123,82 @@ class RunFolder:
     def save_best(self, weights: dict[str, Tensor]) -> None:
         """Replace the best weights."""
         if self.is_main:
-            staging = self.folder / f".{BEST}"
-            save_file({name: value.contiguous().clone() for name, value in weights.items()}, staging)
-            staging.replace(self.folder / BEST)
+            file = self.folder / BEST
+            with writing_to(file), staged_file(file) as staging:
+                write_tensors(staging, {name: value.contiguous().clone() for name, value in weights.items()})
 
     def load_best(self) -> dict[str, Tensor]:
-        """The weights that were saved last as the best."""
-        return load_file(self.folder / BEST)
+        """The weights that were saved last as the best; raises `GhostifyError` where they cannot be read."""
+        file = self.folder / BEST
+        try:
+            return load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise GhostifyError(f"{file}: is missing or damaged ({error}). {OTHER_FOLDER}") from error
 
     def close(self) -> None:
-        """Flush TensorBoard's log and end its thread."""
+        """Flush TensorBoard's log, end its thread, and leave the folder to other processes."""
         if self.tensorboard is not None:
             self.tensorboard.close()
+        self.open_places.close()
 
     def _states(self) -> list[Path]:
         """The complete states, the newest last."""
-        return sorted(self.folder.glob(f"{STATE}*[0-9]"))
+        return sorted(p for p in self.folder.glob(f"{STATE}*") if re.fullmatch(rf"{STATE}\d{{9,}}", p.name))
 
 
-def metrics_of(folder: Path) -> list[dict[str, float]]:
-    """The lines of a run's `metrics.jsonl`."""
-    return _parse_metrics((folder / METRICS).read_text())
+def check_run_folder(folder: Path) -> None:
+    """Raise `GhostifyError` for a folder that is not of a training run, is damaged or cannot be written to."""
+    check_output_folder(folder, overwrite=True)
+    with writing_to(folder):
+        if (folder / SETTINGS).exists():
+            _read_object(folder / SETTINGS)
+        elif folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
+            raise GhostifyError(f"{folder}: holds files that are not of a training run. {OTHER_FOLDER}")
 
 
-def _parse_metrics(text: str) -> list[dict[str, float]]:
-    """The complete lines; a killed process may have left a truncated one."""
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    """The complete lines of a run's `metrics.jsonl`; a killed process may have left a truncated one."""
     entries = []
-    for line in text.splitlines():
-        with contextlib.suppress(ValueError):
-            entries.append(_with_new_keys(json.loads(line)))
+    for line in (folder / METRICS).read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, AttributeError, RecursionError):
+            entry = _with_new_keys(json.loads(line, parse_constant=_refuse_constant))
+            if isinstance(entry.get("step"), int):
+                entries.append(entry)
     return entries
+
+
+def _refuse_constant(name: str) -> None:
+    """Refuse NaN and infinity, which are not JSON; earlier versions wrote them."""
+    raise ValueError(name)
+
+
+def _load_state(accelerator: Any, state: Path) -> None:
+    """Load a state whose files are those that were written."""
+    damaged = next(changed_files(state), None)
+    if damaged is not None:
+        raise GhostifyError(f"{state / damaged}: is missing or damaged. {OTHER_FOLDER}")
+    try:
+        accelerator.load_state(str(state))
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise GhostifyError(f"{state}: cannot be loaded ({reason}). {OTHER_FOLDER}") from error
 
 
 def _read_progress(file: Path) -> TrainingProgress:
     try:
-        return TrainingProgress(**_read_object(file))
+        progress = TrainingProgress(**_read_object(file))
     except TypeError as error:
         raise GhostifyError(f"{file}: has keys that this version does not know ({error}). {OTHER_FOLDER}") from error
+    counts, scores = (progress.step, progress.evaluations_without_gain), (progress.best, progress.distance_to_original)
+    if not all(isinstance(v, int) for v in counts) or not all(isinstance(v, int | float | None) for v in scores):
+        raise GhostifyError(f"{file}: holds something else than numbers. {OTHER_FOLDER}")
+    return progress
 
 
 def _read_object(file: Path) -> dict[str, Any]:
     try:
-        return _with_new_keys(json.loads(file.read_text()))
-    except (OSError, ValueError, AttributeError) as error:
+        return _with_new_keys(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise GhostifyError(f"{file}: is not a readable file of a training run ({error}). {OTHER_FOLDER}") from error
 
 
