@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+
+ESCAPE_SEQUENCE = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")
+MAX_LINE = 1000
 
 
 def format_shape(sizes: Iterable[int | str]) -> str:
@@ -20,7 +24,12 @@ def format_count(count: int | None) -> str:
     return str(count)
 
 
-def printable(text: object) -> str:
-    """The text as it is, or with escapes where it holds control characters."""
-    plain = str(text)
-    return plain if plain.isprintable() else ascii(plain)[1:-1]
+def printable(text: str) -> str:
+    """The text with control characters, other than line ends, written as escapes, so that a terminal obeys none."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(text: str, limit: int = MAX_LINE) -> str:
+    """The text in one line of at most `limit` characters: without colours, spaces in place of line ends."""
+    line = printable(" ".join(ESCAPE_SEQUENCE.sub("", text).split()))
+    return line if len(line) <= limit else f"{line[: limit // 2]} ... {line[-limit // 2 :]}"

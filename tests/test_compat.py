@@ -131,7 +131,7 @@ def test_incomplete_content_of_format_1_is_refused(key, tmp_path):
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     digest = hashlib.sha256(text.encode()).hexdigest()
     (folder / "ghostify.json").write_text(json.dumps({**content, "digest": digest}))
-    with pytest.raises(GhostifyError, match=r"ghostify\.json: is incomplete|belongs to another ghostify\.json"):
+    with pytest.raises(GhostifyError, match=r"ghostify\.json: is incomplete"):
         load(folder)
 
 

@@ -102,7 +102,7 @@ def test_each_runtime_is_measured_for_itself():
     assert measured == [3]
 
 
-@pytest.mark.parametrize("content", ["", "[1]", "{"])
+@pytest.mark.parametrize("content", ["", "[1]", "{", '{"a": [1]}', '{"a": null}', "[" * 100_000])
 def test_a_damaged_cache_is_replaced(measured_counts, content):
     latency.cache_file().parent.mkdir()
     latency.cache_file().write_text(content)

@@ -147,7 +147,24 @@ def test_a_frontier_of_format_1_is_read(key, tmp_path):
     }
 
 
-@pytest.mark.parametrize("text", ["[]", "{", "3", '{"format": 3, "points": [1]}', '{"format": 2, "points": []}', "[3]"])
+POINT = {"shares": {"macs": 0.5}, "error": 0.1, "drop": None, "layers": {"a": {}}}
+WRONG = [
+    {"shares": {}},
+    {"shares": {"macs": "0.5"}},
+    {"error": [1]},
+    {"drop": "1"},
+    {"layers": [1]},
+    {"layers": {"a": 3}},
+]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("[]", "{}", "3", '{"format": 3, "points": [1]}', '{"format": 2, "points": []}', "[3]"),
+        *(json.dumps({"format": 2, "points": [{**POINT, **wrong}]}) for wrong in WRONG),
+    ],
+)
 def test_other_files_are_no_frontiers(text, tmp_path):
     file = tmp_path / "frontier.json"
     file.write_text(text)

@@ -53,6 +53,8 @@ def test_policy_from_toml(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("a = " + "[" * 100_000, r"policy\.toml: is not a readable policy \(.*\)\. Correct the TOML file"),
+        ("a = 1" + "0" * 10_000, r"policy\.toml: is not a readable policy \(.*\)\. Correct the TOML file"),
         ("[[rule", r"policy\.toml: is not a readable policy \(.*\)\. Correct the TOML file"),
         ("", r"has no \[\[rule\]\] table"),
         ("[[rule]]\nration = 2", "rule 1: unknown key 'ration'. Use activated, cheap, dw_size"),
@@ -69,7 +71,7 @@ def test_toml_errors_name_file_and_key(tmp_path, text, message):
 
 
 def test_missing_policy_file(tmp_path):
-    with pytest.raises(GhostifyError, match=r"none\.toml: is not a readable policy"):
+    with pytest.raises(GhostifyError, match=r"none\.toml: cannot be read"):
         Policy.from_toml(tmp_path / "none.toml")
 
 

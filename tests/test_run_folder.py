@@ -1,4 +1,5 @@
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -92,8 +93,49 @@ def test_a_state_with_unknown_keys_is_refused_in_one_line(tmp_path):
 
 def test_damaged_settings_are_refused_by_name(tmp_path):
     (tmp_path / "training.json").write_text('{"epochs"')
-    with pytest.raises(GhostifyError, match=r"training\.json: is not a readable file of a training run"):
+    with pytest.raises(GhostifyError, match=r"training\.json: is truncated or not JSON"):
         RunFolder(tmp_path, SETTINGS, is_main=True)
+
+
+@pytest.mark.parametrize("progress", [{"step": "4"}, {"step": -1}, {"step": 1, "best": [1]}, {"step": 1.5}])
+def test_a_state_of_other_values_is_refused(tmp_path, progress):
+    write_run_of_earlier_version(tmp_path, progress)
+    with pytest.raises(GhostifyError, match=r"progress\.json: has other values than a training run writes"):
+        RunFolder(tmp_path, SETTINGS, is_main=True).resume(Accelerator())
+
+
+@pytest.mark.parametrize("line", ["[1]", '{"loss": 1.0}', '{"step": "x"}', '{"step": 1, "loss": [1]}'])
+def test_metrics_of_other_kinds_are_refused(tmp_path, line):
+    (tmp_path / METRICS).write_text(f'{{"step": 1, "loss": NaN}}\n{line}\n')
+    with pytest.raises(GhostifyError, match=r"metrics\.jsonl: has a line that is not of a training run"):
+        metrics_of(tmp_path)
+
+
+class Pickled:
+    def __reduce__(self):
+        return print, ("it has run",)
+
+
+def test_a_state_is_read_without_running_code(tmp_path, capsys):
+    write_run_of_earlier_version(tmp_path, {"step": 4})
+    torch.save({"a": torch.ones(1)}, tmp_path / "state-000000004/custom_checkpoint_0.pkl")
+    assert RunFolder(tmp_path, SETTINGS, is_main=True).resume(Accelerator()).step == 4
+    torch.save({"a": Pickled()}, tmp_path / "state-000000004/custom_checkpoint_0.pkl")
+    with pytest.raises(GhostifyError, match=r"custom_checkpoint_0\.pkl: is damaged, or cannot be read without running"):
+        RunFolder(tmp_path, SETTINGS, is_main=True).resume(Accelerator())
+    assert "it has run" not in capsys.readouterr().out
+
+
+def test_a_state_with_a_pipe_is_refused(tmp_path):
+    write_run_of_earlier_version(tmp_path, {"step": 4})
+    os.mkfifo(tmp_path / "state-000000004/model.safetensors")
+    with pytest.raises(GhostifyError, match=r"model\.safetensors: is a pipe"):
+        RunFolder(tmp_path, SETTINGS, is_main=True).resume(Accelerator())
+
+
+def test_best_weights_that_are_missing_are_named(tmp_path):
+    with pytest.raises(GhostifyError, match=r"best\.safetensors: cannot be read"):
+        RunFolder(tmp_path, SETTINGS, is_main=True).load_best()
 
 
 def test_the_best_weights_are_the_last_that_were_saved(tmp_path):
@@ -122,10 +164,10 @@ def test_a_folder_of_the_users_with_a_similar_name_and_notes_in_a_state_stay(tmp
     [
         ("state-000000002/value", "8", r"state-000000002/value: is missing or damaged"),
         ("state-000000002/value", None, r"state-000000002/value: is missing or damaged"),
-        ("state-000000002/progress.json", "{", r"progress\.json: is not a readable file"),
-        ("state-000000002/progress.json", '{"step": "2"}', r"progress\.json: holds something else than numbers"),
-        ("best.safetensors", "x", r"best\.safetensors: is missing or damaged"),
-        ("best.safetensors", None, r"best\.safetensors: is missing or damaged"),
+        ("state-000000002/progress.json", "{", r"progress\.json: is missing or damaged"),
+        ("state-000000002/progress.json", '{"step": "2"}', r"progress\.json: is missing or damaged"),
+        ("best.safetensors", "x", r"best\.safetensors: is damaged or not a safetensors file"),
+        ("best.safetensors", None, r"best\.safetensors: cannot be read"),
     ],
 )
 def test_damaged_files_are_named_in_one_line_before_training_goes_on(tmp_path, name, text, named):
@@ -142,10 +184,10 @@ def test_damaged_files_are_named_in_one_line_before_training_goes_on(tmp_path, n
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
-def test_lines_of_the_metrics_that_are_not_complete_json_are_skipped(tmp_path):
-    lines = ['{"step": 1, "loss": 1.0}', '{"step": 2, "loss": NaN}', "5", "[]", '{"loss": 1.0}', "\udc80", '{"step": 3']
-    (tmp_path / METRICS).write_bytes("\n".join(lines).encode(errors="surrogateescape"))
-    assert metrics_of(tmp_path) == [{"step": 1, "loss": 1.0}]
+def test_values_that_are_not_finite_and_half_a_line_are_left_out_of_the_metrics(tmp_path):
+    lines = ['{"step": 1, "loss": 1.0}', '{"step": 2, "loss": NaN, "validation": 50.0}', '{"step": 3, "lo']
+    (tmp_path / METRICS).write_text("\n".join(lines))
+    assert metrics_of(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "validation": 50.0}]
 
 
 def test_two_runs_in_one_folder_at_once_are_refused(tmp_path):
@@ -160,7 +202,7 @@ def test_two_runs_in_one_folder_at_once_are_refused(tmp_path):
 def test_a_damaged_record_is_named_before_anything_is_written(tmp_path, damage):
     RunFolder(tmp_path / "t", SETTINGS, is_main=True).close()
     (tmp_path / "t" / "training.json").write_text(damage)
-    with pytest.raises(GhostifyError, match=r"training\.json: is not a readable file of a training run"):
+    with pytest.raises(GhostifyError, match=r"training\.json: is (truncated or not JSON|not a file of a training run)"):
         check_run_folder(tmp_path / "t")
     assert (tmp_path / "t" / "training.json").read_text() == damage
 

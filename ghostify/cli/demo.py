@@ -21,7 +21,7 @@ from ghostify.errors import GhostifyError
 from ghostify.evaluation.metrics import predict, top1
 from ghostify.io.atomic import check_output_folder, staged_folder
 from ghostify.io.checkpoint import load, load_weights, save
-from ghostify.io.tensor_file import write_tensors
+from ghostify.io.tensor_writer import write_tensors
 from ghostify.planning.cost import count_macs, count_parameters
 from ghostify.timing.latency import interleaved_latency
 

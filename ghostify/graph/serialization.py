@@ -16,8 +16,8 @@ from torch import Tensor, fx, nn
 from ghostify.errors import GhostifyError
 from ghostify.graph.methods import PRESERVED_KEY, RESULT, Mark, TracedModule, mark_method, method_marks, set_attributes
 from ghostify.graph.paths import join_path
+from ghostify.graph.tensor_needs import tensor_facts
 from ghostify.imports import import_object
-from ghostify.modules.ghost import is_channels_last
 from ghostify.modules.hooks import has_hooks
 
 ALLOWED_PACKAGES = ("torch", "torchvision", "timm", "ghostify")
@@ -99,12 +99,12 @@ def _serialize_one(path: str, inner: nn.Module, tensors: dict[str, Tensor]) -> d
         raise GhostifyError(f"{path or 'the model'}: has hooks, which cannot be saved. Remove them first.")
     item: dict[str, Any] = {"training": inner.training, "parameters": {}, "buffers": {}}
     for name, parameter in inner._parameters.items():
-        item["parameters"][name] = None if parameter is None else _tensor_facts(parameter)
+        item["parameters"][name] = None if parameter is None else tensor_facts(parameter)
         if parameter is not None:
             tensors[join_path(path, name)] = parameter
     for name, buffer in inner._buffers.items():
         persistent = name not in inner._non_persistent_buffers_set
-        item["buffers"][name] = None if buffer is None else {**_tensor_facts(buffer), "persistent": persistent}
+        item["buffers"][name] = None if buffer is None else {**tensor_facts(buffer), "persistent": persistent}
         if buffer is not None:
             tensors[join_path(path, name)] = buffer
     if isinstance(inner, fx.GraphModule):
@@ -136,10 +136,6 @@ def _serialize_node(node: fx.Node) -> dict[str, Any]:
         "kwargs": {k: _encode(v, where) for k, v in node.kwargs.items()},
         **({"marks": [list(m) for m in marks]} if marks else {}),
     }
-
-
-def _tensor_facts(tensor: Tensor) -> dict[str, Any]:
-    return {"requires_grad": tensor.requires_grad, "channels_last": is_channels_last(tensor)}
 
 
 def _aliases(module: nn.Module) -> dict[str, str]:

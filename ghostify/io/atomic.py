@@ -38,7 +38,7 @@ from ghostify.io.output import (
     resolved_folder,
     writing_to,
 )
-from ghostify.text import printable
+from ghostify.text import one_line
 
 PARTIAL, COMPLETE = "partial", "complete"
 LAST = (DESCRIPTION, MANIFEST)  # they say which files are ghostify's own
@@ -95,7 +95,8 @@ def check_output_file(path: str | Path, is_own: Callable[[Path], bool], *, overw
         temporary.unlink()
         if not overwrite and file.exists() and file.stat().st_size and not is_own(file):
             raise GhostifyError(
-                f"{printable(path)}: {NOT_OURS}. Name another file, or pass --overwrite (overwrite=True) to replace it."
+                f"{one_line(str(path))}: {NOT_OURS}. "
+                f"Name another file, or pass --overwrite (overwrite=True) to replace it."
             )
 
 

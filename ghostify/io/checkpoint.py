@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import timm
 import torch
 import torchvision
-from safetensors.torch import load_file
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from ghostify.errors import GhostifyError
+from ghostify.files import open_regular, read_json
 from ghostify.graph.serialization import deserialize_module, serialize_module
+from ghostify.graph.tensor_needs import needed_tensors
 from ghostify.io import format1
 from ghostify.io.atomic import check_output_folder, staged_folder
 from ghostify.io.journal import current_file
 from ghostify.io.manifest import DESCRIPTION, TENSORS, content_digest, file_digest
-from ghostify.io.tensor_file import write_tensors
+from ghostify.io.tensor_file import read_tensors
+from ghostify.io.tensor_writer import write_tensors
 from ghostify.numerics import first_not_finite
 from ghostify.summary import Report, attach_report, conversion_info
 
 FORMAT_VERSION = 2
+MIN_FLOAT_BYTES = 2  # types of 8 bits need scales that a checkpoint of weights does not have
+REMEDY = "Convert and save the model again."
 
 
 def save(module: nn.Module, path: str | Path, *, source: dict[str, Any] | None = None, overwrite: bool = False) -> Path:
@@ -74,71 +79,70 @@ def load(path: str | Path, *, allow: Iterable[str] = (), device: str | torch.dev
     """
     folder = Path(path)
     content = _read_description(folder)
-    tensors = _read_tensors(current_file(folder, TENSORS), content.get("tensors"), device)
-    try:
+    with _named(folder / DESCRIPTION):
         if content["format"] == 1:
             content = format1.upgrade(content)
-        module = deserialize_module(content["model"], tensors, allow)
+        needed, digest = needed_tensors(content["model"]), content["tensors"]
+        if not isinstance(digest, str):
+            raise GhostifyError(f"tensors {digest!r}: is not the digest of a file")
+    file = current_file(folder, TENSORS)
+    tensors = read_tensors(file, digest=digest, needed=needed, description=DESCRIPTION, remedy=REMEDY)
+    with _named(folder / DESCRIPTION):
+        on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
+        module = deserialize_module(content["model"], on_device, allow)
         return attach_report(module, Report.from_dict(content["report"]), content["source"])
+
+
+@contextlib.contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """Name the file in errors that its content causes."""
+    try:
+        yield
     except GhostifyError as error:
         problem = str(error)
-        remedy = "" if problem.endswith(".") else ". Convert and save the model again."
-        raise GhostifyError(f"{folder / DESCRIPTION}: {problem}{remedy}") from error
+        remedy = "" if problem.endswith(".") else f". {REMEDY}"
+        raise GhostifyError(f"{file}: {problem}{remedy}") from error
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise GhostifyError(
-            f"{folder / DESCRIPTION}: is incomplete ({type(error).__name__}: {error}). Save the model again."
-        ) from error
+        raise GhostifyError(f"{file}: is incomplete ({type(error).__name__}: {error}). {REMEDY}") from error
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
     """The content of a folder's `ghostify.json` in the format that it has, less its digest, which is checked."""
     file = current_file(folder, DESCRIPTION)
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise GhostifyError(
-            f"{file}: cannot be read, so {folder} is not a ghostify folder ({error.strerror}). Name a saved model."
-        ) from error
-    except ValueError as error:
-        raise GhostifyError(f"{file}: is truncated or not JSON ({error}). Save the model again.") from error
+    content = read_json(file, folder=folder, remedy="Name a folder that ghostify saved.")
     if not isinstance(content, dict) or "format" not in content or "model" not in content:
         raise GhostifyError(f"{file}: was not written by ghostify. Name a saved model.")
-    if content["format"] not in (1, FORMAT_VERSION):
+    if type(content["format"]) is not int or content["format"] not in (1, FORMAT_VERSION):
         raise GhostifyError(
             f"{file}: has format {content['format']!r}, this version reads formats 1 and {FORMAT_VERSION}. "
             f"Convert the model again, or update ghostify."
         )
     digest = content.pop("digest", None)
     if digest != content_digest(content):
-        raise GhostifyError(f"{file}: was changed after it was saved. Save the model again.")
+        raise GhostifyError(f"{file}: was changed after it was saved. {REMEDY}")
     return content
-
-
-def _read_tensors(file: Path, digest: str | None, device: str | torch.device) -> dict[str, Tensor]:
-    """The tensors of a safetensors file with this digest, by path."""
-    try:
-        is_unchanged = file_digest(file) == digest
-    except OSError as error:
-        raise GhostifyError(f"{file}: cannot be read ({error.strerror}). Save the model again.") from error
-    if not is_unchanged:
-        raise GhostifyError(f"{file}: is damaged or belongs to another {DESCRIPTION}. Save the model again.")
-    try:
-        return load_file(file, device=str(device))
-    except (safetensors.SafetensorError, OSError) as error:
-        raise GhostifyError(f"{file}: is not a safetensors file ({error}). Save the model again.") from error
 
 
 def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     """Load a plain checkpoint into `model` in place: safetensors, or `.pt`/`.pth` read with `weights_only=True`.
 
-    The usual wrappers (`state_dict`, `model`, `model_ema`, `module.`) are unwrapped. Raises `GhostifyError` naming the
-    file and the first keys that do not fit.
+    The usual wrappers (`state_dict`, `model`, `model_ema`, `module.`) are unwrapped. Weights of another floating-point
+    type are converted to the model's, with a warning. Raises `GhostifyError` naming the file and the tensors that do
+    not fit, that are not floating-point numbers where the model has these, or not finite; the model is unchanged then.
     """
+    state = _read_state(Path(path))
+    _check_names_and_shapes(model, state, path)
+    _check_values(model, state, path)
+    model.load_state_dict(state)
+    return model
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    with open_regular(path, remedy="Name a checkpoint file."):
+        pass
     try:
         state: dict[str, Tensor] = load_state_dict(str(path), device="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise GhostifyError(f"{path}: does not exist. Name a checkpoint file.") from error
-    except Exception as error:
+    except Exception as error:  # PyTorch and safetensors do not say what they raise for damaged files
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise GhostifyError(
             f"{path}: is not a checkpoint that can be read without running code from it ({first_line}). "
@@ -146,12 +150,10 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
         ) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise GhostifyError(f"{path}: does not hold a state_dict of tensors. Save the model's state_dict.")
-    _check_keys_and_shapes(model, state, path)
-    model.load_state_dict(state)
-    return model
+    return state
 
 
-def _check_keys_and_shapes(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+def _check_names_and_shapes(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
     expected = model.state_dict()
     missing = [name for name in expected if name not in state]
     unexpected = [name for name in state if name not in expected]
@@ -162,6 +164,38 @@ def _check_keys_and_shapes(model: nn.Module, state: dict[str, Tensor], path: str
             raise GhostifyError(
                 f"{path}: does not fit {type(model).__name__}, {problem}: {listed}. Build the model that was saved."
             )
+
+
+def _check_values(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+    """Raise `GhostifyError` for values that the model cannot have; warn of floating-point types that are converted."""
+    parameters = dict(model.named_parameters())
+    converted = set[str]()
+    for name, expected in model.state_dict().items():
+        value = state[name]
+        if expected.is_floating_point():
+            if not value.is_floating_point() or value.is_quantized or value.dtype.itemsize < MIN_FLOAT_BYTES:
+                raise GhostifyError(
+                    f"{path}: {name} is of type {_describe_dtype(value.dtype)}, the model's weights are of "
+                    f"{_describe_dtype(expected.dtype)}. Save the weights as floating-point numbers."
+                )
+            if not (value.isfinite() if name in parameters else ~value.isnan()).all():
+                raise GhostifyError(f"{path}: {name} holds values that are not finite. Use another checkpoint.")
+            if value.dtype != expected.dtype:
+                converted.add(f"{_describe_dtype(value.dtype)} to {_describe_dtype(expected.dtype)}")
+        elif not expected.is_complex() and not _is_integral(value):
+            raise GhostifyError(f"{path}: {name} does not hold whole numbers. Use another checkpoint.")
+    if converted:
+        warnings.warn(f"{path}: its weights are converted from {', '.join(sorted(converted))}.", stacklevel=3)
+
+
+def _is_integral(value: Tensor) -> bool:
+    if value.is_floating_point():
+        return bool((value.isfinite() & (value == value.round())).all())
+    return not (value.is_complex() or value.is_quantized)
+
+
+def _describe_dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def versions() -> dict[str, str]:

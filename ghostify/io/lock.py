@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ghostify.errors import GhostifyError
-from ghostify.text import printable
+from ghostify.text import one_line
 
 try:
     import fcntl
@@ -45,7 +45,7 @@ def _lock(place: Path, create: Callable[[Path], None], output: Path) -> int | No
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(descriptor)
-            busy = f"{printable(output)}: another process is writing it"
+            busy = f"{one_line(str(output))}: another process is writing it"
             raise GhostifyError(f"{busy}. Wait for it, or name another place.") from error
         except OSError:
             return descriptor  # a file system without locks

@@ -9,6 +9,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ghostify.errors import GhostifyError
+from ghostify.files import read_json
+
 MANIFEST, FORMAT_VERSION = "ghostify-files.json", 1
 TENSORS, DESCRIPTION = "model.safetensors", "ghostify.json"
 STAGING_INSIDE = ".ghostify-staging"
@@ -100,8 +103,8 @@ def _read_object(file: Path) -> dict[str, Any] | None:
     if file.is_symlink() or not file.is_file():
         return None
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
+        content = read_json(file)
+    except GhostifyError:
         return None
     return content if isinstance(content, dict) else None
 

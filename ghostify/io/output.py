@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ghostify.errors import GhostifyError
 from ghostify.io.manifest import foreign_entries, own_names
-from ghostify.text import printable
+from ghostify.text import one_line
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 NOT_OURS = "was not written by ghostify, or was changed since"
@@ -24,7 +24,7 @@ def writing_to(path: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise GhostifyError(
-            f"{printable(path)}: cannot be written ({error.strerror or error}). "
+            f"{one_line(str(path))}: cannot be written ({error.strerror or error}). "
             f"Check its rights and the free space, or name another place."
         ) from error
 
@@ -41,7 +41,7 @@ def resolved_folder(path: str | Path) -> Path:
         raise GhostifyError(f"{folder}: does not name a new folder. Name one, such as {folder / 'out'}.")
     kind = _kind(folder)
     if kind is not None and not stat.S_ISDIR(kind):
-        raise GhostifyError(f"{printable(folder)}: is a file. Name a folder.")
+        raise GhostifyError(f"{one_line(str(folder))}: is a file. Name a folder.")
     return Path(os.path.realpath(folder))
 
 
@@ -50,7 +50,7 @@ def resolved_file(path: str | Path) -> Path:
     file = as_path(path)
     kind = stat.S_IFDIR if file.name in ("", "..") else _kind(file)
     if kind is not None and not stat.S_ISREG(kind):
-        raise GhostifyError(f"{printable(file)}: is a folder, pipe or device. Name a file.")
+        raise GhostifyError(f"{one_line(str(file))}: is a folder, pipe or device. Name a file.")
     return Path(os.path.realpath(file))
 
 
@@ -63,7 +63,7 @@ def as_path(path: str | Path) -> Path:
     except TypeError as error:
         raise GhostifyError(f"path: is a {type(path).__name__}. Pass the name of a file or folder.") from error
     except ValueError as error:
-        raise GhostifyError(f"{printable(path)}: is not a file name ({error}). Use another one.") from error
+        raise GhostifyError(f"{one_line(str(path))}: is not a file name ({error}). Use another one.") from error
 
 
 def _kind(path: Path) -> int | None:
@@ -79,7 +79,7 @@ def check_content(folder: Path, overwrite: bool) -> None:
     first = None if overwrite else next(foreign_entries(folder), None)
     if first is not None:
         raise GhostifyError(
-            f"{printable(folder / first)}: {NOT_OURS}. Name another folder, or pass --overwrite (overwrite=True), "
+            f"{one_line(str(folder / first))}: {NOT_OURS}. Name another folder, or pass --overwrite (overwrite=True), "
             f"which keeps such files and replaces only ghostify's own."
         )
 
@@ -93,7 +93,7 @@ def check_names(folder: Path, names: Iterable[str]) -> None:
         if os.path.lexists(folder / name) and name not in replaceable:
             obstacles.append(folder / name)
         if obstacles:
-            raise GhostifyError(f"{printable(obstacles[0])}: {NOT_OURS}. Move it away, or name another folder.")
+            raise GhostifyError(f"{one_line(str(obstacles[0]))}: {NOT_OURS}. Move it away, or name another folder.")
 
 
 def _is_plain_folder(place: Path) -> bool:

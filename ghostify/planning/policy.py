@@ -14,6 +14,7 @@ from torch import nn
 
 from ghostify.deprecation import rename_keys, renamed_keywords, warn_renamed
 from ghostify.errors import GhostifyError
+from ghostify.files import MEGABYTE, read_text
 from ghostify.modules.layout import NAMED_FORMS, Depthwise, GhostForm, Grouped
 
 if sys.version_info >= (3, 11):
@@ -23,6 +24,7 @@ else:
 
 Pattern = str | Callable[[str, nn.Module], bool]
 RENAMED_FIELDS = {"narrow": "prune"}
+REMEDY = "Correct the TOML file, or name another."
 
 
 @dataclass(frozen=True)
@@ -112,12 +114,11 @@ class Policy:
     def from_toml(cls, path: str | Path) -> Policy:
         """Read `keep_first = true` and `[[rule]]` tables; raises `GhostifyError` naming the file and the key."""
         path = Path(path)
+        text = read_text(path, limit=MEGABYTE, remedy=REMEDY)
         try:
-            data = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise GhostifyError(
-                f"{path}: is not a readable policy ({error}). Correct the TOML file, or name another."
-            ) from error
+            data = tomllib.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise GhostifyError(f"{path}: is not a readable policy ({error}). {REMEDY}") from error
         return cls.from_dict(data, str(path))
 
     @classmethod

@@ -11,9 +11,11 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from ghostify.errors import GhostifyError, InfeasibleBudgetError
+from ghostify.files import read_json
 from ghostify.fitting.driver import FitResult, ProgressCallback, fit
 from ghostify.fitting.sensitivity import Calibration, prepare_calibration
 from ghostify.graph.program import Program
@@ -24,12 +26,14 @@ from ghostify.planning.policy import Policy
 from ghostify.rewriting.apply import rewrite
 from ghostify.search.budget import BudgetPlan, SearchSpace, build_search_space, check_budget, select_plan
 from ghostify.search.costs import COSTS
+from ghostify.text import printable
 from ghostify.timing.timer import LatencyTimer
 
 POINTS = 12
 BISECTIONS = 6
 SHARE_SLACK = 1e-6
 FORMAT_VERSION = 2
+REMEDY = "Write it again with `ghostify plan --frontier`."
 
 Evaluate = Callable[[nn.Module], float]
 
@@ -94,7 +98,7 @@ def frontier(
 
 def frontier_table(curve: Sequence[FrontierPoint], title: str = "") -> Table:
     """A table of a frontier for a terminal."""
-    table = Table(title=title or None, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=Text(printable(title)) if title else None, box=box.SIMPLE_HEAD, pad_edge=False)
     keys = [key for key in COSTS if curve and key in curve[0].shares]
     for key in keys:
         table.add_column(f"{key} %", justify="right")
@@ -180,18 +184,26 @@ def read_frontier(file: Path) -> list[dict[str, Any]]:
 
     Raises `GhostifyError` for any other file.
     """
+    content = read_json(file, remedy=REMEDY)
     try:
-        content = json.loads(file.read_text())
         points: list[dict[str, Any]] = _from_format_1(content) if isinstance(content, list) else content["points"]
         if not isinstance(content, list) and content["format"] != FORMAT_VERSION:
             raise ValueError(f"format {content['format']} is unknown")
-        if not points or any(not point["shares"] or "error" not in point for point in points):
-            raise ValueError("it has no points")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise GhostifyError(
-            f"{file}: is not a readable frontier ({error}). Write it again with `ghostify plan --frontier`."
-        ) from error
+        if not points or not all(map(_is_point, points)):
+            raise ValueError("it has no points, or others than of a frontier")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise GhostifyError(f"{file}: is not a readable frontier ({error}). {REMEDY}") from error
     return points
+
+
+def _is_point(point: Any) -> bool:
+    """Whether JSON data are those of `FrontierPoint.to_dict`."""
+    match point:
+        case {"shares": {**shares}, "error": error, "layers": {**layers}} if shares:
+            numbers = [*shares.values(), error, point.get("drop") or 0.0]
+            are_numbers = all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers)
+            return are_numbers and all(isinstance(layer, dict) for layer in layers.values())
+    return False
 
 
 def _from_format_1(points: list[dict[str, Any]]) -> list[dict[str, Any]]:

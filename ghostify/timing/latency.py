@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ghostify.deployment.inference_form import deploy
 from ghostify.errors import GhostifyError
+from ghostify.files import read_json
 from ghostify.graph.program import Convolution, Program
 from ghostify.graph.tracing import trace
 from ghostify.io.atomic import write_text_atomic
@@ -165,10 +166,11 @@ def processor() -> str:
 
 def _read_cache() -> dict[str, float]:
     try:
-        content = json.loads(cache_file().read_text())
-    except (OSError, ValueError):
-        return {}
-    return {key: float(latency_ms) for key, latency_ms in content.items()} if isinstance(content, dict) else {}
+        content = read_json(cache_file())
+    except GhostifyError:
+        return {}  # measured again
+    is_valid = isinstance(content, dict) and all(isinstance(ms, int | float) and ms > 0 for ms in content.values())
+    return {key: float(latency_ms) for key, latency_ms in content.items()} if is_valid else {}
 
 
 def _write_cache(latencies_ms: dict[str, float]) -> None:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import math
+import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ghostify.errors import GhostifyError
+from ghostify.files import open_regular, parse_json, read_json, read_text
 from ghostify.io.atomic import (
     check_output_folder,
     partial_folder,
@@ -28,10 +30,12 @@ from ghostify.io.atomic import (
 from ghostify.io.lock import locked
 from ghostify.io.manifest import changed_files
 from ghostify.io.output import parents_created, writing_to
-from ghostify.io.tensor_file import write_tensors
+from ghostify.io.tensor_file import read_tensors
+from ghostify.io.tensor_writer import write_tensors
 
 SETTINGS, METRICS, PROGRESS = "training.json", "metrics.jsonl", "progress.json"
 BEST, STATE = "best.safetensors", "state-"
+OTHER_OBJECTS = "custom_checkpoint"  # Accelerate's name for the files of registered objects
 NEW_KEYS = {"apart": "distance_to_original", "stale": "evaluations_without_gain"}  # by the key in earlier versions
 OTHER_FOLDER = "Use another folder."
 
@@ -81,6 +85,7 @@ class RunFolder:
         states = self._states()
         progress = TrainingProgress()
         if states:
+            _check_state(states[-1])
             progress = _read_progress(states[-1] / PROGRESS)
             _load_state(accelerator, states[-1])
         if self.is_main:
@@ -128,12 +133,8 @@ class RunFolder:
                 write_tensors(staging, {name: value.contiguous().clone() for name, value in weights.items()})
 
     def load_best(self) -> dict[str, Tensor]:
-        """The weights that were saved last as the best; raises `GhostifyError` where they cannot be read."""
-        file = self.folder / BEST
-        try:
-            return load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise GhostifyError(f"{file}: is missing or damaged ({error}). {OTHER_FOLDER}") from error
+        """The weights that were saved last as the best."""
+        return read_tensors(self.folder / BEST, remedy=OTHER_FOLDER)
 
     def close(self) -> None:
         """Flush TensorBoard's log, end its thread, and leave the folder to other processes."""
@@ -156,30 +157,50 @@ def check_run_folder(folder: Path) -> None:
             raise GhostifyError(f"{folder}: holds files that are not of a training run. {OTHER_FOLDER}")
 
 
-def metrics_of(folder: Path) -> list[dict[str, Any]]:
-    """The complete lines of a run's `metrics.jsonl`; a killed process may have left a truncated one."""
+def metrics_of(folder: Path) -> list[dict[str, float]]:
+    """The complete lines of a run's `metrics.jsonl`; a killed process may have left a truncated one.
+
+    Values that are not finite, which earlier versions wrote, are left out. Raises `GhostifyError` for lines that are
+    not of a training run.
+    """
+    file = folder / METRICS
     entries = []
-    for line in (folder / METRICS).read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError, AttributeError, RecursionError):
-            entry = _with_new_keys(json.loads(line, parse_constant=_refuse_constant))
-            if isinstance(entry.get("step"), int):
-                entries.append(entry)
-    return entries
+    for line in read_text(file, folder=folder, remedy=OTHER_FOLDER).splitlines():
+        with contextlib.suppress(ValueError):
+            entries.append(parse_json(line, finite=False))
+    for entry in entries:
+        if not isinstance(entry, dict) or not all(
+            isinstance(v, int | float) for v in (entry.get("step"), *entry.values())
+        ):
+            raise GhostifyError(f"{file}: has a line that is not of a training run. {OTHER_FOLDER}")
+    return [{k: v for k, v in _with_new_keys(entry).items() if math.isfinite(v)} for entry in entries]
 
 
-def _refuse_constant(name: str) -> None:
-    """Refuse NaN and infinity, which are not JSON; earlier versions wrote them."""
-    raise ValueError(name)
+def _check_state(state: Path) -> None:
+    """Raise `GhostifyError` for a state with changed files, or a pickle that holds more than tensors.
 
-
-def _load_state(accelerator: Any, state: Path) -> None:
-    """Load a state whose files are those that were written."""
+    Accelerate reads all files but those of other objects, such as averaged weights, without running code from them.
+    """
     damaged = next(changed_files(state), None)
     if damaged is not None:
         raise GhostifyError(f"{state / damaged}: is missing or damaged. {OTHER_FOLDER}")
+    for file in sorted(p for p in state.rglob("*") if not p.is_dir()):
+        with open_regular(file, folder=state, remedy=OTHER_FOLDER) as stream:
+            if not file.name.startswith(OTHER_OBJECTS):
+                continue
+            try:
+                torch.load(stream, map_location="cpu", weights_only=True)
+            except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+                raise GhostifyError(
+                    f"{file}: is damaged, or cannot be read without running code from it. {OTHER_FOLDER}"
+                ) from error
+
+
+def _load_state(accelerator: Any, state: Path) -> None:
+    """Load a checked state; raises `GhostifyError` for one of another model or optimizer."""
     try:
         accelerator.load_state(str(state))
-    except (OSError, ValueError, KeyError, EOFError, RuntimeError, SafetensorError, UnpicklingError) as error:
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise GhostifyError(f"{state}: cannot be loaded ({reason}). {OTHER_FOLDER}") from error
 
@@ -189,17 +210,18 @@ def _read_progress(file: Path) -> TrainingProgress:
         progress = TrainingProgress(**_read_object(file))
     except TypeError as error:
         raise GhostifyError(f"{file}: has keys that this version does not know ({error}). {OTHER_FOLDER}") from error
-    counts, scores = (progress.step, progress.evaluations_without_gain), (progress.best, progress.distance_to_original)
-    if not all(isinstance(v, int) for v in counts) or not all(isinstance(v, int | float | None) for v in scores):
-        raise GhostifyError(f"{file}: holds something else than numbers. {OTHER_FOLDER}")
+    counts = (progress.step, progress.evaluations_without_gain)
+    scores = (progress.best or 0.0, progress.distance_to_original)
+    if not all(type(n) is int and n >= 0 for n in counts) or not all(isinstance(n, int | float) for n in scores):
+        raise GhostifyError(f"{file}: has other values than a training run writes. {OTHER_FOLDER}")
     return progress
 
 
 def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        return _with_new_keys(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise GhostifyError(f"{file}: is not a readable file of a training run ({error}). {OTHER_FOLDER}") from error
+    content = read_json(file, folder=file.parent, remedy=OTHER_FOLDER)
+    if not isinstance(content, dict):
+        raise GhostifyError(f"{file}: is not a file of a training run. {OTHER_FOLDER}")
+    return _with_new_keys(content)
 
 
 def _with_new_keys(item: Mapping[str, Any]) -> dict[str, Any]:
