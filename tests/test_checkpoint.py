@@ -196,10 +196,10 @@ def test_a_damaged_folder_says_which_file_and_why(converted, tmp_path, damage, m
     ("name", "message"),
     [
         (
-            "torch:Size",
-            r"ghostify\.json: torch:Size: is not a subclass of nn\.Module\. Convert and save the model again\.$",
+            "torch:relu",
+            r"ghostify\.json: torch:relu: is not allowed here in a saved model\. Convert and save the model again\.$",
         ),
-        ("os:system", r"ghostify\.json: os:system: is not in an allowed package .*--allow os\.$"),
+        ("os:system", r"ghostify\.json: os:system: not in the list .*--allow os:system\.$"),
     ],
 )
 def test_stored_data_that_cannot_be_used_has_one_remedy(converted, tmp_path, name, message):

@@ -53,6 +53,7 @@ from ghostify.cli.parsing import (
     parse_recipe,
     parse_size,
 )
+from ghostify.data.saved_source import parse_input_size
 from ghostify.data.sources import blank_input, read_data
 from ghostify.data.training_data import DATASETS, load_training_data
 from ghostify.deployment.exporter import export
@@ -335,9 +336,8 @@ def export_command(
     target = output or (folder if folder.name not in ("", "..") else folder.resolve())
     check_output_folder(target, overwrite=overwrite)
     converted = load(folder, allow=allow or ())
-    source = conversion_info(converted).source or {}
-    size = parse_size(input_size) or tuple(source.get("input_size", ()))
-    if not size:
+    size = parse_size(input_size) or parse_input_size(conversion_info(converted).source, folder)
+    if size is None:
         raise GhostifyError(f"{folder}: does not state the input size. Pass --input-size C,H,W.")
     file = export(converted, target, format=format, example_inputs=blank_input(size), overwrite=overwrite)
     print_line(f"{file}: {file.stat().st_size / 1e6:.1f} MB, any batch of {format_shape(size)}")

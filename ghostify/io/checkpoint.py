@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 from ghostify.errors import GhostifyError
 from ghostify.files import open_regular, read_json
-from ghostify.graph.serialization import deserialize_module, serialize_module
-from ghostify.graph.tensor_needs import needed_tensors
+from ghostify.graph.allowed_ops import allow_entries
+from ghostify.graph.description import parse_description
+from ghostify.graph.deserialization import deserialize_module, names_to_allow
+from ghostify.graph.serialization import serialize_module
 from ghostify.io import format1
 from ghostify.io.atomic import check_output_folder, staged_folder
 from ghostify.io.journal import current_file
@@ -55,6 +57,7 @@ def save(module: nn.Module, path: str | Path, *, source: dict[str, Any] | None =
     }
     for key in ("source", "report"):
         _check_json(key, content[key])
+    _warn_of_custom_names(Path(path), names_to_allow(data, tensors))
     with staged_folder(path, overwrite=overwrite) as staging:
         write_tensors(staging / TENSORS, tensors)
         content["tensors"] = file_digest(staging / TENSORS)
@@ -74,7 +77,8 @@ def _check_json(key: str, value: Any) -> None:
 def load(path: str | Path, *, allow: Iterable[str] = (), device: str | torch.device = "cpu") -> nn.Module:
     """Read a folder written by `save`, of format 1 or 2; bit-equal, without pickle.
 
-    Classes are imported from torch, torchvision and timm, and from the packages named in `allow`. Raises
+    A folder can name only functions and classes of torch, torchvision, timm and ghostify that are in a fixed list, and
+    those in `allow`: "package.module:Name", or "package.module" for all that this module defines. Raises
     `GhostifyError` naming the file that is missing, damaged, of an unknown format, or not written by ghostify.
     """
     folder = Path(path)
@@ -82,7 +86,7 @@ def load(path: str | Path, *, allow: Iterable[str] = (), device: str | torch.dev
     with _named(folder / DESCRIPTION):
         if content["format"] == 1:
             content = format1.upgrade(content)
-        needed, digest = needed_tensors(content["model"]), content["tensors"]
+        needed, digest = parse_description(content["model"]).tensors(), content["tensors"]
         if not isinstance(digest, str):
             raise GhostifyError(f"tensors {digest!r}: is not the digest of a file")
     file = current_file(folder, TENSORS)
@@ -104,6 +108,16 @@ def _named(file: Path) -> Iterator[None]:
         raise GhostifyError(f"{file}: {problem}{remedy}") from error
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise GhostifyError(f"{file}: is incomplete ({type(error).__name__}: {error}). {REMEDY}") from error
+
+
+def _warn_of_custom_names(folder: Path, names: list[str]) -> None:
+    if names:
+        python, command = allow_entries(names)
+        warnings.warn(
+            f"{folder}: names classes or functions that a folder may not run by itself. "
+            f"Load it with load(..., {python}), or {command}.",
+            stacklevel=3,
+        )
 
 
 def _read_description(folder: Path) -> dict[str, Any]:

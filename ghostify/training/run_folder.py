@@ -32,6 +32,7 @@ from ghostify.io.manifest import changed_files
 from ghostify.io.output import parents_created, writing_to
 from ghostify.io.tensor_file import read_tensors
 from ghostify.io.tensor_writer import write_tensors
+from ghostify.records import from_json
 
 SETTINGS, METRICS, PROGRESS = "training.json", "metrics.jsonl", "progress.json"
 BEST, STATE = "best.safetensors", "state-"
@@ -207,14 +208,9 @@ def _load_state(accelerator: Any, state: Path) -> None:
 
 def _read_progress(file: Path) -> TrainingProgress:
     try:
-        progress = TrainingProgress(**_read_object(file))
-    except TypeError as error:
-        raise GhostifyError(f"{file}: has keys that this version does not know ({error}). {OTHER_FOLDER}") from error
-    counts = (progress.step, progress.evaluations_without_gain)
-    scores = (progress.best or 0.0, progress.distance_to_original)
-    if not all(type(n) is int and n >= 0 for n in counts) or not all(isinstance(n, int | float) for n in scores):
-        raise GhostifyError(f"{file}: has other values than a training run writes. {OTHER_FOLDER}")
-    return progress
+        return from_json(TrainingProgress, _read_object(file), "progress")
+    except GhostifyError as error:
+        raise GhostifyError(f"{file}: {error}. {OTHER_FOLDER}") from error
 
 
 def _read_object(file: Path) -> dict[str, Any]:
