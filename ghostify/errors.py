@@ -21,5 +21,5 @@ class InfeasibleBudgetError(GhostifyError):
 
 def _one_line(text: str) -> str:
     line = re.sub(r"\s*[\r\n]\s*", " ", text)
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
     return line if len(line) <= MESSAGE_LIMIT else f"{line[: MESSAGE_LIMIT // 2]} ... {line[-MESSAGE_LIMIT // 2 :]}"

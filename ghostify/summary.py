@@ -15,7 +15,8 @@ from ghostify.modules.layout import GhostForm, GhostLayout, form_of
 from ghostify.planning import cost
 from ghostify.planning.planner import GhostRewrite, Plan, PruneRewrite, Skip
 from ghostify.pruning.pruning_groups import conv_after_pruning
-from ghostify.reconstruction.blockwise import BlockResult, Reconstruction
+from ghostify.reconstruction.blockwise import Reconstruction
+from ghostify.records import from_json
 
 REPORT_KEY = "ghostify"
 
@@ -116,26 +117,13 @@ class Report:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Report:
-        """The inverse of `to_dict`, also after JSON has made lists of tuples."""
-        layers = []
-        for item in data["layers"]:
-            shape = {k: None if item[k] is None else tuple(item[k]) for k in ("weight_shape", "output_size")}
-            channels = tuple(map(int, item.get("channels", "").split()))
-            layers.append(LayerReport(**{**item, **shape, "channels": channels}))
-        counts = {k: data[k] for k in ("macs_before", "macs_after", "images", "seconds")}
-        reconstruction = data.get("reconstruction")
-        if reconstruction is not None:
-            blocks = tuple(
-                BlockResult(**{**item, "layers": tuple(item["layers"])}) for item in reconstruction["blocks"]
-            )
-            reconstruction = Reconstruction(**{**reconstruction, "blocks": blocks})
-        return cls(
-            tuple(layers),
-            **counts,
-            reconstruction=reconstruction,
-            missing_attributes=tuple(data.get("missing_attributes", ())),
-            notes=tuple(data.get("notes", ())),
-        )
+        """The inverse of `to_dict`, also after JSON has made lists of tuples; raises `GhostifyError` for other data."""
+        layers = [_with_channels(layer) for layer in data["layers"]]
+        return from_json(cls, {**data, "layers": layers}, "report")
+
+
+def _with_channels(layer: dict[str, Any]) -> dict[str, Any]:
+    return {**layer, "channels": list(map(int, layer.get("channels", "").split()))}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ghostify import GhostifyError
-from ghostify.graph.tensor_needs import TensorNeed
+from ghostify.graph.tensor_facts import TensorFacts
 from ghostify.io.tensor_file import DTYPES, HEADER_LIMIT, read_tensors
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
@@ -89,11 +89,11 @@ def test_a_sparse_file_behind_a_large_header_is_not_read(tmp_path):
     ("needed", "problem"),
     [
         ({}, "tensor 'a' is not part of the model"),
-        ({"a": TensorNeed(), "b": TensorNeed()}, "tensor 'b' is missing"),
-        ({"a": TensorNeed((3,), "float32")}, r"tensor 'a' has shape \[2\], not \[3\]"),
-        ({"a": TensorNeed((), "float32")}, r"tensor 'a' has shape \[2\], not \[\]"),
-        ({"a": TensorNeed((2,), "float64")}, "tensor 'a' has dtype float32, not float64"),
-        ({"a": TensorNeed(channels_last=True)}, "tensor 'a' has 1 dimensions, which cannot be in channels-last format"),
+        ({"a": TensorFacts(), "b": TensorFacts()}, "tensor 'b' is missing"),
+        ({"a": TensorFacts(shape=(3,), dtype="float32")}, r"tensor 'a' has shape \[2\], not \[3\]"),
+        ({"a": TensorFacts(shape=(), dtype="float32")}, r"tensor 'a' has shape \[2\], not \[\]"),
+        ({"a": TensorFacts(shape=(2,), dtype="float64")}, "tensor 'a' has dtype float32, not float64"),
+        ({"a": TensorFacts(channels_last=True)}, "tensor 'a' has 1 dimensions, which have no order of channels"),
     ],
 )
 def test_other_tensors_than_needed_are_refused(tmp_path, needed, problem):
@@ -104,14 +104,14 @@ def test_other_tensors_than_needed_are_refused(tmp_path, needed, problem):
 
 def test_integers_that_need_gradients_are_refused(tmp_path):
     file = write(tmp_path / "a.safetensors", {"a": {**ENTRY, "dtype": "I32"}})
-    with pytest.raises(GhostifyError, match="has dtype int32, which cannot have gradients"):
-        read_tensors(file, needed={"a": TensorNeed(requires_grad=True)})
+    with pytest.raises(GhostifyError, match="has dtype int32, which takes no gradient"):
+        read_tensors(file, needed={"a": TensorFacts(requires_grad=True)})
 
 
 def test_a_file_of_another_digest_is_refused(tmp_path):
     file = write(tmp_path / "a.safetensors", {"a": ENTRY})
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    assert read_tensors(file, digest=digest, needed={"a": TensorNeed((2,), "float32")})["a"].shape == (2,)
+    assert read_tensors(file, digest=digest, needed={"a": TensorFacts(shape=(2,), dtype="float32")})["a"].shape == (2,)
     with pytest.raises(GhostifyError, match="is damaged or belongs to another description"):
         read_tensors(file, digest=digest[::-1])
 

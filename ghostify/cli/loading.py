@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ghostify.cli.parsing import parse_arguments
+from ghostify.data.saved_source import parse_saved_source
 from ghostify.data.sources import ImageData, ModelSource, Preprocessing, preprocessing, read_data
 from ghostify.errors import GhostifyError
 from ghostify.evaluation.metrics import predict, top1
@@ -49,14 +50,14 @@ def build_model(
 def load_pair(folder: Path, original: Path | None, allow: list[str] | None) -> LoadedPair:
     """The converted model of a folder and its original, with the weights of the checkpoint `original` if one is given.
 
-    Raises `GhostifyError` for a folder that does not name the original.
+    Raises `GhostifyError` for a folder that does not name the original, or names it as code that is not in `allow`.
     """
     converted = load(folder, allow=allow or ())
     source = conversion_info(converted).source
     if not source:
         raise GhostifyError(f"{folder}: does not name the original model. Convert it with `ghostify convert`.")
-    channels, height, width = source["input_size"]
-    model, prepared = build_model(ModelSource(source["name"], source["arguments"]), original, (channels, height, width))
+    saved = parse_saved_source(source, folder, allow or ())
+    model, prepared = build_model(saved.model, original, saved.input_size)
     return LoadedPair(converted, model, prepared, source)
 
 

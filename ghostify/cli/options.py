@@ -90,7 +90,18 @@ Validation = Annotated[
 Images = Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="maximum number of calibration images, sampled evenly")]
 Batch = Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="calibration images per batch")]
 Allow = Annotated[
-    list[str] | None, typer.Option(help="package that the folder may import classes from, such as your own")
+    list[str] | None,
+    typer.Option(
+        help="class or function that the folder may use, package.module:Name, or package.module for all that it defines"
+    ),
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="write beside files that ghostify did not write: they stay, only ghostify's own files are replaced; a "
+        "single file is replaced",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 Original = Annotated[

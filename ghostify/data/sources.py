@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,9 @@ def _constructor(full_name: str, kind: str, name: str) -> Callable[..., Any]:
                 f"model {full_name!r}: torchvision has no model of this name. "
                 f"torchvision.models.list_models() lists its models."
             )
-        return lambda **arguments: torchvision.models.get_model(name, weights=None, **arguments)
+        parameters = inspect.signature(torchvision.models.get_model_builder(name)).parameters
+        untrained = {"weights_backbone": None} if "weights_backbone" in parameters else {}
+        return lambda **arguments: torchvision.models.get_model(name, weights=None, **{**untrained, **arguments})
     if not all(part.isidentifier() for part in (*kind.split("."), *name.split("."))):
         raise GhostifyError(
             f"model {full_name!r}: is not a name of the form module.path:callable. Write it as in package.models:Net."

@@ -7,7 +7,7 @@ import copy
 from torch import fx, nn
 
 from ghostify.graph.methods import set_attributes
-from ghostify.graph.serialization import is_serializable
+from ghostify.graph.values import is_serializable
 
 STANDARD = frozenset(dir(nn.Module)) | {"forward", "meta"}
 

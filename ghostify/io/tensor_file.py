@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ghostify.errors import GhostifyError
 from ghostify.files import MEGABYTE, open_regular, parse_json
-from ghostify.graph.tensor_needs import TensorNeed
+from ghostify.graph.tensor_facts import TensorFacts
 
 FILE_LIMIT, HEADER_LIMIT = 32 * 1024 * MEGABYTE, 32 * MEGABYTE  # bytes
 RANK_LIMIT, ELEMENT_LIMIT = 32, 2**40
@@ -46,7 +46,7 @@ def read_tensors(
     file: Path,
     *,
     digest: str | None = None,
-    needed: Mapping[str, TensorNeed] | None = None,
+    needed: Mapping[str, TensorFacts] | None = None,
     description: str = "description",
     remedy: str = "Save it again.",
 ) -> dict[str, Tensor]:
@@ -71,7 +71,7 @@ def read_tensors(
     return {name: _tensor(content, stored) for name, stored in header.items()}
 
 
-def _mismatches(header: Mapping[str, StoredTensor], needed: Mapping[str, TensorNeed]) -> Iterator[str]:
+def _mismatches(header: Mapping[str, StoredTensor], needed: Mapping[str, TensorFacts]) -> Iterator[str]:
     for name in sorted(header.keys() ^ needed.keys()):
         yield f"tensor {name!r} is {'missing' if name in needed else 'not part of the model'}"
     for name, stored in header.items():

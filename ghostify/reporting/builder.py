@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from ghostify.errors import GhostifyError
 from ghostify.evaluation.comparison import Comparison, compare_models, has_tensor_output
 from ghostify.graph.tracing import trace
+from ghostify.io.atomic import check_output_file
 from ghostify.planning import cost
 from ghostify.reporting.analysis import LatencyPairs, layer_costs
 from ghostify.reporting.ghost_pictures import is_picturable, picture_ghosts
-from ghostify.reporting.html import Page, TotalRow, write_page
+from ghostify.reporting.html import Page, TotalRow, is_page, write_page
 from ghostify.summary import LayerReport, Report, report
 from ghostify.text import format_count
 from ghostify.timing.latency import interleaved_latency, layer_latency
@@ -37,14 +38,17 @@ def write_report(
     runtime: str | None = "eager",
     curve: Sequence[Mapping[str, Any]] = (),
     title: str = "",
+    overwrite: bool = False,
 ) -> Path:
     """Write the report of a converted model as one HTML page that needs no network.
 
     With the `original` and `example_inputs`, both models and every rewritten layer are timed in `runtime` (None: no
     timing). On batches of `images` both are compared where their output is one tensor, with `labels` (N) by top-1 too,
     and the maps of `layers` (default: those with the largest error) are shown next to the original's. `curve` is that
-    of `frontier`, as dicts. Raises `GhostifyError` for a model without a report, and for layers that cannot be shown.
+    of `frontier`, as dicts. An existing file is replaced if it is such a page, any other only with `overwrite`. Raises
+    `GhostifyError` for a model without a report, for layers that cannot be shown, and for files that are not replaced.
     """
+    check_output_file(file, is_page, overwrite=overwrite)
     summary = report(module)
     totals = _count_rows(module, original, summary)
     latencies: LatencyPairs = {}
