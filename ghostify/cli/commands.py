@@ -110,9 +110,7 @@ def plan_command(
     runtime: Runtime = "eager",
     frontier: Annotated[
         Path | None,
-        typer.Option(
-            callback=checks.writable_file("--frontier"), help="write the error-cost frontier to this JSON file"
-        ),
+        typer.Option(help="write the error-cost frontier to this JSON file"),
     ] = None,
     points: Annotated[int, typer.Option(min=2, max=1000, help="number of plans on the frontier")] = POINTS,
     checkpoint: Annotated[
@@ -388,9 +386,7 @@ def report_command(
     folder: Folder,
     html: Annotated[
         Path | None,
-        typer.Option(
-            callback=checks.writable_file("--html"), help="HTML file to write; default: a table on the terminal"
-        ),
+        typer.Option(help="HTML file to write; default: a table on the terminal"),
     ] = None,
     original: Annotated[
         Path | None,

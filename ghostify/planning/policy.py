@@ -64,7 +64,9 @@ class Rule:
             or not 1 <= self.dw_size <= MAX_DW_SIZE
             or self.dw_size % 2 == 0
         ):
-            raise GhostifyError(f"dw_size {self.dw_size!r}: is not an odd number of at most {MAX_DW_SIZE}. Use 1, 3, 5 or 7.")
+            raise GhostifyError(
+                f"dw_size {self.dw_size!r}: is not an odd number of at most {MAX_DW_SIZE}. Use 1, 3, 5 or 7."
+            )
         is_width = isinstance(self.cheap, int) and not isinstance(self.cheap, bool) and self.cheap >= 1
         if not is_width and self.cheap not in (*NAMED_FORMS, "auto"):
             raise GhostifyError(
