@@ -95,6 +95,14 @@ Allow = Annotated[
         help="class or function that the folder may use, package.module:Name, or package.module for all that it defines"
     ),
 ]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="write beside files that ghostify did not write: they stay, only ghostify's own files are replaced; a "
+        "single file is replaced",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 Original = Annotated[
     Path,
