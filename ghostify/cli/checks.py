@@ -12,7 +12,7 @@ from typing import Any
 
 from ghostify.cli.exit_codes import print_notice
 from ghostify.cli.parsing import parse_arguments, parse_budget, parse_cheap, parse_settings, parse_size
-from ghostify.data.sources import ARRAY_SUFFIXES
+from ghostify.data.array_files import ARRAY_SUFFIXES
 from ghostify.errors import GhostifyError
 from ghostify.planning.policy import Rule
 from ghostify.runtimes.registry import EXPORT_FORMATS, RUNTIMES

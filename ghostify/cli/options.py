@@ -92,6 +92,14 @@ Batch = Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="calibration imag
 Allow = Annotated[
     list[str] | None, typer.Option(help="package that the folder may import classes from, such as your own")
 ]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="write beside files that ghostify did not write: they stay, only ghostify's own files are replaced; a "
+        "single file is replaced",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 Original = Annotated[
     Path,

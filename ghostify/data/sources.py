@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
-import safetensors
 import timm
 import torch
 import torchvision
-from PIL import Image, UnidentifiedImageError
-from safetensors.torch import load_file
+from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
 from ghostify.arguments import a_module, a_path, a_sequence, an_integer, instance_of, optional, public
+from ghostify.data.array_files import ARRAY_SUFFIXES, read_arrays
+from ghostify.data.image_files import class_of, decode_image, list_images
 from ghostify.errors import GhostifyError
 from ghostify.imports import import_object
-from ghostify.text import format_shape
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-ARRAY_SUFFIXES = (".npy", ".npz", ".safetensors")
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -136,81 +133,39 @@ def read_data(path: str | Path, prepared: Preprocessing, *, limit: int | None = 
 
     Labels are the positions of the class folders in alphabetical order: all classes of a trained model must be present.
     `.npy` holds N x C x H x W inputs; `.npz` and `.safetensors` hold them as `images`, with optional `labels`. Images
-    pass through the model's transform, arrays do not. At most `limit` images are read, sampled evenly. Raises
-    `GhostifyError` naming the file.
+    pass through the model's transform, arrays do not: their numbers, of whatever type, are the inputs. At most `limit`
+    images are read, sampled evenly. Raises `GhostifyError` naming the file.
     """
+    for name, count in (("batch", batch), ("limit", 1 if limit is None else limit)):
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise GhostifyError(f"{name} {count!r}: is not a number of images. Use at least 1.")
     path = Path(path)
     if path.is_dir():
         files, classes = list_images(path)
         files = _sample_evenly(files, limit)
-        labels = torch.tensor([classes.index(p.relative_to(path).parts[0]) for p in files]) if classes else None
+        labels = torch.tensor([classes.index(class_of(p, path)) for p in files]) if classes else None
         return ImageData(tuple(_read_batches(files, prepared, batch)), labels)
     if path.suffix.lower() not in ARRAY_SUFFIXES:
         raise GhostifyError(
             f"{path}: is neither a folder nor an array file. "
             f"Name a folder of images, or a {' or '.join(ARRAY_SUFFIXES)} file."
         )
-    images, labels = _read_arrays(path)
-    if images.dim() != 4 or tuple(images.shape[1:2]) != prepared.size[:1]:
-        expected = format_shape(("N", *prepared.size))
-        raise GhostifyError(
-            f"{path}: holds {format_shape(images.shape)}, the model expects {expected}. Save the images in this shape."
-        )
-    indices = _sample_evenly(list(range(len(images))), limit)
-    return ImageData(tuple(images[indices].float().split(batch)), None if labels is None else labels[indices])
+    images, labels = read_arrays(path, prepared.size, lambda count: _sample_evenly(range(count), limit))
+    return ImageData(images.split(min(batch, len(images))), labels)
 
 
-def list_images(path: Path) -> tuple[list[Path], list[str]]:
-    """The images in a folder, and its class folders in alphabetical order.
-
-    There are no classes where only one folder holds images, or where images lie outside of the class folders.
-    """
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        raise GhostifyError(f"{path}: holds no images. Name a folder with {', '.join(IMAGE_SUFFIXES)} files.")
-    relative_paths = [file.relative_to(path) for file in files]
-    classes = sorted({p.parts[0] for p in relative_paths if len(p.parts) > 1})
-    return files, [] if len(classes) < 2 or any(len(p.parts) == 1 for p in relative_paths) else classes
-
-
-def _sample_evenly(items: list[Any], limit: int | None) -> list[Any]:
+def _sample_evenly(items: Sequence[Item], limit: int | None) -> Sequence[Item]:
     """At most `limit` items, evenly spaced, so that a sorted listing keeps all its classes."""
     if limit is None or len(items) <= limit:
         return items
     return [items[i * len(items) // limit] for i in range(limit)]
 
 
-def _read_batches(files: list[Path], prepared: Preprocessing, batch: int) -> Iterator[Tensor]:
+def _read_batches(files: Sequence[Path], prepared: Preprocessing, batch: int) -> Iterator[Tensor]:
     for start in range(0, len(files), batch):
         yield torch.stack([read_image(file, prepared) for file in files[start : start + batch]])
 
 
 def read_image(file: Path, prepared: Preprocessing) -> Tensor:
     """An image file as an input, C x H x W; in greyscale where the model has one input channel."""
-    try:
-        with Image.open(file) as image:
-            return prepared.transform(image.convert("L" if prepared.size[0] == 1 else "RGB"))
-    except (OSError, UnidentifiedImageError) as error:
-        raise GhostifyError(f"{file}: is not a readable image ({error}). Replace or remove it.") from error
-
-
-def _read_arrays(path: Path) -> tuple[Tensor, Tensor | None]:
-    try:
-        if path.suffix == ".npy":
-            return torch.from_numpy(np.load(path, allow_pickle=False)), None
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
-                arrays = {k: torch.from_numpy(archive[k]) for k in archive.files}
-        else:
-            arrays = load_file(path)
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise GhostifyError(
-            f"{path}: cannot be read ({error}). Name a file of arrays without pickled objects."
-        ) from error
-    images = arrays.get("images", next(iter(arrays.values())) if len(arrays) == 1 else None)
-    if images is None:
-        raise GhostifyError(
-            f"{path}: holds {', '.join(arrays) or 'no array'}, not images. Store the inputs under the name 'images'."
-        )
-    labels = arrays.get("labels")
-    return images, None if labels is None else labels.long().flatten()
+    return prepared.transform(decode_image(file, "L" if prepared.size[0] == 1 else "RGB"))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,49 +12,65 @@ from typing import Any
 import timm
 import torch
 import torchvision
-from safetensors.torch import save_file
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
-from ghostify.arguments import a_device, a_json_object, a_model, a_module, a_path, optional, public, some_names
+from ghostify.arguments import a_device, a_flag, a_json_object, a_model, a_module, a_path, optional, public, some_names
 from ghostify.errors import GhostifyError
-from ghostify.files import read_json
+from ghostify.files import open_regular, read_json
 from ghostify.graph.serialization import deserialize_module, serialize_module
 from ghostify.graph.tensor_needs import needed_tensors
 from ghostify.io import format1
-from ghostify.io.atomic import staged_folder
+from ghostify.io.atomic import check_output_folder, staged_folder
+from ghostify.io.journal import current_file
+from ghostify.io.manifest import DESCRIPTION, TENSORS, content_digest, file_digest
 from ghostify.io.tensor_file import read_tensors
+from ghostify.io.tensor_writer import write_tensors
+from ghostify.numerics import first_not_finite
 from ghostify.summary import Report, attach_report, conversion_info
 
 FORMAT_VERSION = 2
-TENSORS, DESCRIPTION = "model.safetensors", "ghostify.json"
+MIN_FLOAT_BYTES = 2  # types of 8 bits need scales that a checkpoint of weights does not have
 REMEDY = "Convert and save the model again."
 
 
-@public(module=a_model, path=a_path, source=optional(a_json_object))
-def save(module: nn.Module, path: str | Path, *, source: dict[str, Any] | None = None) -> Path:
+@public(module=a_model, path=a_path, source=optional(a_json_object), overwrite=a_flag)
+def save(module: nn.Module, path: str | Path, *, source: dict[str, Any] | None = None, overwrite: bool = False) -> Path:
     """Write a converted model as a folder, atomically; `source` may describe the original model.
 
-    Returns the folder. Raises `GhostifyError` for a model that cannot be expressed as JSON and tensors, and for an
-    existing folder that does not hold a saved model.
+    Returns the folder. Raises `GhostifyError` for a model that cannot be expressed as JSON and tensors, for weights
+    that are not finite, and for an existing folder that holds files which ghostify did not write; with `overwrite`
+    those stay, and only ghostify's own are replaced.
     """
-    folder = Path(path)
-    _check_output_folder(folder)
+    check_output_folder(path, overwrite=overwrite)
     info = conversion_info(module)
     data, tensors = serialize_module(module)
-    with staged_folder(folder) as staging:
-        save_file({name: _with_own_storage(tensor) for name, tensor in tensors.items()}, staging / TENSORS)
-        content = {
-            "format": FORMAT_VERSION,
-            "source": source or info.source,
-            "model": data,
-            "report": info.report.to_dict(),
-            "versions": versions(),
-            "tensors": _file_digest(staging / TENSORS),
-        }
-        content["digest"] = _content_digest(content)
+    damaged = first_not_finite(tensors, {name for name, _ in module.named_parameters(remove_duplicate=False)})
+    if damaged is not None:
+        raise GhostifyError(f"{damaged}: holds NaN or infinity. Save a model whose weights are finite.")
+    content: dict[str, Any] = {
+        "format": FORMAT_VERSION,
+        "source": source or info.source,
+        "model": data,
+        "report": info.report.to_dict(),
+        "versions": versions(),
+    }
+    for key in ("source", "report"):
+        _check_json(key, content[key])
+    with staged_folder(path, overwrite=overwrite) as staging:
+        write_tensors(staging / TENSORS, tensors)
+        content["tensors"] = file_digest(staging / TENSORS)
+        content["digest"] = content_digest(content)
         (staging / DESCRIPTION).write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
-    return folder
+    return Path(path)
+
+
+def _check_json(key: str, value: Any) -> None:
+    """Raise `GhostifyError` for what JSON cannot hold."""
+    try:
+        json.dumps(value, allow_nan=False, sort_keys=True)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise GhostifyError(f"{key}: cannot be saved as JSON ({error}). Use numbers, text, lists and dicts.") from error
 
 
 @public(path=a_path, allow=some_names, device=a_device)
@@ -72,7 +88,8 @@ def load(path: str | Path, *, allow: Iterable[str] = (), device: str | torch.dev
         needed, digest = needed_tensors(content["model"]), content["tensors"]
         if not isinstance(digest, str):
             raise GhostifyError(f"tensors {digest!r}: is not the digest of a file")
-    tensors = read_tensors(folder / TENSORS, digest=digest, needed=needed, description=DESCRIPTION, remedy=REMEDY)
+    file = current_file(folder, TENSORS)
+    tensors = read_tensors(file, digest=digest, needed=needed, description=DESCRIPTION, remedy=REMEDY)
     with _named(folder / DESCRIPTION):
         on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
         module = deserialize_module(content["model"], on_device, allow)
@@ -94,7 +111,7 @@ def _named(file: Path) -> Iterator[None]:
 
 def _read_description(folder: Path) -> dict[str, Any]:
     """The content of a folder's `ghostify.json` in the format that it has, less its digest, which is checked."""
-    file = folder / DESCRIPTION
+    file = current_file(folder, DESCRIPTION)
     content = read_json(file, folder=folder, remedy="Name a folder that ghostify saved.")
     if not isinstance(content, dict) or "format" not in content or "model" not in content:
         raise GhostifyError(f"{file}: was not written by ghostify. Name a saved model.")
@@ -104,7 +121,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
             f"Convert the model again, or update ghostify."
         )
     digest = content.pop("digest", None)
-    if digest != _content_digest(content):
+    if digest != content_digest(content):
         raise GhostifyError(f"{file}: was changed after it was saved. {REMEDY}")
     return content
 
@@ -113,14 +130,23 @@ def _read_description(folder: Path) -> dict[str, Any]:
 def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     """Load a plain checkpoint into `model` in place: safetensors, or `.pt`/`.pth` read with `weights_only=True`.
 
-    The usual wrappers (`state_dict`, `model`, `model_ema`, `module.`) are unwrapped. Raises `GhostifyError` naming the
-    file and the first keys that do not fit.
+    The usual wrappers (`state_dict`, `model`, `model_ema`, `module.`) are unwrapped. Weights of another floating-point
+    type are converted to the model's, with a warning. Raises `GhostifyError` naming the file and the tensors that do
+    not fit, that are not floating-point numbers where the model has these, or not finite; the model is unchanged then.
     """
+    state = _read_state(Path(path))
+    _check_names_and_shapes(model, state, path)
+    _check_values(model, state, path)
+    model.load_state_dict(state)
+    return model
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    with open_regular(path, remedy="Name a checkpoint file."):
+        pass
     try:
         state: dict[str, Tensor] = load_state_dict(str(path), device="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise GhostifyError(f"{path}: does not exist. Name a checkpoint file.") from error
-    except Exception as error:
+    except Exception as error:  # PyTorch and safetensors do not say what they raise for damaged files
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise GhostifyError(
             f"{path}: is not a checkpoint that can be read without running code from it ({first_line}). "
@@ -128,12 +154,10 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
         ) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise GhostifyError(f"{path}: does not hold a state_dict of tensors. Save the model's state_dict.")
-    _check_keys_and_shapes(model, state, path)
-    model.load_state_dict(state)
-    return model
+    return state
 
 
-def _check_keys_and_shapes(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+def _check_names_and_shapes(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
     expected = model.state_dict()
     missing = [name for name in expected if name not in state]
     unexpected = [name for name in state if name not in expected]
@@ -146,6 +170,38 @@ def _check_keys_and_shapes(model: nn.Module, state: dict[str, Tensor], path: str
             )
 
 
+def _check_values(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+    """Raise `GhostifyError` for values that the model cannot have; warn of floating-point types that are converted."""
+    parameters = dict(model.named_parameters())
+    converted = set[str]()
+    for name, expected in model.state_dict().items():
+        value = state[name]
+        if expected.is_floating_point():
+            if not value.is_floating_point() or value.is_quantized or value.dtype.itemsize < MIN_FLOAT_BYTES:
+                raise GhostifyError(
+                    f"{path}: {name} is of type {_describe_dtype(value.dtype)}, the model's weights are of "
+                    f"{_describe_dtype(expected.dtype)}. Save the weights as floating-point numbers."
+                )
+            if not (value.isfinite() if name in parameters else ~value.isnan()).all():
+                raise GhostifyError(f"{path}: {name} holds values that are not finite. Use another checkpoint.")
+            if value.dtype != expected.dtype:
+                converted.add(f"{_describe_dtype(value.dtype)} to {_describe_dtype(expected.dtype)}")
+        elif not expected.is_complex() and not _is_integral(value):
+            raise GhostifyError(f"{path}: {name} does not hold whole numbers. Use another checkpoint.")
+    if converted:
+        warnings.warn(f"{path}: its weights are converted from {', '.join(sorted(converted))}.", stacklevel=3)
+
+
+def _is_integral(value: Tensor) -> bool:
+    if value.is_floating_point():
+        return bool((value.isfinite() & (value == value.round())).all())
+    return not (value.is_complex() or value.is_quantized)
+
+
+def _describe_dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def versions() -> dict[str, str]:
     """Versions of the packages that a saved model depends on."""
     from ghostify import __version__  # late: this module is imported before the version is defined
@@ -156,30 +212,3 @@ def versions() -> dict[str, str]:
         "torchvision": torchvision.__version__,
         "timm": timm.__version__,
     }
-
-
-def _check_output_folder(folder: Path) -> None:
-    if folder.is_file():
-        raise GhostifyError(f"{folder}: is a file. Name a folder to save into.")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / DESCRIPTION).is_file():
-        raise GhostifyError(f"{folder}: holds other files and no {DESCRIPTION}. Name a new folder.")
-
-
-def _with_own_storage(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU, in row-major order, the only one in its storage."""
-    on_cpu = tensor.detach().cpu().contiguous()
-    return on_cpu if on_cpu.untyped_storage().nbytes() == on_cpu.nbytes else on_cpu.clone()
-
-
-def _file_digest(file: Path) -> str:
-    """SHA-256 of a file that may be larger than the memory."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(2**22):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _content_digest(content: dict[str, Any]) -> str:
-    """SHA-256 of the content as compact JSON with sorted keys."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -32,7 +32,9 @@ class Eager:
 
     def write(self, deployed: nn.Module, args: tuple[Any, ...], folder: Path) -> Path:
         file = folder / f"model{self.suffix}"
-        torch.export.save(export_program(deployed, args), file)
+        program = export_program(deployed, args)
+        with file.open("wb") as stream:  # errors of the disk are OSError here
+            torch.export.save(program, stream)
         return file
 
     def write_for_timing(self, deployed: nn.Module, args: tuple[Any, ...], folder: Path) -> Path:
