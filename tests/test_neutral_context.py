@@ -249,11 +249,11 @@ def test_models_made_and_converted_in_any_context_are_trainable(make, context):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_threads_give_the_same_bits_as_one_alone(dtype):
     made, x, results = [nets.Straight, nets.Residual, nets.Wild, nets.Branches], nets.images(16), {}
-    programs = [trace(model_and_images(make)[0], x[:1]) for make in made]
+    models = [model_and_images(make)[0] for make in made]
 
     def convert_one(k):
-        planned = plan(programs[k])
-        results[k] = rewrite(programs[k], planned, fit(programs[k], planned, [x]).weights).state_dict()
+        converted = ghostify(models[k], example_inputs=x[:1], calibration=[x])
+        results[k] = {**converted.state_dict(), "output": deploy(converted, x)(x)}
 
     for k in range(len(made)):
         convert_one(k)

@@ -30,7 +30,8 @@ def copy_model(model: nn.Module) -> nn.Module:
         root = copy.deepcopy(model, memo)
     except Exception as error:
         raise GhostifyError(
-            f"{type(model).__name__}: the model cannot be copied ({first_line(error)}). Make it work with copy.deepcopy."
+            f"{type(model).__name__}: the model cannot be copied ({first_line(error)}). "
+            "Make it work with copy.deepcopy."
         ) from error
     _rebind_functions(root, _Rebinding(memo))
     for path, module in list(root.named_modules()):
