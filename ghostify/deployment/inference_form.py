@@ -24,6 +24,7 @@ from ghostify.graph.inputs import (
 )
 from ghostify.graph.modes import eval_mode
 from ghostify.graph.tracing import trace
+from ghostify.modules.hooks import has_hooks
 from ghostify.numerics import find_mismatch
 
 TOLERANCE, TF32_TOLERANCE, HALF_TOLERANCE = 1e-4, 1e-2, 0.1
@@ -44,15 +45,14 @@ def deploy(model: nn.Module, example_inputs: Any) -> nn.Module:
     """
     with eval_mode(model):
         expected = tensor_leaves(run_example(model, bind_example(model, example_inputs)))
-    deployed = _traced_copy(model, example_inputs)
+    deployed = _traced_copy(model, example_inputs).eval()
     metadata = copy.copy(model.__dict__.get("meta", {}))
-    with eval_mode(deployed):
-        subgraphs = {path: m for path, m in deployed.named_modules() if isinstance(m, fx.GraphModule)}
-        for path, subgraph in reversed(subgraphs.items()):
-            inputs = _subgraph_inputs(deployed, path, subgraph, example_inputs)
-            if inputs is not None:
-                _deploy_subgraph(subgraph, inputs)
-    deployed = deployed.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    subgraphs = {path: m for path, m in deployed.named_modules() if isinstance(m, fx.GraphModule)}
+    for path, subgraph in reversed(subgraphs.items()):
+        inputs = _subgraph_inputs(deployed, path, subgraph, example_inputs)
+        if inputs is not None:
+            _deploy_subgraph(subgraph, inputs)
+    deployed = deployed.requires_grad_(False).to(memory_format=torch.channels_last)
     deployed.__dict__["meta"] = metadata
     _check_outputs(expected, deployed, example_inputs)
     return deployed
@@ -64,6 +64,7 @@ def _traced_copy(model: nn.Module, example: Any) -> nn.Module:
     return trace(model, example).module
 
 
+@torch.no_grad()
 def _deploy_subgraph(subgraph: fx.GraphModule, inputs: PlaceholderValues) -> None:
     dense = _to_be_dense(subgraph, inputs)
     _folded_orders(subgraph, dense, inputs).apply()
@@ -74,7 +75,9 @@ def _folded_orders(subgraph: fx.GraphModule, dense: set[str], inputs: Placeholde
     freeze_eval(subgraph)
     concatenations = fold_norms(subgraph, dense)
     subgraph.recompile()
-    return ChannelOrders(subgraph, concatenations, record_shapes(subgraph, *inputs.values))
+    with eval_mode(subgraph):
+        shapes = record_shapes(subgraph, *inputs.values)
+    return ChannelOrders(subgraph, concatenations, shapes)
 
 
 def _to_be_dense(subgraph: fx.GraphModule, inputs: PlaceholderValues) -> set[str]:
@@ -99,7 +102,7 @@ def _subgraph_inputs(
     deployed: nn.Module, path: str, subgraph: fx.GraphModule, example: Any
 ) -> PlaceholderValues | None:
     """The inputs of the subgraph at `path` when the example inputs run; None if it is not called."""
-    if not path:
+    if not path and not has_hooks(subgraph):
         return bind_inputs(subgraph, *as_arguments(example))
     calls = record_calls(subgraph, deployed, path, bind_example(deployed, example))
     return calls[0] if calls else None

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch import fx, nn
 
 from ghostify.errors import GhostifyError
+from ghostify.modules.hooks import copy_hooks
 
 MARKS = "ghostify_marks"
 RESULT, CLASSIFIER = "->", "get_classifier"
@@ -36,6 +37,11 @@ class TracedModule(fx.GraphModule):
         for name, method in _methods(self.graph).items():
             setattr(type(self), name, method)
         return code
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
+        copied = super().__deepcopy__(memo)
+        copy_hooks(self, copied)
+        return copied
 
 
 def set_attributes(traced: fx.GraphModule, values: dict[str, Any]) -> None:

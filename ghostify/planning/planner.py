@@ -231,7 +231,10 @@ def _entry(
     kept_by_name: Mapping[str, KeptChannels],
 ) -> GhostRewrite | PruneRewrite | Skip:
     conv = decision.conv if isinstance(decision, Skip) else decision[0].conv
-    subgraph, kept_channels = subgraphs[conv.subgraph_path], kept_by_name.get(conv.name)
+    kept_channels = kept_by_name.get(conv.name)
+    if isinstance(decision, Skip) and kept_channels is None:
+        return decision
+    subgraph = subgraphs[conv.subgraph_path]
     entry = decision if isinstance(decision, Skip) else _rewrite(subgraph, *decision, kept_channels)
     if kept_channels is None or isinstance(entry, GhostRewrite):
         return entry
