@@ -28,6 +28,8 @@ def trace_graph(root: nn.Module, input_names: Set[str]) -> fx.Graph:
         raise UntraceableError("timm marks it as not traceable")
     if isinstance(root, torch.jit.ScriptModule):
         raise UntraceableError("it is compiled by torch.jit")
+    if type(root).__call__ is not nn.Module.__call__ and not isinstance(root, fx.GraphModule):
+        raise UntraceableError("its class overrides __call__")
     search = _Search(root, input_names)
     while (graph := search.attempt()) is None:
         pass

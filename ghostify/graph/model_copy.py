@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ghostify.errors import GhostifyError
+from ghostify.graph.exported import as_traced_module, is_exported
 from ghostify.graph.inputs import tensor_leaves
 from ghostify.graph.paths import join_path
 from ghostify.modules.hooks import HOOKS, STATE_DICT_HOOKS
@@ -18,7 +19,7 @@ from ghostify.text import first_line
 
 
 def copy_model(model: nn.Module) -> nn.Module:
-    """A copy of a model, without its wrappers (see `unwrapped_model`).
+    """A copy of a model, without its wrappers (see `unwrapped_model`); of an exported program, a traced module.
 
     Raises `GhostifyError` for a model that cannot be copied or contains itself.
     """
@@ -35,8 +36,13 @@ def copy_model(model: nn.Module) -> nn.Module:
         ) from error
     _rebind_functions(root, _Rebinding(memo))
     for path, module in list(root.named_modules()):
-        if path and uncompiled(module) is not module:
-            root.set_submodule(path, uncompiled(module))
+        plain = uncompiled(module)
+        plain = as_traced_module(plain) if is_exported(plain) else plain
+        if plain is module:
+            continue
+        if not path:
+            return plain
+        root.set_submodule(path, plain)
     return root
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -143,6 +145,19 @@ def check_plan(program: Program, plan: Plan) -> None:
     """Raises `GhostifyError` where the convolutions of a plan are not those of the program."""
     if tuple(entry.conv for entry in plan.entries) != program.convolutions:
         raise GhostifyError("plan: is that of another program. Pass plan(program) of this one.")
+
+
+def warn_if_unchanged(plan: Plan, policy: Policy) -> None:
+    """Warn where rules of a ratio above 1 change no convolution, with the most frequent reason."""
+    reasons = Counter(skip_reasons.kind_of(skip.reason) for skip in plan.skips)
+    is_as_asked = {skip_reasons.RATIO_ONE, skip_reasons.NOT_NEEDED} & reasons.keys()
+    if plan.changes or is_as_asked or all(rule.ratio == 1 for rule in policy.rules):
+        return
+    reason = max(reasons, key=lambda r: (reasons[r], r != skip_reasons.FIRST_CONV), default=None)
+    if reason == skip_reasons.UNTRACED_FUNCTION:  # of which tracing warns
+        return
+    why = "The model contains no two-dimensional convolution." if reason is None else f"Most are skipped for: {reason}."
+    warnings.warn(f"ghostify: no convolution is rewritten. {why}", stacklevel=4)
 
 
 def may_prune(program: Program, policy: Policy, conv: Convolution) -> bool:
