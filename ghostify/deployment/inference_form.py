@@ -22,6 +22,7 @@ from ghostify.graph.inputs import (
     tensor_leaves,
 )
 from ghostify.graph.modes import eval_mode
+from ghostify.graph.parametrizations import fix_computed_weights
 from ghostify.graph.tracing import trace
 from ghostify.numerics import find_mismatch
 
@@ -43,6 +44,7 @@ def deploy(model: nn.Module, example_inputs: Any) -> nn.Module:
     with eval_mode(model):
         expected = tensor_leaves(run_example(model, bind_example(model, example_inputs)))
     deployed = _traced_copy(model, example_inputs)
+    fix_computed_weights(deployed)
     metadata = copy.copy(model.__dict__.get("meta", {}))
     with eval_mode(deployed):
         subgraphs = {path: m for path, m in deployed.named_modules() if isinstance(m, fx.GraphModule)}

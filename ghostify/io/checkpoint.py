@@ -17,6 +17,7 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from ghostify.errors import GhostifyError
+from ghostify.graph.parametrizations import with_plain_weights
 from ghostify.graph.serialization import deserialize_module, serialize_module
 from ghostify.io import format1
 from ghostify.io.atomic import staged_folder
@@ -29,13 +30,14 @@ TENSORS, DESCRIPTION = "model.safetensors", "ghostify.json"
 def save(module: nn.Module, path: str | Path, *, source: dict[str, Any] | None = None) -> Path:
     """Write a converted model as a folder, atomically; `source` may describe the original model.
 
+    A weight that a part computes, such as by spectral norm, is saved as the parameter that it is in evaluation mode.
     Returns the folder. Raises `GhostifyError` for a model that cannot be expressed as JSON and tensors, and for an
     existing folder that does not hold a saved model.
     """
     folder = Path(path)
     _check_output_folder(folder)
     info = conversion_info(module)
-    data, tensors = serialize_module(module)
+    data, tensors = serialize_module(with_plain_weights(module))
     with staged_folder(folder) as staging:
         save_file({name: _with_own_storage(tensor) for name, tensor in tensors.items()}, staging / TENSORS)
         content = {
