@@ -27,18 +27,18 @@ def with_plain_weights(module: nn.Module) -> nn.Module:
 @torch.no_grad()
 def fix_computed_weights(module: nn.Module) -> None:
     """Replace computed weights by the parameters that they are in evaluation mode, in place."""
-    with eval_mode(module):
-        for part in list(module.modules()):
-            if parametrize.is_parametrized(part):
-                _fix_parametrizations(part)
-            for norm in list(_former_norms(part)):
-                (remove_weight_norm if isinstance(norm, WeightNorm) else remove_spectral_norm)(part, norm.name)
+    for part in list(module.modules()):
+        if parametrize.is_parametrized(part):
+            _fix_parametrizations(part)
+        for norm in list(_former_norms(part)):
+            (remove_weight_norm if isinstance(norm, WeightNorm) else remove_spectral_norm)(part, norm.name)
 
 
 def _fix_parametrizations(module: nn.Module) -> None:
     """As `parametrize.remove_parametrizations`, which breaks copies of the module: they share its class."""
     lists: Any = module.parametrizations
-    computed = {name: (getattr(module, name).clone(), list(lists[name].parameters())) for name in lists}
+    with eval_mode(module):
+        computed = {name: (getattr(module, name).clone(), list(lists[name].parameters())) for name in lists}
     module.__class__ = parametrize.type_before_parametrizations(module)
     del module._modules["parametrizations"]
     for name, (value, originals) in computed.items():
