@@ -30,6 +30,7 @@ from ghostify.cli.options import (
     Folder,
     Format,
     FormerPrune,
+    FreeBatch,
     Ignore,
     Images,
     Model,
@@ -49,7 +50,7 @@ from ghostify.cli.options import (
 )
 from ghostify.data.sources import blank_input, read_data
 from ghostify.data.training_data import load_training_data
-from ghostify.deployment.exporter import export
+from ghostify.deployment.exporter import export_file
 from ghostify.errors import GhostifyError
 from ghostify.fitting.distributed import rank_and_world_size
 from ghostify.graph.tracing import trace
@@ -272,6 +273,7 @@ def export_command(
     output: Annotated[Path | None, typer.Option(help="folder to write; default: the same folder")] = None,
     input_size: Size = None,
     allow: Allow = None,
+    dynamic: FreeBatch = None,
 ) -> None:
     """Export a converted model for another runtime. Writes its inference form and verifies the outputs there.
 
@@ -282,8 +284,10 @@ def export_command(
     size = parse_size(input_size) or tuple(source.get("input_size", ()))
     if not size:
         raise GhostifyError(f"{folder}: does not state the input size. Pass --input-size C,H,W.")
-    file = export(converted, output or folder, format=format, example_inputs=blank_input(size))
-    print_line(f"{file}: {file.stat().st_size / 1e6:.1f} MB, any batch of {format_shape(size)}")
+    written = export_file(converted, output or folder, format=format, example_inputs=blank_input(size), dynamic=dynamic)
+    batch = "any batch" if written.free_batch else "a batch of 1"
+    reason = f" (its size cannot be free: {written.fixed_reason})" if written.fixed_reason else ""
+    print_line(f"{written.path}: {written.path.stat().st_size / 1e6:.1f} MB, {batch} of {format_shape(size)}{reason}")
 
 
 @app.command("study")

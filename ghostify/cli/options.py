@@ -71,6 +71,12 @@ Budget = Annotated[
 ]
 Runtime = Annotated[str, typer.Option(help=f"runtime to measure latency in: {', '.join(RUNTIMES)}")]
 Format = Annotated[str, typer.Option(help=f"export format: {', '.join(EXPORT_FORMATS)}")]
+FreeBatch = Annotated[
+    bool | None,
+    typer.Option(
+        "--dynamic/--fixed-batch", help="whether the file must take any batch size; default: where the model permits it"
+    ),
+]
 Calibration = Annotated[
     Path | None, typer.Option(help="folder of images, or .npy, .npz, .safetensors; default: none (data-free)")
 ]

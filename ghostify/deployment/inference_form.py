@@ -125,7 +125,7 @@ def _folded_orders(subgraph: fx.GraphModule, dense: set[str], inputs: Placeholde
     concatenations = fold_norms(subgraph, dense)
     subgraph.recompile()
     with eval_mode(subgraph):
-        shapes = record_shapes(subgraph, *inputs.values)
+        shapes = record_shapes(subgraph, inputs)
     return ChannelOrders(subgraph, concatenations, shapes)
 
 

@@ -67,7 +67,8 @@ def check_tensors(actual: Sequence[Tensor], expected: Mapping[str, Any], toleran
     tensors = {name: value for name, value in expected.items() if isinstance(value, Tensor)}
     if len(actual) != len(tensors):
         return OutputCheck(f"it has {len(actual)} outputs in place of {len(tensors)}")
-    return check_outputs(dict(zip(tensors, actual, strict=True)), tensors, tolerance)
+    moved = {name: value.to(reference.device) for value, (name, reference) in zip(actual, tensors.items(), strict=True)}
+    return check_outputs(moved, tensors, tolerance)
 
 
 def _has_other_rows(value: Any, reference: Any) -> bool:
@@ -89,7 +90,9 @@ def _difference(value: Any, reference: Any, tolerance: Tolerance) -> str | None:
         flipped, count = int((value != reference).sum()), reference.numel()
         return f"differs in {flipped} of {count} values" if flipped > MAX_FLIPPED_SHARE * count else None
     mismatch = find_mismatch(value, reference, of_largest=tolerance(reference))
-    return mismatch and f"differs by {mismatch.difference:.2g} from values with maximum {mismatch.largest:.2g}"
+    if mismatch is None:
+        return None
+    return f"differs by {mismatch.difference:.2g} from values with maximum {mismatch.largest:.2g}"
 
 
 def _described(value: Any) -> str:
