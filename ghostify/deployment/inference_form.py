@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
 from ghostify.deployment.channel_order import ChannelOrders, record_shapes
-from ghostify.deployment.folding import can_be_dense, fold_norms, freeze_eval
+from ghostify.deployment.dense_ghosts import dense_candidates, mac_allowance, within_allowance
+from ghostify.deployment.folding import fold_norms, freeze_eval
 from ghostify.deployment.output_check import Tolerance, check_outputs, output_leaves
 from ghostify.errors import GhostifyError
 from ghostify.fitting.subgraph_inputs import record_calls
@@ -37,23 +38,25 @@ def deploy(model: nn.Module, example_inputs: Any) -> nn.Module:
     """A copy of a converted model, or of any model that traces, for inference only.
 
     Norms are folded into convolutions. Ghost modules become two convolutions and a concatenation, or a second dense
-    convolution instead where that saves reordering its output. Consumers take the channels in the order in which they
-    are computed. Weights are laid out N x H x W x C. `example_inputs` is what one forward takes; the result runs at
-    other sizes as well. Its outputs equal the model's in evaluation mode up to rounding: checked on `example_inputs` to
-    1e-4 of their maximum (1e-2 on a GPU, whose float32 may be TF32; 0.1 in half precision), and for integers and
-    booleans in 99 % of the values. Warns of outputs that cannot be compared, such as boxes where their number
-    changes. Raises `GhostifyError` where the model does not run, or the outputs differ.
+    convolution instead where that saves reordering its output; after a conversion under a budget of MACs only as far as
+    the whole keeps within that budget. Consumers take the channels in the order in which they are computed. Weights are
+    laid out N x H x W x C. `example_inputs` is what one forward takes; the result runs at other sizes as well. Its
+    outputs equal the model's in evaluation mode up to rounding: checked on `example_inputs` to 1e-4 of their maximum
+    (1e-2 on a GPU, whose float32 may be TF32; 0.1 in half precision), and for integers and booleans in 99 % of the
+    values. Warns of outputs that cannot be compared, such as boxes where their number changes. Raises `GhostifyError`
+    where the model does not run, or the outputs differ.
     """
     expected = _outputs(model, example_inputs)
     deployed = _traced_copy(model, example_inputs)
     fix_computed_weights(deployed)
     metadata = copy.copy(model.__dict__.get("meta", {}))
+    allowance = mac_allowance(model, example_inputs)
     deployed.eval()
     subgraphs = {path: m for path, m in deployed.named_modules() if isinstance(m, fx.GraphModule)}
     for path, subgraph in reversed(subgraphs.items()):
         inputs = _subgraph_inputs(deployed, path, subgraph, example_inputs)
         if inputs is not None:
-            _deploy_subgraph(subgraph, inputs)
+            allowance -= _deploy_subgraph(subgraph, inputs, allowance)
     _to_channels_last(deployed.eval().requires_grad_(False))
     deployed.__dict__["meta"] = metadata
     _check(deployed, expected, example_inputs, tolerance_of(model))
@@ -114,9 +117,11 @@ def _traced_copy(model: nn.Module, example: Any) -> nn.Module:
     return trace(model, example).module
 
 
-def _deploy_subgraph(subgraph: fx.GraphModule, inputs: PlaceholderValues) -> None:
-    dense = _to_be_dense(subgraph, inputs)
-    _folded_orders(subgraph, dense, inputs).apply()
+def _deploy_subgraph(subgraph: fx.GraphModule, inputs: PlaceholderValues, allowance: float) -> float:
+    """Deploy a subgraph, in place; returns the MACs by which ghosts that become dense raise its cost."""
+    dense = _to_be_dense(subgraph, inputs, allowance)
+    _folded_orders(subgraph, set(dense), inputs).apply()
+    return sum(dense.values())
 
 
 def _folded_orders(subgraph: fx.GraphModule, dense: set[str], inputs: PlaceholderValues) -> ChannelOrders:
@@ -129,22 +134,28 @@ def _folded_orders(subgraph: fx.GraphModule, dense: set[str], inputs: Placeholde
     return ChannelOrders(subgraph, concatenations, shapes)
 
 
-def _to_be_dense(subgraph: fx.GraphModule, inputs: PlaceholderValues) -> set[str]:
-    """Paths of the ghost modules that become two dense convolutions: those with few intrinsic maps, and those whose
-    output would be reordered, since the second convolution then costs less than the copy."""
-    intrinsic_counts = {
-        path: module.primary_conv.out_channels for path, module in subgraph.named_modules() if can_be_dense(module)
-    }
-    if not intrinsic_counts:
-        return set()
-    always = {path for path, count in intrinsic_counts.items() if count <= ALWAYS_DENSE_MAPS}
-    trial = _folded_orders(copy.deepcopy(subgraph), always, inputs)
+def _to_be_dense(subgraph: fx.GraphModule, inputs: PlaceholderValues, allowance: float) -> dict[str, int]:
+    """Paths of the ghost modules that become two dense convolutions, with the MACs that this adds, `allowance` at most.
+
+    These are the modules with few intrinsic maps, and those whose output would be reordered, since the second
+    convolution then takes less time than the copy.
+    """
+    with eval_mode(subgraph):
+        candidates = dense_candidates(subgraph, inputs)
+    if not candidates:
+        return {}
+    few = [c for c in candidates if c.intrinsic <= ALWAYS_DENSE_MAPS]
+    always = within_allowance(few, allowance)
+    trial = _folded_orders(copy.deepcopy(subgraph), set(always), inputs)
     reordered = {str(node.args[0][0].target) for node in trial.reordered()}  # type: ignore[index, union-attr]
-    return always | {
-        path
-        for path, count in intrinsic_counts.items()
-        if count <= DENSE_MAX_MAPS and any(target.startswith(f"{path}.") for target in reordered)
-    }
+    copied = [
+        c
+        for c in candidates
+        if c.path not in always
+        and c.intrinsic <= DENSE_MAX_MAPS
+        and any(target.startswith(f"{c.path}.") for target in reordered)
+    ]
+    return always | within_allowance(copied, allowance - sum(always.values()))
 
 
 def _subgraph_inputs(
