@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from ghostify import deploy, ghostify, load, report, save
-from ghostify.graph.parametrizations import fix_computed_weights, with_plain_weights
+from ghostify.graph.parametrizations import fix_computed_weights, has_computed_weights
 from tests import nets
 
 NORMS = {
@@ -62,6 +62,6 @@ def test_a_computed_buffer_becomes_a_buffer():
     assert dict(module.named_buffers())["scale"].tolist() == [2, 2]
 
 
-def test_a_module_with_plain_weights_is_not_copied():
-    model = nets.Straight()
-    assert with_plain_weights(model) is model
+def test_computed_weights_are_found():
+    assert has_computed_weights(normed(parametrizations.weight_norm, "a.0"))
+    assert not has_computed_weights(nets.Straight())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,13 +14,9 @@ from torch.nn.utils.weight_norm import WeightNorm
 from ghostify.graph.modes import eval_mode
 
 
-def with_plain_weights(module: nn.Module) -> nn.Module:
-    """The module; where any part computes its weights, a copy that holds them as parameters."""
-    if not any(parametrize.is_parametrized(part) or any(_former_norms(part)) for part in module.modules()):
-        return module
-    copied = copy.deepcopy(module)
-    fix_computed_weights(copied)
-    return copied
+def has_computed_weights(module: nn.Module) -> bool:
+    """Whether any part has a parametrization, or a hook of PyTorch's former weight norm or spectral norm."""
+    return any(parametrize.is_parametrized(part) or any(_former_norms(part)) for part in module.modules())
 
 
 @torch.no_grad()

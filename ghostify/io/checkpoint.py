@@ -17,7 +17,7 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from ghostify.errors import GhostifyError
-from ghostify.graph.parametrizations import with_plain_weights
+from ghostify.graph.savable import savable
 from ghostify.graph.serialization import deserialize_module, serialize_module
 from ghostify.io import format1
 from ghostify.io.atomic import staged_folder
@@ -37,7 +37,7 @@ def save(module: nn.Module, path: str | Path, *, source: dict[str, Any] | None =
     folder = Path(path)
     _check_output_folder(folder)
     info = conversion_info(module)
-    data, tensors = serialize_module(with_plain_weights(module))
+    data, tensors = serialize_module(savable(module))
     with staged_folder(folder) as staging:
         save_file({name: _with_own_storage(tensor) for name, tensor in tensors.items()}, staging / TENSORS)
         content = {
