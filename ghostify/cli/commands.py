@@ -32,6 +32,7 @@ from ghostify.cli.options import (
     Folder,
     Format,
     FormerPrune,
+    FreeBatch,
     Ignore,
     Images,
     Model,
@@ -57,7 +58,7 @@ from ghostify.cli.parsing import (
 from ghostify.data.saved_source import parse_input_size
 from ghostify.data.sources import blank_input, read_data
 from ghostify.data.training_data import DATASETS, load_training_data
-from ghostify.deployment.exporter import export
+from ghostify.deployment.exporter import export_file
 from ghostify.errors import GhostifyError
 from ghostify.fitting.distributed import rank_and_world_size
 from ghostify.graph.tracing import trace
@@ -327,6 +328,7 @@ def export_command(
     input_size: Size = None,
     allow: Allow = None,
     overwrite: Overwrite = False,
+    dynamic: FreeBatch = None,
 ) -> None:
     """Export a converted model for another runtime. Writes its inference form and verifies the outputs there.
 
@@ -338,8 +340,17 @@ def export_command(
     size = parse_size(input_size) or parse_input_size(conversion_info(converted).source, folder)
     if size is None:
         raise GhostifyError(f"{folder}: does not state the input size. Pass --input-size C,H,W.")
-    file = export(converted, target, format=format, example_inputs=blank_input(size), overwrite=overwrite)
-    print_line(f"{file}: {file.stat().st_size / 1e6:.1f} MB, any batch of {format_shape(size)}")
+    written = export_file(
+        converted,
+        target,
+        format=format,
+        example_inputs=blank_input(size),
+        dynamic=dynamic,
+        overwrite=overwrite,
+    )
+    batch = "any batch" if written.free_batch else "a batch of 1"
+    reason = f" (its size cannot be free: {written.fixed_reason})" if written.fixed_reason else ""
+    print_line(f"{written.path}: {written.path.stat().st_size / 1e6:.1f} MB, {batch} of {format_shape(size)}{reason}")
 
 
 @app.command("study")

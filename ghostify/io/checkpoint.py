@@ -21,6 +21,7 @@ from ghostify.files import open_regular, read_json
 from ghostify.graph.allowed_ops import allow_entries
 from ghostify.graph.description import parse_description
 from ghostify.graph.deserialization import deserialize_module, names_to_allow
+from ghostify.graph.savable import savable
 from ghostify.graph.serialization import serialize_module
 from ghostify.io import format1
 from ghostify.io.atomic import check_output_folder, staged_folder
@@ -40,6 +41,7 @@ REMEDY = "Convert and save the model again."
 def save(module: nn.Module, path: str | Path, *, source: dict[str, Any] | None = None, overwrite: bool = False) -> Path:
     """Write a converted model as a folder, atomically; `source` may describe the original model.
 
+    A weight that a part computes, such as by spectral norm, is saved as the parameter that it is in evaluation mode.
     Returns the folder. Raises `GhostifyError` for a model that cannot be expressed as JSON and tensors, for weights
     that are not finite, and for an existing folder that holds files which ghostify did not write; with `overwrite`
     those stay, and only ghostify's own are replaced. Exports in the folder stay as well, with a warning where the
@@ -47,6 +49,7 @@ def save(module: nn.Module, path: str | Path, *, source: dict[str, Any] | None =
     """
     check_output_folder(path, overwrite=overwrite)
     info = conversion_info(module)
+    module = savable(module)
     data, tensors = serialize_module(module)
     damaged = first_not_finite(tensors, {name for name, _ in module.named_parameters(remove_duplicate=False)})
     if damaged is not None:

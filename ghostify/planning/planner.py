@@ -76,13 +76,15 @@ class PlanTarget:
 class Plan:
     """Every convolution of the program once, in order of first use. `macs_*` are totals of the model, where known.
 
-    `notes` name what the rules allow and the plan does not contain, with the reason.
+    `macs_limit` is the number of MACs that a budget permits, which the inference form keeps as well. `notes` name what
+    the rules allow and the plan does not contain, with the reason.
     """
 
     entries: tuple[GhostRewrite | PruneRewrite | Skip, ...]
     macs_before: int | None = None
     macs_after: int | None = None
     notes: tuple[str, ...] = ()
+    macs_limit: int | None = None
 
     @property
     def rewrites(self) -> tuple[GhostRewrite, ...]:
