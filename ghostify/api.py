@@ -47,7 +47,8 @@ def ghostify(
     `ratio`, `dw_size`, `cheap`, `activated`, `prune`, `targets` and `ignore` form one `Rule` (see there); a `policy`
     replaces them. By default, every dense convolution but the first is rewritten.
 
-    A `budget` such as {"macs": 0.5} replaces the ratio by one for each layer, and needs `example_inputs`. Its keys are
+    A `budget` such as {"macs": 0.5} replaces `ratio` by one for each layer, and needs `example_inputs`; rules of a
+    `policy` that have a ratio keep it. Its keys are
     "macs", "params" and "latency": values up to 1 are shares of the original's, larger ones numbers (milliseconds for
     "latency"). Latency is measured on this machine in `runtime` ("eager", "compile", "onnx", "openvino",
     "aotinductor"). {"max_drop": 0.5} selects the cheapest model whose score by `evaluate(model)` is at most 0.5 below
@@ -64,7 +65,9 @@ def ghostify(
     if policy is None:
         selected = ("*",) if targets is None else as_patterns(targets, "targets")
         ignored = () if ignore is None else as_patterns(ignore, "ignore")
-        policy = Policy((Rule(selected, ignored, ratio, dw_size, cheap, activated, prune),), keep_first=targets is None)
+        rule_ratio = ratio if budget is None else None
+        rule = Rule(selected, ignored, rule_ratio, dw_size, cheap, activated, prune)
+        policy = Policy((rule,), keep_first=targets is None)
     elif targets is not None or ignore is not None:
         raise GhostifyError("targets, ignore: are set in the rules of the policy. Pass either, not both.")
     if reconstruct and any(rule.prune for rule in policy.rules):

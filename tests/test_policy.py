@@ -85,3 +85,7 @@ def test_missing_policy_file(tmp_path):
 )
 def test_cheap_names_forms_of_ghosts(cheap, forms):
     assert set(Rule(cheap=cheap).forms) == forms
+
+
+def test_the_default_ratio_is_no_ratio_of_the_rule():
+    assert (Rule().ratio, Rule().ratio_or_default, Rule(ratio=3).ratio_or_default) == (None, 2, 3)

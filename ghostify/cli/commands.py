@@ -120,8 +120,9 @@ def plan_command(
     """
     network, prepared = build_model(model_source(model, arg), checkpoint, parse_size(input_size))
     program = trace(network, blank_input(prepared.size))
-    rules = parse_policy(policy, ratio, dw_size, cheap, activated, prune or former_prune, target, ignore)
     limits = parse_budget(budget)
+    rule_ratio = ratio if limits is None and frontier is None else None
+    rules = parse_policy(policy, rule_ratio, dw_size, cheap, activated, prune or former_prune, target, ignore)
     batches = None if calibration is None else read_data(calibration, prepared, limit=images, batch=batch).batches
     title = f"{model} at {format_shape(prepared.size)}"
     if frontier is None:
@@ -175,14 +176,16 @@ def convert_command(
     --budget macs=0.5 --output out/
     """
     source = model_source(model, arg)
-    rules = parse_policy(policy, ratio, dw_size, cheap, activated, prune or former_prune, target, ignore)
+    limits = parse_budget(budget)
+    rule_ratio = ratio if limits is None else None
+    rules = parse_policy(policy, rule_ratio, dw_size, cheap, activated, prune or former_prune, target, ignore)
     network, prepared = build_model(source, checkpoint, parse_size(input_size))
     data = None if calibration is None else read_data(calibration, prepared, limit=images, batch=batch)
     with progress_bar("fitting", as_json) as on_progress:
         converted = ghostify(
             network,
             policy=rules,
-            budget=parse_budget(budget),
+            budget=limits,
             example_inputs=blank_input(prepared.size),
             calibration=None if data is None else data.batches,
             evaluate=None if validation is None else top1_evaluator(validation, prepared, batch),

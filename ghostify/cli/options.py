@@ -91,7 +91,7 @@ Settings = Annotated[
 
 def parse_policy(
     file: Path | None,
-    ratio: float,
+    ratio: float | None,
     dw_size: int,
     cheap: str,
     activated: bool,

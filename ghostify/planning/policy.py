@@ -23,6 +23,7 @@ else:
 
 Pattern = str | Callable[[str, nn.Module], bool]
 RENAMED_FIELDS = {"narrow": "prune"}
+DEFAULT_RATIO = 2.0
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,9 @@ class Rule:
     """Convolutions to rewrite, and how. The first rule whose targets match a convolution applies to it.
 
     `targets` and `ignore` hold exact names, globs, `re:` patterns, class names or callables `(name, module) -> bool`.
-    `ratio` is n / m, outputs per intrinsic map; 1 does not change the convolution. `dw_size` is the cheap operation's
+    `ratio` is n / m, outputs per intrinsic map; 1 does not change the convolution. Without a budget it is 2 by default
+    (`DEFAULT_RATIO`). With one, None leaves it to the budget, and a number holds for these layers: the rest is planned
+    around them. `dw_size` is the cheap operation's
     kernel size. `cheap` is "depthwise" (every ghost reads one intrinsic map), "pointwise" (all of them, kernel size 1),
     a number in between, or "auto": with a budget, the form with the smaller predicted error. With `activated`,
     depthwise ghosts may read the intrinsic maps after norm and activation, as in the paper, where the error on holdout
@@ -40,7 +43,7 @@ class Rule:
 
     targets: tuple[Pattern, ...] = ("*",)
     ignore: tuple[Pattern, ...] = ()
-    ratio: float = 2.0
+    ratio: float | None = None
     dw_size: int = 3
     cheap: str | int = "depthwise"
     activated: bool = False
@@ -49,7 +52,7 @@ class Rule:
     def __post_init__(self) -> None:
         for key in ("targets", "ignore"):
             object.__setattr__(self, key, as_patterns(getattr(self, key), key))
-        if (
+        if self.ratio is not None and (
             isinstance(self.ratio, bool)
             or not isinstance(self.ratio, int | float)
             or not 1 <= self.ratio < float("inf")
@@ -82,6 +85,11 @@ class Rule:
                 return (NAMED_FORMS[name],)
             case width:
                 return (Depthwise,) if width == 1 else (Grouped,)
+
+    @property
+    def ratio_or_default(self) -> float:
+        """The ratio without a budget."""
+        return DEFAULT_RATIO if self.ratio is None else self.ratio
 
     @property
     def narrow(self) -> bool:
