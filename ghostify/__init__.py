@@ -31,7 +31,8 @@ from ghostify.rewriting.apply import rewrite
 from ghostify.search.budget import plan_for_budget
 from ghostify.search.pareto import frontier
 from ghostify.summary import report
-from ghostify.training.trainer import Recipe, finetune
+from ghostify.training.recipe import Recipe
+from ghostify.training.trainer import finetune
 
 try:
     __version__ = version("ghostify")

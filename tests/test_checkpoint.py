@@ -1,6 +1,7 @@
 import hashlib
 import json
 import pickle
+import re
 import subprocess
 import sys
 
@@ -208,7 +209,7 @@ def test_checkpoints_of_other_keys_or_shapes_are_refused(tmp_path):
         ("less", r"less\.safetensors: does not fit Straight, missing: fc\.bias"),
         ("more", "unexpected: extra"),
         ("shape", r"of another shape: fc\.bias"),
-        ("none", r"none\.safetensors: does not exist"),
+        ("none", r"none\.safetensors: cannot be read \(No such file"),
     ):
         with pytest.raises(GhostifyError, match=message):
             load_weights(nets.Straight(), tmp_path / f"{name}.safetensors")
@@ -218,3 +219,64 @@ def test_only_converted_models_are_saved(tmp_path):
     with pytest.raises(GhostifyError, match="has no report"):
         save(fx.symbolic_trace(nets.settle(nets.Straight())), tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("fc.weight", lambda v: v.to(torch.int8), "fc.weight is of type int8, the model's weights are of float32"),
+        ("fc.weight", lambda v: v > 0, "fc.weight is of type bool"),
+        ("fc.weight", lambda v: v.to(torch.float8_e4m3fn), "fc.weight is of type float8_e4m3fn"),
+        ("fc.weight", lambda v: v.to(torch.complex64), "fc.weight is of type complex64"),
+        ("a.0.weight", lambda v: torch.full_like(v, torch.nan), "a.0.weight holds values that are not finite"),
+        ("a.0.weight", lambda v: torch.full_like(v, torch.inf), "a.0.weight holds values that are not finite"),
+        (
+            "a.1.running_var",
+            lambda v: torch.full_like(v, torch.nan),
+            "a.1.running_var holds values that are not finite",
+        ),
+        ("a.1.num_batches_tracked", lambda v: v + 0.5, "a.1.num_batches_tracked does not hold whole numbers"),
+    ],
+)
+def test_checkpoints_of_other_values_are_refused(tmp_path, name, change, message):
+    model, state = nets.Straight(), nets.Straight().state_dict()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    save_file({**state, name: change(state[name])}, tmp_path / "w.safetensors")
+    with pytest.raises(GhostifyError, match=rf"w\.safetensors: {re.escape(message)}"):
+        load_weights(model, tmp_path / "w.safetensors")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:.*quantized tensor creation")
+def test_quantized_weights_are_refused(tmp_path):
+    state = nets.Straight().state_dict()
+    weight = torch.quantize_per_tensor(state["fc.weight"], 0.1, 0, torch.qint8)
+    torch.save({**state, "fc.weight": weight}, tmp_path / "w.pt")
+    with pytest.raises(GhostifyError, match=r"w\.pt: "):
+        load_weights(nets.Straight(), tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_floating_point_types_are_converted_with_a_warning(tmp_path, dtype):
+    state = {k: v.to(dtype) if v.is_floating_point() else v.float() for k, v in nets.Straight().state_dict().items()}
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.warns(UserWarning, match=rf"converted from {str(dtype).removeprefix('torch.')} to float32"):
+        model = load_weights(nets.Straight(), tmp_path / "w.safetensors")
+    assert torch.equal(model.fc.weight, state["fc.weight"].float())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"GIF89a" + bytes(20), b'{"weight_map": {}}', pickle.dumps([1]), b"\x80", b"PK\x03\x04" + bytes(30)],
+    ids=["empty", "GIF", "index", "list", "cut pickle", "cut archive"],
+)
+@pytest.mark.parametrize("suffix", ["pt", "safetensors", "json"])
+def test_files_that_are_no_checkpoints_are_refused_in_one_line(tmp_path, content, suffix):
+    (tmp_path / f"w.{suffix}").write_bytes(content)
+    with pytest.raises(GhostifyError, match=rf"^{tmp_path}/w\.{suffix}: [^\n]+\.$"):
+        load_weights(nets.Straight(), tmp_path / f"w.{suffix}")
+
+
+def test_a_folder_is_no_checkpoint(tmp_path):
+    with pytest.raises(GhostifyError, match=r": is a folder, not a file\. Name a checkpoint file"):
+        load_weights(nets.Straight(), tmp_path)

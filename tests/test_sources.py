@@ -5,7 +5,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ghostify import GhostifyError
-from ghostify.data.sources import ModelSource, parse_arguments, preprocessing, read_data
+from ghostify.data.sources import ModelSource, preprocessing, read_data
 from tests import nets
 
 
@@ -25,17 +25,17 @@ def test_models_by_name():
         ("tests.nets:Nope", "has no attribute 'Nope'"),
         ("tests.nets:images", "returns a Tensor. Name a callable that returns an nn.Module"),
         ("tests.nets:settle", "cannot be built \\(TypeError"),
+        ("..:x", "model '..:x': is not a name of the form module.path:callable"),
+        (".nets:Straight", "is not a name of the form"),
+        ("tests..nets:Straight", "is not a name of the form"),
+        ("tests.nets:", "unknown model name"),
+        (":Straight", "is not a name of the form"),
+        ("math:pi", "cannot be built"),
     ],
 )
 def test_wrong_names_and_arguments_are_refused(name, message):
     with pytest.raises(GhostifyError, match=message):
         ModelSource(name, {}).build()
-
-
-def test_arguments_are_json_where_possible():
-    assert parse_arguments(["a=1", "b=true", "c=x y"]) == {"a": 1, "b": True, "c": "x y"}
-    with pytest.raises(GhostifyError, match=r"--arg 'a': is not of the form key=value. Write it as in width=32\."):
-        parse_arguments(["a"])
 
 
 @pytest.fixture

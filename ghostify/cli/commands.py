@@ -13,10 +13,12 @@ from rich.console import Console
 
 from ghostify import __version__
 from ghostify.api import ghostify
-from ghostify.cli import doctor, eval_facts
-from ghostify.cli.console import print_line, progress_bar, show_facts, show_report
+from ghostify.arguments import MAX_SEED
+from ghostify.cli import checks, doctor, eval_facts
+from ghostify.cli.console import print_line, print_table, progress_bar, show_facts, show_report
 from ghostify.cli.demo import run_demo
-from ghostify.cli.loading import build_model, load_pair, model_source, top1_evaluator
+from ghostify.cli.exit_codes import MISTAKE, run
+from ghostify.cli.loading import build_model, check_labels, load_pair, model_source, top1_evaluator
 from ghostify.cli.options import (
     Activated,
     Allow,
@@ -42,6 +44,10 @@ from ghostify.cli.options import (
     Size,
     Targets,
     Validation,
+)
+from ghostify.cli.parsing import (
+    given_rule_options,
+    is_given,
     parse_budget,
     parse_policy,
     parse_recipe,
@@ -49,7 +55,7 @@ from ghostify.cli.options import (
 )
 from ghostify.data.saved_source import parse_input_size
 from ghostify.data.sources import blank_input, read_data
-from ghostify.data.training_data import load_training_data
+from ghostify.data.training_data import DATASETS, load_training_data
 from ghostify.deployment.exporter import export
 from ghostify.errors import GhostifyError
 from ghostify.fitting.distributed import rank_and_world_size
@@ -64,24 +70,30 @@ from ghostify.search.pareto import POINTS, frontier_table, read_frontier, write_
 from ghostify.search.pareto import frontier as compute_frontier
 from ghostify.summary import build_report, conversion_info, report
 from ghostify.text import format_shape
+from ghostify.training.recipe import MAX_COUNT
 from ghostify.training.run_folder import metrics_of
 from ghostify.training.trainer import finetune
 
-app = typer.Typer(add_completion=True, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(add_completion=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
 @app.callback(invoke_without_command=True)
 def root_command(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
 ) -> None:
     """Rewrite the convolutions of a trained network into cheaper ones, and inspect the result."""
     if version:
         print(f"ghostify {__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help(), file=sys.stderr)
+        raise typer.Exit(MISTAKE)
 
 
 @app.command("plan")
 def plan_command(
+    context: typer.Context,
     model: Model,
     ratio: Ratio = 2.0,
     dw_size: DwSize = 3,
@@ -96,11 +108,17 @@ def plan_command(
     runtime: Runtime = "eager",
     frontier: Annotated[
         Path | None,
-        typer.Option(help="write the error-cost frontier to this JSON file"),
+        typer.Option(
+            callback=checks.writable_file("--frontier"), help="write the error-cost frontier to this JSON file"
+        ),
     ] = None,
-    points: Annotated[int, typer.Option(min=2, help="number of plans on the frontier")] = POINTS,
+    points: Annotated[int, typer.Option(min=2, max=1000, help="number of plans on the frontier")] = POINTS,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="trained weights, for budgets and frontiers; default: initial weights")
+        Path | None,
+        typer.Option(
+            callback=checks.existing_file("--checkpoint"),
+            help="trained weights, for budgets and frontiers; default: initial weights",
+        ),
     ] = None,
     calibration: Calibration = None,
     validation: Validation = None,
@@ -119,10 +137,13 @@ def plan_command(
     Example: ghostify plan timm:resnet18 --checkpoint resnet18.safetensors --calibration photos/ --cheap auto
     --frontier curve.json
     """
+    given, pruned = given_rule_options(context), prune or former_prune
+    rules = parse_policy(policy, ratio, dw_size, cheap, activated, pruned, target, ignore, given)
+    limits = parse_budget(budget)
+    if frontier is None and (is_given(context, "points") or validation is not None):
+        raise GhostifyError("--points, --validation: are of the frontier. Pass --frontier FILE, or leave them out.")
     network, prepared = build_model(model_source(model, arg), checkpoint, parse_size(input_size))
     program = trace(network, blank_input(prepared.size))
-    rules = parse_policy(policy, ratio, dw_size, cheap, activated, prune or former_prune, target, ignore)
-    limits = parse_budget(budget)
     batches = None if calibration is None else read_data(calibration, prepared, limit=images, batch=batch).batches
     title = f"{model} at {format_shape(prepared.size)}"
     if frontier is None:
@@ -131,21 +152,25 @@ def plan_command(
         )
         show_report(build_report(planned), title, as_json)
         return
-    evaluate = None if validation is None else top1_evaluator(validation, prepared, batch)
+    evaluate = None if validation is None else top1_evaluator(validation, prepared, batch, network)
     cost = next(iter(limits or {"macs": 1.0}))
     curve = compute_frontier(program, rules, cost, batches, evaluate=evaluate, runtime=runtime, points=points)
     write_frontier(curve, frontier)
     if as_json:
         print(frontier.read_text(), end="")
     else:
-        Console().print(frontier_table(curve, title))
+        print_table(frontier_table(curve, title))
 
 
 @app.command("convert")
 def convert_command(
+    context: typer.Context,
     model: Model,
     output: Annotated[Path, typer.Option(help="folder to write")],
-    checkpoint: Annotated[Path, typer.Option(help="trained weights: safetensors, .pt or .pth")],
+    checkpoint: Annotated[
+        Path,
+        typer.Option(callback=checks.existing_file("--checkpoint"), help="trained weights: safetensors, .pt or .pth"),
+    ],
     ratio: Ratio = 2.0,
     dw_size: DwSize = 3,
     cheap: Cheap = "depthwise",
@@ -167,7 +192,7 @@ def convert_command(
     ] = False,
     arg: Arguments = None,
     input_size: Size = None,
-    seed: Annotated[int, typer.Option(help="seed of the sampled positions")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="seed of the sampled positions")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Convert a trained model and save the result as a folder.
@@ -176,7 +201,8 @@ def convert_command(
     --budget macs=0.5 --output out/
     """
     source = model_source(model, arg)
-    rules = parse_policy(policy, ratio, dw_size, cheap, activated, prune or former_prune, target, ignore)
+    given, pruned = given_rule_options(context), prune or former_prune
+    rules = parse_policy(policy, ratio, dw_size, cheap, activated, pruned, target, ignore, given)
     network, prepared = build_model(source, checkpoint, parse_size(input_size))
     data = None if calibration is None else read_data(calibration, prepared, limit=images, batch=batch)
     with progress_bar("fitting", as_json) as on_progress:
@@ -186,7 +212,7 @@ def convert_command(
             budget=parse_budget(budget),
             example_inputs=blank_input(prepared.size),
             calibration=None if data is None else data.batches,
-            evaluate=None if validation is None else top1_evaluator(validation, prepared, batch),
+            evaluate=None if validation is None else top1_evaluator(validation, prepared, batch, network),
             runtime=runtime,
             reconstruct=reconstruct,
             seed=seed,
@@ -201,12 +227,24 @@ def convert_command(
 @app.command("eval")
 def eval_command(
     folder: Folder,
-    data: Annotated[Path, typer.Option(help="images in class folders, or an array file with images and labels")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            callback=checks.data_path("--data"),
+            help="images in class folders, or an array file with images and labels",
+        ),
+    ],
     original: Annotated[
-        Path | None, typer.Option(help="checkpoint of the original, to compare outputs and speed with")
+        Path | None,
+        typer.Option(
+            callback=checks.existing_file("--original"),
+            help="checkpoint of the original, to compare outputs and speed with",
+        ),
     ] = None,
-    images: Annotated[int | None, typer.Option(min=1, help="maximum number of images, sampled evenly")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="images per batch")] = 32,
+    images: Annotated[
+        int | None, typer.Option(min=1, max=MAX_COUNT, help="maximum number of images, sampled evenly")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="images per batch")] = 32,
     allow: Allow = None,
     as_json: AsJson = False,
 ) -> None:
@@ -216,6 +254,7 @@ def eval_command(
     """
     pair = load_pair(folder, original, allow)
     image_data = read_data(data, pair.preprocessing, limit=images, batch=batch)
+    check_labels(data, image_data, pair.converted)
     facts = eval_facts.collect_facts(pair.converted, None if original is None else pair.original, image_data)
     show_facts(facts, eval_facts.LABELS, as_json)
 
@@ -226,16 +265,19 @@ def finetune_command(
     data: Annotated[
         str,
         typer.Option(
+            callback=checks.data_path("--data", DATASETS),
             help="fashion-mnist, cifar10, or a folder of images, of class folders, or of train/ and val/ with class "
-            "folders, or an array file"
+            "folders, or an array file",
         ),
     ],
     original: Original,
     output: Annotated[Path, typer.Option(help="folder to write; OUTPUT.training keeps the state of the training")],
-    epochs: Annotated[float, typer.Option(help="passes through the training images")] = 1.0,
-    batch: Annotated[int, typer.Option(min=1, help="images per step, over all processes")] = 128,
-    learning_rate: Annotated[float, typer.Option("--lr", help="peak learning rate")] = 0.02,
-    seed: Annotated[int, typer.Option(help="seed of the image order and the augmentation")] = 0,
+    epochs: Annotated[float, typer.Option(callback=checks.epochs, help="passes through the training images")] = 1.0,
+    batch: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="images per step, over all processes")] = 128,
+    learning_rate: Annotated[
+        float, typer.Option("--lr", callback=checks.learning_rate, help="peak learning rate")
+    ] = 0.02,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="seed of the image order and the augmentation")] = 0,
     settings: Settings = None,
     allow: Allow = None,
     as_json: AsJson = False,
@@ -290,10 +332,16 @@ def export_command(
 def study_command(
     model: Model,
     layer: Annotated[str, typer.Option(help="name of the convolution")],
-    data: Annotated[Path, typer.Option(help="folder of images, or .npy, .npz, .safetensors")],
+    data: Annotated[
+        Path,
+        typer.Option(callback=checks.data_path("--data"), help="folder of images, or .npy, .npz, .safetensors"),
+    ],
     output: Annotated[Path, typer.Option(help="folder for study.json and the pictures")],
-    checkpoint: Annotated[Path | None, typer.Option(help="trained weights; default: initial weights")] = None,
-    images: Annotated[int, typer.Option(min=1, help="maximum number of images, sampled evenly")] = 16,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(callback=checks.existing_file("--checkpoint"), help="trained weights; default: initial weights"),
+    ] = None,
+    images: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="maximum number of images, sampled evenly")] = 16,
     arg: Arguments = None,
     input_size: Size = None,
     as_json: AsJson = False,
@@ -315,7 +363,7 @@ def study_command(
     if as_json:
         print(text)
         return
-    Console().print(study_table(study))
+    print_table(study_table(study))
     median = facts["ghost_error_median"]
     print_line(f"as a ghost module at ratio 2: median relative error of the ghosts {median:.3f}")
     print_line(f"{output}: study.json, pairs.png, ghosts.png")
@@ -324,17 +372,37 @@ def study_command(
 @app.command("report")
 def report_command(
     folder: Folder,
-    html: Annotated[Path | None, typer.Option(help="HTML file to write; default: a table on the terminal")] = None,
-    original: Annotated[
-        Path | None, typer.Option(help="checkpoint of the original, to compare outputs and maps with")
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            callback=checks.writable_file("--html"), help="HTML file to write; default: a table on the terminal"
+        ),
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="images for the comparison, with or without labels")] = None,
-    images: Annotated[int, typer.Option(min=1, help="maximum number of images, sampled evenly")] = 256,
+    original: Annotated[
+        Path | None,
+        typer.Option(
+            callback=checks.existing_file("--original"),
+            help="checkpoint of the original, to compare outputs and maps with",
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(callback=checks.data_path("--data"), help="images for the comparison, with or without labels"),
+    ] = None,
+    images: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="maximum number of images, sampled evenly")] = 256,
     layer: Annotated[
         list[str] | None, typer.Option(help="layer whose maps are shown; default: those with the largest error")
     ] = None,
-    frontier: Annotated[Path | None, typer.Option(help="JSON file written by `ghostify plan --frontier`")] = None,
-    runtime: Annotated[str, typer.Option(help=f"runtime to time in: {', '.join(RUNTIMES)}, or none")] = "eager",
+    frontier: Annotated[
+        Path | None,
+        typer.Option(
+            callback=checks.existing_file("--frontier"), help="JSON file written by `ghostify plan --frontier`"
+        ),
+    ] = None,
+    runtime: Annotated[
+        str,
+        typer.Option(callback=checks.report_runtime, help=f"runtime to time in: {', '.join(RUNTIMES)}, or none"),
+    ] = "eager",
     allow: Allow = None,
     as_json: AsJson = False,
 ) -> None:
@@ -343,12 +411,18 @@ def report_command(
     Example: ghostify report out/ --html report.html --original resnet18.safetensors --data test/
     """
     if html is None:
+        for option, value in (("--original", original), ("--data", data), ("--layer", layer), ("--frontier", frontier)):
+            if value:
+                raise GhostifyError(f"{option}: is for the page. Pass --html FILE, too.")
         show_report(report(load(folder, allow=allow or ())), str(folder), as_json)
         return
     if data is not None and original is None:
         raise GhostifyError("--data: needs the original to compare with. Pass its checkpoint as --original.")
+    curve = () if frontier is None else read_frontier(frontier)
     pair = load_pair(folder, original, allow)
     image_data = None if data is None else read_data(data, pair.preprocessing, limit=images, batch=32)
+    if data is not None and image_data is not None:
+        check_labels(data, image_data, pair.converted)
     write_report(
         pair.converted,
         html,
@@ -358,7 +432,7 @@ def report_command(
         labels=None if image_data is None else image_data.labels,
         layers=layer,
         runtime=None if runtime == "none" else runtime,
-        curve=() if frontier is None else read_frontier(frontier),
+        curve=curve,
         title=f"{pair.source['name']} at {format_shape(pair.preprocessing.size)}",
     )
     print_line(f"{html}: {html.stat().st_size / 1e6:.1f} MB, works offline")
@@ -388,13 +462,9 @@ def demo_command(
 
 
 def main() -> None:
-    """Run the command; a `GhostifyError` prints one line and exits with code 2.
+    """Run the command and end the process with its exit code (see `exit_codes`).
 
     The current folder is on the import path, for models of the user.
     """
     sys.path.append(os.getcwd())
-    try:
-        app(standalone_mode=True)
-    except GhostifyError as error:
-        print(f"ghostify: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(run(app))

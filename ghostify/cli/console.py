@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 from collections.abc import Iterator, Mapping
 
 from rich.console import Console
@@ -16,18 +15,19 @@ from ghostify.fitting.driver import ProgressCallback
 from ghostify.reporting.analysis import layer_costs
 from ghostify.reporting.table import report_table
 from ghostify.summary import Report
+from ghostify.text import one_line, printable
 
 LAYERS_SHOWN = 3
 
 
 def print_line(text: str) -> None:
-    """Print a line without markup or highlighting."""
-    Console().print(text, highlight=False, markup=False)
+    """Print a line as it is; where it is a terminal's, wrapped at its width."""
+    Console().print(Text(printable(text)))
 
 
-def print_deprecation(text: str) -> None:
-    """Print a line on standard error, in the form of the command's errors."""
-    print(f"ghostify: {text}", file=sys.stderr)
+def print_table(table: Table) -> None:
+    """Print a table whose title and cells are `rich.text.Text`, or text without brackets."""
+    Console().print(table)
 
 
 @contextlib.contextmanager
@@ -41,11 +41,11 @@ def progress_bar(title: str, is_quiet: bool) -> Iterator[ProgressCallback | None
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("")
-        yield lambda done, total, text: bar.update(task, completed=done, total=total, description=text)
+        yield lambda done, total, text: bar.update(task, completed=done, total=total, description=one_line(text))
 
 
 def show_report(report: Report, title: str, as_json: bool) -> None:
@@ -53,7 +53,7 @@ def show_report(report: Report, title: str, as_json: bool) -> None:
     if as_json:
         print(json.dumps(report.to_dict(), indent=1))
         return
-    Console().print(report_table(report, title))
+    print_table(report_table(report, title))
     print_line(f"{report.rewritten} convolutions rewritten, {len(report.layers) - report.rewritten} skipped")
     shares = [
         f"{cost.layer.name} {cost.error_share:.0%}"
@@ -77,5 +77,5 @@ def show_facts(facts: Mapping[str, str | int | float], labels: Mapping[str, str]
         return
     grid = Table.grid(padding=(0, 2))
     for key, value in facts.items():
-        grid.add_row(Text(labels.get(key, key.replace("_", " "))), Text(str(value)))
-    Console().print(grid)
+        grid.add_row(Text(labels.get(key, key.replace("_", " "))), Text(printable(str(value))))
+    print_table(grid)

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from ghostify.cli.parsing import parse_arguments
 from ghostify.data.saved_source import parse_saved_source
-from ghostify.data.sources import ModelSource, Preprocessing, parse_arguments, preprocessing, read_data
+from ghostify.data.sources import ImageData, ModelSource, Preprocessing, preprocessing, read_data
 from ghostify.errors import GhostifyError
 from ghostify.evaluation.metrics import predict, top1
+from ghostify.graph.modes import eval_mode
 from ghostify.io.checkpoint import load, load_weights
 from ghostify.search.pareto import Evaluate
 from ghostify.summary import conversion_info
@@ -32,7 +34,7 @@ class LoadedPair:
 
 def model_source(model: str, arguments: list[str] | None) -> ModelSource:
     """The model of that name with the constructor arguments `key=value`."""
-    return ModelSource(model, parse_arguments(arguments or []))
+    return ModelSource(model, parse_arguments(arguments))
 
 
 def build_model(
@@ -59,10 +61,25 @@ def load_pair(folder: Path, original: Path | None, allow: list[str] | None) -> L
     return LoadedPair(converted, model, prepared, source)
 
 
-def top1_evaluator(path: Path, prepared: Preprocessing, batch: int) -> Evaluate:
-    """A function that returns a model's top-1 in percent on labelled images."""
+def check_labels(path: Path, data: ImageData, model: nn.Module) -> None:
+    """Raise `GhostifyError` for a label that is not one of the classes of a model with outputs of N x classes."""
+    if data.labels is None:
+        return
+    with eval_mode(model):
+        outputs = model(data.batches[0][:1])
+    largest = int(data.labels.max())
+    if isinstance(outputs, Tensor) and outputs.dim() == 2 and largest >= outputs.shape[1]:
+        raise GhostifyError(
+            f"{path}: has label {largest}, the model has {outputs.shape[1]} classes, counted from 0. "
+            f"Use the classes that the model was trained on."
+        )
+
+
+def top1_evaluator(path: Path, prepared: Preprocessing, batch: int, network: nn.Module) -> Evaluate:
+    """A function that returns the top-1 in percent on labelled images of models with the outputs of `network`."""
     data = read_data(path, prepared, batch=batch)
     labels = data.labels
     if labels is None:
         raise GhostifyError(f"{path}: has no labels. Use class folders, or an array file with 'labels'.")
+    check_labels(path, data, network)
     return lambda model: top1(predict(model, data.batches), labels)

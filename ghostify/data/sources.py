@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
-import safetensors
 import timm
 import torch
 import torchvision
-from PIL import Image, UnidentifiedImageError
-from safetensors.torch import load_file
+from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
+from ghostify.arguments import a_module, a_path, a_sequence, an_integer, instance_of, optional, public
+from ghostify.data.array_files import ARRAY_SUFFIXES, read_arrays
+from ghostify.data.image_files import class_of, decode_image, list_images
 from ghostify.errors import GhostifyError
 from ghostify.imports import import_object
-from ghostify.text import format_shape
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-ARRAY_SUFFIXES = (".npy", ".npz", ".safetensors")
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -76,27 +73,15 @@ def _constructor(full_name: str, kind: str, name: str) -> Callable[..., Any]:
         parameters = inspect.signature(torchvision.models.get_model_builder(name)).parameters
         untrained = {"weights_backbone": None} if "weights_backbone" in parameters else {}
         return lambda **arguments: torchvision.models.get_model(name, weights=None, **{**untrained, **arguments})
+    if not all(part.isidentifier() for part in (*kind.split("."), *name.split("."))):
+        raise GhostifyError(
+            f"model {full_name!r}: is not a name of the form module.path:callable. Write it as in package.models:Net."
+        )
     try:
         return import_object(full_name)
-    except (ImportError, AttributeError) as error:
-        raise GhostifyError(f"model {full_name!r}: {error}. Check the name and the Python path.") from error
-
-
-def parse_arguments(pairs: list[str], option: str = "--arg", example: str = "width=32") -> dict[str, Any]:
-    """The `key=value` strings of an option by key; values are parsed as JSON where possible, else kept as text.
-
-    Raises `GhostifyError` for a string of another form, with an `example` of the option's.
-    """
-    arguments = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key.isidentifier():
-            raise GhostifyError(f"{option} {pair!r}: is not of the form key=value. Write it as in {example}.")
-        try:
-            arguments[key] = json.loads(value)
-        except ValueError:
-            arguments[key] = value
-    return arguments
+    except Exception as error:  # the module is the user's, and its import runs it
+        problem = str(error) if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: {error}"
+        raise GhostifyError(f"model {full_name!r}: {problem}. Check the name and the Python path.") from error
 
 
 @dataclass(frozen=True)
@@ -108,6 +93,19 @@ class Preprocessing:
     config: Mapping[str, Any]
 
 
+def _a_size(name: str, value: Any) -> tuple[int, int, int]:
+    """Channels, height and width; a check of arguments."""
+    sizes = a_sequence(an_integer(1), "Pass (channels, height, width).")(name, value)
+    if len(sizes) != 3:
+        raise GhostifyError(f"{name}: has {len(sizes)} sizes. Pass (channels, height, width).")
+    channels, height, width = sizes
+    return channels, height, width
+
+
+a_preprocessing = instance_of(Preprocessing, "Pass what preprocessing(model) returns.")
+
+
+@public(model=a_module, size=optional(_a_size))
 def preprocessing(model: nn.Module, size: tuple[int, int, int] | None = None) -> Preprocessing:
     """timm's evaluation transform for the model; ImageNet's mean and deviation where the model does not define them."""
     config = resolve_data_config({} if size is None else {"input_size": size}, model=model)
@@ -132,86 +130,42 @@ class ImageData:
         return sum(len(batch) for batch in self.batches)
 
 
+@public(path=a_path, prepared=a_preprocessing, limit=optional(an_integer(1)), batch=an_integer(1))
 def read_data(path: str | Path, prepared: Preprocessing, *, limit: int | None = None, batch: int = 32) -> ImageData:
     """Inputs from a folder of images (classes as subfolders, if any), or from an array file.
 
     Labels are the positions of the class folders in alphabetical order: all classes of a trained model must be present.
     `.npy` holds N x C x H x W inputs; `.npz` and `.safetensors` hold them as `images`, with optional `labels`. Images
-    pass through the model's transform, arrays do not. At most `limit` images are read, sampled evenly. Raises
-    `GhostifyError` naming the file.
+    pass through the model's transform, arrays do not: their numbers, of whatever type, are the inputs. At most `limit`
+    images are read, sampled evenly. Raises `GhostifyError` naming the file.
     """
     path = Path(path)
     if path.is_dir():
-        files, classes = list_images(path)
-        files = _sample_evenly(files, limit)
-        labels = torch.tensor([classes.index(p.relative_to(path).parts[0]) for p in files]) if classes else None
+        all_files, classes = list_images(path)
+        files = _sample_evenly(all_files, limit)
+        labels = torch.tensor([classes.index(class_of(p, path)) for p in files]) if classes else None
         return ImageData(tuple(_read_batches(files, prepared, batch)), labels)
     if path.suffix.lower() not in ARRAY_SUFFIXES:
         raise GhostifyError(
             f"{path}: is neither a folder nor an array file. "
             f"Name a folder of images, or a {' or '.join(ARRAY_SUFFIXES)} file."
         )
-    images, labels = _read_arrays(path)
-    if images.dim() != 4 or tuple(images.shape[1:2]) != prepared.size[:1]:
-        expected = format_shape(("N", *prepared.size))
-        raise GhostifyError(
-            f"{path}: holds {format_shape(images.shape)}, the model expects {expected}. Save the images in this shape."
-        )
-    indices = _sample_evenly(list(range(len(images))), limit)
-    return ImageData(tuple(images[indices].float().split(batch)), None if labels is None else labels[indices])
+    images, labels = read_arrays(path, prepared.size, lambda count: _sample_evenly(range(count), limit))
+    return ImageData(images.split(min(batch, len(images))), labels)
 
 
-def list_images(path: Path) -> tuple[list[Path], list[str]]:
-    """The images in a folder, and its class folders in alphabetical order.
-
-    There are no classes where only one folder holds images, or where images lie outside of the class folders.
-    """
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        raise GhostifyError(f"{path}: holds no images. Name a folder with {', '.join(IMAGE_SUFFIXES)} files.")
-    relative_paths = [file.relative_to(path) for file in files]
-    classes = sorted({p.parts[0] for p in relative_paths if len(p.parts) > 1})
-    return files, [] if len(classes) < 2 or any(len(p.parts) == 1 for p in relative_paths) else classes
-
-
-def _sample_evenly(items: list[Any], limit: int | None) -> list[Any]:
+def _sample_evenly(items: Sequence[Item], limit: int | None) -> Sequence[Item]:
     """At most `limit` items, evenly spaced, so that a sorted listing keeps all its classes."""
     if limit is None or len(items) <= limit:
         return items
     return [items[i * len(items) // limit] for i in range(limit)]
 
 
-def _read_batches(files: list[Path], prepared: Preprocessing, batch: int) -> Iterator[Tensor]:
+def _read_batches(files: Sequence[Path], prepared: Preprocessing, batch: int) -> Iterator[Tensor]:
     for start in range(0, len(files), batch):
         yield torch.stack([read_image(file, prepared) for file in files[start : start + batch]])
 
 
 def read_image(file: Path, prepared: Preprocessing) -> Tensor:
     """An image file as an input, C x H x W; in greyscale where the model has one input channel."""
-    try:
-        with Image.open(file) as image:
-            return prepared.transform(image.convert("L" if prepared.size[0] == 1 else "RGB"))
-    except (OSError, UnidentifiedImageError) as error:
-        raise GhostifyError(f"{file}: is not a readable image ({error}). Replace or remove it.") from error
-
-
-def _read_arrays(path: Path) -> tuple[Tensor, Tensor | None]:
-    try:
-        if path.suffix == ".npy":
-            return torch.from_numpy(np.load(path, allow_pickle=False)), None
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
-                arrays = {k: torch.from_numpy(archive[k]) for k in archive.files}
-        else:
-            arrays = load_file(path)
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise GhostifyError(
-            f"{path}: cannot be read ({error}). Name a file of arrays without pickled objects."
-        ) from error
-    images = arrays.get("images", next(iter(arrays.values())) if len(arrays) == 1 else None)
-    if images is None:
-        raise GhostifyError(
-            f"{path}: holds {', '.join(arrays) or 'no array'}, not images. Store the inputs under the name 'images'."
-        )
-    labels = arrays.get("labels")
-    return images, None if labels is None else labels.long().flatten()
+    return prepared.transform(decode_image(file, "L" if prepared.size[0] == 1 else "RGB"))

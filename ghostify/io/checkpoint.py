@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
+from ghostify.arguments import a_device, a_json_object, a_model, a_module, a_path, optional, public, some_names
 from ghostify.errors import GhostifyError
-from ghostify.files import read_json
+from ghostify.files import open_regular, read_json
 from ghostify.graph.allowed_ops import allow_entries
 from ghostify.graph.description import parse_description
 from ghostify.graph.deserialization import deserialize_module, names_to_allow
@@ -30,9 +31,11 @@ from ghostify.summary import Report, attach_report, conversion_info
 
 FORMAT_VERSION = 2
 TENSORS, DESCRIPTION = "model.safetensors", "ghostify.json"
+MIN_FLOAT_BYTES = 2  # types of 8 bits need scales that a checkpoint of weights does not have
 REMEDY = "Convert and save the model again."
 
 
+@public(module=a_model, path=a_path, source=optional(a_json_object))
 def save(module: nn.Module, path: str | Path, *, source: dict[str, Any] | None = None) -> Path:
     """Write a converted model as a folder, atomically; `source` may describe the original model.
 
@@ -59,6 +62,7 @@ def save(module: nn.Module, path: str | Path, *, source: dict[str, Any] | None =
     return folder
 
 
+@public(path=a_path, allow=some_names, device=a_device)
 def load(path: str | Path, *, allow: Iterable[str] = (), device: str | torch.device = "cpu") -> nn.Module:
     """Read a folder written by `save`, of format 1 or 2; bit-equal, without pickle.
 
@@ -121,17 +125,27 @@ def _read_description(folder: Path) -> dict[str, Any]:
     return content
 
 
+@public(model=a_module, path=a_path)
 def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     """Load a plain checkpoint into `model` in place: safetensors, or `.pt`/`.pth` read with `weights_only=True`.
 
-    The usual wrappers (`state_dict`, `model`, `model_ema`, `module.`) are unwrapped. Raises `GhostifyError` naming the
-    file and the first keys that do not fit.
+    The usual wrappers (`state_dict`, `model`, `model_ema`, `module.`) are unwrapped. Weights of another floating-point
+    type are converted to the model's, with a warning. Raises `GhostifyError` naming the file and the tensors that do
+    not fit, that are not floating-point numbers where the model has these, or not finite; the model is unchanged then.
     """
+    state = _read_state(Path(path))
+    _check_names_and_shapes(model, state, path)
+    _check_values(model, state, path)
+    model.load_state_dict(state)
+    return model
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    with open_regular(path, remedy="Name a checkpoint file."):
+        pass
     try:
         state: dict[str, Tensor] = load_state_dict(str(path), device="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise GhostifyError(f"{path}: does not exist. Name a checkpoint file.") from error
-    except Exception as error:
+    except Exception as error:  # PyTorch and safetensors do not say what they raise for damaged files
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise GhostifyError(
             f"{path}: is not a checkpoint that can be read without running code from it ({first_line}). "
@@ -139,12 +153,10 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
         ) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise GhostifyError(f"{path}: does not hold a state_dict of tensors. Save the model's state_dict.")
-    _check_keys_and_shapes(model, state, path)
-    model.load_state_dict(state)
-    return model
+    return state
 
 
-def _check_keys_and_shapes(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+def _check_names_and_shapes(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
     expected = model.state_dict()
     missing = [name for name in expected if name not in state]
     unexpected = [name for name in state if name not in expected]
@@ -155,6 +167,38 @@ def _check_keys_and_shapes(model: nn.Module, state: dict[str, Tensor], path: str
             raise GhostifyError(
                 f"{path}: does not fit {type(model).__name__}, {problem}: {listed}. Build the model that was saved."
             )
+
+
+def _check_values(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+    """Raise `GhostifyError` for values that the model cannot have; warn of floating-point types that are converted."""
+    parameters = dict(model.named_parameters())
+    converted = set[str]()
+    for name, expected in model.state_dict().items():
+        value = state[name]
+        if expected.is_floating_point():
+            if not value.is_floating_point() or value.is_quantized or value.dtype.itemsize < MIN_FLOAT_BYTES:
+                raise GhostifyError(
+                    f"{path}: {name} is of type {_describe_dtype(value.dtype)}, the model's weights are of "
+                    f"{_describe_dtype(expected.dtype)}. Save the weights as floating-point numbers."
+                )
+            if not (value.isfinite() if name in parameters else ~value.isnan()).all():
+                raise GhostifyError(f"{path}: {name} holds values that are not finite. Use another checkpoint.")
+            if value.dtype != expected.dtype:
+                converted.add(f"{_describe_dtype(value.dtype)} to {_describe_dtype(expected.dtype)}")
+        elif not expected.is_complex() and not _is_integral(value):
+            raise GhostifyError(f"{path}: {name} does not hold whole numbers. Use another checkpoint.")
+    if converted:
+        warnings.warn(f"{path}: its weights are converted from {', '.join(sorted(converted))}.", stacklevel=3)
+
+
+def _is_integral(value: Tensor) -> bool:
+    if value.is_floating_point():
+        return bool((value.isfinite() & (value == value.round())).all())
+    return not (value.is_complex() or value.is_quantized)
+
+
+def _describe_dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def versions() -> dict[str, str]:

@@ -1,8 +1,9 @@
 """The form of a layer's ghosts, and how its output maps split into intrinsic maps and ghosts.
 
-A new form of ghost is a new dataclass here, added to `GhostForm`, with its name for `cheap` in `NAMED_FORMS` and
-`make_layout`. mypy then lists every `match` that has to handle it: its convolutions, cost and stored form in this
-module, its predicted error and its fit in other modules. At run time a form that a `match` does not handle is an error.
+A new form of ghost is a new final dataclass here, added to `GhostForm`, with its name for `cheap` in `NAMED_FORMS` and
+`make_layout`. mypy then lists every place that has to handle it: its convolutions, cost and stored numbers in this
+module, its candidates, predicted error, fit and report in other modules. At run time a form that such a place does not
+handle is an error.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import final
 
 from typing_extensions import assert_never
 
 from ghostify.errors import GhostifyError
 
 
+@final
 @dataclass(frozen=True)
 class Depthwise:
     """Every ghost is one intrinsic map convolved with a d x d kernel, d = `kernel_size` (Han et al., 2020)."""
@@ -23,6 +26,7 @@ class Depthwise:
     kernel_size: int
 
 
+@final
 @dataclass(frozen=True)
 class Grouped:
     """Every ghost is a sum of the `width` intrinsic maps of its group, each convolved with a d x d kernel."""
@@ -31,13 +35,14 @@ class Grouped:
     kernel_size: int
 
 
+@final
 @dataclass(frozen=True)
 class Pointwise:
     """Every ghost is a linear combination of all intrinsic maps, pixel by pixel: a low-rank factorization."""
 
 
 GhostForm = Depthwise | Grouped | Pointwise
-NAMED_FORMS: Mapping[str, type[GhostForm]] = {"depthwise": Depthwise, "pointwise": Pointwise}  # as `cheap` names them
+NAMED_FORMS: Mapping[str, type[GhostForm]] = {"pointwise": Pointwise, "depthwise": Depthwise}  # as `cheap` names them
 
 
 def form_of(intrinsic: int, width: int, kernel_size: int) -> GhostForm:
@@ -170,7 +175,10 @@ class GhostLayout:
                 assert_never(self.form)
 
     def to_dict(self) -> dict[str, int]:
-        """The numbers that are stored of a layout; they identify it."""
+        """The numbers that are stored of a layout; `of_width` builds it from them.
+
+        A form that these numbers do not identify needs one more, here and in `of_width` and `LayerReport`.
+        """
         match self.form:
             case Depthwise() | Grouped() | Pointwise():
                 width, d, _ = self.kernel_shape

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich import box
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,6 +25,7 @@ from ghostify.planning.policy import Policy, Rule
 from ghostify.reporting.feature_maps import ghost_outputs, layer_outputs, map_errors
 from ghostify.reporting.images import grey_tile, write_grid
 from ghostify.rewriting.apply import rewrite
+from ghostify.text import printable
 
 KERNEL_SIZES = (1, 3, 5, 7)
 PAIRS_SHOWN = 3
@@ -156,7 +158,7 @@ def study_table(study: RedundancyStudy) -> Table:
     """The best pairs as in GhostNet's table 1, for a terminal."""
     facts = study.to_dict()
     sizes = [p.dw_size for p in study.pairs]
-    table = Table(title=f"{study.layer}: {facts['maps']} maps", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=Text(printable(f"{study.layer}: {facts['maps']} maps")), box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("map from map, MSE (relative error)")
     for d in sizes:
         table.add_column(f"d={d}", justify="right")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from ghostify.reporting.outcome import describe_outcome
 from ghostify.summary import LayerReport, Report
-from ghostify.text import format_count, format_shape
+from ghostify.text import format_count, format_shape, printable
 
 MAX_NAME_WIDTH = 22
 
@@ -17,8 +18,8 @@ def report_table(report: Report, title: str = "") -> Table:
     longest_name = max((len(layer.name) for layer in report.layers), default=0)
     has_errors = any(layer.fit_error is not None for layer in report.layers)
     table = Table(
-        title=title or None,
-        caption="\n".join(report.notes) or None,
+        title=Text(printable(title)) if title else None,
+        caption=Text(printable("\n".join(report.notes))) if report.notes else None,
         box=box.SIMPLE_HEAD,
         show_footer=report.macs_before is not None,
         footer_style="bold",
@@ -34,7 +35,7 @@ def report_table(report: Report, title: str = "") -> Table:
         table.add_column("error", justify="right")
     table.add_column("intrinsic + ghosts, or skip reason", overflow="fold")
     for layer in report.layers:
-        table.add_row(*_cells(layer, has_errors))
+        table.add_row(*(Text(printable(cell)) for cell in _cells(layer, has_errors)))
     return table
 
 

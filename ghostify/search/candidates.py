@@ -6,10 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
+from typing_extensions import assert_never
+
 from ghostify.graph.program import Convolution, Program
 from ghostify.modules.layout import (
     Depthwise,
     GhostLayout,
+    Grouped,
     Pointwise,
     form_of,
     intrinsic_count,
@@ -219,13 +222,28 @@ def _dominates(a: Candidate, b: Candidate) -> bool:
 def _layouts(
     rule: Rule, conv: Convolution, statistics: LayerStatistics, steps: int, measured: bool
 ) -> Iterator[GhostLayout]:
-    """Pointwise layouts in so many steps, then depthwise layouts; under a measured cost those that fill registers."""
-    n = conv.outputs
-    if Pointwise in rule.forms:
-        sizes = {max(1, round(n * k / steps)) for k in range(1, steps)}
-        if measured:
-            sizes = _fill_registers(sizes)
-        yield from (GhostLayout(n, m, form_of(m, m, 1)) for m in sorted(sizes) if m < n)
-    if Depthwise in rule.forms and statistics.maps is not None:
-        for m in sorted({intrinsic_count(n, ratio) for ratio in RATIOS} - {n}):
-            yield GhostLayout(n, m, Depthwise(rule.dw_size))
+    """The layouts of the rule's forms, those of one form after the other."""
+    for form in rule.forms:
+        if form is Pointwise:
+            yield from _pointwise_layouts(conv.outputs, steps, measured)
+        elif form is Depthwise:
+            if statistics.maps is not None:
+                yield from _depthwise_layouts(conv.outputs, rule.dw_size)
+        elif form is not Grouped:  # a budget plans no groups: their width is the rule's
+            assert_never(form)
+
+
+def _pointwise_layouts(outputs: int, steps: int, measured: bool) -> Iterator[GhostLayout]:
+    """Pointwise layouts in so many steps; under a measured cost those that fill registers."""
+    sizes = {max(1, round(outputs * k / steps)) for k in range(1, steps)}
+    if measured:
+        sizes = _fill_registers(sizes)
+    for intrinsic in sorted(sizes):
+        if intrinsic < outputs:
+            yield GhostLayout(outputs, intrinsic, form_of(intrinsic, intrinsic, 1))
+
+
+def _depthwise_layouts(outputs: int, dw_size: int) -> Iterator[GhostLayout]:
+    """Depthwise layouts in the ratios of `RATIOS`."""
+    for intrinsic in sorted({intrinsic_count(outputs, ratio) for ratio in RATIOS} - {outputs}):
+        yield GhostLayout(outputs, intrinsic, Depthwise(dw_size))

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from typing_extensions import assert_never
 
 from ghostify.fitting import patches
 from ghostify.fitting.bn_statistics import input_channel_stats
@@ -21,7 +22,7 @@ from ghostify.fitting.sensitivity import Calibration, prepare_calibration
 from ghostify.graph.batchnorm import batchnorm_at
 from ghostify.graph.neighbours import GraphIndex, following_norm
 from ghostify.graph.program import Program
-from ghostify.modules.layout import Depthwise, Grouped
+from ghostify.modules.layout import Depthwise, GhostForm, Grouped, Pointwise
 from ghostify.planning.planner import PlanTarget
 from ghostify.search.halves import POSITIONS, add_by_halves, conv_error_metric, covariances_of, visit_convs
 
@@ -91,7 +92,15 @@ def _chunks(targets: list[PlanTarget]) -> Iterator[list[PlanTarget]]:
 
 def _needs_pairs(target: PlanTarget) -> bool:
     """Whether the predicted error of its forms of ghosts follows from pairs of maps."""
-    return Depthwise in target.rule.forms or Grouped in target.rule.forms
+    return any(_is_predicted_by_pairs(form) for form in target.rule.forms)
+
+
+def _is_predicted_by_pairs(form: type[GhostForm]) -> bool:
+    if form is Depthwise or form is Grouped:
+        return True
+    if form is Pointwise:
+        return False
+    assert_never(form)
 
 
 def _data_free(program: Program, targets: list[PlanTarget]) -> Iterator[LayerStatistics]:

@@ -7,7 +7,7 @@ import hashlib
 import importlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,65 +21,40 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from ghostify.arguments import a_function, a_model, a_path, instance_of, optional, public
 from ghostify.data.training_data import EpochSampler, SeededDataset, TrainingData
 from ghostify.errors import GhostifyError
 from ghostify.graph.batchnorm import has_running_statistics
 from ghostify.graph.inputs import tensor_leaves
+from ghostify.graph.modes import eval_mode
 from ghostify.runtimes.tensors import to_channels_last
+from ghostify.text import first_line, format_value
 from ghostify.training.features import collect_features
 from ghostify.training.losses import distillation_loss, feature_loss
+from ghostify.training.output_checks import check_outputs
+from ghostify.training.recipe import Recipe
 from ghostify.training.run_folder import RunFolder, TrainingProgress
 
 LOG_EVERY = 10
 ProgressCallback = Callable[[int, int, str], None]
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Training settings. Optimizers and schedules are timm's, by name; `batch` is the total over all processes.
-
-    The loss is `distill` times the distillation loss of the outputs (`temperature` softens the classes), plus
-    `features` times the relative error of the rewritten layers' maps, plus `labels` times the cross entropy. `clip`
-    limits the norm of the gradients. `frozen_norms` keeps the running statistics of the norms. `precision` is "no",
-    "bf16" or "fp16". The model is evaluated every `evaluate_every` epochs, and training ends after `patience`
-    evaluations without a gain. The state is saved every `save_every` steps. `warmup` is a share of all steps. Raises
-    `GhostifyError` for values outside their range.
-    """
-
-    epochs: float = 1.0
-    batch: int = 128
-    optimizer: str = "sgd"
-    learning_rate: float = 0.02
-    weight_decay: float = 5e-4
-    schedule: str = "cosine"
-    warmup: float = 0.1
-    distill: float = 1.0
-    temperature: float = 2.0
-    features: float = 0.0
-    labels: float = 0.0
-    smoothing: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    ema: float | None = None
-    clip: float | None = None
-    frozen_norms: bool = False
-    precision: str = "no"
-    evaluate_every: float = 1.0
-    patience: int | None = None
-    save_every: int = 200
-    workers: int = 0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for key in ("epochs", "batch", "learning_rate", "temperature", "evaluate_every", "save_every"):
-            if not 0 < getattr(self, key) < math.inf:
-                raise GhostifyError(f"recipe: {key} {getattr(self, key)!r} is not a positive number. Set it above 0.")
-        if self.precision not in ("no", "bf16", "fp16"):
-            raise GhostifyError(f"recipe: precision {self.precision!r} is unknown. Use no, bf16 or fp16.")
-        if self.distill == self.features == self.labels == 0:
-            raise GhostifyError("recipe: distill, features and labels are all 0. Set one of them above 0.")
+def _an_accelerator(name: str, value: Any) -> Any:
+    """An Accelerator, by its methods: accelerate is an extra."""
+    if all(hasattr(value, attribute) for attribute in ("prepare", "backward", "unwrap_model")):
+        return value
+    raise GhostifyError(f"{name}: is {format_value(value)}. Pass an accelerate.Accelerator, or leave it out.")
 
 
+@public(
+    model=a_model,
+    original=a_model,
+    data=instance_of(TrainingData, "Pass what load_training_data(name, prepared) returns."),
+    folder=a_path,
+    recipe=optional(instance_of(Recipe, "Pass Recipe(epochs=1, ...).")),
+    accelerator=optional(_an_accelerator),
+    on_progress=optional(a_function("done", "total", "text")),
+)
 def finetune(
     model: nn.Module,
     original: nn.Module,
@@ -157,6 +132,50 @@ def _evaluate(training: _Training, run_folder: RunFolder, progress: TrainingProg
     return replace(progress, best=score, distance_to_original=distance, evaluations_without_gain=0)
 
 
+@torch.no_grad()
+def _check_classes(original: nn.Module, data: TrainingData) -> None:
+    """Raise `GhostifyError` for labels beyond the classes of an original with outputs of N x classes."""
+    if not data.labelled or not data.classes:
+        return
+    with eval_mode(original):
+        image = data.validation[0][0].to(next(original.parameters()).device)
+        outputs = tensor_leaves(original(image[None]))[0]
+    if outputs.dim() == 2 and data.classes > outputs.shape[1]:
+        raise GhostifyError(
+            f"{data.name}: has label {data.classes - 1}, the model has {outputs.shape[1]} classes, counted from 0. "
+            f"Use the classes that the model was trained on."
+        )
+
+
+def _optimizer_and_schedule(student: nn.Module, recipe: Recipe, steps: int) -> tuple[torch.optim.Optimizer, Any]:
+    """timm's; raises `GhostifyError` for those that this machine or this version of timm does not have."""
+    try:
+        optimizer = create_optimizer_v2(
+            student, recipe.optimizer, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+        )
+    except (AssertionError, ImportError, TypeError, ValueError) as error:
+        raise GhostifyError(
+            f"recipe: optimizer {recipe.optimizer!r}: cannot be used here ({first_line(error)}). Use another."
+        ) from error
+    try:
+        schedule, _ = create_scheduler_v2(
+            optimizer,
+            recipe.schedule,
+            num_epochs=steps,
+            warmup_epochs=int(recipe.warmup * steps),
+            warmup_prefix=True,
+            step_on_epochs=False,
+            updates_per_epoch=1,
+        )
+    except (AssertionError, ValueError) as error:
+        raise GhostifyError(
+            f"recipe: schedule {recipe.schedule!r}: does not suit {steps} steps ({first_line(error)}). Use cosine."
+        ) from error
+    if schedule is None:
+        raise GhostifyError(f"recipe: schedule {recipe.schedule!r}: is not in this version of timm. Use cosine.")
+    return optimizer, schedule
+
+
 class _Training:
     """The parts of a training run: student, teacher, data, optimizer and schedule."""
 
@@ -168,6 +187,11 @@ class _Training:
             raise GhostifyError(
                 f"recipe: batch {recipe.batch} is not a multiple of the {processes} processes. Use one that is."
             )
+        if (recipe.mixup or recipe.cutmix) and recipe.batch // processes % 2:
+            raise GhostifyError(
+                f"recipe: mixup, cutmix: mix images in pairs, a batch of {recipe.batch // processes} is odd. "
+                f"Use an even batch."
+            )
         if recipe.batch > count:
             raise GhostifyError(
                 f"recipe: batch {recipe.batch} is more than the {count} training images. Use a smaller batch."
@@ -175,24 +199,15 @@ class _Training:
         self.accelerator, self.recipe, self.labelled = accelerator, recipe, data.labelled
         self.per_epoch = count // recipe.batch
         self.steps = max(1, round(recipe.epochs * self.per_epoch))
+        _check_classes(original, data)
         torch.manual_seed(recipe.seed)
         student = copy.deepcopy(model).requires_grad_().to(memory_format=torch.channels_last)
         teacher = copy.deepcopy(original).requires_grad_(False).eval().to(memory_format=torch.channels_last)
+        check_outputs(student, teacher, data)
         self.student_features, self.teacher_features = (
             collect_features(student, teacher) if recipe.features else ([], [])
         )
-        optimizer = create_optimizer_v2(
-            student, recipe.optimizer, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
-        )
-        self.schedule, _ = create_scheduler_v2(
-            optimizer,
-            recipe.schedule,
-            num_epochs=self.steps,
-            warmup_epochs=int(recipe.warmup * self.steps),
-            warmup_prefix=True,
-            step_on_epochs=False,
-            updates_per_epoch=1,
-        )
+        optimizer, self.schedule = _optimizer_and_schedule(student, recipe, self.steps)
         self.sampler = EpochSampler(count, recipe.seed)
         loading = {"batch_size": recipe.batch // processes, "num_workers": recipe.workers}
         train_loader = DataLoader(

@@ -1,0 +1,80 @@
+"""The end of the command: an exit code, and one line on standard error where it is not 0."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import typer
+
+from ghostify.errors import GhostifyError
+from ghostify.text import one_line
+
+MISTAKE, INTERRUPTED, CLOSED_PIPE = 2, 130, 141  # the latter two as of a process that a signal ended
+UsageError: Any = typer.BadParameter.__base__  # of the click that this typer contains or depends on
+OUT_OF_MEMORY = ("not enough memory", "allocate memory")  # in what PyTorch raises as a RuntimeError on the CPU
+
+
+def print_notice(text: str) -> None:
+    """Print one line on standard error."""
+    print(f"ghostify: {one_line(text)}", file=sys.stderr)
+
+
+def run(app: Callable[..., Any]) -> int:
+    """Run a typer app and return its exit code.
+
+    A mistake of the user, or of the machine that it runs on, is printed as one line. Other exceptions are mistakes of
+    this package and are raised. Warnings of this package are printed as lines, those of other packages are not.
+    """
+    _accept_any_text()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("default", category=UserWarning, module="ghostify")
+            warnings.showwarning = lambda message, *_, **__: print_notice(str(message))
+            code = app(standalone_mode=False) or 0
+            sys.stdout.flush()
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the interpreter flushes and closes it
+        return CLOSED_PIPE
+    except (GhostifyError, UsageError, OSError, MemoryError, RuntimeError) as error:
+        text = _describe(error)
+        if text is None:
+            raise
+        print_notice(text)
+        return MISTAKE
+    if code == INTERRUPTED:
+        print_notice("interrupted.")
+    return int(code)
+
+
+def _describe(error: Exception) -> str | None:
+    """An error in words; None for one that is neither the user's nor the machine's."""
+    if isinstance(error, GhostifyError):
+        return str(error)
+    if isinstance(error, UsageError):
+        command = "ghostify" if error.ctx is None else error.ctx.command_path
+        return f"{error.format_message().rstrip('.')}. See {command} --help."
+    if isinstance(error, OSError):
+        place = "" if error.filename is None else f"{error.filename}: "
+        return f"{place}{error.strerror or error}. Check the path, its rights and the free space."
+    is_out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    if is_out_of_memory or any(words in str(error) for words in OUT_OF_MEMORY):
+        return (
+            f"not enough memory ({one_line(str(error), 200)}). Use smaller images, fewer of them, or a smaller batch."
+        )
+    return None
+
+
+def _accept_any_text() -> None:
+    """Print characters that the terminal's encoding lacks as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
