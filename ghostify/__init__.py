@@ -33,6 +33,7 @@ from ghostify.search.pareto import frontier
 from ghostify.summary import report
 from ghostify.training.recipe import Recipe
 from ghostify.training.trainer import finetune
+from ghostify.user_warnings import GhostifyWarning
 
 try:
     __version__ = version("ghostify")
@@ -42,6 +43,7 @@ except PackageNotFoundError:  # a source tree that is not installed
 __all__ = [
     "GhostModule",
     "GhostifyError",
+    "GhostifyWarning",
     "Policy",
     "Recipe",
     "Rule",

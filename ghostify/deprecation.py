@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 from ghostify.errors import GhostifyError
+from ghostify.user_warnings import warn_user
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -64,7 +64,7 @@ def _read_renamed(old: str, new: str, instance: Any) -> Any:
 
 
 def rename_keys(table: Mapping[str, Any], new_names: Mapping[str, str], where: str) -> dict[str, Any]:
-    """The table with its old keys under their new names; warns for each, at the line that called the caller.
+    """The table with its old keys under their new names; warns for each.
 
     Raises `GhostifyError` where a key is there under both names.
     """
@@ -73,11 +73,11 @@ def rename_keys(table: Mapping[str, Any], new_names: Mapping[str, str], where: s
         if old in renamed:
             if new in renamed:
                 raise GhostifyError(f"{where}: {old} is the former name of {new}. Pass {new} only.")
-            warn_renamed(f"{where}: {old}", new, stacklevel=3)
+            warn_renamed(f"{where}: {old}", new)
             renamed[new] = renamed.pop(old)
     return renamed
 
 
-def warn_renamed(old: str, new: str, stacklevel: int = 2) -> None:
-    """Emit a `DeprecationWarning` with the name to use; by default at the line that called the caller."""
-    warnings.warn(f"{old} is deprecated. Use {new}.", DeprecationWarning, stacklevel + 1)
+def warn_renamed(old: str, new: str) -> None:
+    """Emit a `DeprecationWarning` with the name to use."""
+    warn_user(f"{old} is deprecated. Use {new}.", DeprecationWarning)

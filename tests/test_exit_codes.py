@@ -8,6 +8,7 @@ import typer
 from ghostify import GhostifyError
 from ghostify.cli import exit_codes
 from ghostify.cli.exit_codes import run
+from ghostify.user_warnings import warn_user
 
 
 def ending(capsys, raised=None, returned=None):
@@ -64,9 +65,8 @@ def test_a_closed_pipe_ends_silently(capsys, monkeypatch):
 
 def test_warnings_of_this_package_are_lines_and_others_are_silent(capsys):
     def app(**_):
-        warnings.warn("ours [x]", stacklevel=1)
-        namespace = {"__name__": "ghostify.fitting.driver", "warnings": warnings}
-        exec("warnings.warn('of [the] fit')", namespace)
+        warnings.warn("of another package", stacklevel=1)
+        warn_user("of [the] fit")
 
     assert run(app) == 0
     assert capsys.readouterr().err == "ghostify: of [the] fit\n"

@@ -109,7 +109,7 @@ def test_cheap_names_forms_of_ghosts(cheap, forms):
         {"activated": 1},
         {"prune": "no"},
     ],
-    ids=str,
+    ids=lambda wish: next(iter(wish)),
 )
 def test_a_rule_of_other_values_is_refused_in_one_line(wish):
     with pytest.raises(GhostifyError) as caught:

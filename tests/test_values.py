@@ -41,7 +41,7 @@ def test_values_survive(value):
         torch.float16, torch.channels_last, torch.device("cpu"), torch.Size([1, 2]), slice(1, None, 2), ..., {1, 2},
         frozenset([1]), F.relu, torch.nn.ReLU, InterpolationMode.BILINEAR, float("inf"),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )  # fmt: skip
 def test_values_of_pytorch_and_python_survive(value):
     assert read(encode(value, "")) == value
@@ -70,7 +70,7 @@ def test_objects_partials_and_tensors_survive():
         {"object": ["torchvision.models.detection._utils:BoxCoder", {"decode": {"function": "torch:relu"}}]},
         {"object": ["torchvision.models.detection._utils:BoxCoder", {"__class__": 1}]},
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )  # fmt: skip
 def test_other_data_is_refused(data):
     with pytest.raises(GhostifyError):

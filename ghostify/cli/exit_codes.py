@@ -18,6 +18,7 @@ import typer
 
 from ghostify.errors import GhostifyError
 from ghostify.text import one_line
+from ghostify.user_warnings import GhostifyWarning
 
 MISTAKE, INTERRUPTED, CLOSED_PIPE = 2, 130, 141  # the latter two as of a process that a signal ended
 UsageError: Any = typer.BadParameter.__base__  # of the click that this typer contains or depends on
@@ -39,7 +40,7 @@ def run(app: Callable[..., Any]) -> int:
     try:
         with _cleaning_up_when_terminated(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            warnings.filterwarnings("default", category=UserWarning, module="ghostify")
+            warnings.simplefilter("default", GhostifyWarning)
             warnings.showwarning = lambda message, *_, **__: print_notice(str(message))
             code = app(standalone_mode=False) or 0
             sys.stdout.flush()

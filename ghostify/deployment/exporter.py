@@ -25,6 +25,7 @@ from ghostify.io.atomic import check_output_folder, staged_folder
 from ghostify.io.output import is_disk_error
 from ghostify.runtimes.registry import EXPORT_FORMATS, Runtime, check_supported
 from ghostify.runtimes.tensors import ExportInputs
+from ghostify.user_warnings import warn_user
 
 TOLERANCE = 1e-3
 MAX_REASON = 200
@@ -75,10 +76,7 @@ def export(
         model, path, format=format, example_inputs=example_inputs, dynamic=dynamic, overwrite=overwrite
     )
     if written.fixed_reason:
-        warnings.warn(
-            f"export: the batch size is fixed ({written.fixed_reason}). Pass dynamic=False to choose this.",
-            stacklevel=3,
-        )
+        warn_user(f"export: the batch size is fixed ({written.fixed_reason}). Pass dynamic=False to choose this.")
     return written.path
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from ghostify.graph.modes import eval_mode
 from ghostify.graph.parametrizations import fix_computed_weights
 from ghostify.graph.tracing import trace
 from ghostify.modules.hooks import has_hooks
+from ghostify.user_warnings import warn_user
 
 TOLERANCE, TF32_TOLERANCE, HALF_TOLERANCE = 1e-4, 1e-2, 0.1
 HALF_TYPES = (torch.float16, torch.bfloat16)
@@ -99,10 +99,9 @@ def _check(deployed: nn.Module, expected: dict[str, Any], example: Any, toleranc
             "Use the model as it is, and report this."
         )
     if checked.uncompared:
-        warnings.warn(
+        warn_user(
             f"deploy: outputs that were not compared with the model's: {'; '.join(checked.uncompared)}. "
-            "Compare them on images of your own.",
-            stacklevel=3,
+            "Compare them on images of your own."
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -34,6 +33,7 @@ from ghostify.modules.hooks import has_hooks
 from ghostify.planning.planner import GhostRewrite, Plan, a_plan, check_plan
 from ghostify.pruning.slicing import slice_conv, slice_norm
 from ghostify.rewriting.apply import FittedWeights, insert_fitted, insert_pruned, rewrite_subgraph
+from ghostify.user_warnings import warn_user
 
 OVERFIT_RATIO = 1.5
 OVERFIT_MIN_ERROR = 0.02
@@ -176,7 +176,7 @@ class _FitRun:
 
     def _fit_unreached(self, path: str) -> None:
         """Fit a subgraph that no calibration image reaches without images, with a warning."""
-        warnings.warn(f"{path}: no calibration image reaches it. It is fitted without images.", stacklevel=5)
+        warn_user(f"{path}: no calibration image reaches it. It is fitted without images.")
         self.weights |= {e.conv.name: self.fit_data_free(e) for e in self.plan.rewrites if e.conv.subgraph_path == path}
 
     def _changed_nodes(self, path: str) -> set[str]:
@@ -233,11 +233,10 @@ def _warn_if_overfit(weights: Mapping[str, FittedWeights], batches: CalibrationB
     """Warn of layers whose error on the holdout is much larger than on the fitted images."""
     overfit = [name for name, w in weights.items() if is_overfit(w)]
     if overfit:
-        warnings.warn(
+        warn_user(
             f"fit overfits the calibration images: in {len(overfit)} of {len(weights)} layers (first: {overfit[0]}) "
             f"the error on the holdout is more than {OVERFIT_RATIO:g} times that on the {batches.images} images. "
-            "Use more images, or more varied ones.",
-            stacklevel=4,
+            "Use more images, or more varied ones."
         )
 
 

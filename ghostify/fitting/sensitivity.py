@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +23,7 @@ from ghostify.graph.inputs import CallInputs, tensor_leaves
 from ghostify.graph.observation import intercept_convs
 from ghostify.graph.program import Program
 from ghostify.numerics import derive_seed
+from ghostify.user_warnings import warn_user
 
 IMAGE_DIVISOR = 8
 MIN_IMAGES = 16
@@ -203,10 +203,9 @@ def _float_outputs(module: nn.Module, few: _FewImages) -> list[Tensor]:
 
 def _finite_values(output: Tensor, few: _FewImages) -> Tensor:
     if output.isnan().any():
-        warnings.warn(
+        warn_user(
             f"calibration batch {few.number}: the model's outputs have NaN values. They do not count for the "
-            "sensitivity of the outputs.",
-            stacklevel=2,
+            "sensitivity of the outputs."
         )
     return torch.where(output.isfinite(), output, 0)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -24,6 +23,7 @@ from ghostify.graph.partition import models_match, record_first_calls, trace_sub
 from ghostify.graph.paths import join_path, resolve_attribute
 from ghostify.graph.program import FUNCTIONAL_CONV, ConvCall, Convolution, Program
 from ghostify.modules.hooks import has_hooks
+from ghostify.user_warnings import warn_user
 
 Subgraphs = dict[str, fx.GraphModule]
 
@@ -54,10 +54,9 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Program:
     called = _called_convs(module, subgraphs, record.calls, has_example=has_example)
     convolutions = (*called, *_uncalled_convs(called, convs, module), *record.untraced_convs)
     if record.untraced_convs:
-        warnings.warn(
+        warn_user(
             f"trace: {len(record.untraced_convs)} functional convolutions run in forwards that do not trace, and are "
-            f"skipped. The first is {record.untraced_convs[0].name}.",
-            stacklevel=3,
+            f"skipped. The first is {record.untraced_convs[0].name}."
         )
     model = unwrapped_model(model)
     if isinstance(module, fx.GraphModule):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from ghostify.io.tensor_file import read_tensors
 from ghostify.io.tensor_writer import write_tensors
 from ghostify.numerics import first_not_finite
 from ghostify.summary import Report, attach_report, conversion_info
+from ghostify.user_warnings import warn_user
 
 FORMAT_VERSION = 2
 MIN_FLOAT_BYTES = 2  # types of 8 bits need scales that a checkpoint of weights does not have
@@ -78,7 +78,7 @@ def save(module: nn.Module, path: str | Path, *, source: dict[str, Any] | None =
 def _warn_of_former_files(folder: Path, names: list[str]) -> None:
     if names:
         listed = ", ".join(names)
-        warnings.warn(f"{folder}: {listed} stay, from the model that was here before. Export again.", stacklevel=3)
+        warn_user(f"{folder}: {listed} stay, from the model that was here before. Export again.")
 
 
 def _check_json(key: str, value: Any) -> None:
@@ -129,10 +129,9 @@ def _named(file: Path) -> Iterator[None]:
 def _warn_of_custom_names(folder: Path, names: list[str]) -> None:
     if names:
         python, command = allow_entries(names)
-        warnings.warn(
+        warn_user(
             f"{folder}: names classes or functions that a folder may not run by itself. "
-            f"Load it with load(..., {python}), or {command}.",
-            stacklevel=3,
+            f"Load it with load(..., {python}), or {command}."
         )
 
 
@@ -216,7 +215,7 @@ def _check_values(model: nn.Module, state: dict[str, Tensor], path: str | Path) 
         elif not expected.is_complex() and not _is_integral(value):
             raise GhostifyError(f"{path}: {name} does not hold whole numbers. Use another checkpoint.")
     if converted:
-        warnings.warn(f"{path}: its weights are converted from {', '.join(sorted(converted))}.", stacklevel=3)
+        warn_user(f"{path}: its weights are converted from {', '.join(sorted(converted))}.")
 
 
 def _is_integral(value: Tensor) -> bool:

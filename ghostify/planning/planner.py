@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from ghostify.pruning.channel_groups import ChannelGroup, ChannelGroups, find_ch
 from ghostify.pruning.kept_channels import KeptChannels
 from ghostify.pruning.permutation_target import find_permutation_target
 from ghostify.pruning.pruning_groups import PruningGroup, conv_after_pruning, kept_by_conv
+from ghostify.user_warnings import warn_user
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def warn_if_unchanged(plan: Plan, policy: Policy) -> None:
     if reason == skip_reasons.UNTRACED_FUNCTION:  # of which tracing warns
         return
     why = "The model contains no two-dimensional convolution." if reason is None else f"Most are skipped for: {reason}."
-    warnings.warn(f"ghostify: no convolution is rewritten. {why}", stacklevel=4)
+    warn_user(f"ghostify: no convolution is rewritten. {why}")
 
 
 def may_prune(program: Program, policy: Policy, conv: Convolution) -> bool:
