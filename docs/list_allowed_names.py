@@ -61,6 +61,7 @@ OWN_MODULES = (
 )  # fmt: skip
 OBJECTS = (
     "timm.models._features:FeatureInfo", "timm.models._pretrained:PretrainedCfg",
+    "torchvision.models.detection.image_list:ImageList", "torchvision.ops.poolers:LevelMapper",
     "torchvision.transforms.functional:InterpolationMode",
 )  # fmt: skip
 QUANTIZATION = (
