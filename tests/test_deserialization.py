@@ -147,7 +147,10 @@ def calls(path):
         (lambda d: d["modules"]["a.0"].update(training=1), "has no mode"),
         (lambda d: d["modules"]["a.0"]["parameters"].update({"a.b": None}), "'a.b' is not a name"),
         (lambda d: d["modules"]["a.0"]["parameters"].update({"_parameters": None}), "'_parameters' is not a name"),
-        (lambda d: d["modules"]["a.0"]["parameters"].update(weight={}), "weight is not described by its shape, dtype and flags"),
+        (
+            lambda d: d["modules"]["a.0"]["parameters"].update(weight={}),
+            "weight is not described by its shape, dtype and flags",
+        ),
         (lambda d: d["modules"]["a.0"]["parameters"].update(stride=None), "has two values of one name"),
         (lambda d: d["modules"]["a.0"]["parameters"].update(more=facts()), "tensor a.0.more: is missing"),
         (lambda d: d["modules"]["a.0"]["parameters"].update(bias=facts(channels_last=True)), "has 1 dimensions"),
