@@ -159,7 +159,7 @@ ACCEPTED = {
     "Rule": {
         "targets": {"text", "no text", *PATTERNS},
         "ignore": {"text", "no text", *PATTERNS},
-        "ratio": NUMBERS,
+        "ratio": {"None", *NUMBERS},
         "dw_size": COUNTS,
         "cheap": COUNTS,
         "activated": FLAGS,

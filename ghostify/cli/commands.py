@@ -54,6 +54,7 @@ from ghostify.cli.parsing import (
     parse_policy,
     parse_recipe,
     parse_size,
+    ratio_of_rule,
 )
 from ghostify.data.saved_source import parse_input_size
 from ghostify.data.sources import blank_input, read_data
@@ -140,9 +141,10 @@ def plan_command(
     Example: ghostify plan timm:resnet18 --checkpoint resnet18.safetensors --calibration photos/ --cheap auto
     --frontier curve.json
     """
-    given, pruned = given_rule_options(context), prune or former_prune
-    rules = parse_policy(policy, ratio, dw_size, cheap, activated, pruned, target, ignore, given)
     limits = parse_budget(budget)
+    given, pruned = given_rule_options(context), prune or former_prune
+    rule_ratio = ratio_of_rule(ratio, given, planned=limits is not None or frontier is not None)
+    rules = parse_policy(policy, rule_ratio, dw_size, cheap, activated, pruned, target, ignore, given)
     if frontier is None and (is_given(context, "points") or validation is not None):
         raise GhostifyError("--points, --validation: are of the frontier. Pass --frontier FILE, or leave them out.")
     if frontier is not None:
@@ -208,15 +210,17 @@ def convert_command(
     """
     check_output_folder(output, overwrite=overwrite)
     source = model_source(model, arg)
+    limits = parse_budget(budget)
     given, pruned = given_rule_options(context), prune or former_prune
-    rules = parse_policy(policy, ratio, dw_size, cheap, activated, pruned, target, ignore, given)
+    rule_ratio = ratio_of_rule(ratio, given, planned=limits is not None)
+    rules = parse_policy(policy, rule_ratio, dw_size, cheap, activated, pruned, target, ignore, given)
     network, prepared = build_model(source, checkpoint, parse_size(input_size))
     data = None if calibration is None else read_data(calibration, prepared, limit=images, batch=batch)
     with progress_bar("fitting", as_json) as on_progress:
         converted = ghostify(
             network,
             policy=rules,
-            budget=parse_budget(budget),
+            budget=limits,
             example_inputs=blank_input(prepared.size),
             calibration=None if data is None else data.batches,
             evaluate=None if validation is None else top1_evaluator(validation, prepared, batch, network),

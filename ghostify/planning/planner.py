@@ -12,7 +12,7 @@ from ghostify.arguments import instance_of, optional, public
 from ghostify.errors import GhostifyError
 from ghostify.graph.neighbours import GraphIndex, find_residual_operand, following_activation, following_norm
 from ghostify.graph.program import Convolution, Program, a_program
-from ghostify.modules.layout import GhostLayout, intrinsic_count, make_layout, may_read_activated
+from ghostify.modules.layout import NAMED_FORMS, GhostLayout, intrinsic_count, make_layout, may_read_activated
 from ghostify.planning import cost
 from ghostify.planning.policy import Policy, Rule, as_policy
 from ghostify.pruning.channel_groups import ChannelGroup, ChannelGroups, find_channel_groups
@@ -114,7 +114,7 @@ def plan(program: Program, policy: Policy | Rule | None = None) -> Plan:
     Raises `GhostifyError` for a pattern that matches no convolution.
     """
     rules = Policy() if policy is None else as_policy("policy", policy)
-    return build_plan(program, [_with_ratio(t) for t in resolve_targets(program, rules)])
+    return build_plan(program, [_with_layout(t) for t in resolve_targets(program, rules)])
 
 
 def resolve_targets(program: Program, policy: Policy) -> list[PlanTarget | Skip]:
@@ -191,7 +191,7 @@ def _target(program: Program, policy: Policy, conv: Convolution, first: bool) ->
     return PlanTarget(conv, rule)
 
 
-def _with_ratio(target: PlanTarget | Skip) -> tuple[PlanTarget, GhostLayout] | Skip:
+def _with_layout(target: PlanTarget | Skip) -> tuple[PlanTarget, GhostLayout] | Skip:
     if isinstance(target, Skip):
         return target
     conv, rule = target.conv, target.rule
@@ -202,12 +202,28 @@ def _with_ratio(target: PlanTarget | Skip) -> tuple[PlanTarget, GhostLayout] | S
         )
     if rule.prune:
         raise GhostifyError("prune: needs a budget. Pass budget={'macs': 0.5} (--budget macs=0.5).")
-    intrinsic = intrinsic_count(conv.outputs, rule.ratio)
+    layouts = layouts_of_ratio(rule, conv.outputs)
+    return (target, layouts[0]) if layouts else Skip(conv, why_not_at_ratio(rule, conv))
+
+
+def layouts_of_ratio(rule: Rule, outputs: int) -> list[GhostLayout]:
+    """The layouts of a convolution of so many outputs at the rule's ratio, one for each form of ghost that its `cheap`
+    names; none where the ratio leaves no ghosts."""
+    intrinsic = intrinsic_count(outputs, rule.ratio_or_default)
+    cheap = tuple(NAMED_FORMS) if rule.cheap == "auto" else (rule.cheap,)
+    if rule.ratio == 1 or not 1 <= intrinsic < outputs:
+        return []
+    return [make_layout(outputs, intrinsic, form, rule.dw_size) for form in cheap]
+
+
+def why_not_at_ratio(rule: Rule, conv: Convolution) -> str:
+    """Why a convolution stays dense at the rule's ratio."""
     if rule.ratio == 1:
-        return Skip(conv, skip_reasons.RATIO_ONE)
-    if not 1 <= intrinsic < conv.outputs:
-        return Skip(conv, skip_reasons.no_ghost_maps(rule.ratio, conv.outputs))
-    return target, make_layout(conv.outputs, intrinsic, rule.cheap, rule.dw_size)
+        return skip_reasons.RATIO_ONE
+    layouts = layouts_of_ratio(rule, conv.outputs)
+    if not layouts:
+        return skip_reasons.no_ghost_maps(rule.ratio_or_default, conv.outputs)
+    return skip_reasons.no_macs_saved(cost.conv_macs(conv), min(cost.ghost_macs(conv, x) for x in layouts))
 
 
 @dataclass(frozen=True)
