@@ -82,10 +82,15 @@ def render(page: Page) -> str:
             has_output_errors=any(layer.output_error is not None for layer in page.report.layers),
             suggestions=suggestions(page.report, page.latencies),
             charts=charts,
-            specs=Markup(json.dumps(charts).replace("<", "\\u003c")),
+            specs=script_json(charts),
             bundle=Markup(bundle.replace("</script", "<\\/script")),
         )
     )
+
+
+def script_json(data: object) -> Markup:
+    """JSON that can stand within a script element, whatever its texts are."""
+    return Markup(json.dumps(data).replace("<", "\\u003c"))
 
 
 def _environment() -> Environment:
