@@ -11,6 +11,7 @@ from ghostify.numerics import (
     find_mismatch,
     first_not_finite,
     outputs_match,
+    relative_by_channel,
     relative_squared_error,
     relative_to_variance,
 )
@@ -82,3 +83,12 @@ def test_neighbouring_seeds_share_no_derived_seed(first, second):
 def test_the_first_tensor_that_is_not_finite_is_named(name, value, is_refused, dtype):
     tensors = {"count": torch.ones(2, dtype=torch.int64), name: torch.tensor([1.0, float(value)]).to(dtype)}
     assert first_not_finite(tensors, {"weight"}) == (name if is_refused else None)
+
+
+def test_errors_of_channels_without_variance_are_not_divided_by_rounding():
+    variance = torch.tensor([2.0, 1e-17, 0.0], dtype=torch.float64)
+    mean_square = torch.tensor([3.0, 0.16, 0.0], dtype=torch.float64)
+    errors = relative_by_channel(torch.full((3,), 1e-15, dtype=torch.float64), variance, mean_square)
+    assert errors[0] == 1e-15 / 2
+    assert errors.max() < 1e-4
+    assert relative_by_channel(*torch.zeros(3, 2)).tolist() == [0, 0]

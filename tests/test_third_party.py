@@ -1,5 +1,7 @@
 """Untrained networks of other packages, none of which ghostify handles specially."""
 
+import sys
+
 import pytest
 import segmentation_models_pytorch as smp
 import torch
@@ -12,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from ghostify import ghostify, load, report, save
 
 pytestmark = pytest.mark.filterwarnings("default")  # the packages' own
+PACKAGES = ("easyocr", "segmentation_models_pytorch", "transformers")
 WIDTHS = {"depths": [1, 1, 1, 1], "hidden_sizes": [16, 32, 64, 128]}
 MAKERS = {
     "unet": lambda: smp.Unet("resnet18", encoder_weights=None, classes=2),
@@ -19,6 +22,20 @@ MAKERS = {
     "hf-resnet": lambda: hf.ResNetForImageClassification(hf.ResNetConfig(embedding_size=16, **WIDTHS)),
     "hf-convnext": lambda: hf.ConvNextForImageClassification(hf.ConvNextConfig(**WIDTHS)),
     "hf-regnet": lambda: hf.RegNetForImageClassification(hf.RegNetConfig(embedding_size=16, groups_width=16, **WIDTHS)),
+    "hf-segformer": lambda: hf.SegformerForSemanticSegmentation(
+        hf.SegformerConfig(
+            num_encoder_blocks=2,
+            depths=[1, 1],
+            sr_ratios=[2, 1],
+            hidden_sizes=[8, 16],
+            patch_sizes=[7, 3],
+            strides=[4, 2],
+            num_attention_heads=[1, 2],
+            mlp_ratios=[2, 2],
+            decoder_hidden_size=16,
+            num_labels=4,
+        )
+    ),
     "hf-mobilenet-v2": lambda: hf.MobileNetV2ForImageClassification(hf.MobileNetV2Config()),
 }
 
@@ -45,8 +62,7 @@ def test_a_network_of_another_package(name, tmp_path):
     assert conversion_report.rewritten > 1
     converted_outputs = outputs(converted, x)
     assert [v.shape for v in converted_outputs] == [v.shape for v in expected]
-    save(converted, tmp_path / "out")
-    loaded = load(tmp_path / "out", allow=["transformers", "segmentation_models_pytorch"])
+    loaded = load(save(converted, tmp_path / "out"), allow=[m for m in sys.modules if m.startswith(PACKAGES)])
     assert all(map(torch.equal, outputs(loaded, x), converted_outputs))
 
 
@@ -76,5 +92,5 @@ def test_the_networks_of_easyocr(make, x, targets, tmp_path):
         for layer in report(converted).layers
         if layer.skip_reason and not layer.skip_reason.startswith(("not targeted", "no MACs saved"))
     ]
-    loaded = load(save(converted, tmp_path / "out"), allow=["easyocr"])
+    loaded = load(save(converted, tmp_path / "out"), allow=[m for m in sys.modules if m.startswith(PACKAGES)])
     assert all(map(torch.equal, tree_leaves(loaded(*x)), tree_leaves(converted(*x))))

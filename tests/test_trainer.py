@@ -141,7 +141,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
     ("changes", "message"),
     [
         ({"epochs": 0}, "recipe: epochs 0: is not a positive number"),
-        ({"precision": "int8"}, "precision 'int8': is not one of no, bf16, fp16"),
+        ({"precision": "int8"}, "precision 'int8': is unknown. Use no, bf16, fp16"),
         ({"distill": 0}, "distill, features and labels are all 0"),
         ({"batch": 5, "mixup": 0.5}, "mixup, cutmix: mix images in pairs, a batch of 5 is odd"),
         ({"batch": 1000}, "batch 1000 is more than the 160 training images"),

@@ -45,6 +45,8 @@ def run_demo(
     The original's checkpoint and the converted model stay in the folder `output`, if given. Raises `GhostifyError` if
     the reloaded model computes different outputs.
     """
+    if output is not None:
+        _check_empty(output)
     images = fashion_mnist() or digits()
     is_small = len(images.train) < 10_000
     console.print(
@@ -74,6 +76,15 @@ def run_demo(
             "demo: the reloaded model computes different outputs. Report this, with the output of `pip list`."
         )
     return results
+
+
+def _check_empty(folder: Path) -> None:
+    """Raise `GhostifyError` for a place that is not a new or empty folder."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        raise GhostifyError(f"--output {folder}: {existing} is a file. Name a folder.")
+    if folder.exists() and any(folder.iterdir()):
+        raise GhostifyError(f"--output {folder}: holds other files. Name a new folder.")
 
 
 def _build_network(images: LabelledImages) -> ResidualNet:

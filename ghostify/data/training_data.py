@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,13 +16,14 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, Subset, TensorDataset
 
+from ghostify.arguments import a_path, a_seed, public
 from ghostify.data.array_files import ARRAY_SUFFIXES
 from ghostify.data.datasets import fashion_mnist
 from ghostify.data.image_files import class_of, list_images
-from ghostify.data.sources import Preprocessing, read_data, read_image
+from ghostify.data.sources import Preprocessing, a_preprocessing, read_data, read_image
 from ghostify.errors import GhostifyError
 
-CIFAR10 = (Path("data"), Path.home() / ".cache/torchvision", Path("/usr/share/datasets"))
+CIFAR10 = (Path("data"), Path(os.path.expanduser("~/.cache/torchvision")), Path("/usr/share/datasets"))
 VALIDATION_FOLDERS = ("val", "validation", "test")
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 VALIDATION_EVERY = 20
@@ -42,6 +44,7 @@ class TrainingData:
     classes: int = 0
 
 
+@public(data=a_path, prepared=a_preprocessing, seed=a_seed)
 def load_training_data(data: str, prepared: Preprocessing, seed: int = 0) -> TrainingData:
     """The training set called `data`: "fashion-mnist", "cifar10", a folder, or an array file.
 

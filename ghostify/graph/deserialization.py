@@ -17,6 +17,7 @@ from ghostify.graph.description import (
     NodeDescription,
     parse_description,
 )
+from ghostify.graph.layer_checks import check_layer
 from ghostify.graph.methods import TracedModule, mark_method, set_attributes
 from ghostify.graph.paths import join_path
 from ghostify.graph.tensor_facts import TensorFacts
@@ -77,6 +78,7 @@ class _Builder:
                 self._trace(first, item, item.nodes)
         for path, module in self.built[""].named_modules():
             module.training = self.description.module(path).training
+            check_layer(path, module)
         return self.built[""]
 
     def _insert(self, path: str) -> None:
@@ -203,7 +205,7 @@ class _Builder:
 def _aliased(aliases: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for alias, path in aliases.items():
         if alias in tensors or path not in tensors:
-            raise GhostifyError(f"tensor {alias[:80]}: is not another name of a stored tensor")
+            raise GhostifyError(f"tensor {alias[:80]!r}: is not another name of a stored tensor")
     return {alias: tensors[path] for alias, path in aliases.items()}
 
 

@@ -15,11 +15,13 @@ import torchvision
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
+from ghostify.arguments import a_device, a_flag, a_json_object, a_model, a_module, a_path, optional, public, some_names
 from ghostify.errors import GhostifyError
 from ghostify.files import open_regular, read_json
 from ghostify.graph.allowed_ops import allow_entries
 from ghostify.graph.description import parse_description
 from ghostify.graph.deserialization import deserialize_module, names_to_allow
+from ghostify.graph.savable import savable
 from ghostify.graph.serialization import serialize_module
 from ghostify.io import format1
 from ghostify.io.atomic import check_output_folder, staged_folder
@@ -35,9 +37,11 @@ MIN_FLOAT_BYTES = 2  # types of 8 bits need scales that a checkpoint of weights 
 REMEDY = "Convert and save the model again."
 
 
+@public(module=a_model, path=a_path, source=optional(a_json_object), overwrite=a_flag)
 def save(module: nn.Module, path: str | Path, *, source: dict[str, Any] | None = None, overwrite: bool = False) -> Path:
     """Write a converted model as a folder, atomically; `source` may describe the original model.
 
+    A weight that a part computes, such as by spectral norm, is saved as the parameter that it is in evaluation mode.
     Returns the folder. Raises `GhostifyError` for a model that cannot be expressed as JSON and tensors, for weights
     that are not finite, and for an existing folder that holds files which ghostify did not write; with `overwrite`
     those stay, and only ghostify's own are replaced. Exports in the folder stay as well, with a warning where the
@@ -45,6 +49,7 @@ def save(module: nn.Module, path: str | Path, *, source: dict[str, Any] | None =
     """
     check_output_folder(path, overwrite=overwrite)
     info = conversion_info(module)
+    module = savable(module)
     data, tensors = serialize_module(module)
     damaged = first_not_finite(tensors, {name for name, _ in module.named_parameters(remove_duplicate=False)})
     if damaged is not None:
@@ -84,6 +89,7 @@ def _check_json(key: str, value: Any) -> None:
         raise GhostifyError(f"{key}: cannot be saved as JSON ({error}). Use numbers, text, lists and dicts.") from error
 
 
+@public(path=a_path, allow=some_names, device=a_device)
 def load(path: str | Path, *, allow: Iterable[str] = (), device: str | torch.device = "cpu") -> nn.Module:
     """Read a folder written by `save`, of format 1 or 2; bit-equal, without pickle.
 
@@ -147,6 +153,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
     return content
 
 
+@public(model=a_module, path=a_path)
 def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     """Load a plain checkpoint into `model` in place: safetensors, or `.pt`/`.pth` read with `weights_only=True`.
 

@@ -12,13 +12,14 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from ghostify.arguments import a_choice
 from ghostify.errors import GhostifyError
 from ghostify.runtimes.aotinductor import AotInductor
 from ghostify.runtimes.compiled import Compiled
 from ghostify.runtimes.eager import Eager
 from ghostify.runtimes.onnx_runtime import OnnxRuntime
 from ghostify.runtimes.openvino import OpenVino
-from ghostify.runtimes.tensors import Runner
+from ghostify.runtimes.tensors import ExportInputs, Runner
 
 
 class Runtime(Protocol):
@@ -59,14 +60,14 @@ class Runtime(Protocol):
     def unsupported(self, example: Any, /) -> str | None:
         """The error, with its remedy, if it cannot run these inputs, or cannot run on this machine; None if it can."""
 
-    def write(self, deployed: nn.Module, args: tuple[Any, ...], folder: Path) -> Path:
-        """Write an inference form with a free batch size and the other sizes of `args`; returns the file."""
+    def write(self, deployed: nn.Module, inputs: ExportInputs, folder: Path) -> Path:
+        """Write an inference form for the sizes of `inputs`, but for a free batch size; returns the file."""
 
-    def write_for_timing(self, deployed: nn.Module, args: tuple[Any, ...], folder: Path) -> Path:
-        """Write an inference form as fast as possible; the file may be limited to the sizes of `args`."""
+    def write_for_timing(self, deployed: nn.Module, inputs: ExportInputs, folder: Path) -> Path:
+        """Write an inference form as fast as possible; the file may be limited to the sizes of `inputs`."""
 
     def load(self, file: Path, threads: int | None, exclusive: bool, /) -> Runner:
-        """A function from input tensors to output tensors that runs such a file on the CPU.
+        """A function from the arguments of a forward to its output tensors that runs such a file on the CPU.
 
         With `exclusive=False`, for models that alternate in one process, its threads do not spin between calls.
         """
@@ -80,14 +81,13 @@ ROWS: tuple[Runtime, ...] = (
     AotInductor(),
 )
 RUNTIMES = {runtime.name: runtime for runtime in ROWS}
+a_runtime = a_choice(RUNTIMES)
 EXPORT_FORMATS = {name: next(r for r in ROWS if r.format == name) for name in dict.fromkeys(r.format for r in ROWS)}
 
 
 def get_runtime(name: str) -> Runtime:
     """The runtime of this name, installed or not; raises `GhostifyError` for an unknown name."""
-    if name not in RUNTIMES:
-        raise GhostifyError(f"runtime {name!r}: is unknown. Use {', '.join(RUNTIMES)}.")
-    return RUNTIMES[name]
+    return RUNTIMES[a_runtime("runtime", name)]
 
 
 def require_runtime(name: str) -> Runtime:

@@ -8,15 +8,25 @@ from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from ghostify import skip_reasons
+from ghostify.arguments import a_mapping, a_number, a_seed, optional, public
 from ghostify.errors import GhostifyError, InfeasibleBudgetError
 from ghostify.fitting.initialization import untrained_weights
-from ghostify.fitting.sensitivity import Calibration, prepare_calibration
-from ghostify.graph.program import Program
+from ghostify.fitting.sensitivity import Calibration, a_calibration, prepare_calibration
+from ghostify.graph.program import Program, a_program
 from ghostify.modules.layout import GhostLayout
-from ghostify.planning.planner import Plan, PlanTarget, Skip, build_plan, may_prune, resolve_targets
-from ghostify.planning.policy import Policy
+from ghostify.planning.planner import (
+    Plan,
+    PlanTarget,
+    Skip,
+    build_plan,
+    may_prune,
+    resolve_targets,
+    why_not_at_ratio,
+)
+from ghostify.planning.policy import Policy, Rule, as_policy
 from ghostify.pruning.pruning_groups import PruningGroup, Unprunable, find_pruning_groups
 from ghostify.rewriting.apply import rewrite
+from ghostify.runtimes.registry import a_runtime
 from ghostify.search.candidates import Candidate, group_candidates, layer_candidates
 from ghostify.search.costs import COSTS
 from ghostify.search.group_statistics import GroupStatistics, compute_group_statistics
@@ -31,7 +41,8 @@ MEASURED_SLACK = 1.01
 
 @dataclass(frozen=True, eq=False)
 class SearchSpace:
-    """The candidates of each targeted convolution, then of each channel group; `totals` are the original's costs.
+    """The candidates of each targeted convolution, then of each channel group; `totals` are the original's costs, and
+    `original_costs` the part of them that each list of candidates replaces.
 
     `targets` holds every convolution: its target, or why it is skipped. By `constraints`, the outputs or inputs of a
     convolution are as many as its group keeps. `notes` go to the plan.
@@ -41,6 +52,7 @@ class SearchSpace:
     targets: tuple[PlanTarget | Skip, ...]
     candidates: tuple[list[Candidate], ...]
     totals: Mapping[str, float]
+    original_costs: tuple[tuple[float, ...], ...]
     timer: LatencyTimer
     groups: tuple[PruningGroup, ...] = ()
     constraints: tuple[GroupConstraint, ...] = ()
@@ -49,7 +61,7 @@ class SearchSpace:
     @property
     def fixed(self) -> list[float]:
         """The costs of everything that has no candidates."""
-        searched = [sum(candidates[0].costs[k] for candidates in self.candidates) for k in range(len(self.totals))]
+        searched = [sum(costs[k] for costs in self.original_costs) for k in range(len(self.totals))]
         return [total - part for total, part in zip(self.totals.values(), searched, strict=True)]
 
     @property
@@ -78,9 +90,32 @@ class BudgetPlan:
     loss: float
 
 
+def a_budget(name: str, value: Any) -> dict[str, float]:
+    """A mapping of limits by cost, and max_drop; a check of arguments."""
+    limits: Mapping[str, float] = a_mapping("Pass {'macs': 0.5} to halve the multiply-accumulates.")(name, value)
+    if not limits:
+        raise GhostifyError(f"{name}: is empty. Use {{'macs': 0.5}} to halve the multiply-accumulates.")
+    for key in limits:
+        if key not in COSTS and key != "max_drop":
+            raise GhostifyError(f"{name} {key!r}: is unknown. Use {', '.join(COSTS)} or max_drop.")
+    positive = a_number(0, above=True, problem="is not a positive number", remedy="Use 0.5 for half.")
+    at_least_0 = a_number(0, problem="is not a number of at least 0", remedy="Use 0.5 for half a point.")
+    return {
+        key: (at_least_0 if key == "max_drop" else positive)(f"{name} {key}", limit) for key, limit in limits.items()
+    }
+
+
+@public(
+    program=a_program,
+    policy=as_policy,
+    budget=a_budget,
+    calibration=optional(a_calibration),
+    seed=a_seed,
+    runtime=a_runtime,
+)
 def plan_for_budget(
     program: Program,
-    policy: Policy,
+    policy: Policy | Rule,
     budget: Mapping[str, float],
     calibration: Iterable[Any] | Calibration | None = None,
     seed: int = 0,
@@ -89,30 +124,25 @@ def plan_for_budget(
     """The plan under `policy` within `budget` that has the smallest predicted error of the model's outputs.
 
     `budget` limits "macs", "params" and "latency", alone or together: as a share of the original's if at most 1, else
-    as a number, of milliseconds for one forward of the example inputs. It replaces the rules' ratios. Latencies are
-    those of the inference form in `runtime` (see `ghostify`), layer by layer, measured on this machine (see
-    `timing.latency`); with a latency budget, layers that do not get faster are not rewritten. `program` needs shapes.
+    as a number, of milliseconds for one forward of the example inputs. A rule's ratio holds for its layers, and the
+    rest is planned around them; rules without a ratio leave it to the budget. Latencies are those of the inference form
+    in `runtime` (see `ghostify`), layer by layer, measured on this machine (see `timing.latency`); with a latency
+    budget, layers that do not get faster are not rewritten, except at the ratio of their rule. `program` needs shapes.
     Raises `InfeasibleBudgetError`, with the minimum, for a budget that no plan meets.
     """
     check_budget(budget)
+    rules = as_policy("policy", policy)
     with LatencyTimer(runtime) as timer:
-        return select_plan(build_search_space(program, policy, tuple(budget), calibration, seed, timer), budget).plan
+        return select_plan(build_search_space(program, rules, tuple(budget), calibration, seed, timer), budget).plan
 
 
 def check_budget(budget: Mapping[str, float]) -> None:
-    """Raises `GhostifyError` for an empty budget, an unknown cost, or a limit that is not a positive number."""
-    if not budget:
-        raise GhostifyError("budget: is empty. Use {'macs': 0.5} to halve the multiply-accumulates.")
-    for key, value in budget.items():
-        if key == "max_drop":
-            raise GhostifyError(
-                "budget max_drop: needs fitted models. Use `ghostify convert` with --validation, or "
-                "ghostify(..., evaluate=...)."
-            )
-        if key not in COSTS:
-            raise GhostifyError(f"budget {key!r}: is unknown. Use {', '.join(COSTS)} or max_drop.")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise GhostifyError(f"budget {key}={value!r}: is not a positive number. Use 0.5 for half.")
+    """Raises `GhostifyError` for a budget that limits no cost, or the drop, for which a plan alone does not suffice."""
+    if "max_drop" in a_budget("budget", budget):
+        raise GhostifyError(
+            "budget max_drop: needs fitted models. Use `ghostify convert` with --validation, or "
+            "ghostify(..., evaluate=...)."
+        )
 
 
 def build_search_space(
@@ -131,8 +161,11 @@ def build_search_space(
     if program.macs is None:
         raise GhostifyError("budget: needs the model's shapes. Pass example_inputs.")
     for rule in policy.rules:
-        if isinstance(rule.cheap, int):
-            raise GhostifyError(f"cheap {rule.cheap}: does not work with a budget. Use auto, depthwise or pointwise.")
+        if isinstance(rule.cheap, int) and rule.ratio is None:
+            raise GhostifyError(
+                f"cheap {rule.cheap}: does not work with a budget. Use auto, depthwise or pointwise, or give its rule "
+                "a ratio."
+            )
     if prunes and calibration is None:
         raise GhostifyError("prune: needs calibration images. Pass calibration (--calibration FOLDER).")
     decisions = resolve_targets(program, policy)
@@ -145,8 +178,17 @@ def build_search_space(
     of_layers = _layer_lists(program, targets, of_groups, constraints, prepared, seed, keys, timer)
     pruned_groups = tuple(statistics.group for statistics in group_statistics)
     notes = (_why_unpruned(groups, unprunable),) if prunes and not group_statistics else ()
-    lists = (*of_layers, *of_groups)
-    return SearchSpace(program, tuple(decisions), lists, totals, timer, pruned_groups, tuple(constraints), notes)
+    original_costs = tuple(candidates[0].costs for candidates in (*of_layers, *of_groups))
+    lists = (*map(_without_dense, targets, of_layers), *of_groups)
+    return SearchSpace(
+        program, tuple(decisions), lists, totals, original_costs, timer, pruned_groups, tuple(constraints), notes
+    )
+
+
+def _without_dense(target: PlanTarget, candidates: list[Candidate]) -> list[Candidate]:
+    """The candidates with ghosts where the rule has a ratio that leaves any, else all."""
+    with_ghosts = [c for c in candidates if c.layout is not None]
+    return with_ghosts if target.rule.ratio is not None and with_ghosts else candidates
 
 
 def _group_lists(
@@ -246,7 +288,11 @@ def select_plan(space: SearchSpace, budget: Mapping[str, float]) -> BudgetPlan:
             break
         shares = _measured_shares(space, selected.plan, measured)
         if all(shares[k] <= goals[k] * MEASURED_SLACK for k in measured):
-            return replace(selected, shares={**selected.shares, **{names[k]: shares[k] for k in measured}})
+            return BudgetPlan(
+                replace(selected.plan, macs_limit=int(limits[names.index("macs")]) if "macs" in budget else None),
+                {**selected.shares, **{names[k]: shares[k] for k in measured}},
+                selected.loss,
+            )
         for k in (k for k in measured if shares[k] > goals[k] * MEASURED_SLACK):
             tightened[k] *= goals[k] / shares[k]
     worst = max(measured, key=lambda k: shares[k] / goals[k])
@@ -283,7 +329,10 @@ def _with_layout(
     if isinstance(target, Skip):
         return target
     layout = layouts[target.conv.name]
-    return Skip(target.conv, skip_reasons.NOT_NEEDED) if layout is None else (target, layout)
+    if layout is not None:
+        return target, layout
+    has_ratio = target.rule.ratio is not None
+    return Skip(target.conv, why_not_at_ratio(target.rule, target.conv) if has_ratio else skip_reasons.NOT_NEEDED)
 
 
 def _measured_shares(space: SearchSpace, plan: Plan, measured: Sequence[int]) -> dict[int, float]:
@@ -303,4 +352,8 @@ def _raise_infeasible(space: SearchSpace, budget: Mapping[str, float], limits: S
                 f"budget {key} {budget[key]:g}: is infeasible: the minimum is {share:g} of the original's. "
                 f"Raise it to at least {share:g}, or target more layers."
             )
-    raise InfeasibleBudgetError("budget: its limits are infeasible together. Raise one of them, or target more layers.")
+    minima = ", ".join(f"{key} {math.ceil(1000 * minimum) / 1000:g}" for key, minimum in space.minimum_shares.items())
+    raise InfeasibleBudgetError(
+        f"budget: its limits are infeasible together; the minimum of each, whatever the others, is {minima} of the "
+        "original's. Raise one of them, or target more layers."
+    )

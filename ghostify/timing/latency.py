@@ -36,7 +36,7 @@ Counts = tuple[int | None, int | None]  # numbers of outputs and inputs; None: a
 
 def cache_folder() -> Path:
     """GHOSTIFY_CACHE, or ~/.cache/ghostify."""
-    return Path(os.environ.get("GHOSTIFY_CACHE", Path.home() / ".cache/ghostify"))
+    return Path(os.environ.get("GHOSTIFY_CACHE", os.path.expanduser("~/.cache/ghostify")))
 
 
 def cache_file() -> Path:
