@@ -1,7 +1,9 @@
 import json
+import os
 
 import pytest
 
+from ghostify.io import manifest
 from ghostify.io.manifest import (
     DESCRIPTION,
     MANIFEST,
@@ -81,6 +83,26 @@ def test_a_saved_model_without_a_manifest_is_own_where_it_is_intact(tmp_path):
     assert own_names(tmp_path) == {DESCRIPTION}
     (tmp_path / DESCRIPTION).write_text(json.dumps({**saved, "digest": "x"}))
     assert own_names(tmp_path) == set()
+
+
+def test_a_digest_is_computed_once_until_the_file_changes(tmp_path, monkeypatch):
+    file, computed = tmp_path / "a", []
+    file.write_text("1")
+    os.utime(file, ns=(0, 0))
+    monkeypatch.setattr(manifest, "RECENT_NS", -(10**18))
+    monkeypatch.setattr(manifest, "_compute_digest", lambda f: computed.append(f.read_text()) or f.read_text())
+    assert [file_digest(file) for _ in range(2)] == ["1", "1"]
+    file.write_text("2")
+    assert [file_digest(file) for _ in range(2)] == ["2", "2"]
+    assert computed == ["1", "2"]
+
+
+def test_a_file_that_has_just_changed_is_read_each_time(tmp_path):
+    file, digests = tmp_path / "a", set()
+    for number in range(100):
+        file.write_text(f"{number:03}")
+        digests.add(file_digest(file))
+    assert len(digests) == 100
 
 
 def test_entries_are_files_links_and_empty_folders(folder):

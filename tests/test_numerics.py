@@ -9,6 +9,7 @@ from ghostify.numerics import (
     Mismatch,
     derive_seed,
     find_mismatch,
+    first_not_finite,
     outputs_match,
     relative_by_channel,
     relative_squared_error,
@@ -65,6 +66,23 @@ def test_outputs_match_as_torch_says(a, b, tolerance):
 @given(st.integers(0, 10**6), st.integers(0, 10**6))
 def test_neighbouring_seeds_share_no_derived_seed(first, second):
     assert derive_seed(5, first) != derive_seed(6, second) or first - second == 1_000_003
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "is_refused"),
+    [
+        ("weight", "nan", True),
+        ("weight", "inf", True),
+        ("norm.running_var", "inf", True),
+        ("mask", "-inf", False),
+        ("mask", "nan", True),
+        ("weight", "1", False),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
+def test_the_first_tensor_that_is_not_finite_is_named(name, value, is_refused, dtype):
+    tensors = {"count": torch.ones(2, dtype=torch.int64), name: torch.tensor([1.0, float(value)]).to(dtype)}
+    assert first_not_finite(tensors, {"weight"}) == (name if is_refused else None)
 
 
 def test_errors_of_channels_without_variance_are_not_divided_by_rounding():

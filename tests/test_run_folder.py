@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ghostify import GhostifyError
@@ -188,6 +189,37 @@ def test_values_that_are_not_finite_and_half_a_line_are_left_out_of_the_metrics(
     lines = ['{"step": 1, "loss": 1.0}', '{"step": 2, "loss": NaN, "validation": 50.0}', '{"step": 3, "lo']
     (tmp_path / METRICS).write_text("\n".join(lines))
     assert metrics_of(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "validation": 50.0}]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos"), SafetensorError("I/O")],
+)
+def test_a_disk_that_is_full_while_the_state_is_written_keeps_the_previous_one(tmp_path, error):
+    run_folder, accelerator = RunFolder(tmp_path, SETTINGS, is_main=True), Accelerator(7)
+    run_folder.save(accelerator, TrainingProgress(2))
+
+    def fail(_):
+        raise error
+
+    accelerator.save_state = fail
+    with pytest.raises(GhostifyError, match="state-000000004: cannot be written"):
+        run_folder.save(accelerator, TrainingProgress(4))
+    run_folder.close()
+    resumed, accelerator = RunFolder(tmp_path, SETTINGS, is_main=True), Accelerator()
+    assert resumed.resume(accelerator) == TrainingProgress(2)
+    assert accelerator.value == 7
+
+
+def test_other_errors_while_the_state_is_written_are_not_hidden(tmp_path):
+    run_folder, accelerator = RunFolder(tmp_path, SETTINGS, is_main=True), Accelerator(7)
+
+    def fail(_):
+        raise RuntimeError("a mistake of ours")
+
+    accelerator.save_state = fail
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        run_folder.save(accelerator, TrainingProgress(2))
 
 
 def test_two_runs_in_one_folder_at_once_are_refused(tmp_path):

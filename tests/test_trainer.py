@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from ghostify import GhostifyError, ghostify
 from ghostify.data.training_data import TrainingData
 from ghostify.evaluation.metrics import predict
+from ghostify.training import trainer
 from ghostify.training.losses import distillation_loss
 from ghostify.training.trainer import Recipe, finetune
 from tests import nets
@@ -164,6 +166,35 @@ def test_features_need_the_original_s_modules(tmp_path):
     _, converted, data, _ = training_setup()
     with pytest.raises(GhostifyError, match="the original has no such module"):
         finetune(converted, nn.Sequential(nn.Flatten(), nn.Linear(432, 5)), data, tmp_path, Recipe(features=1.0))
+
+
+def test_a_training_that_diverges_ends_with_the_last_good_state(tmp_path):
+    model, converted, data, _ = training_setup()
+    with pytest.raises(
+        GhostifyError, match=r"finetune: \w+ is (nan|inf) at step \d+\. Lower the learning rate"
+    ) as caught:
+        finetune(converted, model, data, tmp_path, Recipe(**{**vars(QUICK), "learning_rate": 1e30, "save_every": 1}))
+    assert "\n" not in str(caught.value)
+    assert all(v == v for line in metrics(tmp_path) for v in line.values())
+    for file in tmp_path.glob("state-*/model.safetensors"):
+        assert all(v.isfinite().all() for v in load_file(file).values())
+
+
+@pytest.mark.parametrize("broken", ["weight", "metric"])
+def test_results_that_are_not_finite_are_not_saved(tmp_path, monkeypatch, broken):
+    model, converted, data, _ = training_setup()
+
+    def evaluate(training):
+        if broken == "metric":
+            return float("nan"), 0.0
+        next(training.student.parameters()).data.fill_(float("inf"))
+        return 50.0, 0.0
+
+    monkeypatch.setattr(trainer._Training, "evaluate", evaluate)
+    with pytest.raises(GhostifyError, match="validation is nan" if broken == "metric" else "holds NaN or infinity"):
+        finetune(converted, model, data, tmp_path, QUICK)
+    assert not list(tmp_path.glob("state-00000001*"))
+    assert not (tmp_path / "best.safetensors").exists()
 
 
 SCRIPT = """

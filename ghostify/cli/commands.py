@@ -481,13 +481,14 @@ def demo_command(
     output: Annotated[
         Path | None, typer.Option(help="folder to keep the checkpoint and the converted model in")
     ] = None,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a small network, convert it and compare the two. Uses images that are on this machine.
 
     Example: ghostify demo
     """
-    run_demo(output, Console(stderr=as_json), as_json)
+    run_demo(output, Console(stderr=as_json), as_json, overwrite=overwrite)
 
 
 def main() -> None:

@@ -37,7 +37,9 @@ class Result:
     latency_ms: float
 
 
-def run_demo(output: Path | None, console: Console, as_json: bool = False, seed: int = 0) -> list[Result]:
+def run_demo(
+    output: Path | None, console: Console, as_json: bool = False, seed: int = 0, *, overwrite: bool = False
+) -> list[Result]:
     """Train, save, convert with and without images, fine-tune, save and reload a network; prints on `console`.
 
     The original's checkpoint and the converted model stay in the folder `output`, if given. Raises `GhostifyError` if
@@ -51,9 +53,12 @@ def run_demo(output: Path | None, console: Console, as_json: bool = False, seed:
         f"{len(images.train):,} training and {len(images.test):,} test images: {images.name}", highlight=False
     )
     if output is not None:
-        check_output_folder(output)
+        check_output_folder(output, overwrite=overwrite)
     network = _train_original(images, is_small, console, seed)
-    with tempfile.TemporaryDirectory() as temporary, staged_folder(output or Path(temporary)) as folder:
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        staged_folder(output or Path(temporary, "demo"), overwrite=overwrite) as folder,
+    ):
         write_tensors(folder / "original.safetensors", network.state_dict())
         original = load_weights(_build_network(images), folder / "original.safetensors").eval()
         converted = _convert(original, images, is_small, seed)

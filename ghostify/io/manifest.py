@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,6 +17,7 @@ from ghostify.files import read_json
 MANIFEST, FORMAT_VERSION = "ghostify-files.json", 1
 TENSORS, DESCRIPTION = "model.safetensors", "ghostify.json"
 STAGING_INSIDE = ".ghostify-staging"
+RECENT_NS = 2_000_000_000
 
 
 def own_files(folder: Path) -> dict[str, str]:
@@ -71,6 +74,19 @@ def write_manifest(folder: Path, digests: Mapping[str, str]) -> None:
 
 def file_digest(file: Path) -> str:
     """SHA-256 of a file that may be larger than the memory."""
+    facts = file.stat()
+    if time.time_ns() - max(facts.st_mtime_ns, facts.st_ctime_ns) < RECENT_NS:
+        return _compute_digest(file)  # times are too coarse to notice the next change
+    return _digest_at(file, (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns))
+
+
+@lru_cache(maxsize=256)
+def _digest_at(file: Path, _facts: tuple[int, ...]) -> str:
+    """The digest of a file with these facts, computed once."""
+    return _compute_digest(file)
+
+
+def _compute_digest(file: Path) -> str:
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while chunk := stream.read(2**22):

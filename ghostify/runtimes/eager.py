@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,9 @@ class Eager:
 
     def write(self, deployed: nn.Module, inputs: ExportInputs, folder: Path) -> Path:
         file = folder / f"model{self.suffix}"
-        program = export_program(deployed, inputs)
-        with file.open("wb") as stream:  # errors of the disk are OSError here
-            torch.export.save(program, stream)
+        content = io.BytesIO()  # on a full disk, PyTorch's own writer of files ends the process
+        torch.export.save(export_program(deployed, inputs), content)
+        file.write_bytes(content.getbuffer())
         return file
 
     def write_for_timing(self, deployed: nn.Module, inputs: ExportInputs, folder: Path) -> Path:

@@ -8,7 +8,7 @@ import json
 import math
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from ghostify.records import from_json
 
 SETTINGS, METRICS, PROGRESS = "training.json", "metrics.jsonl", "progress.json"
 BEST, STATE = "best.safetensors", "state-"
+PYTORCH_WRITERS = ("inline_container", "PytorchStreamWriter", "iostream")  # in messages about files it cannot write
 OTHER_OBJECTS = "custom_checkpoint"  # Accelerate's name for the files of registered objects
 NEW_KEYS = {"apart": "distance_to_original", "stale": "evaluations_without_gain"}  # by the key in earlier versions
 OTHER_FOLDER = "Use another folder."
@@ -106,7 +107,8 @@ class RunFolder:
         staging = partial_folder(state)
         with staged_folder(state) if self.is_main else contextlib.nullcontext():
             accelerator.wait_for_everyone()
-            accelerator.save_state(str(staging))
+            with _pytorch_writing_to(state):
+                accelerator.save_state(str(staging))
             accelerator.wait_for_everyone()
             if self.is_main:
                 (staging / PROGRESS).write_text(json.dumps(asdict(progress)))
@@ -204,6 +206,19 @@ def _load_state(accelerator: Any, state: Path) -> None:
     except (OSError, ValueError, KeyError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise GhostifyError(f"{state}: cannot be loaded ({reason}). {OTHER_FOLDER}") from error
+
+
+@contextlib.contextmanager
+def _pytorch_writing_to(state: Path) -> Iterator[None]:
+    """Errors of a full disk, which PyTorch and safetensors raise as their own, as one `GhostifyError`."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and not any(name in str(error) for name in PYTORCH_WRITERS):
+            raise
+        raise GhostifyError(
+            f"{state}: cannot be written. Check the free space, and run the same again to resume."
+        ) from error
 
 
 def _read_progress(file: Path) -> TrainingProgress:

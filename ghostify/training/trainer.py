@@ -128,10 +128,10 @@ def _train(training: _Training, run_folder: RunFolder, on_progress: ProgressCall
 
 def _evaluate(training: _Training, run_folder: RunFolder, progress: TrainingProgress) -> TrainingProgress:
     """The progress after an evaluation; logs its metrics, and saves the weights if they are the best so far."""
-    training.check_weights(progress.step)
     score, distance = training.evaluate()
     metrics = {"validation": score, "distance_to_original": distance}
     _check_finite(progress.step, metrics)
+    training.check_weights(progress.step)
     run_folder.log_metrics(progress.step, metrics)
     is_best = progress.best is None or (score, -distance) > (progress.best, -progress.distance_to_original)
     if not is_best:
