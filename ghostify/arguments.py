@@ -31,7 +31,7 @@ R = TypeVar("R")
 Check = Callable[[str, Any], Any]
 
 MODEL_REMEDY = "Pass a torch.nn.Module with its weights, such as timm.create_model(name)."
-SEEDS = 2**64
+MAX_SEED = 2**64 - 1
 
 
 def public(**checks: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -121,7 +121,7 @@ def an_integer(
     return check
 
 
-a_seed = an_integer(0, SEEDS - 1, problem="is not an integer from 0 to 2**64 - 1", remedy="Pass one, such as 0.")
+a_seed = an_integer(0, MAX_SEED, problem="is not an integer from 0 to 2**64 - 1", remedy="Pass one, such as 0.")
 
 
 def a_choice(choices: Iterable[str], remedy: str | None = None) -> Check:
