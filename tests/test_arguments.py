@@ -118,7 +118,7 @@ def test_the_failure_of_a_function_is_its_cause():
 
 @pytest.mark.parametrize("device", ["nowhere", "cuda:99", "meta", torch.device("meta"), 3, None, ""])
 def test_devices_that_hold_no_data_are_refused(device):
-    with pytest.raises(GhostifyError, match="device .*Use cpu") as caught:
+    with pytest.raises(GhostifyError, match=r"device .*Use cpu") as caught:
         a_device("device", device)
     assert str(caught.value).isprintable()
 

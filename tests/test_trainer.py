@@ -226,23 +226,24 @@ def test_twenty_kills_lose_nothing(tmp_path):
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
 
 
-def pairs(images, labels):
-    return TensorDataset(images, labels)
+X, LABELS = nets.images(), torch.zeros(8)
+GOOD, ONE_CHANNEL = TensorDataset(X, LABELS), TensorDataset(X[:, :1], LABELS)
+NONE, LABEL_99 = TensorDataset(X[:0], LABELS[:0]), TensorDataset(X, torch.full((8,), 99))
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (TrainingData(pairs(nets.images()[:, :1], torch.zeros(8)), pairs(nets.images()[:, :1], torch.zeros(8)), False), "data: .* does not run on its images"),
-        (TrainingData(pairs(nets.images(), torch.zeros(8)), pairs(nets.images()[:0], torch.zeros(0)), False), "data: has no validation images"),
-        (TrainingData([1, 2, 3, 4], [1], False), r"data: a training image is 1\. Let the dataset return \(image, label\)"),
-        (TrainingData(pairs(nets.images(), torch.full((8,), 99)), pairs(nets.images(), torch.zeros(8)), True), "data: has label 99, the model has 5 classes"),
+        ((ONE_CHANNEL, ONE_CHANNEL, False), r"data: .* does not run on its images"),
+        ((GOOD, NONE, False), "data: has no validation images"),
+        (([1, 2, 3, 4], [1], False), r"data: a training image is 1\. Let the dataset return \(image, label\)"),
+        ((LABEL_99, GOOD, True), "data: has label 99, the model has 5 classes"),
     ],
-)  # fmt: skip
+)
 def test_data_that_the_models_cannot_be_trained_on_is_refused(data, message, tmp_path):
     model = nets.settle(nets.Straight())
     with pytest.raises(GhostifyError, match=message):
-        finetune(ghostify(model), model, data, tmp_path / "t", Recipe(batch=4, labels=float(data.labelled)))
+        finetune(ghostify(model), model, TrainingData(*data), tmp_path / "t", Recipe(batch=4, labels=float(data[2])))
 
 
 def test_an_original_with_other_outputs_is_refused(tmp_path):
