@@ -229,7 +229,7 @@ def a_model(name: str, value: Any) -> nn.Module:
     weights = dict(_weights(model))
     damaged = first_not_finite({k: v.detach() for k, v in weights.items() if v.layout == torch.strided}, set(weights))
     if damaged is not None:
-        raise GhostifyError(f"{damaged}: has NaN or infinite values. Load other weights.")
+        raise GhostifyError(f"{damaged}: holds NaN or infinity. Load other weights.")
     for path, tensor in weights.items():
         if path.endswith("running_var") and bool((tensor < 0).any()):
             raise GhostifyError(f"{path}: has negative values, which no variance has. Load other weights.")

@@ -21,7 +21,7 @@ def damaged(path, value):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("path", ["a.0.weight", "fc.bias", "b.1.weight", "stem.1.running_var", "a.1.running_mean"])
 def test_weights_that_are_not_finite_are_named(path, value, more):
-    with pytest.raises(GhostifyError, match=rf"^{path}: has NaN or infinite values. Load other weights.$"):
+    with pytest.raises(GhostifyError, match=rf"^{path}: holds NaN or infinity. Load other weights.$"):
         ghostify(damaged(path, value), **more)
 
 
