@@ -229,17 +229,20 @@ def a_model(name: str, value: Any) -> nn.Module:
     weights = dict(_weights(model))
     damaged = first_not_finite({k: v.detach() for k, v in weights.items() if v.layout == torch.strided}, set(weights))
     if damaged is not None:
-        raise GhostifyError(f"{damaged}: has NaN or infinite values. Load other weights.")
+        raise GhostifyError(f"{damaged}: holds NaN or infinity. Load other weights.")
+    for path, tensor in weights.items():
+        if path.endswith("running_var") and bool((tensor < 0).any()):
+            raise GhostifyError(f"{path}: has negative values, which no variance has. Load other weights.")
     return model
 
 
 def a_device(name: str, value: Any) -> Any:
-    """A device of PyTorch, or its name."""
+    """A device of this machine, or its name."""
     try:
-        if isinstance(value, str | torch.device) and torch.device(value).type != "meta":
+        if isinstance(value, str | torch.device) and not torch.empty(0, device=value).is_meta:
             return value
-    except RuntimeError as error:
-        raise GhostifyError(f"{name} {format_value(value)}: is not a device ({first_line(error)}). Use cpu.") from error
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise GhostifyError(f"{name} {str(value)!r:.60}: cannot be used ({first_line(error)}). Use cpu.") from error
     raise GhostifyError(f"{name} {format_value(value)}: is not a device that holds data. Use cpu.")
 
 

@@ -62,6 +62,23 @@ def test_promise_3_errors_say_what_and_what_to_do(wish, message):
         ghostify(nets.settle(nets.Straight()), **wish)
 
 
+@pytest.mark.parametrize("policy", [{"rule": []}, {}, "p.toml", Policy, [Rule()]], ids=str)
+def test_promise_3_only_a_policy_is_a_policy(policy):
+    with pytest.raises(GhostifyError, match=r"^policy: is .* Pass a Policy"):
+        ghostify(nets.settle(nets.Straight()), policy=policy)
+
+
+def test_promise_3_a_rule_beside_a_policy_is_refused():
+    for beside in ({"ratio": 3}, {"dw_size": 5}, {"ignore": "a.0"}, {"activated": True}):
+        with pytest.raises(GhostifyError, match=r"^targets, ignore, ratio, .* Pass either, not both"):
+            ghostify(nets.settle(nets.Straight()), policy=Policy(), **beside)
+
+
+def test_a_single_rule_is_a_policy():
+    model, x = nets.settle(nets.Straight()), nets.images()
+    assert torch.equal(ghostify(model, policy=Rule(ratio=3))(x), ghostify(model, 3)(x))
+
+
 def test_promise_3_a_model_without_a_report_says_so():
     with pytest.raises(GhostifyError, match="has no report"):
         report(fx.symbolic_trace(nets.settle(nets.Straight())))

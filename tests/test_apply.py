@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
 
-from ghostify import Policy, Rule, fit, ghostify, plan, rewrite, trace
+from ghostify import GhostifyError, Policy, Rule, fit, ghostify, plan, rewrite, trace
 from ghostify.modules.ghost import GhostModule
 from tests import nets
 
@@ -145,3 +145,24 @@ def test_the_result_can_be_traced_again():
     assert torch.equal(fx.symbolic_trace(converted)(x), converted(x))
     twice = ghostify(converted, targets="re:.*primary_conv", cheap="pointwise", calibration=x)
     assert twice(x).shape == model(x).shape
+
+
+@pytest.mark.parametrize("rule", [Rule(ratio=4), Rule(cheap="pointwise"), Rule(dw_size=5)], ids=str)
+def test_weights_of_another_plan_are_refused(rule):
+    program = trace(nets.settle(nets.Straight()))
+    weights = fit(program, plan(program)).weights
+    with pytest.raises(GhostifyError, match=r"weights: those of a\.0 are of another plan"):
+        rewrite(program, plan(program, Policy(rule)), weights)
+
+
+def test_weights_that_are_missing_are_named():
+    program = trace(nets.settle(nets.Straight()))
+    with pytest.raises(GhostifyError, match=r"weights: have no GhostWeights for a\.0"):
+        rewrite(program, plan(program), {})
+
+
+def test_a_plan_of_another_program_is_refused():
+    program, other = (trace(nets.settle(make())) for make in (nets.Straight, nets.Residual))
+    for use in (lambda: rewrite(program, plan(other), {}), lambda: fit(program, plan(other))):
+        with pytest.raises(GhostifyError, match="plan: is that of another program"):
+            use()

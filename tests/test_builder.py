@@ -153,3 +153,29 @@ def test_layers_that_cannot_be_shown_are_named(tmp_path):
     with pytest.raises(GhostifyError, match="has no report"):
         write_report(torch.nn.Conv2d(1, 1, 1), file)
     assert not file.exists()
+
+
+def tall(width):
+    return nets.settle(nets.Straight(width))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"original": tall(4)}, r"original: the weight of stem\.0 is 4x3x3x3, in the report 8x3x3x3"),
+        ({"original": nets.settle(nets.Residual())}, r"original: has no layer a\.0"),
+        ({"labels": torch.zeros(3).long()}, "labels: are 3 for 4 images"),
+        ({"labels": torch.full((4,), 99)}, "labels: class 99 is not one of the model's 5 classes"),
+        ({"labels": torch.zeros(4).long(), "images": []}, "labels: are compared with what both models predict"),
+        ({"images": [nets.images(4)[:, :1]]}, "images: GraphModule does not run on batch 0"),
+        ({"curve": [{"error": 0.1}]}, r"curve\[0\]: has no shares of costs"),
+        ({"curve": [{"shares": {"macs": "a"}, "error": 0.1}]}, r"curve\[0\] macs 'a': is not a number"),
+        ({"example_inputs": "a"}, "example_inputs: the model does not run on them"),
+    ],
+)
+def test_what_a_report_cannot_compare_is_refused_and_no_page_written(changes, message, tmp_path):
+    model = tall(8)
+    given = {"original": model, "images": [nets.images(4)], "runtime": None, **changes}
+    with pytest.raises(GhostifyError, match=message):
+        write_report(ghostify(model), tmp_path / "r.html", **given)
+    assert not list(tmp_path.iterdir())

@@ -170,3 +170,16 @@ def test_other_files_are_no_frontiers(text, tmp_path):
     file.write_text(text)
     with pytest.raises(GhostifyError, match=r"frontier\.json: is not a readable frontier"):
         read_frontier(file)
+
+
+@pytest.mark.parametrize("answer", [float("nan"), float("inf"), None, "good", [1.0], torch.zeros(2), True])
+def test_an_evaluation_that_returns_no_number_is_refused(answer):
+    program = trace(nets.settle(nets.Straight()), nets.images(1))
+    with pytest.raises(GhostifyError, match=r"^evaluate: its result .*: is not a score\. Return a finite number"):
+        frontier(program, Policy(), evaluate=lambda _: answer, points=1)
+
+
+@pytest.mark.parametrize("answer", [1, torch.tensor(1.0), torch.ones(1, 1)])
+def test_an_evaluation_may_return_one_number_in_any_form(answer):
+    program = trace(nets.settle(nets.Straight()), nets.images(1))
+    assert [p.drop for p in frontier(program, Policy(), evaluate=lambda _: answer, points=1)] == [0]

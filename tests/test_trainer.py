@@ -255,3 +255,35 @@ def test_twenty_kills_lose_nothing(tmp_path):
     assert kills >= 10
     assert all(torch.equal(v, b[k]) for k, v in a.items())
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+
+
+X, LABELS = nets.images(), torch.zeros(8)
+GOOD, ONE_CHANNEL = TensorDataset(X, LABELS), TensorDataset(X[:, :1], LABELS)
+NONE, LABEL_99 = TensorDataset(X[:0], LABELS[:0]), TensorDataset(X, torch.full((8,), 99))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ((ONE_CHANNEL, ONE_CHANNEL, False), r"data: .* does not run on its images"),
+        ((GOOD, NONE, False), "data: has no validation images"),
+        (([1, 2, 3, 4], [1], False), r"data: a training image is 1\. Let the dataset return \(image, label\)"),
+        ((LABEL_99, GOOD, True), "data: has label 99, the model has 5 classes"),
+    ],
+)
+def test_data_that_the_models_cannot_be_trained_on_is_refused(data, message, tmp_path):
+    model = nets.settle(nets.Straight())
+    with pytest.raises(GhostifyError, match=message):
+        finetune(ghostify(model), model, TrainingData(*data), tmp_path / "t", Recipe(batch=4, labels=float(data[2])))
+
+
+def test_an_original_with_other_outputs_is_refused(tmp_path):
+    _, converted, data, _ = training_setup()
+    with pytest.raises(GhostifyError, match=r"original: its outputs are \[\(1, 10, 12, 12\)\], those of the model"):
+        finetune(converted, nets.settle(nets.Branches()), data, tmp_path / "t", QUICK)
+
+
+def test_an_optimizer_that_cannot_be_used_here_is_named(tmp_path):
+    model, converted, data, _ = training_setup()
+    with pytest.raises(GhostifyError, match="recipe: optimizer 'fusedadam': cannot be used here"):
+        finetune(converted, model, data, tmp_path / "t", Recipe(**{**vars(QUICK), "optimizer": "fusedadam"}))

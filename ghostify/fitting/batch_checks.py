@@ -54,7 +54,12 @@ def read_batches(calibration: Any) -> Iterator[Any]:
 def check_values(inputs: CallInputs, number: int) -> None:
     """Raises `GhostifyError` for inputs without images, or with values that are not finite."""
     tensors = tensor_leaves(inputs)
-    if not tensors or tensors[0].dim() == 0 or tensors[0].numel() == 0:
+    if not tensors:
+        raise GhostifyError(
+            f"calibration batch {number}: has no images, because it holds no tensors. Pass tensors, for NumPy's arrays "
+            "those of torch.from_numpy."
+        )
+    if tensors[0].dim() == 0 or tensors[0].numel() == 0:
         raise GhostifyError(f"calibration batch {number}: has no images. Leave it out.")
     if any(t.layout != torch.strided for t in tensors):
         raise GhostifyError(f"calibration batch {number}: is not a dense tensor. Pass it with to_dense().")

@@ -14,6 +14,7 @@ from ghostify.errors import GhostifyError
 from ghostify.graph.batchnorm import BatchNorm, batchnorm_at
 from ghostify.graph.program import Program, a_program, conv_module, get_subgraph, set_subgraph
 from ghostify.modules.ghost import GhostModule, GhostWeights, build_ghost_module
+from ghostify.modules.layout import GhostLayout
 from ghostify.planning.planner import GhostRewrite, Plan, PruneRewrite, a_plan, check_plan
 from ghostify.pruning.kept_channels import KeptChannels, prune_channels
 from ghostify.pruning.permutation_target import push_permutation
@@ -47,8 +48,15 @@ def _check_weights(plan: Plan, weights: Mapping[str, FittedWeights]) -> None:
                 raise GhostifyError(f"weights: those of {name} are ghost weights. Pass those of fit(program, plan).")
         elif not isinstance(fitted, GhostWeights):
             raise GhostifyError(f"weights: have no GhostWeights for {name}. Pass those of fit(program, plan).")
-        elif len(fitted.channels) != entry.layout.outputs:
+        elif not _fits(fitted, entry.layout):
             raise GhostifyError(f"weights: those of {name} are of another plan. Pass those of fit(program, plan).")
+
+
+def _fits(weights: GhostWeights, layout: GhostLayout) -> bool:
+    """Whether weights have the sizes of a layout."""
+    cheap_shape = (layout.ghosts, *layout.kernel_shape)
+    sizes = len(weights.channels), len(weights.primary_weight), tuple(weights.cheap_weight.shape)
+    return sizes == (layout.outputs, layout.intrinsic, cheap_shape)
 
 
 def rewrite_subgraph(module: nn.Module, path: str, plan: Plan, weights: Mapping[str, FittedWeights]) -> None:

@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from timm.data import Mixup
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,13 +24,13 @@ from ghostify.data.training_data import EpochSampler, SeededDataset, TrainingDat
 from ghostify.errors import GhostifyError
 from ghostify.graph.batchnorm import has_running_statistics
 from ghostify.graph.inputs import tensor_leaves
-from ghostify.graph.modes import eval_mode
 from ghostify.numerics import first_not_finite
 from ghostify.runtimes.tensors import to_channels_last
-from ghostify.text import first_line, format_value
+from ghostify.text import format_value
 from ghostify.training.features import collect_features
 from ghostify.training.losses import distillation_loss, feature_loss
-from ghostify.training.output_checks import check_outputs
+from ghostify.training.optimizer import optimizer_and_schedule
+from ghostify.training.output_checks import check_labels, check_outputs
 from ghostify.training.recipe import Recipe
 from ghostify.training.run_folder import RunFolder, TrainingProgress
 
@@ -147,57 +145,12 @@ def _check_finite(step: int, values: Mapping[str, float]) -> None:
             raise GhostifyError(f"finetune: {name} is {value} at step {step}. {UNSTABLE}")
 
 
-@torch.no_grad()
-def _check_data(original: nn.Module, data: TrainingData) -> None:
-    """Read an image, and raise `GhostifyError` for labels beyond the classes of an original with N x classes."""
-    image, _ = data.validation[0]
-    if not data.labelled or not data.classes:
-        return
-    with eval_mode(original):
-        outputs = tensor_leaves(original(image[None].to(next(original.parameters()).device)))[0]
-    if outputs.dim() == 2 and data.classes > outputs.shape[1]:
-        raise GhostifyError(
-            f"{data.name}: has label {data.classes - 1}, the model has {outputs.shape[1]} classes, counted from 0. "
-            f"Use the classes that the model was trained on."
-        )
-
-
-def _optimizer_and_schedule(student: nn.Module, recipe: Recipe, steps: int) -> tuple[torch.optim.Optimizer, Any]:
-    """timm's; raises `GhostifyError` for those that this machine or this version of timm does not have."""
-    try:
-        optimizer = create_optimizer_v2(
-            student, recipe.optimizer, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
-        )
-    except (AssertionError, ImportError, TypeError, ValueError) as error:
-        raise GhostifyError(
-            f"recipe: optimizer {recipe.optimizer!r}: cannot be used here ({first_line(error)}). Use another."
-        ) from error
-    try:
-        schedule, _ = create_scheduler_v2(
-            optimizer,
-            recipe.schedule,
-            num_epochs=steps,
-            warmup_epochs=int(recipe.warmup * steps),
-            warmup_prefix=True,
-            step_on_epochs=False,
-            updates_per_epoch=1,
-        )
-    except (AssertionError, ValueError) as error:
-        raise GhostifyError(
-            f"recipe: schedule {recipe.schedule!r}: does not suit {steps} steps ({first_line(error)}). Use cosine."
-        ) from error
-    if schedule is None:
-        raise GhostifyError(f"recipe: schedule {recipe.schedule!r}: is not in this version of timm. Use cosine.")
-    return optimizer, schedule
-
-
 class _Training:
     """The parts of a training run: student, teacher, data, optimizer and schedule."""
 
     def __init__(
         self, accelerator: Any, model: nn.Module, original: nn.Module, data: TrainingData, recipe: Recipe
     ) -> None:
-        _check_data(original, data)
         count, processes = len(data.train), accelerator.num_processes  # type: ignore[arg-type]
         if recipe.batch % processes:
             raise GhostifyError(
@@ -218,11 +171,11 @@ class _Training:
         torch.manual_seed(recipe.seed)
         student = copy.deepcopy(model).requires_grad_().to(memory_format=torch.channels_last)
         teacher = copy.deepcopy(original).requires_grad_(False).eval().to(memory_format=torch.channels_last)
-        check_outputs(student, teacher, data)
+        self.classes = check_outputs(student, teacher, data)
         self.student_features, self.teacher_features = (
             collect_features(student, teacher) if recipe.features else ([], [])
         )
-        optimizer, self.schedule = _optimizer_and_schedule(student, recipe, self.steps)
+        optimizer, self.schedule = optimizer_and_schedule(student, recipe, self.steps)
         self.sampler = EpochSampler(count, recipe.seed)
         loading = {"batch_size": recipe.batch // processes, "num_workers": recipe.workers}
         train_loader = DataLoader(
@@ -263,6 +216,8 @@ class _Training:
         np.random.seed(seed)
         self.schedule.step_update(step)
         images, labels = to_channels_last([v.to(self.accelerator.device) for v in batch])
+        if self.recipe.labels:
+            check_labels(labels, self.classes)
         losses = self._losses(images, labels)
         self.optimizer.zero_grad()
         self.accelerator.backward(losses["loss"])
