@@ -15,3 +15,22 @@ def test_modes_are_restored_even_after_an_error():
     with eval_mode(model):
         assert not model[0].training
         assert not torch.is_grad_enabled()
+
+
+def test_what_forwards_change_is_restored():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(1))
+
+        def forward(self, x):
+            self.seen += 1
+            self.register_forward_hook(lambda *_: None)
+            return x
+
+    model = Counting()
+    with eval_mode(model):
+        model(torch.zeros(1))
+        assert model.seen == 1
+    assert model.seen == 0
+    assert not model._forward_hooks
