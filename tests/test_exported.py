@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ghostify import GhostifyError, ghostify, load, report, save
+from ghostify import GhostifyError, deploy, ghostify, load, report, save
 from tests import nets
 
 
@@ -39,6 +39,12 @@ def test_an_exported_program_is_converted_and_saved(tmp_path):
     ]
     save(converted, tmp_path / "out")
     assert torch.equal(load(tmp_path / "out")(**example)["logits"], converted(**example)["logits"])
+
+
+def test_an_exported_program_has_an_inference_form():
+    x = nets.images(2)
+    program = exported(nets.settle(nets.Straight()), x)
+    torch.testing.assert_close(deploy(program, x)(x), program(x), rtol=1e-4, atol=1e-4)
 
 
 def test_an_exported_program_within_a_model_is_converted():

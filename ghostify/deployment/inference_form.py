@@ -12,6 +12,7 @@ from ghostify.deployment.channel_order import ChannelOrders, record_shapes
 from ghostify.deployment.folding import can_be_dense, fold_norms, freeze_eval
 from ghostify.errors import GhostifyError
 from ghostify.fitting.subgraph_inputs import record_calls
+from ghostify.graph.exported import is_exported
 from ghostify.graph.inputs import (
     PlaceholderValues,
     as_arguments,
@@ -57,7 +58,7 @@ def deploy(model: nn.Module, example_inputs: Any) -> nn.Module:
 
 
 def _traced_copy(model: nn.Module, example: Any) -> nn.Module:
-    if any(isinstance(m, fx.GraphModule) for m in model.modules()):
+    if any(isinstance(m, fx.GraphModule) and not is_exported(m) for m in model.modules()):
         return copy.deepcopy(model)
     return trace(model, example).module
 

@@ -21,7 +21,8 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
     states = [ModuleState(model) for model in models]
     try:
         for model in models:
-            model.eval()
+            with contextlib.suppress(NotImplementedError):  # exported programs have one mode
+                model.eval()
         with torch.no_grad(), torch.random.fork_rng():
             yield
     finally:
