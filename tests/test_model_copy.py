@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from ghostify import GhostifyError
 from ghostify.graph.model_copy import copy_model
 from tests import nets
 
@@ -42,9 +43,21 @@ def test_a_forward_that_reads_a_global_runs_the_copy():
     assert not torch.equal(copied(x), model(x))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_a_compiled_model_is_refused():
+    with pytest.raises(GhostifyError, match=r"is compiled by torch.jit, .* Convert the model before"):
+        copy_model(torch.jit.script(nn.Conv2d(3, 3, 1)))
+
+
 def test_a_hook_that_refers_to_the_model_changes_the_copy():
     model = nn.Sequential(nn.BatchNorm2d(3))
     model.register_forward_hook(lambda *_: model[0].running_mean.add_(1))
     copied = copy_model(model.eval())
     copied(nets.images(1))
     assert (model[0].running_mean[0], copied[0].running_mean[0]) == (0, 1)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_the_parameters_of_a_compiled_part_can_be_trained():
+    copied = copy_model(nn.Sequential(torch.jit.script(nn.Conv2d(3, 3, 1))))
+    assert all(p.is_leaf and p.requires_grad for p in copied.parameters())

@@ -22,6 +22,7 @@ from ghostify.graph.inputs import (
     run_example,
     tensor_leaves,
 )
+from ghostify.graph.model_copy import copy_module
 from ghostify.graph.modes import eval_mode
 from ghostify.graph.tracing import trace
 from ghostify.modules.hooks import has_hooks
@@ -59,7 +60,7 @@ def deploy(model: nn.Module, example_inputs: Any) -> nn.Module:
 
 def _traced_copy(model: nn.Module, example: Any) -> nn.Module:
     if any(isinstance(m, fx.GraphModule) and not is_exported(m) for m in model.modules()):
-        return copy.deepcopy(model)
+        return copy_module(model)
     return trace(model, example).module
 
 

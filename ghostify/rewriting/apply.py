@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ghostify.graph.batchnorm import BatchNorm, batchnorm_at
+from ghostify.graph.model_copy import copy_module
 from ghostify.graph.program import Program, conv_module, get_subgraph, set_subgraph
 from ghostify.modules.ghost import GhostModule, GhostWeights, build_ghost_module
 from ghostify.planning.planner import GhostRewrite, Plan, PruneRewrite
@@ -26,7 +26,7 @@ def rewrite(program: Program, plan: Plan, weights: Mapping[str, FittedWeights]) 
 
     Pruned convolutions without fitted `weights` keep the original's weights of their kept channels.
     """
-    module = copy.deepcopy(program.module)
+    module = copy_module(program.module)
     for path in program.subgraphs:
         rewrite_subgraph(module, path, plan, weights)
     return module
