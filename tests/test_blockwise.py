@@ -214,3 +214,10 @@ def test_layers_without_gradient_are_not_changed():
 
     result = report(ghostify(nets.settle(Cut()), calibration=nets.images(16), reconstruct=True)).reconstruction
     assert [b.steps for b in result.blocks] == [0]
+
+
+def test_a_model_with_hooks_is_refused():
+    model = nets.settle(nets.Straight())
+    model.register_forward_pre_hook(lambda _, args: (args[0] / 2,))
+    with pytest.raises(GhostifyError, match="reconstruct: does not run the model's own hooks"):
+        ghostify(model, calibration=nets.images(8), reconstruct=True)

@@ -23,3 +23,22 @@ def test_random_numbers_drawn_inside_are_drawn_again_outside():
     with eval_mode(nn.Identity()):
         inside = torch.rand(1).item(), np.random.rand(), random.random()
     assert inside == (torch.rand(1).item(), np.random.rand(), random.random())
+
+
+def test_what_forwards_change_is_restored():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(1))
+
+        def forward(self, x):
+            self.seen += 1
+            self.register_forward_hook(lambda *_: None)
+            return x
+
+    model = Counting()
+    with eval_mode(model):
+        model(torch.zeros(1))
+        assert model.seen == 1
+    assert model.seen == 0
+    assert not model._forward_hooks

@@ -40,17 +40,18 @@ def test_a_module_is_traced_as_its_graph_calls_it_or_not_where_its_optional_argu
     class Outer(nn.Module):
         def __init__(self):
             super().__init__()
-            self.inner, self.other = nets.settle(nets.Optional()), nets.settle(nets.Optional())
+            self.inner, self.other, self.mixed = (nets.settle(nets.Optional()) for _ in range(3))
 
         def forward(self, x):
-            return self.inner(x, bias=x.mean()), self.other(x)
+            mixed = self.mixed(x) + self.mixed(x, bias=x.mean())
+            return self.inner(x, bias=x.mean()), self.other(x), mixed
 
     model, x = Outer().eval(), nets.images(1)
-    for inner in (model.inner, model.other):
+    for inner in (model.inner, model.other, model.mixed):
         inner.register_forward_hook(lambda *_: None)
     expected = model(x)
     module, by_graph, _ = trace_submodules(model, {})
-    assert list(by_graph) == ["inner", "other", ""]
+    assert list(by_graph) == ["mixed.stem", "mixed.last", "inner", "other", ""]
     assert all(map(torch.equal, module(x), expected))
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from ghostify import GhostifyError, Policy, Rule, plan, trace
+from ghostify import GhostifyError, Policy, Rule, ghostify, plan, trace
 from ghostify.planning.planner import GhostRewrite, Skip
 from tests import nets
 
@@ -66,3 +66,20 @@ def test_totals_need_shapes():
 def test_planning_two_thousand_convolutions_takes_seconds():
     model = nn.Sequential(*[nn.Conv2d(4, 4, 3, padding=1) for _ in range(2000)])
     assert len(plan(trace(model)).rewrites) == 1999
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (
+            nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8)),
+            "Most are skipped for: depthwise convolution",
+        ),
+        (nn.Sequential(nn.Linear(3, 3)), "contains no two-dimensional convolution"),
+    ],
+)
+def test_a_conversion_that_changes_nothing_warns_once(model, reason):
+    with pytest.warns(UserWarning, match=reason) as warned:
+        ghostify(model.eval())
+    assert len(warned) == 1
+    ghostify(model, 1)

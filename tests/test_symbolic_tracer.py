@@ -1,50 +1,52 @@
+import types
+
 import pytest
 import torch
 from torch import fx, nn
 
-from ghostify.graph.forward_graph import trace_graph
-from ghostify.graph.symbolic_tracer import UntraceableError
+from ghostify.graph.symbolic_tracer import SymbolicTracer
 from tests import nets
 
 
-def test_a_forward_with_control_flow_has_no_graph():
-    with pytest.raises(UntraceableError, match="control flow"):
-        trace_graph(nets.Stubborn.Gate(3), set())
+def traced(model, leaves=frozenset()):
+    return fx.GraphModule(model, SymbolicTracer(leaves, {}, set()).trace_forward(model))
 
 
-def test_a_submodule_that_does_not_trace_is_a_leaf():
-    targets = [n.target for n in trace_graph(nets.Stubborn(), set()).nodes if n.op == "call_module"]
-    assert "gate" in targets
-    assert not any("gate." in str(t) for t in targets)
+def test_the_forward_of_the_instance_is_traced():
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3)), nets.images(1)
+    model.forward = types.MethodType(lambda self, x: self[0](x) * 2, model)
+    expected = model(x)
+    del model.__dict__["forward"]
+    halved = traced(model)(x)
+    model.forward = types.MethodType(lambda self, x: self[0](x) * 2, model)
+    graph = SymbolicTracer(set(), {}, set()).trace_forward(model)
+    del model.__dict__["forward"]
+    assert torch.equal(fx.GraphModule(model, graph)(x), expected)
+    assert torch.equal(halved * 2, expected)
 
 
-def test_named_optional_arguments_stay_inputs():
-    class Scaled(nn.Module):
-        def forward(self, x, scale=1.0):
-            return x * scale
-
-    guarded, free = ([n.name for n in trace_graph(Scaled(), names).nodes] for names in (set(), {"scale"}))
-    assert "check_default_argument" in guarded
-    assert "check_default_argument" not in free
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_modules_with_hooks_and_scripted_modules_are_leaves():
+    model = nn.Sequential(nn.Sequential(nn.ReLU()), torch.jit.script(nn.ReLU()))
+    model[0].register_forward_pre_hook(lambda _, args: (args[0] + 1,))
+    tracer = SymbolicTracer(set(), {}, set())
+    assert [n.target for n in tracer.trace_forward(model).nodes if n.op == "call_module"] == ["0", "1"]
 
 
-def test_caches_that_a_forward_fills_hold_no_proxies_afterwards():
-    class Caching(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.inner, self.bias = nn.Conv2d(3, 4, 1), nets.Stubborn.Gate(4), nn.Parameter(torch.ones(4, 1))
-            self.cache, self.inputs, self.last = {}, [], None
-
+def test_a_mode_is_a_node_or_the_branch_that_is_given():
+    class Branching(nn.Module):
         def forward(self, x):
-            if "bias" not in self.cache:
-                self.cache["bias"] = self.bias[:, None]
-            self.inputs.append(x)
-            self.last = self.new = x
-            return self.inner(self.conv(x) + self.cache["bias"]) + torch.ones(1)
+            return (x * 2 if self.training else x) + self.training
 
-    model, x = Caching().eval(), torch.rand(1, 3, 4, 4)
-    graph = trace_graph(model, set())
-    assert (model.cache, model.inputs, model.last) == ({}, [], None)
-    assert not hasattr(model, "new")
-    graph.lint()
-    assert torch.equal(fx.GraphModule(model, graph)(x), model(x))
+    model = Branching().eval()
+    for modes, operators in (({}, ["add"]), ({"": True}, ["mul", "add"])):
+        tracer = SymbolicTracer(set(), modes, set())
+        names = [n.name for n in tracer.trace_forward(model).nodes if n.op == "call_function"]
+        assert (names, tracer.branches) == (operators, {""})
+
+
+def test_an_error_names_the_module_that_does_not_trace():
+    tracer = SymbolicTracer(set(), {}, set())
+    with pytest.raises(fx.proxy.TraceError):
+        tracer.trace_forward(nets.Stubborn())
+    assert tracer.failed_path == "gate"

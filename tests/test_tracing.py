@@ -1,4 +1,6 @@
 import copy
+import types
+import warnings
 
 import pytest
 import torch
@@ -6,6 +8,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from ghostify import GhostifyError, trace
+from ghostify.graph.attributes import missing_attributes
 from tests import nets
 
 
@@ -278,3 +281,68 @@ def test_functional_convolutions_in_a_forward_that_does_not_trace_are_listed():
     (conv,) = [c for c in program.convolutions if c.name == "weight"]
     assert (conv.inputs, conv.outputs, conv.kernel, conv.is_functional) == (8, 6, (3, 3), True)
     assert conv.unsupported_reason == "functional call in a forward that does not trace"
+
+
+def test_hooks_run_as_in_the_original():
+    model, x, heard = nn.Sequential(nets.settle(nets.Straight()), nn.ReLU()).eval(), nets.images(2), []
+    model.register_forward_pre_hook(lambda _, args, kwargs: ((args[0] / 2,), kwargs), with_kwargs=True)
+    model[0].register_forward_hook(lambda *_: heard.append("forward"))
+    model[0].register_full_backward_hook(lambda *_: heard.append("backward"))
+    program = trace(model, x)
+    assert list(program.subgraphs) == ["0", ""]
+    heard.clear()
+    module = copy.deepcopy(program.module)
+    assert torch.equal(module(x), model(x))
+    assert heard == ["forward"] * 2
+    module(x.clone().requires_grad_()).sum().backward()
+    assert heard == [*["forward"] * 3, "backward"]
+    assert program.missing_attributes == missing_attributes(program.module, model)
+
+
+def test_hooks_that_are_lost_are_listed():
+    model = nets.settle(nets.Straight())
+    model.a[0].weight.register_hook(lambda gradient: gradient)
+    model.b.register_load_state_dict_post_hook(lambda *_: None)
+    assert set(trace(model).missing_attributes) >= {"hooks of a.0.weight", "state_dict hooks of b"}
+
+
+def test_the_callers_model_is_never_run():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nets.settle(nets.Straight())
+            self.register_buffer("seen", torch.zeros(1))
+
+        def forward(self, x):
+            self.seen += 1
+            return self.inner(x) * self.seen
+
+    model, x = Counting().eval(), nets.images(2)
+    program = trace(model, x)
+    assert (model.seen, program.module.seen) == (0, 0)
+    assert all(torch.equal(program.module(x), model(x)) for _ in range(3))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_a_scripted_part_stays():
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), torch.jit.script(nn.Conv2d(8, 4, 1))).eval(), nets.images(2)
+    for program in (trace(model), trace(model, x)):
+        assert torch.equal(program.module(x), model(x))
+        assert [c.name for c in program.convolutions] == ["0"]
+
+
+def test_a_forward_set_on_a_convolution_is_kept():
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)).eval(), nets.images(1)
+    model[1].forward = types.MethodType(lambda self, x: 5 * nn.Conv2d.forward(self, x), model[1])
+    program = trace(model, x)
+    assert torch.equal(program.module(x), model(x))
+    assert program.convolutions[1].unsupported_reason.endswith("its forward is not one convolution")
+
+
+def test_a_convolution_of_quantisation_aware_training_is_listed_once():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)).train()
+    model.qconfig = torch.ao.quantization.get_default_qat_qconfig()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = torch.ao.quantization.prepare_qat(model)
+    assert [c.name for c in trace(model, nets.images(1)).convolutions] == ["0", "2"]

@@ -16,6 +16,7 @@ from ghostify.deployment.folding import fold_norms, freeze_eval
 from ghostify.deployment.output_check import Tolerance, check_outputs, output_leaves
 from ghostify.errors import GhostifyError
 from ghostify.fitting.subgraph_inputs import record_calls
+from ghostify.graph.exported import is_exported
 from ghostify.graph.inputs import (
     PlaceholderValues,
     as_arguments,
@@ -23,6 +24,7 @@ from ghostify.graph.inputs import (
     bind_inputs,
     run_example,
 )
+from ghostify.graph.model_copy import copy_module
 from ghostify.graph.modes import eval_mode
 from ghostify.graph.parametrizations import fix_computed_weights
 from ghostify.graph.tracing import trace
@@ -114,8 +116,8 @@ def _to_channels_last(module: nn.Module) -> None:
 
 
 def _traced_copy(model: nn.Module, example: Any) -> nn.Module:
-    if any(isinstance(m, fx.GraphModule) for m in model.modules()):
-        return copy.deepcopy(model)
+    if any(isinstance(m, fx.GraphModule) and not is_exported(m) for m in model.modules()):
+        return copy_module(model)
     return trace(model, example).module
 
 

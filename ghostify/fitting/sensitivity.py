@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from ghostify.fitting.distributed import all_reduce_sum
 from ghostify.graph.batches import run_batch
 from ghostify.graph.batchnorm import BatchNorm, gamma_beta
 from ghostify.graph.inputs import CallInputs, tensor_leaves
+from ghostify.graph.model_copy import copy_module
 from ghostify.graph.observation import intercept_convs
 from ghostify.graph.program import Program
 from ghostify.numerics import derive_seed
@@ -83,7 +83,7 @@ def output_sensitivity(
     images = min(max(-(-batches.images // IMAGE_DIVISOR), MIN_IMAGES), MAX_IMAGES) if images is None else images
     convs = [c for c in program.convolutions if c.unsupported_reason is None and c.groups == 1]
     names = {(c.subgraph_path, call.node): c.name for c in convs for call in c.calls}
-    module = copy.deepcopy(program.module).eval().requires_grad_(False)
+    module = copy_module(program.module).eval().requires_grad_(False)
     deviations = _output_deviations(module, _first_images(batches, min(images, DEVIATION_IMAGES)))
     sums = {c.name: torch.zeros(c.outputs, c.outputs, dtype=torch.float64) for c in convs}
     failed = torch.zeros(())

@@ -7,6 +7,7 @@ import functools
 import types
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -24,11 +25,16 @@ def copy_model(model: nn.Module) -> nn.Module:
     Raises `GhostifyError` for a model that cannot be copied or contains itself.
     """
     model = unwrapped_model(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise GhostifyError(
+            f"{type(model).__name__}: the model is compiled by torch.jit, and its code cannot be changed. "
+            f"Convert the model before it is compiled."
+        )
     _check_acyclic(model, "", ())
     attributes = [v for m in model.modules() for v in tensor_leaves(list(vars(m).values()))]
     memo = {id(v): v.detach().clone() for v in attributes if not v.is_leaf}  # deepcopy refuses tensors with a grad_fn
     try:
-        root = copy.deepcopy(model, memo)
+        root = copy_module(model, memo)
     except Exception as error:
         raise GhostifyError(
             f"{type(model).__name__}: the model cannot be copied ({first_line(error)}). "
@@ -44,6 +50,16 @@ def copy_model(model: nn.Module) -> nn.Module:
             return plain
         root.set_submodule(path, plain)
     return root
+
+
+def copy_module(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy whose parameters are leaves also where they are those of modules compiled by `torch.jit`."""
+    with torch.no_grad():
+        copied = copy.deepcopy(module, memo)
+    for parameter, original in zip(copied.parameters(), module.parameters(), strict=True):
+        if parameter.requires_grad != original.requires_grad:
+            parameter.requires_grad_(original.requires_grad)
+    return copied
 
 
 def unwrapped_model(model: nn.Module) -> nn.Module:

@@ -22,7 +22,8 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
     states = [ModuleState(model) for model in models]
     try:
         for model in models:
-            model.eval()
+            with contextlib.suppress(NotImplementedError):  # exported programs have one mode
+                model.eval()
         with torch.no_grad(), preserved_random_state():
             yield
     finally:

@@ -43,7 +43,7 @@ def trace_submodules(
 class _Partitioner:
     def __init__(self, root: nn.Module, signatures: CallSignatures, whole: bool) -> None:
         self.root, self.signatures, self.whole = root, signatures, whole
-        self.calls_by_graphs: dict[int, inspect.BoundArguments] = {}
+        self.calls_by_graphs: dict[int, list[inspect.BoundArguments]] = {}
         self.subgraphs: dict[str, fx.GraphModule] = {}
         self.visited: dict[int, nn.Module] = {}
         self.reason = ""
@@ -71,21 +71,32 @@ class _Partitioner:
         copy_hooks(module, traced)
         self.visited[id(module)] = traced
         self._replace(path, traced)
-        calls = {str(n.target): n for n in reversed(traced.graph.nodes) if n.op == "call_module"}
-        for target, node in reversed(calls.items()):
-            inner = traced.get_submodule(target)
-            if not isinstance(inner, nn.Conv2d):
-                with contextlib.suppress(TypeError, ValueError):
-                    self.calls_by_graphs[id(inner)] = inspect.signature(inner.forward).bind(*node.args, **node.kwargs)
+        calls = [n for n in traced.graph.nodes if n.op == "call_module"]
+        for node in calls:
+            self._record_call(traced.get_submodule(str(node.target)), node)
+        for target in dict.fromkeys(str(n.target) for n in calls):
+            if not isinstance(traced.get_submodule(target), nn.Conv2d):
                 self.trace(join_path(path, target))
         self.subgraphs[path] = traced
+
+    def _record_call(self, module: nn.Module, node: fx.Node) -> None:
+        """Keep the arguments of a call of the module by a graph."""
+        with contextlib.suppress(TypeError, ValueError):  # its forward has no signature
+            call = inspect.signature(module.forward).bind(*node.args, **node.kwargs)
+            self.calls_by_graphs.setdefault(id(module), []).append(call)
 
     def _graph(self, module: nn.Module, path: str) -> fx.Graph:
         if path and not self.whole:
             raise UntraceableError("only single convolutions are traced")
-        call = self.signatures.get(id(module), self.calls_by_graphs.get(id(module)))
-        if call is not None:
-            return trace_graph(module, tensor_arguments(call) if path else set(call.arguments))
+        call = self.signatures.get(id(module))
+        if call is not None and not path:
+            return trace_graph(module, set(call.arguments))
+        calls = [call] if call is not None else self.calls_by_graphs.get(id(module), [])
+        if calls:
+            names, *others = map(tensor_arguments, calls)
+            if any(other != names for other in others):
+                raise UntraceableError("it is called with different optional arguments")
+            return trace_graph(module, names)
         graph = trace_graph(module, set())
         if path and any(is_guard(node) for node in graph.nodes):
             raise UntraceableError("it is not known which optional arguments it is called with")

@@ -7,7 +7,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from ghostify import skip_reasons
@@ -39,10 +38,6 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Program:
     is traced. Raises `GhostifyError` where the model cannot be copied or run, holds weights that are not there or not
     finite, or contains no traceable convolution.
     """
-    if isinstance(unwrapped_model(model), torch.jit.ScriptModule):
-        raise GhostifyError(
-            "model: is a scripted module, which torch.fx cannot trace. Pass the module it was made from."
-        )
     root = copy_model(model)
     _check_initialized(root)
     convs = [(path, m) for path, m in root.named_modules() if isinstance(m, nn.Conv2d)]

@@ -19,6 +19,7 @@ from ghostify.graph.batchnorm import batchnorm_at
 from ghostify.graph.inputs import tensor_leaves
 from ghostify.graph.program import Program
 from ghostify.modules.ghost import GhostModule, GhostWeights
+from ghostify.modules.hooks import has_hooks
 from ghostify.numerics import derive_seed, relative_to_variance
 from ghostify.planning.planner import GhostRewrite, Plan
 from ghostify.reconstruction.block_runner import (
@@ -131,6 +132,8 @@ def _whole_graph(program: Program, plan: Plan) -> fx.GraphModule:
             f"reconstruct: needs a graph of the whole model, and {type(traced).__name__} is traced in subgraphs. "
             "Leave out reconstruct."
         )
+    if has_hooks(traced):
+        raise GhostifyError("reconstruct: does not run the model's own hooks. Leave out reconstruct.")
     for name in plan.pruned:
         raise GhostifyError(f"{name}: reconstruct does not work with pruned layers. Leave out reconstruct or prune.")
     return traced

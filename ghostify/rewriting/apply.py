@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, fx, nn
 from ghostify.arguments import a_mapping, public
 from ghostify.errors import GhostifyError
 from ghostify.graph.batchnorm import BatchNorm, batchnorm_at
+from ghostify.graph.model_copy import copy_module
 from ghostify.graph.program import Program, a_program, conv_module, get_subgraph, set_subgraph
 from ghostify.modules.ghost import GhostModule, GhostWeights, build_ghost_module
 from ghostify.modules.layout import GhostLayout
@@ -33,7 +33,7 @@ def rewrite(program: Program, plan: Plan, weights: Mapping[str, FittedWeights]) 
     """
     check_plan(program, plan)
     _check_weights(plan, weights)
-    module = copy.deepcopy(program.module)
+    module = copy_module(program.module)
     for path in program.subgraphs:
         rewrite_subgraph(module, path, plan, weights)
     return module
