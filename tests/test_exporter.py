@@ -187,6 +187,18 @@ def test_what_a_runtime_cannot_do_is_one_plain_line(make, dtype, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_model_that_overwrites_its_input_is_exported(tmp_path):
+    class Overwriting(nets.Straight):
+        def forward(self, x):
+            return super().forward(x.add_(1))
+
+    x = nets.images(2)
+    model = ghostify(nets.settle(Overwriting()), example_inputs=x.clone())
+    file = export(model, tmp_path, format="pt2", example_inputs=x)
+    assert torch.equal(x, nets.images(2))
+    torch.testing.assert_close(load_runner(file)(x.clone())[0], model(x.clone()), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_is_exported_with_its_tolerance(dtype, tmp_path):
     x = nets.images(2).to(dtype)

@@ -149,7 +149,7 @@ def _check_reproducible(deployed: nn.Module, inputs: ExportInputs) -> None:
     for seed in (0, 1):
         with eval_mode(deployed):
             torch.manual_seed(seed)
-            runs.append(output_leaves(deployed(*inputs.args, **inputs.kwargs)))
+            runs.append(_outputs(deployed, inputs))
     difference = check_outputs(runs[1], runs[0], tolerance_of(deployed)).difference
     if difference is not None:
         raise GhostifyError(
@@ -163,12 +163,13 @@ def _check_file(deployed: nn.Module, examples: Iterable[ExportInputs], file: Pat
     for inputs in examples:
         try:
             with eval_mode(deployed):
-                expected = output_leaves(deployed(*inputs.args, **inputs.kwargs))
+                expected = _outputs(deployed, inputs)
         except Exception as error:
             raise GhostifyError(f"export: the model takes no batch of another size ({_reason(error)}).") from error
         try:
             with _silence_exporters():
-                actual = runtime.load(file, None, True)(*inputs.args, **inputs.kwargs)
+                given = inputs.cloned()
+                actual = runtime.load(file, None, True)(*given.args, **given.kwargs)
         except Exception as error:
             raise GhostifyError(
                 f"{failure} does not run in {runtime.package} ({_reason(error)}). "
@@ -179,6 +180,11 @@ def _check_file(deployed: nn.Module, examples: Iterable[ExportInputs], file: Pat
             raise GhostifyError(
                 f"{failure} differs from PyTorch's outputs: {difference}. Use another format, and report this."
             )
+
+
+def _outputs(deployed: nn.Module, inputs: ExportInputs) -> dict[str, Any]:
+    given = inputs.cloned()
+    return output_leaves(deployed(*given.args, **given.kwargs))
 
 
 def _remove(paths: Iterable[Path]) -> None:

@@ -144,7 +144,7 @@ class GhostModule(nn.Module):
 def concat_channels(intrinsic: Tensor, ghosts: Tensor, order: Tensor | None) -> Tensor:
     """Concatenate channels, permute them by `order` if given, in the intrinsic maps' memory format; one graph node."""
     maps = torch.cat((intrinsic, ghosts), 1)
-    if _is_transformed() or not is_channels_last(intrinsic):
+    if _is_transformed() or maps.is_quantized or not is_channels_last(intrinsic):
         return maps if order is None else maps.index_select(1, order)
     if order is not None:
         nhwc = maps.permute(0, 2, 3, 1)

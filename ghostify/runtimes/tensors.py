@@ -47,15 +47,16 @@ class ExportInputs:
 
     def doubled(self, *, single_only: bool = False) -> ExportInputs:
         """The inputs with every tensor repeated along the batch; with `single_only` those of batch size 1 alone."""
+        return self._changed(lambda t: torch.cat((t, t)) if t.dim() and (len(t) == 1 or not single_only) else t)
 
-        def double(t: Tensor) -> Tensor:
-            return torch.cat((t, t)) if t.dim() and (len(t) == 1 or not single_only) else t
+    def cloned(self) -> ExportInputs:
+        """A copy of the inputs, which a forward may overwrite."""
+        return self._changed(torch.clone)
 
-        return replace(self, args=tree_map_only(Tensor, double, self.args), kwargs=self._kwargs(double))
-
-    def _kwargs(self, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-        changed: dict[str, Any] = tree_map_only(Tensor, change, self.kwargs)
-        return changed
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> ExportInputs:
+        return replace(
+            self, args=tree_map_only(Tensor, change, self.args), kwargs=tree_map_only(Tensor, change, self.kwargs)
+        )
 
     def in_order_of(self, module: nn.Module) -> ExportInputs:
         """The inputs with keywords in the order of the module's arguments, which torch.export takes for granted."""
