@@ -83,7 +83,8 @@ class Report:
     """All convolutions in order of first use, the model's MACs where known, calibration images and seconds by stage.
 
     Errors of layers are those of the closed-form fit, before any `reconstruction`. `missing_attributes` names methods
-    and attributes of the original that the result lacks. `notes` are those of the plan.
+    and attributes of the original that the result lacks. `notes` are those of the plan and
+    of the fit.
     """
 
     layers: tuple[LayerReport, ...]
@@ -177,9 +178,8 @@ def build_report(
     """The report of a plan, with the errors of its fits and of its reconstruction where there are any."""
     layers = tuple(_layer_report(entry, fits) for entry in plan.entries)
     images, seconds = (0, {}) if fits is None else (fits.images, fits.seconds)
-    return Report(
-        layers, plan.macs_before, plan.macs_after, images, seconds, reconstruction, missing_attributes, plan.notes
-    )
+    notes = plan.notes if fits is None else (*plan.notes, *fits.notes)
+    return Report(layers, plan.macs_before, plan.macs_after, images, seconds, reconstruction, missing_attributes, notes)
 
 
 def _layer_report(entry: GhostRewrite | PruneRewrite | Skip, fits: FitResult | None) -> LayerReport:
