@@ -153,3 +153,30 @@ def test_other_files_are_no_frontiers(text, tmp_path):
     file.write_text(text)
     with pytest.raises(GhostifyError, match=r"frontier\.json: is not a readable frontier"):
         read_frontier(file)
+
+
+@pytest.mark.parametrize("score", [None, "0.5", [1.0], torch.ones(2), float("nan"), float("inf")])
+def test_a_score_that_is_no_finite_number_is_an_error(score):
+    model, x = nets.settle(nets.Straight()), nets.images(4)
+    with pytest.raises(GhostifyError, match=r"^evaluate: "):
+        ghostify(model, budget={"max_drop": 1}, evaluate=lambda _: score, example_inputs=x)
+
+
+@pytest.mark.parametrize("scores", [(1, 1.0), (torch.tensor(1.0), torch.tensor([0.9])), (True, 0.5)])
+def test_a_score_may_be_any_single_number(scores):
+    remaining, model, x = iter(scores), nets.settle(nets.Straight()), nets.images(4)
+    converted = ghostify(
+        model, budget={"max_drop": 1, "macs": 0.8}, evaluate=lambda _: next(remaining, scores[-1]), example_inputs=x
+    )
+    assert report(converted).rewritten
+
+
+def test_a_model_without_a_score_is_not_accepted():
+    scores, model, x = iter([1.0]), nets.settle(nets.Straight()), nets.images(4)
+    with pytest.raises(GhostifyError, match="max_drop 1: is infeasible"):
+        ghostify(
+            model,
+            budget={"max_drop": 1, "macs": 0.8},
+            evaluate=lambda _: next(scores, float("nan")),
+            example_inputs=x,
+        )

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich import box
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from ghostify.errors import GhostifyError, InfeasibleBudgetError
 from ghostify.fitting.driver import FitResult, ProgressCallback, fit
@@ -74,7 +75,7 @@ def frontier(
     check_budget({key: 1.0})
     prepared = None if calibration is None else prepare_calibration(program, calibration, seed)
     counted = [cost.name for cost in COSTS.values() if not cost.is_measured]
-    original_score = None if evaluate is None else evaluate(program.module)
+    original_score = None if evaluate is None else _original_score(evaluate, program.module)
     curve = []
     with LatencyTimer(runtime) as timer:
         space = build_search_space(program, policy, tuple(dict.fromkeys((*counted, key))), prepared, seed, timer)
@@ -131,7 +132,7 @@ def plan_for_drop(
         raise GhostifyError(f"budget max_drop={max_drop!r}: is not a number of at least 0. Use 0.5 for half a point.")
     key = next(iter(limits))
     prepared = None if calibration is None else prepare_calibration(program, calibration, seed)
-    original_score = evaluate(program.module)
+    original_score = _original_score(evaluate, program.module)
 
     def evaluated(plan: Plan) -> tuple[float, tuple[Plan, FitResult]]:
         score, fits = _fit_and_evaluate(program, plan, prepared, evaluate, seed, on_progress)
@@ -140,7 +141,7 @@ def plan_for_drop(
     with LatencyTimer(runtime) as timer:
         space = build_search_space(program, policy, tuple(limits), prepared, seed, timer)
         drop, best = evaluated(select_plan(space, limits).plan)
-        if drop > max_drop:
+        if not drop <= max_drop:
             text = ", ".join(f"{k}={v:g}" for k, v in limits.items())
             raise GhostifyError(
                 f"budget max_drop {max_drop:g}: is infeasible: at {text} the drop is {drop:.3g}. "
@@ -215,7 +216,25 @@ def _fit_and_evaluate(
 ) -> tuple[float, FitResult]:
     """The score of the fitted model of a plan, and its fit."""
     fits = fit(program, plan, calibration, seed=seed, on_progress=on_progress)
-    return evaluate(rewrite(program, plan, fits.weights)), fits
+    return _score(evaluate, rewrite(program, plan, fits.weights)), fits
+
+
+def _score(evaluate: Evaluate, model: nn.Module) -> float:
+    """The score of a model, -inf for NaN; raises `GhostifyError` where it is not a number."""
+    score: Any = evaluate(model)
+    is_single = isinstance(score, Tensor | np.generic | np.ndarray) and math.prod(score.shape) == 1
+    if not isinstance(score, int | float) and not is_single:
+        raise GhostifyError(f"evaluate: returned {score!r}, which is not a number. Return a score, higher is better.")
+    return -math.inf if math.isnan(score) else float(score)
+
+
+def _original_score(evaluate: Evaluate, model: nn.Module) -> float:
+    score = _score(evaluate, model)
+    if not math.isfinite(score):
+        raise GhostifyError(
+            "evaluate: the score of the original is not finite. Return a finite score for it, higher is better."
+        )
+    return score
 
 
 def _select_or_none(space: SearchSpace, budget: Mapping[str, float]) -> BudgetPlan | None:
