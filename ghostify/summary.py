@@ -85,8 +85,8 @@ class Report:
     """All convolutions in order of first use, the model's MACs where known, calibration images and seconds by stage.
 
     Errors of layers are those of the closed-form fit, before any `reconstruction`. `missing_attributes` names methods
-    and attributes of the original that the result lacks. `notes` are those of the plan, `macs_limit` the number of MACs
-    that a budget permitted.
+    and attributes of the original that the result lacks. `notes` are those of the plan and of the fit, `macs_limit` the
+    number of MACs that a budget permitted.
     """
 
     layers: tuple[LayerReport, ...]
@@ -169,6 +169,7 @@ def build_report(
     """The report of a plan, with the errors of its fits and of its reconstruction where there are any."""
     layers = tuple(_layer_report(entry, fits) for entry in plan.entries)
     images, seconds = (0, {}) if fits is None else (fits.images, fits.seconds)
+    notes = plan.notes if fits is None else (*plan.notes, *fits.notes)
     return Report(
         layers,
         plan.macs_before,
@@ -177,7 +178,7 @@ def build_report(
         seconds,
         reconstruction,
         missing_attributes,
-        plan.notes,
+        notes,
         plan.macs_limit,
     )
 

@@ -350,3 +350,17 @@ def test_a_fixed_ratio_holds_under_a_latency_budget():
     policy = Policy((Rule("a.0", ratio=4), Rule(cheap="auto")))
     planned = plan_for_budget(trace(model, x), policy, {"latency": 0.98})
     assert next(e for e in planned.rewrites if e.conv.name == "a.0").layout.intrinsic == 32
+
+
+@pytest.mark.parametrize("prune", [False, True])
+@pytest.mark.parametrize("value", [1e18, 1e20])
+def test_values_near_overflow_are_an_error(value, prune):
+    model, x = nets.settle(nets.Straight()), torch.full((4, 3, 12, 12), value)
+    with pytest.raises(GhostifyError, match=r"^calibration.* 0.* not finite"):
+        ghostify(model, cheap="auto", prune=prune, budget={"macs": 0.8}, example_inputs=x, calibration=[x])
+
+
+def test_a_wrong_batch_is_named():
+    model, x = nets.settle(nets.Straight()), nets.images(4)
+    with pytest.raises(GhostifyError, match=r"^calibration batch 1: the model does not run on it"):
+        ghostify(model, cheap="auto", budget={"macs": 0.8}, example_inputs=x, calibration=[x, x[:, :2]])

@@ -1,7 +1,8 @@
-"""Rank, number of processes, and sums over the processes of a `torch.distributed` group."""
+"""Rank, number of processes, sums and rows over the processes of a `torch.distributed` group."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, distributed
 
 
@@ -20,3 +21,16 @@ def all_reduce_sum(*tensors: Tensor) -> tuple[Tensor, ...]:
     for tensor in copies:
         distributed.all_reduce(tensor)
     return copies
+
+
+def all_gather_rows(rows: Tensor) -> Tensor:
+    """The rows of all processes, in the order of their ranks; the numbers of rows may differ."""
+    rank, processes = rank_and_world_size()
+    if processes == 1:
+        return rows
+    counts = torch.zeros(processes)
+    counts[rank] = len(rows)
+    ends = all_reduce_sum(counts)[0].cumsum(0).long().tolist()
+    gathered = torch.zeros(ends[-1], *rows.shape[1:])
+    gathered[ends[rank] - len(rows) : ends[rank]] = rows.float()
+    return all_reduce_sum(gathered)[0].to(rows.dtype)

@@ -23,6 +23,7 @@ from ghostify.fitting.ghost_fit import GhostFit, has_many_maps, to_ghost_weights
 from ghostify.fitting.lockstep import LockstepRun
 from ghostify.fitting.lstsq import DEFAULT_METHOD, FitMethod, JointStatistics
 from ghostify.fitting.pruned_fit import PrunedConvFit
+from ghostify.fitting.row_sample import MAX_MOMENT_FEATURES, needs_rows, sampled_rows_for
 from ghostify.fitting.sensitivity import Calibration, Sensitivity, a_calibration, channel_weights, prepare_calibration
 from ghostify.fitting.stage_timer import StageTimer
 from ghostify.fitting.subgraph_inputs import collect_subgraph_inputs
@@ -30,7 +31,8 @@ from ghostify.graph.batchnorm import BatchNorm, batchnorm_at
 from ghostify.graph.program import Program, a_program, get_subgraph
 from ghostify.modules.ghost import GhostWeights
 from ghostify.modules.hooks import has_hooks
-from ghostify.planning.planner import GhostRewrite, Plan, a_plan, check_plan
+from ghostify.planning.planner import GhostRewrite, Plan, PruneRewrite, a_plan, check_plan
+from ghostify.pruning.pruning_groups import conv_after_pruning
 from ghostify.pruning.slicing import slice_conv, slice_norm
 from ghostify.rewriting.apply import FittedWeights, insert_fitted, insert_pruned, rewrite_subgraph
 from ghostify.user_warnings import warn_user
@@ -43,11 +45,15 @@ ProgressCallback = Callable[[int, int, str], None]
 
 @dataclass(frozen=True, eq=False)
 class FitResult:
-    """Weights by convolution name, the number of calibration images (0: data-free), and the seconds by stage."""
+    """Weights by convolution name, the number of calibration images (0: data-free), and the seconds by stage.
+
+    `notes` name the layers that are fitted to fewer rows than others, with the reason.
+    """
 
     weights: Mapping[str, FittedWeights]
     images: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def ghost(self, name: str) -> GhostWeights:
         """The weights of a convolution that is rewritten to a ghost module."""
@@ -95,7 +101,8 @@ def fit(
     with torch.no_grad():
         run.fit_subgraphs(calibration)
     _warn_if_overfit(run.weights, calibration.batches)
-    return FitResult(run.weights, calibration.batches.images, run.timer.seconds)
+    notes = tuple(_note_on_rows(e) for e in run.fitted if needs_rows(_features(e)))
+    return FitResult(run.weights, calibration.batches.images, run.timer.seconds, notes)
 
 
 class _FitRun:
@@ -196,6 +203,20 @@ class _FitRun:
                 and (n.target in modules or any(_is_inside(p, n.target) for p in (*inner_paths, *tensors)))
             )
         }
+
+
+def _features(entry: GhostRewrite | PruneRewrite) -> int:
+    """The number of values that a filter reads."""
+    conv = entry.conv if entry.kept_channels is None else conv_after_pruning(entry.conv, entry.kept_channels)
+    return conv.macs_per_output
+
+
+def _note_on_rows(entry: GhostRewrite | PruneRewrite) -> str:
+    features = _features(entry)
+    return (
+        f"{entry.conv.name}: fitted to about {sampled_rows_for(features)} positions, since its filters read {features} "
+        f"values (more than {MAX_MOMENT_FEATURES})"
+    )
 
 
 def _is_inside(path: str, target: object) -> bool:

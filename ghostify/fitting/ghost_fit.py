@@ -29,6 +29,7 @@ from ghostify.fitting.lockstep import BatchState, LockstepRun
 from ghostify.fitting.lstsq import DEFAULT_METHOD, FitMethod, JointStatistics
 from ghostify.fitting.moments import AssignedMoments, Moments, PerMapMoments
 from ghostify.fitting.patches import Crop
+from ghostify.fitting.row_sample import Rows
 from ghostify.fitting.sensitivity import channel_weights, error_metric
 from ghostify.fitting.stage_timer import StageTimer
 from ghostify.graph.batchnorm import batchnorm_at
@@ -127,7 +128,7 @@ class GhostFit:
         return self._select_on_holdout(forms, data_free)
 
     def _joint_statistics(
-        self, moments: Moments, filters: Tensor, bias: Tensor | None, timer: StageTimer
+        self, moments: Moments | Rows, filters: Tensor, bias: Tensor | None, timer: StageTimer
     ) -> JointStatistics:
         """Joint statistics of the refitted maps, or of their principal maps."""
         d = self.entry.layout.kernel_size
@@ -161,7 +162,7 @@ class GhostFit:
         return assigned_statistics(moments.all_reduced(), assignment, basis, intrinsic_bias, self.free_mean)
 
     def _fit_activated(
-        self, activation_chain: nn.Sequential, moments: Moments, filters: Tensor, timer: StageTimer
+        self, activation_chain: nn.Sequential, moments: Moments | Rows, filters: Tensor, timer: StageTimer
     ) -> GhostWeights:
         """The activated form: refitted filters, and ghosts fitted to the normalised and activated intrinsic maps."""
         layout, taps = self.entry.layout, self.entry.layout.kernel_size**2
@@ -190,15 +191,9 @@ class GhostFit:
             kernels, ghost_constants, ghost_errors = fit_assigned_kernels(
                 ghost_moments.all_reduced(), source, self.free_mean
             )
-            uu, uy, yy = moments.centred() if self.free_mean else moments.raw()
-            intrinsic_filters, var = filters[:, intrinsic], yy[intrinsic]
-            squared_errors = (
-                var
-                - 2 * (intrinsic_filters * uy[:, intrinsic]).sum(0)
-                + (intrinsic_filters * (uu @ intrinsic_filters)).sum(0)
-            )
-            mean_square = (moments.yy / moments.count.clamp_min(1))[intrinsic]
-            intrinsic_errors = relative_by_channel(squared_errors.clamp_min(0), var, mean_square)
+            intrinsic_filters = filters[:, intrinsic]
+            errors, var = moments.errors_of(intrinsic_filters, intrinsic, free_mean=self.free_mean)
+            intrinsic_errors = relative_by_channel(errors.clamp_min(0), var, moments.mean_square_y[intrinsic])
         has_bias = self.conv.bias is not None
         return GhostWeights(
             channels=assignment.channels,
@@ -263,15 +258,14 @@ class GhostFit:
         maps = maps[:, torch.argsort(weights.channels)]
         return maps if weights.norm_shift is None else maps + weights.norm_shift.float()[:, None, None]
 
-    def _basis(self, moments: Moments, filters: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    def _basis(self, moments: Moments | Rows, filters: Tensor, limit: int) -> tuple[Tensor, Tensor]:
         """Basis filters (b x kh kw c) and the refitted maps in that basis (n x b): themselves, or principal maps."""
         n, limit = filters.shape[1], min(limit, len(filters))
         if n <= limit or self.is_shared:
             return filters.T, torch.eye(n, dtype=torch.float64)
-        uu = (moments.centred() if self.free_mean else moments.raw())[0]
         scale = self.weights.sqrt()
         scaled = filters * scale
-        covariance = scaled.T @ uu @ scaled
+        covariance = moments.covariance_of(scaled, free_mean=self.free_mean)
         vectors = leading_vectors(covariance, limit)
         return vectors.T @ scaled.T, vectors / scale[:, None]
 

@@ -13,6 +13,7 @@ from ghostify.fitting import patches
 from ghostify.fitting.calibration import HOLDOUT_EVERY, holdout_mask
 from ghostify.fitting.lockstep import BatchState, LockstepRun
 from ghostify.fitting.moments import SplitMoments
+from ghostify.fitting.row_sample import SplitRows, needs_rows, sampled_rows_for
 from ghostify.graph.batchnorm import BatchNorm, batchnorm_affine
 from ghostify.numerics import derive_seed
 from ghostify.planning.planner import GhostRewrite, PruneRewrite
@@ -41,7 +42,8 @@ class Sample:
 
 
 class LayerSamples:
-    """Samples of one convolution, batch by batch, and the moments of its input patches with its target outputs.
+    """Samples of one convolution, batch by batch, and the moments of its input patches with its target outputs, or
+    fewer rows of both where the moments would be too large.
 
     `gain` is sigma / gamma of the following norm, by channel of the original (see `regression_target`). `conv` is the
     convolution that reads the patches; its outputs are the channels `kept_out` of the original's.
@@ -59,7 +61,14 @@ class LayerSamples:
         self.name, self.conv, self.gain, self.images, self.seed = entry.conv.name, conv, gain, images, seed
         self.kept_out, self.residual = kept_out_of(entry), lockstep.node(entry.residual_operand)
         features = conv.weight[0].numel()
-        self.moments, self.rows = SplitMoments.zero(features, len(self.kept_out)), rows_for(features, MIN_PATCH_ROWS)
+        self.moments: SplitMoments | SplitRows
+        if needs_rows(features):
+            self.moments, self.rows = SplitRows(features, len(self.kept_out)), sampled_rows_for(features)
+        else:
+            self.moments, self.rows = (
+                SplitMoments.zero(features, len(self.kept_out)),
+                rows_for(features, MIN_PATCH_ROWS),
+            )
 
     def take(self, node: fx.Node, state: BatchState) -> Sample:
         """The sample of one batch; adds its moments. Raises `GhostifyError` for values that are not finite."""

@@ -21,6 +21,7 @@ from ghostify.fitting.depthwise_statistics import AssignedStatistics, pair_error
 from ghostify.fitting.ghost_statistics import Solution
 from ghostify.fitting.linear_solvers import cholesky_root, damping_for, solve_damped, solve_ridge
 from ghostify.fitting.moments import Moments, SplitMoments, rank_in_group
+from ghostify.fitting.row_sample import SplitRows, refit_on_rows
 from ghostify.modules.layout import Depthwise, GhostLayout, Grouped, Pointwise
 
 RELATIVE_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -99,13 +100,16 @@ def joint_statistics(
     )
 
 
-def refit_filters(moments: SplitMoments, prior: Tensor, weights: Tensor, *, free_mean: bool) -> Tensor:
+def refit_filters(moments: SplitMoments | SplitRows, prior: Tensor, weights: Tensor, *, free_mean: bool) -> Tensor:
     """The filters (c k^2 x n) that best predict the outputs from the layer's present inputs, by ridge regression.
 
     The ridge shrinks towards the original filters `prior`. It is the one with the smallest error on the holdout,
     weighted by `weights` (n), and is then used on all rows; without a holdout it is `DEFAULT_RIDGE`. With `free_mean`
     a constant per output is free.
     """
+
+    if isinstance(moments, SplitRows):
+        return refit_on_rows(moments, prior, weights, RELATIVE_RIDGES, DEFAULT_RIDGE, free_mean=free_mean)
 
     def second_moments(moments: Moments) -> tuple[Tensor, Tensor, Tensor]:
         return moments.centred() if free_mean else moments.raw()

@@ -89,6 +89,21 @@ class Moments(TargetSums):
     def mean_y(self) -> Tensor:
         return self.y / self.count.clamp_min(1)
 
+    @property
+    def mean_square_y(self) -> Tensor:
+        """The mean square of each target (n)."""
+        return self.yy / self.count.clamp_min(1)
+
+    def covariance_of(self, filters: Tensor, *, free_mean: bool) -> Tensor:
+        """The covariance (b x b) of the maps of `filters` (a x b), or their mean products without a free mean."""
+        return filters.T @ (self.centred() if free_mean else self.raw())[0] @ filters
+
+    def errors_of(self, filters: Tensor, channels: Tensor, *, free_mean: bool) -> tuple[Tensor, Tensor]:
+        """Squared errors of the targets `channels` as predicted by `filters` (a x b), and their variances (b each)."""
+        uu, uy, yy = self.centred() if free_mean else self.raw()
+        uy, yy = uy[:, channels], yy[channels]
+        return yy - 2 * (filters * uy).sum(0) + (filters * (uu @ filters)).sum(0), yy
+
     def centred(self) -> tuple[Tensor, Tensor, Tensor]:
         """Covariances (uu, uy) and variances (y) of the rows so far."""
         uu, uy, yy = self.raw()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, fx
 
 from ghostify.fitting import patches
@@ -52,8 +53,8 @@ class PrunedConvFit:
         with timer("solving"):
             filters = self.method.refit_filters(moments, prior, self.weights, free_mean=self.free_mean)
             all_rows = moments.all_rows
-            uu, uy, yy = all_rows.centred() if self.free_mean else all_rows.raw()
-            error = (yy - 2 * (filters * uy).sum(0) + (filters * (uu @ filters)).sum(0)).clamp_min(0)
+            every_channel = torch.arange(filters.shape[1])
+            error, variance = all_rows.errors_of(filters, every_channel, free_mean=self.free_mean)
             constants = all_rows.mean_y - filters.T @ all_rows.mean_u
             holdout_errors = self._holdout_errors(filters, constants * self.free_mean)
         has_bias = self.conv.bias is not None
@@ -61,7 +62,7 @@ class PrunedConvFit:
             weight=patches.unflatten_filters(filters.T, self.conv),
             bias=constants if has_bias else None,
             shift=constants if not has_bias and self.entry.norm is not None else None,
-            fit_error=relative_by_channel(error, yy, all_rows.yy / all_rows.count.clamp_min(1)),
+            fit_error=relative_by_channel(error.clamp_min(0), variance, all_rows.mean_square_y),
             holdout_error=None if holdout_errors is None else holdout_errors.relative,
             output_error=None if holdout_errors is None else holdout_errors.output_error,
         )

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, fx
 
+from ghostify.errors import GhostifyError
 from ghostify.fitting import patches
 from ghostify.fitting.moments import Moments
 from ghostify.fitting.sensitivity import Calibration, error_metric
@@ -44,14 +45,25 @@ def visit_convs(
 def add_by_halves(halves: Sequence[Moments], maps: Tensor, first: int, images: int, seed: int) -> None:
     """Add maps (N x n x H x W) at sampled positions: those of even image numbers to `halves[0]`, of odd to `halves[1]`.
 
-    `first` is the number of the first image, `images` the size of the whole set.
+    `first` is the number of the first image, `images` the size of the whole set. Raises `GhostifyError` for values that
+    are not finite or whose squares overflow.
     """
     maps = maps.float().cpu()
     positions = patches.sample_positions(maps.shape, patches.positions_per_map(POSITIONS, images), seed + first)
     rows, parity = patches.gather_positions(maps, positions), (positions[0] + first) % 2
+    check_range(rows, first)
     for half, moments in enumerate(halves):
         of_half = rows[parity == half]
         moments.add(of_half, of_half[:, :0])
+
+
+def check_range(values: Tensor, first: int) -> None:
+    """Raises `GhostifyError`, with the number of the first image, for values whose sum of squares is not finite."""
+    if not values.norm().square().isfinite():
+        raise GhostifyError(
+            f"calibration: from image {first} on, values of a convolution are not finite or near overflow. Check these "
+            "images, or use a dtype with a larger range."
+        )
 
 
 def covariances_of(halves: Sequence[Moments], *, free_mean: bool = True) -> tuple[Tensor, tuple[Tensor, ...]]:

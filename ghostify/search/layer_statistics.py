@@ -24,7 +24,7 @@ from ghostify.graph.neighbours import GraphIndex, following_norm
 from ghostify.graph.program import Program
 from ghostify.modules.layout import Depthwise, GhostForm, Grouped, Pointwise
 from ghostify.planning.planner import PlanTarget
-from ghostify.search.halves import POSITIONS, add_by_halves, conv_error_metric, covariances_of, visit_convs
+from ghostify.search.halves import POSITIONS, add_by_halves, check_range, conv_error_metric, covariances_of, visit_convs
 
 MAP_POSITIONS = 8_000
 MAX_BYTES = 3 * 2**30
@@ -146,6 +146,7 @@ def _from_images(
         if name in maps:
             outputs, side = output.float().cpu(), math.ceil(patches.positions_per_map(MAP_POSITIONS, images) ** 0.5)
             crop = patches.random_crop(IDENTITY, outputs, outputs, side, size, seed + first)
+            check_range(crop.padded_input, first)
             maps[name].add(patches.unfold_neighbours(crop.padded_input, size), patches.flatten_positions(crop.target))
 
     visit_convs(program, calibration, on_call)

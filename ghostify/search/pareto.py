@@ -157,7 +157,7 @@ def plan_for_drop(
     with LatencyTimer(runtime) as timer:
         space = build_search_space(program, policy, tuple(limits), prepared, seed, timer)
         drop, best = evaluated(select_plan(space, limits).plan)
-        if drop > max_drop:
+        if not drop <= max_drop:
             text = ", ".join(f"{k}={v:g}" for k, v in limits.items())
             raise GhostifyError(
                 f"budget max_drop {max_drop:g}: is infeasible: at {text} the drop is {drop:.3g}. "
