@@ -63,7 +63,7 @@ def test_a_closed_pipe_ends_silently(capsys, monkeypatch):
 
 
 def test_warnings_of_this_package_are_lines_and_others_are_silent(capsys):
-    def app(standalone_mode):
+    def app(**_):
         warnings.warn("ours [x]", stacklevel=1)
         namespace = {"__name__": "ghostify.fitting.driver", "warnings": warnings}
         exec("warnings.warn('of [the] fit')", namespace)
@@ -76,7 +76,7 @@ def test_warnings_of_this_package_are_lines_and_others_are_silent(capsys):
 def test_a_full_device_is_named(monkeypatch, capsys):
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
-        assert run(lambda standalone_mode: print("x" * 100)) == 2
+        assert run(lambda **_: print("x" * 100)) == 2
         monkeypatch.undo()
         with pytest.raises(OSError, match="No space"):
             full.flush()

@@ -129,8 +129,8 @@ def read_data(path: str | Path, prepared: Preprocessing, *, limit: int | None = 
             raise GhostifyError(f"{name} {count!r}: is not a number of images. Use at least 1.")
     path = Path(path)
     if path.is_dir():
-        files, classes = list_images(path)
-        files = _sample_evenly(files, limit)
+        all_files, classes = list_images(path)
+        files = _sample_evenly(all_files, limit)
         labels = torch.tensor([classes.index(class_of(p, path)) for p in files]) if classes else None
         return ImageData(tuple(_read_batches(files, prepared, batch)), labels)
     if path.suffix.lower() not in ARRAY_SUFFIXES:
