@@ -3,7 +3,7 @@
 The list has the functions, methods and module classes of PyTorch that compute on tensors, and those that models of timm
 and torchvision use: their module classes, and what the graphs of one to three models of each family call. Names that an
 earlier run listed stay, for other versions of the packages, unless they are refused here. Review the change before you
-commit it: what is in the list runs without anybody's permission. Takes some minutes and fetches nothing.
+commit it: what is in the list runs without the user's permission. Takes some minutes and fetches nothing.
 """
 
 # ruff: noqa: SIM905

@@ -3,25 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from typing import Any
 
 from torch import nn
 
+from ghostify.arguments import a_flag, a_function, a_model, a_seed, anything, optional, public
 from ghostify.deprecation import renamed_keywords
 from ghostify.errors import GhostifyError
 from ghostify.fitting.driver import ProgressCallback, fit
-from ghostify.fitting.sensitivity import prepare_calibration
+from ghostify.fitting.sensitivity import a_calibration, prepare_calibration
 from ghostify.graph.tracing import trace
 from ghostify.planning.planner import plan
-from ghostify.planning.policy import Pattern, Policy, Rule, as_patterns
+from ghostify.planning.policy import Pattern, Policy, Rule, as_policy
 from ghostify.reconstruction.blockwise import reconstruct_blocks
 from ghostify.rewriting.apply import rewrite
-from ghostify.search.budget import plan_for_budget
+from ghostify.runtimes.registry import a_runtime
+from ghostify.search.budget import a_budget, plan_for_budget
 from ghostify.search.pareto import Evaluate, plan_for_drop
 from ghostify.summary import attach_report, build_report
 
 
 @renamed_keywords(narrow="prune", progress="on_progress")
+@public(
+    model=a_model,
+    ratio=anything,  # these are checked by Rule
+    dw_size=anything,
+    cheap=anything,
+    activated=anything,
+    prune=anything,
+    targets=anything,
+    ignore=anything,
+    policy=optional(as_policy),
+    budget=optional(a_budget),
+    example_inputs=anything,
+    calibration=optional(a_calibration),
+    evaluate=optional(a_function("model")),
+    runtime=a_runtime,
+    reconstruct=a_flag,
+    seed=a_seed,
+    on_progress=optional(a_function("done", "total", "text")),
+)
 def ghostify(
     model: nn.Module,
     ratio: float = 2,
@@ -32,7 +54,7 @@ def ghostify(
     prune: bool = False,
     targets: Pattern | Iterable[Pattern] | None = None,
     ignore: Pattern | Iterable[Pattern] | None = None,
-    policy: Policy | None = None,
+    policy: Policy | Rule | None = None,
     budget: Mapping[str, float] | None = None,
     example_inputs: Any = None,
     calibration: Iterable[Any] | None = None,
@@ -44,8 +66,8 @@ def ghostify(
 ) -> nn.Module:
     """A copy of `model` with ghost modules for dense convolutions, at about 1 / `ratio` of the multiply-accumulates.
 
-    `ratio`, `dw_size`, `cheap`, `activated`, `prune`, `targets` and `ignore` form one `Rule` (see there); a `policy`
-    replaces them. By default, every dense convolution but the first is rewritten.
+    `ratio`, `dw_size`, `cheap`, `activated`, `prune`, `targets` and `ignore` form one `Rule` (see there); a `policy`,
+    or one `Rule`, replaces them. By default, every dense convolution but the first is rewritten.
 
     A `budget` such as {"macs": 0.5} replaces the ratio by one for each layer, and needs `example_inputs`. Its keys are
     "macs", "params" and "latency": values up to 1 are shares of the original's, larger ones numbers (milliseconds for
@@ -53,19 +75,25 @@ def ghostify(
     "aotinductor"). {"max_drop": 0.5} selects the cheapest model whose score by `evaluate(model)` is at most 0.5 below
     that of the original (see `plan_for_drop`).
 
-    `calibration` yields batches in any form that the model's forward takes. Each layer is fitted to the original's
-    outputs on them; without them, the fit is data-free. With `reconstruct`, gradient steps on the same batches follow,
-    block by block. `example_inputs` adds shapes and MACs to the report. `on_progress(done, total, text)` is called
-    during the fit. The same inputs and `seed` give the same result. Raises `GhostifyError`.
+    `calibration` yields batches: tensors, tuples or dicts for the arguments that `example_inputs` fills (without it,
+    those without default); further elements of a tuple, such as labels, are dropped. Each layer is fitted to the
+    original's outputs on them; without them, the fit is data-free. With `reconstruct`, gradient steps on the same
+    batches follow, block by block. `example_inputs` adds shapes and MACs to the report. `on_progress(done, total,
+    text)` is called during the fit. The same inputs and `seed` give the same result, whatever modes, defaults and
+    random states the caller has set (see `neutral_context`); only `evaluate` runs in the caller's modes. Raises
+    `GhostifyError`, also where a function that was passed fails, except for `on_progress`: what it raises ends the
+    conversion.
     """
     if reconstruct and calibration is None:
         raise GhostifyError("reconstruct: needs images. Pass calibration (--calibration FOLDER).")
+    selected, ignored = ("*" if targets is None else targets), (() if ignore is None else ignore)
+    rule = Rule(selected, ignored, ratio, dw_size, cheap, activated, prune)  # type: ignore[arg-type]
     if policy is None:
-        selected = ("*",) if targets is None else as_patterns(targets, "targets")
-        ignored = () if ignore is None else as_patterns(ignore, "ignore")
-        policy = Policy((Rule(selected, ignored, ratio, dw_size, cheap, activated, prune),), keep_first=targets is None)
-    elif targets is not None or ignore is not None:
-        raise GhostifyError("targets, ignore: are set in the rules of the policy. Pass either, not both.")
+        policy = Policy((rule,), keep_first=targets is None)
+    elif rule != Rule() or targets is not None:
+        names = ", ".join(field.name for field in fields(Rule))
+        raise GhostifyError(f"{names}: are set in the rules of the policy. Pass either, not both.")
+    policy = as_policy("policy", policy)
     if reconstruct and any(rule.prune for rule in policy.rules):
         raise GhostifyError("reconstruct: does not support pruned channels. Pass either reconstruct or prune.")
     program = trace(model, example_inputs)

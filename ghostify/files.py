@@ -1,4 +1,4 @@
-"""Files that somebody else may have made: regular, of bounded size, and JSON of bounded depth and length."""
+"""Files that may come from others: regular, of bounded size, and JSON of bounded depth and length."""
 
 from __future__ import annotations
 

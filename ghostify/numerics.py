@@ -74,8 +74,8 @@ def outputs_match(outputs: Sequence[Tensor], reference: Sequence[Tensor], tolera
 
 
 def derive_seed(seed: int, number: int) -> int:
-    """The seed of step or image `number`, `SEED_STRIDE` away from that of the next user seed."""
-    return seed * SEED_STRIDE + number
+    """The seed of step or image `number`, `SEED_STRIDE` away from that of the next user seed; from 0 to 2^64 - 1."""
+    return (seed * SEED_STRIDE + number) % 2**64
 
 
 def first_not_finite(tensors: Mapping[str, Tensor], parameters: Set[str]) -> str | None:

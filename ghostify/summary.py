@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ghostify.arguments import a_module, public
 from ghostify.deprecation import LAYER_FIELDS, REPORT_FIELDS, renamed_attributes
 from ghostify.errors import GhostifyError
 from ghostify.fitting.driver import FitResult
@@ -137,6 +138,7 @@ class ConversionInfo:
     source: dict[str, Any] | None = None
 
 
+@public(module=a_module)
 def report(module: nn.Module) -> Report:
     """The report of a model that `ghostify` or `load` returned; raises `GhostifyError` for any other."""
     return conversion_info(module).report

@@ -55,8 +55,8 @@ def test_the_planned_ratios_beat_one_for_all():
     [
         ({"macs": 0.01}, {}, r"budget macs 0.01: is infeasible: the minimum is 0\.\d+ .*Raise it to at least 0\.\d+"),
         ({"flops": 0.5}, {}, r"budget 'flops': is unknown\. Use macs, params, latency"),
-        ({"macs": -1}, {}, "budget macs=-1: is not a positive number"),
-        ({"macs": "half"}, {}, "budget macs='half': is not a positive number"),
+        ({"macs": -1}, {}, "budget macs -1: is not a positive number"),
+        ({"macs": "half"}, {}, "budget macs 'half': is not a positive number"),
         ({"macs": 0.5}, {"cheap": 2}, "cheap 2: does not work with a budget. Use auto"),
     ],
 )

@@ -59,11 +59,11 @@ def test_convert_then_finetune(files, tmp_path):
     weights = files / "w.safetensors"
     process = run("convert", NET, *SIZE, "--checkpoint", weights, "--output", out)
     assert process.returncode == 0, process.stderr
-    command = ("finetune", out, "--data", data, "--original", weights, "--output", tuned, "--batch", 8)
+    command = ("finetune", out, "--data", data, "--original", weights, "--output", tuned, "--batch", 8, "--allow", NET)
     process = run(*command, "--epochs", 4, "--set", "labels=0.5", "--set", "save_every=3")
     assert process.returncode == 0, process.stderr
     assert "step 8: top-1" in process.stdout
-    assert run("eval", tuned, "--data", data, "--original", weights).returncode == 0
+    assert run("eval", tuned, "--data", data, "--original", weights, "--allow", NET).returncode == 0
     changed = run(*command, "--epochs", 2)
     assert changed.returncode == 2
     assert "belongs to a run with different epochs" in changed.stderr
@@ -108,16 +108,15 @@ def test_convert_then_eval(files, tmp_path):
     assert "2 convolutions rewritten, 1 skipped" in process.stdout
     assert "of 1 blocks reconstructed, output error on holdout" in " ".join(process.stdout.split())
     assert load(tmp_path / "out")(torch.zeros(2, 3, 12, 12)).shape == (2, 5)
-    evaluated = run(
-        "eval", tmp_path / "out", "--data", files / "data.npz", "--original", files / "w.safetensors", "--json"
-    )
+    command = ("eval", tmp_path / "out", "--data", files / "data.npz", "--allow", NET)
+    evaluated = run(*command, "--original", files / "w.safetensors", "--json")
     assert evaluated.returncode == 0, evaluated.stderr
     facts = json.loads(evaluated.stdout)
     assert facts["original_top1_percent"] == 100
     assert facts["top1_percent"] == facts["agreement_percent"] > 50
     assert facts["macs"] < facts["original_macs"]
     assert all(re.fullmatch("[a-z0-9_]+", key) for key in facts)
-    alone = run("eval", tmp_path / "out", "--data", files / "data.npz")
+    alone = run(*command)
     assert "top-1 %" in alone.stdout
     assert "MACs per image" in alone.stdout
     assert "original" not in alone.stdout
@@ -143,7 +142,7 @@ def test_user_errors_are_one_line_and_code_2(files, tmp_path):
     weights = ("--checkpoint", files / "w.safetensors", "--output", tmp_path / "out")
     for arguments, message in (
         (("plan", "timm:resnet81"), "ghostify: model 'timm:resnet81': timm has no model of this name"),
-        (("plan", NET, "--ratio", "0.5"), "ghostify: ratio 0.5: is not a number of at least 1"),
+        (("plan", NET, "--ratio", "0.5"), "ghostify: --ratio 0.5: is not a number of at least 1"),
         (("plan", NET, "--input-size", "3x4"), "ghostify: --input-size '3x4': is not three positive sizes. Use C,H,W"),
         (("plan", NET, *SIZE, "--target", "zzz"), "ghostify: targets 'zzz': matches no convolution"),
         (("convert", NET, *SIZE, *weights, "--calibration", tmp_path / "no.npy"), "no.npy: cannot be read"),
@@ -197,16 +196,20 @@ def test_report_on_the_terminal_and_as_a_page(files, tmp_path):
     assert shown.returncode == 0, shown.stderr
     assert "largest shares of the predicted output error:" in shown.stdout
     assert all(len(line) <= 80 for line in shown.stdout.splitlines())
-    process = run("report", out, "--html", page, "--original", weights, "--data", data, "--runtime", "none")
+    command = ("report", out, "--html", page, "--original", weights, "--data", data, "--runtime", "none")
+    refused = run(*command)
+    assert refused.returncode == 2
+    assert refused.stderr.endswith(f"would run code of 'tests.nets'. If you trust who saved it, use --allow {NET}.\n")
+    process = run(*command, "--allow", NET)
     assert process.returncode == 0, process.stderr
     assert "tests.nets:Straight at 3x12x12" in page.read_text()
     assert "top-1 on 24 images" in page.read_text()
     refused = run("report", out, "--html", tmp_path / "s.html", "--data", data)
     assert refused.returncode == 2
     assert "Pass its checkpoint as --original" in refused.stderr
-    bad = run("report", out, "--html", tmp_path / "s.html", "--frontier", weights)
+    bad = run("report", out, "--html", tmp_path / "s.html", "--frontier", weights, "--allow", NET)
     assert bad.returncode == 2
-    assert "is not a readable frontier" in bad.stderr
+    assert "w.safetensors: is not UTF-8 text" in bad.stderr
     assert not (tmp_path / "s.html").exists()
 
 
@@ -257,7 +260,8 @@ def test_a_class_of_the_users_comes_from_the_present_folder_and_is_allowed_by_na
     for verb in (("eval", "out", "--data", "x.npy"), ("report", "out")):
         refused = run(*verb, cwd=tmp_path)
         assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
-        assert "ours:Net: is not in an allowed package" in refused.stderr
-        assert "--allow ours" in refused.stderr
-        process = run(*verb, "--allow", "ours", cwd=tmp_path)
-        assert process.returncode == 0, process.stderr
+        assert "ours:Net: not in the list of what a saved model may name" in refused.stderr
+        assert refused.stderr.endswith("--allow ours:Net.\n")
+        for entry in ("ours:Net", "ours"):
+            process = run(*verb, "--allow", entry, cwd=tmp_path)
+            assert process.returncode == 0, process.stderr

@@ -115,6 +115,7 @@ def test_forms_of_calibration(form):
     assert report(ghostify(model, calibration=batches)).images == 8
 
 
+@pytest.mark.filterwarnings("ignore:calibration batch 0. the model.s outputs have NaN values")
 @pytest.mark.parametrize(
     ("batches", "message"),
     [

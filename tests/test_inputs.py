@@ -8,7 +8,6 @@ from ghostify.graph.inputs import (
     CallArguments,
     PlaceholderValues,
     as_arguments,
-    bind_batch,
     bind_example,
     bind_inputs,
     call_model,
@@ -35,14 +34,10 @@ def test_placeholders_take_keywords_then_positions_then_defaults():
         bind_inputs(module, (), {})
 
 
-def test_labels_are_dropped_from_batches_but_not_from_examples():
-    module, x = trace(nets.settle(nets.Straight())).module, nets.images(2)
-    assert bind_batch(module, (x, torch.ones(2))).values == (x,)
-    wild = nets.settle(nets.Wild())
-    inputs = bind_batch(wild, (x, torch.ones(2)))
-    assert (inputs.args, inputs.kwargs) == ((x,), {})
+def test_labels_are_not_dropped_from_examples():
+    wild, x = nets.settle(nets.Wild()), nets.images(2)
     assert len(bind_example(wild, (x, torch.ones(2))).args) == 2
-    assert torch.equal(call_model(wild, bind_batch(wild, x)), wild(x))
+    assert torch.equal(call_model(wild, bind_example(wild, x)), wild(x))
 
 
 def test_starred_inputs_take_the_remaining_arguments():

@@ -89,7 +89,7 @@ def test_no_drop_at_all_leaves_the_model_as_it_is():
     ("budget", "message"),
     [
         ({"max_drop": 0.1, "macs": 0.5}, r"max_drop 0.1: is infeasible: at macs=0.5 the drop is \d"),
-        ({"max_drop": -1}, "max_drop=-1: is not a number of at least 0"),
+        ({"max_drop": -1}, "max_drop -1: is not a number of at least 0"),
         ({"max_drop": 1, "flops": 0.5}, "budget 'flops': is unknown"),
     ],
 )

@@ -1,4 +1,6 @@
+import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from ghostify import GhostifyError, Policy, Rule
@@ -87,3 +89,59 @@ def test_missing_policy_file(tmp_path):
 )
 def test_cheap_names_forms_of_ghosts(cheap, forms):
     assert set(Rule(cheap=cheap).forms) == forms
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        {"targets": nn.Conv2d(3, 8, 3)},
+        {"ignore": [nn.Conv2d(3, 8, 3)]},
+        {"targets": nn.Conv2d},
+        {"targets": lambda: True},
+        {"targets": ["a", 3]},
+        {"targets": None},
+        {"targets": "re:" + "(" * 5000},
+        {"ratio": 10**400},
+        {"ratio": True},
+        {"cheap": True},
+        {"cheap": ["auto"]},
+        {"dw_size": 3.0},
+        {"activated": 1},
+        {"prune": "no"},
+    ],
+    ids=str,
+)
+def test_a_rule_of_other_values_is_refused_in_one_line(wish):
+    with pytest.raises(GhostifyError) as caught:
+        Rule(**wish)
+    assert str(caught.value).startswith(next(iter(wish)))
+    assert str(caught.value).isprintable()
+
+
+def test_numbers_of_numpy_are_those_of_python():
+    rule = Rule(ratio=np.float32(1.5), dw_size=np.int64(5), cheap=np.int32(2), prune=np.bool_(True))
+    assert rule == Rule(ratio=1.5, dw_size=5, cheap=2, prune=True)
+    assert [type(v) for v in (rule.ratio, rule.dw_size, rule.cheap, rule.prune)] == [float, int, int, bool]
+
+
+@pytest.mark.parametrize("rules", [(3,), "ab", None, {"rule": []}, [Rule(), "a"], Rule])
+def test_a_policy_of_other_than_rules_is_refused(rules):
+    with pytest.raises(GhostifyError, match=r"policy: its rules are .* Pass a tuple of Rule"):
+        Policy(rules)
+
+
+def test_a_single_rule_is_a_policy_of_one():
+    assert Policy(Rule(ratio=3)) == Policy((Rule(ratio=3),)) == Policy([Rule(ratio=3)])
+
+
+@pytest.mark.parametrize("keep_first", [None, 1, "yes"])
+def test_keep_first_is_a_boolean(keep_first):
+    with pytest.raises(GhostifyError, match=r"keep_first .*: is not a boolean"):
+        Policy(keep_first=keep_first)
+
+
+@pytest.mark.parametrize("pattern", [lambda *_: 1 / 0, lambda *_: torch.zeros(2)])
+def test_a_pattern_that_fails_is_named_with_its_convolution(pattern):
+    with pytest.raises(GhostifyError, match=r"pattern for conv: the function failed \(\w+Error: ") as caught:
+        Rule(targets=pattern).matches("conv", nn.Conv2d(1, 1, 3), "Conv2d")
+    assert caught.value.__cause__ is not None

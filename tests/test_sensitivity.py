@@ -1,9 +1,11 @@
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
 
 import ghostify.fitting.sensitivity as module
-from ghostify import trace
+from ghostify import ghostify, report, trace
 from ghostify.fitting.calibration import bind_calibration
 from ghostify.fitting.sensitivity import error_metric, output_sensitivity
 from tests import nets
@@ -96,3 +98,57 @@ def test_models_that_overwrite_activations_have_no_sensitivity():
             return x.mul_(torch.sigmoid(x)).add_(self.b(x))
 
     assert sensitivity(InPlace().eval(), nets.images(2)) == {}
+
+
+@dataclass
+class Scores:
+    values: torch.Tensor
+
+
+OUTPUTS = {
+    "no rows": lambda y: y[y.mean((1, 2, 3)) > 1e9],
+    "no rows of several": lambda y: {"boxes": y[:0], "labels": y[:0, 0, 0, 0].long()},
+    "integers": lambda y: y.argmax(1),
+    "booleans": lambda y: y > 0,
+    "None": lambda _: None,
+    "an empty dict": lambda _: {},
+    "an empty list": lambda _: [],
+    "a dataclass": Scores,
+    "a number": lambda y: y.mean().item(),
+    "a string": lambda _: "none",
+    "NaN": lambda y: y * torch.nan,
+}
+
+
+class Answering(nn.Module):
+    """A network whose output is the result of `answer`."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.a, self.b, self.answer = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), answer
+
+    def forward(self, x):
+        return self.answer(self.b(torch.relu(self.a(x))))
+
+
+@pytest.mark.filterwarnings("ignore:calibration batch 0. the model's outputs have NaN values")
+@pytest.mark.parametrize("answer", OUTPUTS.values(), ids=OUTPUTS)
+def test_a_model_whose_outputs_say_nothing_is_fitted_without_sensitivity(answer):
+    model, x = Answering(answer).eval(), nets.images(8)
+    assert sensitivity(model, [x]) == {}
+    layer = report(ghostify(model, ratio=2, calibration=[x])).layers[1]
+    assert layer.holdout_error < 0.9
+
+
+def test_outputs_that_are_not_finite_do_not_count():
+    """The others give the sensitivities that they have on their own; NaN is named, a mask is not."""
+    model, x = Answering(lambda y: (y,)).eval(), nets.images(4)
+    finite = sensitivity(model, [x])
+    model.answer = lambda y: (y, y[:, :1] - torch.inf)
+    masked = sensitivity(model, [x])
+    model.answer = lambda y: (y, (y[:, :1] * 0) / 0)
+    with pytest.warns(UserWarning, match="calibration batch 0: the model's outputs have NaN values"):
+        undefined = sensitivity(model, [x])
+    assert set(finite) == set(masked) == {"a", "b"}
+    assert all(torch.equal(finite[name], masked[name]) for name in finite)
+    assert undefined == {}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from torch.utils.data import TensorDataset
 from ghostify import GhostifyError, ghostify
 from ghostify.data.training_data import TrainingData
 from ghostify.evaluation.metrics import predict
+from ghostify.training import trainer
 from ghostify.training.losses import distillation_loss
 from ghostify.training.trainer import Recipe, finetune
 from tests import nets
@@ -139,7 +141,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
     ("changes", "message"),
     [
         ({"epochs": 0}, "recipe: epochs 0: is not a positive number"),
-        ({"precision": "int8"}, "precision 'int8': is not one of no, bf16, fp16"),
+        ({"precision": "int8"}, "precision 'int8': is unknown. Use no, bf16, fp16"),
         ({"distill": 0}, "distill, features and labels are all 0"),
         ({"batch": 5, "mixup": 0.5}, "mixup, cutmix: mix images in pairs, a batch of 5 is odd"),
         ({"batch": 1000}, "batch 1000 is more than the 160 training images"),
@@ -224,3 +226,20 @@ def test_twenty_kills_lose_nothing(tmp_path):
     assert kills >= 10
     assert all(torch.equal(v, b[k]) for k, v in a.items())
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+
+
+def test_labels_beyond_the_classes_are_refused_before_the_training(tmp_path):
+    model, converted, data, _ = training_setup()
+    with pytest.raises(GhostifyError, match=r"^photos: has label 5, the model has 5 classes, counted from 0\."):
+        finetune(converted, model, replace(data, name="photos", classes=6), tmp_path / "t", QUICK)
+    assert not (tmp_path / "t").exists()
+
+
+def test_an_optimizer_that_this_machine_lacks_is_refused(tmp_path, monkeypatch):
+    def create(*_, **__):
+        raise AssertionError("needs another package")
+
+    monkeypatch.setattr(trainer, "create_optimizer_v2", create)
+    model, converted, data, _ = training_setup()
+    with pytest.raises(GhostifyError, match=r"optimizer 'sgd': cannot be used here \(needs another package\)"):
+        finetune(converted, model, data, tmp_path / "t", QUICK)

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from ghostify import __version__
 from ghostify.api import ghostify
+from ghostify.arguments import MAX_SEED
 from ghostify.cli import checks, doctor, eval_facts
 from ghostify.cli.console import print_line, print_table, progress_bar, show_facts, show_report
 from ghostify.cli.demo import run_demo
@@ -72,7 +73,7 @@ from ghostify.search.pareto import POINTS, frontier_table, is_frontier, read_fro
 from ghostify.search.pareto import frontier as compute_frontier
 from ghostify.summary import build_report, conversion_info, report
 from ghostify.text import format_shape
-from ghostify.training.recipe import MAX_COUNT, MAX_SEED
+from ghostify.training.recipe import MAX_COUNT
 from ghostify.training.run_folder import check_run_folder, metrics_of
 from ghostify.training.trainer import finetune
 

@@ -16,6 +16,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
+from ghostify.arguments import a_module, a_path, a_sequence, an_integer, instance_of, optional, public
 from ghostify.data.array_files import ARRAY_SUFFIXES, read_arrays
 from ghostify.data.image_files import class_of, decode_image, list_images
 from ghostify.errors import GhostifyError
@@ -92,9 +93,27 @@ class Preprocessing:
     config: Mapping[str, Any]
 
 
+def _a_size(name: str, value: Any) -> tuple[int, int, int]:
+    """Channels, height and width; a check of arguments."""
+    sizes = a_sequence(an_integer(1), "Pass (channels, height, width).")(name, value)
+    if len(sizes) != 3:
+        raise GhostifyError(f"{name}: has {len(sizes)} sizes. Pass (channels, height, width).")
+    channels, height, width = sizes
+    return channels, height, width
+
+
+a_preprocessing = instance_of(Preprocessing, "Pass what preprocessing(model) returns.")
+
+
+@public(model=a_module, size=optional(_a_size))
 def preprocessing(model: nn.Module, size: tuple[int, int, int] | None = None) -> Preprocessing:
-    """timm's evaluation transform for the model; ImageNet's mean and deviation where the model does not define them."""
+    """timm's evaluation transform for the model; ImageNet's mean and deviation where the model does not define them.
+
+    A model of one channel gets their means over the three channels.
+    """
     config = resolve_data_config({} if size is None else {"input_size": size}, model=model)
+    if config["input_size"][0] == 1:
+        config = {**config, **{key: (sum(config[key]) / len(config[key]),) for key in ("mean", "std")}}
     transform: Any = create_transform(**config, is_training=False)
     return Preprocessing(tuple(config["input_size"]), transform, config)
 
@@ -116,6 +135,7 @@ class ImageData:
         return sum(len(batch) for batch in self.batches)
 
 
+@public(path=a_path, prepared=a_preprocessing, limit=optional(an_integer(1)), batch=an_integer(1))
 def read_data(path: str | Path, prepared: Preprocessing, *, limit: int | None = None, batch: int = 32) -> ImageData:
     """Inputs from a folder of images (classes as subfolders, if any), or from an array file.
 
@@ -124,9 +144,6 @@ def read_data(path: str | Path, prepared: Preprocessing, *, limit: int | None = 
     pass through the model's transform, arrays do not: their numbers, of whatever type, are the inputs. At most `limit`
     images are read, sampled evenly. Raises `GhostifyError` naming the file.
     """
-    for name, count in (("batch", batch), ("limit", 1 if limit is None else limit)):
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise GhostifyError(f"{name} {count!r}: is not a number of images. Use at least 1.")
     path = Path(path)
     if path.is_dir():
         all_files, classes = list_images(path)
@@ -156,4 +173,8 @@ def _read_batches(files: Sequence[Path], prepared: Preprocessing, batch: int) ->
 
 def read_image(file: Path, prepared: Preprocessing) -> Tensor:
     """An image file as an input, C x H x W; in greyscale where the model has one input channel."""
+    if prepared.size[0] not in (1, 3):
+        raise GhostifyError(
+            f"{file}: is an image of 3 channels, the model expects {prepared.size[0]}. Pass an array file."
+        )
     return prepared.transform(decode_image(file, "L" if prepared.size[0] == 1 else "RGB"))

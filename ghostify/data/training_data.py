@@ -16,10 +16,11 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, Subset, TensorDataset
 
+from ghostify.arguments import a_path, a_seed, public
 from ghostify.data.array_files import ARRAY_SUFFIXES
 from ghostify.data.datasets import fashion_mnist
 from ghostify.data.image_files import class_of, list_images
-from ghostify.data.sources import Preprocessing, read_data, read_image
+from ghostify.data.sources import Preprocessing, a_preprocessing, read_data, read_image
 from ghostify.errors import GhostifyError
 
 CIFAR10 = (Path("data"), Path(os.path.expanduser("~/.cache/torchvision")), Path("/usr/share/datasets"))
@@ -43,6 +44,7 @@ class TrainingData:
     classes: int = 0
 
 
+@public(data=a_path, prepared=a_preprocessing, seed=a_seed)
 def load_training_data(data: str, prepared: Preprocessing, seed: int = 0) -> TrainingData:
     """The training set called `data`: "fashion-mnist", "cifar10", a folder, or an array file.
 

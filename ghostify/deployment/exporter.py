@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ghostify.arguments import a_choice, a_flag, a_model, a_path, anything, public
 from ghostify.deployment.inference_form import deploy
 from ghostify.errors import GhostifyError
 from ghostify.graph.inputs import as_arguments, tensor_leaves
@@ -24,6 +25,13 @@ from ghostify.runtimes.tensors import with_batch_of_two
 TOLERANCE = 1e-3
 
 
+@public(
+    model=a_model,
+    path=a_path,
+    format=a_choice(EXPORT_FORMATS),
+    example_inputs=anything,
+    overwrite=a_flag,
+)
 def export(model: nn.Module, path: str | Path, *, format: str, example_inputs: Any, overwrite: bool = False) -> Path:
     """Write the inference form of a model (see `deploy`) to a folder as "onnx", "openvino", "pt2" or "aotinductor".
 
@@ -33,8 +41,6 @@ def export(model: nn.Module, path: str | Path, *, format: str, example_inputs: A
     different outputs; nothing is written then. So it is for a folder that holds files which ghostify did not write;
     with `overwrite` those stay, and only ghostify's own are replaced.
     """
-    if format not in EXPORT_FORMATS:
-        raise GhostifyError(f"format {format!r}: is unknown. Use {', '.join(EXPORT_FORMATS)}.")
     runtime = EXPORT_FORMATS[format]
     args, kwargs = as_arguments(example_inputs)
     if kwargs:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ghostify.arguments import a_model, anything, public
 from ghostify.deployment.channel_order import ChannelOrders, record_shapes
 from ghostify.deployment.folding import can_be_dense, fold_norms, freeze_eval
 from ghostify.errors import GhostifyError
@@ -30,6 +31,7 @@ ALWAYS_DENSE_MAPS = 64
 DENSE_MAX_MAPS = 512
 
 
+@public(model=a_model, example_inputs=anything)
 def deploy(model: nn.Module, example_inputs: Any) -> nn.Module:
     """A copy of a converted model, or of any model that traces, for inference only.
 

@@ -13,8 +13,10 @@ from torch.utils._pytree import tree_map
 
 from ghostify.errors import GhostifyError
 from ghostify.fitting.activation_store import ActivationStore, restore
+from ghostify.fitting.batch_checks import BatchRunner, check_values, read_batches
 from ghostify.fitting.distributed import rank_and_world_size
-from ghostify.graph.inputs import CallArguments, CallInputs, PlaceholderValues, bind_batch, call_model, tensor_leaves
+from ghostify.graph.batches import bind_batch, run_batch
+from ghostify.graph.inputs import CallArguments, CallInputs, PlaceholderValues, tensor_leaves
 from ghostify.graph.modes import eval_mode
 from ghostify.numerics import outputs_match
 
@@ -61,23 +63,27 @@ class CalibrationBatches:
     images: int
 
 
-def bind_calibration(module: nn.Module, calibration: Iterable[Any] | CalibrationBatches) -> CalibrationBatches:
-    """The batches of `calibration` as inputs of `module`; further elements of a tuple, such as labels, are dropped.
+def bind_calibration(
+    module: nn.Module, calibration: Iterable[Any] | CalibrationBatches, example: Any = None
+) -> CalibrationBatches:
+    """The batches of `calibration` as inputs of `module`, as `bind_batch` binds them in the form of `example`.
 
     Large batches are split. Those of a loader are stored, beyond 64 MiB in temporary files; those of a list remain the
-    caller's. With several processes, each passes the whole set and keeps its share of the batches. Raises
-    `GhostifyError` for a set that is empty, or has values that are not finite.
+    caller's. With several processes, each passes the whole set and keeps its share of the batches. Floating-point
+    inputs are converted to the model's type where it does not run on theirs. Raises `GhostifyError`, with the number of
+    the batch, for one that lacks an argument, that the model does not run on or that has values that are not finite,
+    and for an empty set.
     """
     if isinstance(calibration, CalibrationBatches):
         return calibration
-    if isinstance(calibration, Tensor | Mapping):
-        calibration = [calibration]
-    store = None if isinstance(calibration, Sequence) else ActivationStore(INPUT_MEMORY_BYTES)
+    store = None if isinstance(calibration, Tensor | Mapping | Sequence) else ActivationStore(INPUT_MEMORY_BYTES)
     (rank, processes), batch_count, images = rank_and_world_size(), 0, 0
     local_batches: list[CalibrationBatch] = []
-    for number, batch in enumerate(calibration):
-        inputs = bind_batch(module, batch)
-        _check_finite(inputs, number)
+    runner = BatchRunner(module)
+    for number, batch in enumerate(read_batches(calibration)):
+        inputs = bind_batch(module, batch, example, f"calibration batch {number}")
+        check_values(inputs, number)
+        inputs = runner.runnable(inputs, split(inputs, 1)[0], number)
         first = tensor_leaves(inputs)[0]
         for piece in split(inputs, max(1, MAX_BATCH_VALUES * len(first) // first.numel())):
             size = count_images(piece)
@@ -137,18 +143,10 @@ def _fastest_memory_format(module: nn.Module, inputs: CallInputs) -> torch.memor
     with eval_mode(module):
         try:
             expected, channels_last = (
-                tensor_leaves(call_model(module, to_memory_format(inputs, memory_format)))
+                tensor_leaves(run_batch(module, to_memory_format(inputs, memory_format), 0))
                 for memory_format in (torch.preserve_format, torch.channels_last)
             )
-        except (RuntimeError, TypeError):
+        except GhostifyError:  # one image, or channels last, is not what the model runs on
             return torch.preserve_format
     is_equal = bool(expected) and outputs_match(channels_last, expected, MEMORY_FORMAT_TOLERANCE)
     return torch.channels_last if is_equal else torch.preserve_format
-
-
-def _check_finite(inputs: CallInputs, number: int) -> None:
-    tensors = tensor_leaves(inputs)
-    if not tensors or tensors[0].dim() == 0 or tensors[0].numel() == 0:
-        raise GhostifyError(f"calibration batch {number}: has no images. Leave it out.")
-    if not all(t.isfinite().all() for t in tensors if t.is_floating_point()):
-        raise GhostifyError(f"calibration batch {number}: has NaN or infinite values. Correct it or leave it out.")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from ghostify.arguments import a_function, a_seed, instance_of, optional, public
 from ghostify.deprecation import renamed_keywords
 from ghostify.errors import GhostifyError
 from ghostify.fitting import lstsq, patches
@@ -23,13 +24,13 @@ from ghostify.fitting.ghost_fit import GhostFit, has_many_maps, to_ghost_weights
 from ghostify.fitting.lockstep import LockstepRun
 from ghostify.fitting.lstsq import DEFAULT_METHOD, FitMethod, JointStatistics
 from ghostify.fitting.pruned_fit import PrunedConvFit
-from ghostify.fitting.sensitivity import Calibration, Sensitivity, channel_weights, prepare_calibration
+from ghostify.fitting.sensitivity import Calibration, Sensitivity, a_calibration, channel_weights, prepare_calibration
 from ghostify.fitting.stage_timer import StageTimer
 from ghostify.fitting.subgraph_inputs import collect_subgraph_inputs
 from ghostify.graph.batchnorm import BatchNorm, batchnorm_at
-from ghostify.graph.program import Program, get_subgraph
+from ghostify.graph.program import Program, a_program, get_subgraph
 from ghostify.modules.ghost import GhostWeights
-from ghostify.planning.planner import GhostRewrite, Plan
+from ghostify.planning.planner import GhostRewrite, Plan, a_plan, check_plan
 from ghostify.pruning.slicing import slice_conv, slice_norm
 from ghostify.rewriting.apply import FittedWeights, insert_fitted, insert_pruned, rewrite_subgraph
 
@@ -55,6 +56,14 @@ class FitResult:
 
 
 @renamed_keywords(progress="on_progress")
+@public(
+    program=a_program,
+    plan=a_plan,
+    calibration=optional(a_calibration),
+    seed=a_seed,
+    on_progress=optional(a_function("done", "total", "text")),
+    method=instance_of(FitMethod, "Leave it out."),
+)
 def fit(
     program: Program,
     plan: Plan,
@@ -66,12 +75,13 @@ def fit(
 ) -> FitResult:
     """Fit every rewrite of `plan`: data-free without `calibration`, else to the original's outputs on its batches.
 
-    `calibration` yields batches in a form that `trace` accepts as example inputs; further elements of a tuple, such as
-    labels, are dropped. In a `torch.distributed` process group every process passes the whole set, computes its share,
-    and returns the same weights. Raises `GhostifyError` for an empty calibration set, or one with values that are not
-    finite; warns where the error on the holdout is much larger than on the other images. `method` replaces steps of the
-    fit in ablations.
+    `calibration` yields batches for the arguments that the program's example inputs fill (without them, those without
+    default); further elements of a tuple, such as labels, are dropped. In a `torch.distributed` process group every
+    process passes the whole set, computes its share, and returns the same weights. Raises `GhostifyError` for an empty
+    calibration set, or one with values that are not finite; warns where the error on the holdout is much larger than on
+    the other images. `method` replaces steps of the fit in ablations.
     """
+    check_plan(program, plan)
     run = _FitRun(program, plan, seed, on_progress, method)
     if calibration is None:
         for name in plan.pruned:
@@ -165,7 +175,7 @@ class _FitRun:
 
     def _fit_unreached(self, path: str) -> None:
         """Fit a subgraph that no calibration image reaches without images, with a warning."""
-        warnings.warn(f"{path}: no calibration image reaches it. It is fitted without images.", stacklevel=4)
+        warnings.warn(f"{path}: no calibration image reaches it. It is fitted without images.", stacklevel=5)
         self.weights |= {e.conv.name: self.fit_data_free(e) for e in self.plan.rewrites if e.conv.subgraph_path == path}
 
     def _changed_nodes(self, path: str) -> set[str]:
@@ -226,7 +236,7 @@ def _warn_if_overfit(weights: Mapping[str, FittedWeights], batches: CalibrationB
             f"fit overfits the calibration images: in {len(overfit)} of {len(weights)} layers (first: {overfit[0]}) "
             f"the error on the holdout is more than {OVERFIT_RATIO:g} times that on the {batches.images} images. "
             "Use more images, or more varied ones.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

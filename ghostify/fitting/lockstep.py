@@ -8,11 +8,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 
 from ghostify.fitting.activation_store import ActivationStore, restore, trim_heap
 from ghostify.fitting.calibration import CalibrationBatch
+from ghostify.graph.batches import batch_error
 from ghostify.graph.executor import last_uses, run_node
 from ghostify.graph.inputs import placeholders, tensor_leaves, values_of
 from ghostify.graph.op_queries import may_mutate_input
@@ -121,7 +123,16 @@ class LockstepRun:
         if node.op == "placeholder":
             state.original[node] = values_of(state.batch.inputs)[self._inputs.index(node)]
         else:
-            state.original[node] = run_node(self.original, node, state.original)
+            state.original[node] = self._run_on_batch(node, state)
+
+    def _run_on_batch(self, node: fx.Node, state: BatchState) -> Any:
+        """The node's value in the original; raises `GhostifyError` where it does not run on the batch."""
+        try:
+            return run_node(self.original, node, state.original)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise batch_error(state.batch.number, error) from error
 
     def _run_converted(self, node: fx.Node, state: BatchState) -> None:
         if self._diverges(node, state):

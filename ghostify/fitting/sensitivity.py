@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -12,11 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ghostify.errors import GhostifyError
 from ghostify.fitting import patches
+from ghostify.fitting.batch_checks import an_iterable
 from ghostify.fitting.calibration import CalibrationBatches, bind_calibration, count_images, split
 from ghostify.fitting.distributed import all_reduce_sum
+from ghostify.graph.batches import run_batch
 from ghostify.graph.batchnorm import BatchNorm, gamma_beta
-from ghostify.graph.inputs import CallInputs, call_model, tensor_leaves
+from ghostify.graph.inputs import CallInputs, tensor_leaves
 from ghostify.graph.observation import intercept_convs
 from ghostify.graph.program import Program
 from ghostify.numerics import derive_seed
@@ -44,11 +48,16 @@ class Calibration:
     seconds: float
 
 
+def a_calibration(name: str, value: Any) -> Any:
+    """Calibration batches, prepared or not; a check of arguments."""
+    return value if isinstance(value, Calibration | CalibrationBatches) else an_iterable(name, value)
+
+
 def prepare_calibration(program: Program, calibration: Iterable[Any] | Calibration, seed: int = 0) -> Calibration:
     """The batches of `calibration` and the sensitivities of the outputs on them, for planning and fitting."""
     if isinstance(calibration, Calibration):
         return calibration
-    batches, started = bind_calibration(program.module, calibration), time.perf_counter()
+    batches, started = bind_calibration(program.module, calibration, program.example), time.perf_counter()
     sensitivity = output_sensitivity(program, batches, seed=seed)
     return Calibration(batches, sensitivity, time.perf_counter() - started)
 
@@ -67,8 +76,9 @@ def output_sensitivity(
     variance over images, by about trace(G E). G is the sum over positions of g g', where g is the gradient of a random
     combination of the outputs, averaged over `probes` combinations and the first `images` images (default: an eighth of
     them, 16 to 256). This is Hutchinson's estimator; errors are assumed to be independent of gradients and of errors at
-    other positions (as in K-FAC, Martens and Grosse 2015). Large maps are sampled at `MAX_POSITIONS` positions. Empty
-    where the outputs have no gradient, or the model overwrites values that the gradient needs.
+    other positions (as in K-FAC, Martens and Grosse 2015). Large maps are sampled at `MAX_POSITIONS` positions. Values
+    of the outputs that are not finite do not count; warns of NaN. Empty where the outputs have no values, another
+    number of tensors for other images, or no gradient, and where the model overwrites values that the gradient needs.
     """
     images = min(max(-(-batches.images // IMAGE_DIVISOR), MIN_IMAGES), MAX_IMAGES) if images is None else images
     convs = [c for c in program.convolutions if c.unsupported_reason is None and c.groups == 1]
@@ -77,18 +87,18 @@ def output_sensitivity(
     deviations = _output_deviations(module, _first_images(batches, min(images, DEVIATION_IMAGES)))
     sums = {c.name: torch.zeros(c.outputs, c.outputs, dtype=torch.float64) for c in convs}
     failed = torch.zeros(())
-    for first, weight, inputs in _first_images(batches, images):
+    for few in _first_images(batches, images):
         probe_zeros: list[tuple[str, Tensor]] = []
         with (
             torch.enable_grad(),
             intercept_convs(module, program.subgraphs, partial(_add_gradient_probe, names, probe_zeros)),
         ):
-            outputs = _float_tensors(call_model(module, inputs))
-        if len(outputs) != len(deviations):
+            outputs = _float_outputs(module, few)
+        if not outputs or len(outputs) != len(deviations):
             failed += 1
             break
-        for probe in range(probes):
-            directions = [_random_direction(o, derive_seed(seed * probes + probe, first)) for o in outputs]
+        for probe in range(probes if probe_zeros else 0):
+            directions = [_random_direction(o, derive_seed(seed * probes + probe, few.first)) for o in outputs]
             try:
                 total = torch.stack(
                     [(d * o).sum() / s for d, o, s in zip(directions, outputs, deviations, strict=True)]
@@ -101,12 +111,12 @@ def output_sensitivity(
                 break
             for (name, _), gradient in zip(probe_zeros, gradients, strict=True):
                 if gradient is not None:
-                    sums[name] += weight * _channel_products(gradient, seed)
+                    sums[name] += few.weight * _channel_products(gradient, seed)
     if all_reduce_sum(failed)[0]:
         return {}
     gradient_count = probes * min(images, batches.images)
     means = {name: (all_reduce_sum(total)[0] / gradient_count).float() for name, total in sums.items()}
-    return {name: sensitivity for name, sensitivity in means.items() if sensitivity.any()}
+    return {name: mean for name, mean in means.items() if mean.any() and mean.isfinite().all()}
 
 
 def error_metric(sensitivity: Tensor) -> Tensor:
@@ -155,34 +165,61 @@ def _add_gradient_probe(
     return output + zero
 
 
-def _first_images(batches: CalibrationBatches, images: int) -> Iterator[tuple[int, float, CallInputs]]:
-    """This process's share of the first `images` images, few at a time: the first one's number, weight 1, the inputs.
+@dataclass(frozen=True, eq=False)
+class _FewImages:
+    """Some images of calibration batch `number`, from image `first` of the calibration set on."""
+
+    number: int
+    first: int
+    inputs: CallInputs
+    weight: float = 1.0
+
+
+def _first_images(batches: CalibrationBatches, images: int) -> Iterator[_FewImages]:
+    """This process's share of the first `images` images, few at a time.
 
     A process without any of them yields another image with weight 0, so that all processes compute the same sums.
     """
     local_batches = [batch for batch in batches.local_batches if batch.first < images]
     if not local_batches:
-        yield batches.local_batches[0].first, 0.0, split(batches.local_batches[0].inputs, 1)[0]
+        batch = batches.local_batches[0]
+        yield _FewImages(batch.number, batch.first, split(batch.inputs, 1)[0], 0.0)
     for batch in local_batches:
         first, batch_inputs = batch.first, split(batch.inputs, images - batch.first)[0]
         for inputs in split(batch_inputs, IMAGES_PER_PASS):
-            yield first, 1.0, inputs
+            yield _FewImages(batch.number, first, inputs)
             first += count_images(inputs)
 
 
-def _float_tensors(outputs: Any) -> list[Tensor]:
-    return [o for o in tensor_leaves(outputs) if o.is_floating_point()]
+def _float_outputs(module: nn.Module, few: _FewImages) -> list[Tensor]:
+    """The outputs with fractions, 0 where they are not finite; none where the model does not run on few images."""
+    try:
+        outputs = run_batch(module, few.inputs, few.number)
+    except GhostifyError:
+        return []
+    tensors = [o for o in tensor_leaves(outputs) if o.is_floating_point()]
+    return [o if o.isfinite().all() else _finite_values(o, few) for o in tensors]
 
 
-def _output_deviations(module: nn.Module, batches: Iterable[tuple[int, float, CallInputs]]) -> list[Tensor]:
+def _finite_values(output: Tensor, few: _FewImages) -> Tensor:
+    if output.isnan().any():
+        warnings.warn(
+            f"calibration batch {few.number}: the model's outputs have NaN values. They do not count for the "
+            "sensitivity of the outputs.",
+            stacklevel=2,
+        )
+    return torch.where(output.isfinite(), output, 0)
+
+
+def _output_deviations(module: nn.Module, batches: Iterable[_FewImages]) -> list[Tensor]:
     """The standard deviation of each output over images, of all its values together; for one image, its norm."""
     count, sums, squares = torch.zeros(()), [], []
-    for _, weight, inputs in batches:
+    for few in batches:
         with torch.no_grad():
-            outputs = _float_tensors(call_model(module, inputs))
-        count += weight * count_images(inputs)
-        sums.append([weight * (o.double().sum(0) if o.dim() else o.double()) for o in outputs])
-        squares.append([weight * o.double().square().sum() for o in outputs])
+            outputs = _float_outputs(module, few)
+        count += few.weight * count_images(few.inputs)
+        sums.append([few.weight * (o.double().sum(0) if o.dim() else o.double()) for o in outputs])
+        squares.append([few.weight * o.double().square().sum() for o in outputs])
     count = all_reduce_sum(count)[0]
     if len({len(batch_sums) for batch_sums in sums}) > 1:
         return []
@@ -197,9 +234,10 @@ def _output_deviations(module: nn.Module, batches: Iterable[tuple[int, float, Ca
 
 def _random_direction(output: Tensor, seed: int) -> Tensor:
     """Normal values, which for an image do not depend on its position in the batch."""
-    if output.dim() == 0:
+    if output.dim() == 0 or len(output) == 0:
         return torch.ones_like(output)
     values = [
-        torch.randn(output.shape[1:], generator=torch.Generator().manual_seed(seed + k)) for k in range(len(output))
+        torch.randn(output.shape[1:], generator=torch.Generator().manual_seed((seed + k) % 2**64))
+        for k in range(len(output))
     ]
     return torch.stack(values).to(output)

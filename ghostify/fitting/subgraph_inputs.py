@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map
 from ghostify.fitting.activation_store import ActivationStore
 from ghostify.fitting.calibration import INPUT_MEMORY_BYTES, CalibrationBatch, CalibrationBatches, count_images
 from ghostify.fitting.distributed import all_reduce_sum
+from ghostify.graph.batches import batch_error
 from ghostify.graph.call_hooks import on_calls
 from ghostify.graph.inputs import CallInputs, PlaceholderValues, bind_inputs, call_model, tensor_leaves
 from ghostify.graph.modes import eval_mode
@@ -31,7 +32,12 @@ def collect_subgraph_inputs(
     subgraph_batches: list[CalibrationBatch] = []
     local_images = 0
     for batch in batches.local_batches:
-        original_calls = record_calls(program.subgraphs[path], program.module, path, batch.inputs)
+        try:
+            original_calls = record_calls(program.subgraphs[path], program.module, path, batch.inputs)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise batch_error(batch.number, error) from error
         converted_calls = record_calls(program.subgraphs[path], converted, path, batch.inputs)
         for k, inputs in enumerate(original_calls):
             if not any(v.dim() and len(v) for v in tensor_leaves(inputs)):

@@ -19,7 +19,8 @@ from ghostify.imports import import_name, import_object
 
 NAMES_FILE = "allowed_names.txt"
 DEVICE = re.compile(r"(cpu|cuda|meta|mps|xpu)(:\d{1,3})?")
-ENTRY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*)?")
+DOTTED = r"[^\W\d]\w*(\.[^\W\d]\w*)*"
+NAME, ENTRY = re.compile(f"{DOTTED}:{DOTTED}"), re.compile(f"{DOTTED}(:{DOTTED})?")
 TENSOR_TYPE = re.compile(r"torch\.(cuda\.)?[A-Z]\w{2,12}Tensor")
 READABLE_ATTRIBUTES = frozenset({
     *METADATA, "T", "mT", "H", "mH", "real", "imag", "data", "itemsize", "nbytes", "is_cpu", "is_leaf", "is_meta",
@@ -103,7 +104,10 @@ class AllowedNames:
 
     def check(self, names: Iterable[str]) -> None:
         """Raise `GhostifyError` for names that are not allowed, with the entries that would allow them."""
-        refused = [name for name in dict.fromkeys(names) if not self.is_allowed(name)]
+        names = dict.fromkeys(names)
+        if malformed := next((name for name in names if not NAME.fullmatch(name)), None):
+            raise GhostifyError(f"{malformed[:80]!r}: is not the name of a class or function")
+        refused = [name for name in names if not self.is_allowed(name)]
         if refused:
             more = f" and {len(refused) - 1} more names" if len(refused) > 1 else ""
             python, command = allow_entries(refused)
@@ -191,8 +195,8 @@ def _custom_object(name: str, is_exact: bool) -> Any:
     for owner in owners:
         current = getattr(current, owner)
         if not isinstance(current, type):
-            raise AttributeError(f"{owner} is not a class")
+            raise GhostifyError(f"{name}: {owner} is not a class")
     value = getattr(current, last)
     if not is_exact and getattr(value, "__module__", None) != module:
-        raise AttributeError(f"{module} does not define {qualified_name}")
+        raise GhostifyError(f"{name}: {module} does not define it. Allow the module that does.")
     return value

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx, nn
+from torch import fx
 
 from ghostify.errors import GhostifyError
 from ghostify.graph.allowed_ops import check_method_name
 from ghostify.graph.methods import RESULT, Mark
 from ghostify.graph.paths import join_path
 from ghostify.graph.tensor_facts import TensorFacts, parse_facts
-from ghostify.graph.values import is_identifier, names_in, tensor_keys
+from ghostify.graph.values import MODULE_INTERNALS, is_identifier, names_in, tensor_keys
 
 OPS = ("placeholder", "get_attr", "call_function", "call_method", "call_module", "output")
-PATH_PART = re.compile(r"[\w-]+")
+UNQUOTABLE = frozenset('"\\')
 PARAMETER_KINDS = {
     "": inspect.Parameter.POSITIONAL_OR_KEYWORD,
     "*": inspect.Parameter.VAR_POSITIONAL,
@@ -138,7 +137,7 @@ def _parse_module(
         nodes = _parse_nodes(item["nodes"], where)
         if not is_identifier(item.get("class_name")):
             raise GhostifyError(f"{where}: has no valid class name")
-    elif not isinstance(item.get("class"), str) or item["class"].count(":") != 1:
+    elif not isinstance(item.get("class"), str):
         raise GhostifyError(f"{where}: has neither a class nor nodes")
     if not isinstance(item.get("training"), bool):
         raise GhostifyError(f"{where}: has no mode")
@@ -261,8 +260,10 @@ def _is_within(path: str, owner: str) -> bool:
 
 
 def _is_path_part(name: str) -> bool:
-    return bool(name) and "." not in name and name not in nn.Module().__dict__
+    return name.isprintable() and name != "" and "." not in name and name not in MODULE_INTERNALS
 
 
 def _is_target_part(name: str) -> bool:
-    return is_identifier(name) or (bool(PATH_PART.fullmatch(name)) and not name.isidentifier())
+    """Whether generated code can name a part of a path: as an attribute, else as text in double quotes."""
+    is_quotable = bool(name) and name.isprintable() and not set(name) & UNQUOTABLE
+    return is_identifier(name) or (is_quotable and not name.isidentifier())

@@ -203,7 +203,7 @@ class _Builder:
 def _aliased(aliases: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for alias, path in aliases.items():
         if alias in tensors or path not in tensors:
-            raise GhostifyError(f"tensor {alias[:80]}: is not another name of a stored tensor")
+            raise GhostifyError(f"tensor {alias[:80]!r}: is not another name of a stored tensor")
     return {alias: tensors[path] for alias, path in aliases.items()}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import register_pytree_node, tree_leaves
 
 from ghostify.errors import GhostifyError
+from ghostify.text import first_line
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,25 +83,13 @@ def bind_example(module: nn.Module, batch: Any) -> CallInputs:
     return bind_inputs(module, args, kwargs) if isinstance(module, fx.GraphModule) else CallArguments(args, kwargs)
 
 
-def bind_batch(module: nn.Module, batch: Any) -> CallInputs:
-    """`bind_example` for a batch of a data set: tuple elements beyond the inputs, such as labels, are dropped."""
-    args, kwargs = as_arguments(batch)
-    if isinstance(module, fx.GraphModule):
-        count = sum(not str(n.target).startswith("*") for n in placeholders(module))
-        return bind_inputs(module, args[:count], kwargs)
-    required = [p for p in inspect.signature(module.forward).parameters.values() if p.default is p.empty]
-    if not any(p.kind is p.VAR_POSITIONAL for p in required):
-        args = args[: max(1, len(required))]
-    return CallArguments(args, kwargs)
-
-
 def call_model(module: nn.Module, inputs: CallInputs) -> Any:
     """The output of one forward of a module, traced or not."""
     if isinstance(inputs, CallArguments):
         return module(*inputs.args, **inputs.kwargs)
     assert isinstance(module, fx.GraphModule)
     args, kwargs = unbind_inputs(module, inputs)
-    return module(*args, **kwargs)
+    return nn.Module.__call__(module, *args, **kwargs)  # GraphModule's own prints notes on an error
 
 
 def run_example(module: nn.Module, inputs: CallInputs) -> Any:
@@ -112,7 +100,7 @@ def run_example(module: nn.Module, inputs: CallInputs) -> Any:
         raise
     except Exception as error:
         raise GhostifyError(
-            f"example_inputs: the model does not run on them ({type(error).__name__}: {error}). "
+            f"example_inputs: the model does not run on them ({type(error).__name__}: {first_line(error)}). "
             "Pass inputs of the shape and type that its forward takes (--input-size)."
         ) from error
 

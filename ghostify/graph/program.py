@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from ghostify.arguments import instance_of
 from ghostify.graph.conv_types import to_standard_conv
 from ghostify.graph.functional_conv import as_conv_module, weight_path
 
@@ -88,6 +89,9 @@ class Program:
         """The convolution `name` as a standard module, which shares its parameters with the program where possible."""
         conv = next(c for c in self.convolutions if c.name == name)
         return conv_module(self.subgraphs[conv.subgraph_path], conv.local_path)
+
+
+a_program = instance_of(Program, "Pass what trace(model) returns.")
 
 
 def called_module(module: nn.Module, node: fx.Node) -> nn.Module:

@@ -10,8 +10,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import fx, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ghostify import skip_reasons
+from ghostify.arguments import a_model, anything, public
 from ghostify.errors import GhostifyError
 from ghostify.graph.attributes import copy_attributes, missing_attributes
 from ghostify.graph.conv_types import to_standard_conv
@@ -23,20 +25,22 @@ from ghostify.graph.partition import models_match, record_first_calls, trace_sub
 from ghostify.graph.paths import join_path, resolve_attribute
 from ghostify.graph.program import FUNCTIONAL_CONV, ConvCall, Convolution, Program
 from ghostify.modules.hooks import has_hooks
+from ghostify.text import first_line
 
 Subgraphs = dict[str, fx.GraphModule]
 
 
+@public(model=a_model, example_inputs=anything)
 def trace(model: nn.Module, example_inputs: Any = None) -> Program:
     """Trace a copy of `model` into a `Program` that lists every convolution.
 
     `example_inputs` is what one forward takes: a tensor, a tuple of arguments or a dict of keywords. With it,
     shapes and MACs are recorded, and submodules with optional arguments are traced as they are called. Where a forward
-    does not trace, the modules that it calls are traced instead. Raises `GhostifyError` where the model cannot be
-    copied or run, or contains no traceable convolution.
+    does not trace, the modules that it calls are traced instead. The model that `torch.compile` or `DataParallel` wraps
+    is traced. Raises `GhostifyError` where the model cannot be copied or run, holds weights that are not there or not
+    finite, or contains no traceable convolution.
     """
-    if _is_compiled(model):
-        model = model._orig_mod  # type: ignore[assignment]
+    model = unwrapped_model(model)
     _check_acyclic(model, "", ())
     root = _copied(model)
     _check_initialized(root)
@@ -57,7 +61,7 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Program:
         warnings.warn(
             f"trace: {len(record.untraced_convs)} functional convolutions run in forwards that do not trace, and are "
             f"skipped. The first is {record.untraced_convs[0].name}.",
-            stacklevel=2,
+            stacklevel=3,
         )
     if isinstance(module, fx.GraphModule):
         copy_attributes(module, model)
@@ -73,7 +77,8 @@ def _copied(model: nn.Module) -> nn.Module:
         root = copy.deepcopy(model, memo)
     except Exception as error:
         raise GhostifyError(
-            f"{type(model).__name__}: the model cannot be copied ({error}). Make it work with copy.deepcopy."
+            f"{type(model).__name__}: the model cannot be copied ({first_line(error)}). "
+            "Make it work with copy.deepcopy."
         ) from error
     for path, module in list(root.named_modules()):
         if path and _is_compiled(module):
@@ -97,6 +102,13 @@ def _trace_with_fallback(model: nn.Module, root: nn.Module, example: Any) -> tup
             return module, subgraphs, reason
     fresh_copy = _copied(model)
     return trace_submodules(fresh_copy, record_first_calls(fresh_copy, inputs), whole=False)
+
+
+def unwrapped_model(model: nn.Module) -> nn.Module:
+    """The model in the wrappers of `torch.compile`, `DataParallel` and `DistributedDataParallel`."""
+    if _is_compiled(model):
+        return unwrapped_model(model._orig_mod)  # type: ignore[arg-type]
+    return unwrapped_model(model.module) if isinstance(model, DataParallel | DistributedDataParallel) else model
 
 
 def _is_compiled(module: nn.Module) -> bool:

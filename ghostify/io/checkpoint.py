@@ -15,6 +15,7 @@ import torchvision
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
+from ghostify.arguments import a_device, a_flag, a_json_object, a_model, a_module, a_path, optional, public, some_names
 from ghostify.errors import GhostifyError
 from ghostify.files import open_regular, read_json
 from ghostify.graph.allowed_ops import allow_entries
@@ -35,6 +36,7 @@ MIN_FLOAT_BYTES = 2  # types of 8 bits need scales that a checkpoint of weights 
 REMEDY = "Convert and save the model again."
 
 
+@public(module=a_model, path=a_path, source=optional(a_json_object), overwrite=a_flag)
 def save(module: nn.Module, path: str | Path, *, source: dict[str, Any] | None = None, overwrite: bool = False) -> Path:
     """Write a converted model as a folder, atomically; `source` may describe the original model.
 
@@ -74,6 +76,7 @@ def _check_json(key: str, value: Any) -> None:
         raise GhostifyError(f"{key}: cannot be saved as JSON ({error}). Use numbers, text, lists and dicts.") from error
 
 
+@public(path=a_path, allow=some_names, device=a_device)
 def load(path: str | Path, *, allow: Iterable[str] = (), device: str | torch.device = "cpu") -> nn.Module:
     """Read a folder written by `save`, of format 1 or 2; bit-equal, without pickle.
 
@@ -137,6 +140,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
     return content
 
 
+@public(model=a_module, path=a_path)
 def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     """Load a plain checkpoint into `model` in place: safetensors, or `.pt`/`.pth` read with `weights_only=True`.
 

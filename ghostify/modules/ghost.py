@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ghostify.arguments import a_module, instance_of, optional
 from ghostify.errors import GhostifyError
 from ghostify.modules.hooks import has_hooks
 from ghostify.modules.layout import CheapConvSpec, GhostLayout
@@ -78,6 +79,10 @@ class GhostModule(nn.Module):
         activation: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        for name, module in (("primary_conv", primary_conv), ("cheap_operation", cheap_operation)):
+            a_module(name, module)
+        optional(a_module)("activation", activation)
+        optional(instance_of(Tensor, "Pass the position of each output channel."))("order", order)
         self.primary_conv = primary_conv
         self.cheap_operation = cheap_operation
         self.activation = activation

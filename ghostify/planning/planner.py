@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ghostify import skip_reasons
+from ghostify.arguments import instance_of, optional, public
 from ghostify.errors import GhostifyError
 from ghostify.graph.neighbours import GraphIndex, find_residual_operand, following_activation, following_norm
-from ghostify.graph.program import Convolution, Program
+from ghostify.graph.program import Convolution, Program, a_program
 from ghostify.modules.layout import GhostLayout, intrinsic_count, make_layout, may_read_activated
 from ghostify.planning import cost
-from ghostify.planning.policy import Policy, Rule
+from ghostify.planning.policy import Policy, Rule, as_policy
 from ghostify.pruning.channel_groups import ChannelGroup, ChannelGroups, find_channel_groups
 from ghostify.pruning.kept_channels import KeptChannels
 from ghostify.pruning.permutation_target import find_permutation_target
@@ -99,12 +100,17 @@ class Plan:
         return tuple(e for e in self.entries if isinstance(e, Skip))
 
 
-def plan(program: Program, policy: Policy | None = None) -> Plan:
+a_plan = instance_of(Plan, "Pass what plan(program) returns.")
+
+
+@public(program=a_program, policy=optional(as_policy))
+def plan(program: Program, policy: Policy | Rule | None = None) -> Plan:
     """The plan for `program` under `policy` (default: all dense convolutions but the first at ratio 2).
 
     Raises `GhostifyError` for a pattern that matches no convolution.
     """
-    return build_plan(program, [_with_ratio(t) for t in resolve_targets(program, policy or Policy())])
+    rules = Policy() if policy is None else as_policy("policy", policy)
+    return build_plan(program, [_with_ratio(t) for t in resolve_targets(program, rules)])
 
 
 def resolve_targets(program: Program, policy: Policy) -> list[PlanTarget | Skip]:
@@ -131,6 +137,12 @@ def build_plan(
     before = program.macs
     after = None if before is None or None in saved else before - sum(s for s in saved if s is not None)
     return Plan(tuple(entries), before, after)
+
+
+def check_plan(program: Program, plan: Plan) -> None:
+    """Raises `GhostifyError` where the convolutions of a plan are not those of the program."""
+    if tuple(entry.conv for entry in plan.entries) != program.convolutions:
+        raise GhostifyError("plan: is that of another program. Pass plan(program) of this one.")
 
 
 def may_prune(program: Program, policy: Policy, conv: Convolution) -> bool:

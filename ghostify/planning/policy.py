@@ -5,17 +5,19 @@ from __future__ import annotations
 import fnmatch
 import re
 import sys
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from ghostify.arguments import a_flag, a_function, a_number, a_path, an_integer, call_function
 from ghostify.deprecation import rename_keys, renamed_keywords, warn_renamed
 from ghostify.errors import GhostifyError
 from ghostify.files import MEGABYTE, read_text
 from ghostify.modules.layout import NAMED_FORMS, Depthwise, GhostForm, Grouped
+from ghostify.text import first_line, format_value
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -25,6 +27,7 @@ else:
 Pattern = str | Callable[[str, nn.Module], bool]
 RENAMED_FIELDS = {"narrow": "prune"}
 MAX_DW_SIZE = 255
+NOT_ODD = f"is not an odd number of at most {MAX_DW_SIZE}"
 REMEDY = "Correct the TOML file, or name another."
 
 
@@ -50,32 +53,8 @@ class Rule:
     prune: bool = False
 
     def __post_init__(self) -> None:
-        for key in ("targets", "ignore"):
-            object.__setattr__(self, key, as_patterns(getattr(self, key), key))
-        if (
-            isinstance(self.ratio, bool)
-            or not isinstance(self.ratio, int | float)
-            or not 1 <= self.ratio < float("inf")
-        ):
-            raise GhostifyError(f"ratio {self.ratio!r}: is not a number of at least 1. Use 2 for half of the maps.")
-        if (
-            isinstance(self.dw_size, bool)
-            or not isinstance(self.dw_size, int)
-            or not 1 <= self.dw_size <= MAX_DW_SIZE
-            or self.dw_size % 2 == 0
-        ):
-            raise GhostifyError(
-                f"dw_size {self.dw_size!r}: is not an odd number of at most {MAX_DW_SIZE}. Use 1, 3, 5 or 7."
-            )
-        is_width = isinstance(self.cheap, int) and not isinstance(self.cheap, bool) and self.cheap >= 1
-        if not is_width and self.cheap not in (*NAMED_FORMS, "auto"):
-            raise GhostifyError(
-                f"cheap {self.cheap!r}: is unknown. Use 'depthwise', 'pointwise', 'auto' or the number of intrinsic "
-                f"maps per ghost."
-            )
-        for key in ("activated", "prune"):
-            if not isinstance(getattr(self, key), bool):
-                raise GhostifyError(f"{key} {getattr(self, key)!r}: is not a boolean. Use true or false.")
+        for key, check in RULE_CHECKS.items():
+            object.__setattr__(self, key, check(key, getattr(self, key)))
 
     @property
     def forms(self) -> tuple[type[GhostForm], ...]:
@@ -108,20 +87,31 @@ Rule.__init__ = renamed_keywords(**RENAMED_FIELDS)(Rule.__init__)  # type: ignor
 
 @dataclass(frozen=True)
 class Policy:
-    """Ordered rules; with `keep_first` the model's first convolution is not changed."""
+    """Ordered rules, or a single one; with `keep_first` the model's first convolution is not changed.
+
+    Raises `GhostifyError` for other values.
+    """
 
     rules: tuple[Rule, ...] = field(default_factory=lambda: (Rule(),))
     keep_first: bool = True
 
+    def __post_init__(self) -> None:
+        rules = (self.rules,) if isinstance(self.rules, Rule) else self.rules
+        if not isinstance(rules, list | tuple) or not all(isinstance(rule, Rule) for rule in rules):
+            shown = format_value(rules) if not isinstance(rules, list | tuple) else "not a list of rules"
+            raise GhostifyError(f"policy: its rules are {shown}. Pass a tuple of Rule(...).")
+        object.__setattr__(self, "rules", tuple(rules))
+        object.__setattr__(self, "keep_first", a_flag("keep_first", self.keep_first))
+
     @classmethod
     def from_toml(cls, path: str | Path) -> Policy:
         """Read `keep_first = true` and `[[rule]]` tables; raises `GhostifyError` naming the file and the key."""
-        path = Path(path)
+        path = Path(a_path("path", path))
         text = read_text(path, limit=MEGABYTE, remedy=REMEDY)
         try:
             data = tomllib.loads(text)
         except (ValueError, RecursionError) as error:
-            raise GhostifyError(f"{path}: is not a readable policy ({error}). {REMEDY}") from error
+            raise GhostifyError(f"{path}: is not a readable policy ({first_line(error)}). {REMEDY}") from error
         return cls.from_dict(data, str(path))
 
     @classmethod
@@ -144,23 +134,72 @@ class Policy:
         return cls(tuple(rules), data.get("keep_first", True))
 
 
-def as_patterns(value: Any, key: str) -> tuple[Pattern, ...]:
+def as_policy(_name: str, value: Any) -> Policy:
+    """A policy, or the policy of a single rule; a check of arguments."""
+    if isinstance(value, Policy):
+        return value
+    if isinstance(value, Rule):
+        return Policy((value,))
+    raise GhostifyError(f"policy: is {format_value(value)}. Pass a Policy, such as Policy.from_toml(file), or a Rule.")
+
+
+def as_patterns(key: str, value: Any) -> tuple[Pattern, ...]:
     """A tuple of patterns from one pattern or several."""
-    patterns = (value,) if isinstance(value, str) or callable(value) else value
-    if not isinstance(patterns, Sequence) or not all(isinstance(p, str) or callable(p) for p in patterns):
-        raise GhostifyError(f"{key} {value!r}: is not a pattern. Use a name, a glob, re:, a callable, or a list.")
+    patterns = tuple(value) if isinstance(value, list | tuple | set | frozenset) else (value,)
     for pattern in patterns:
-        if isinstance(pattern, str) and pattern.startswith("re:"):
+        if not isinstance(pattern, str):
+            _check_function(key, pattern)
+        elif pattern.startswith("re:"):
             try:
                 re.compile(pattern[3:])
-            except re.error as error:
-                raise GhostifyError(f"{key} {pattern!r}: is not a regular expression ({error}). Correct it.") from error
-    return tuple(patterns)
+            except (re.error, OverflowError, RecursionError) as error:
+                raise GhostifyError(
+                    f"{key} {format_value(pattern)}: is not a regular expression ({first_line(error)}). Correct it."
+                ) from error
+    return patterns
+
+
+def _check_function(key: str, pattern: Any) -> None:
+    if not callable(pattern) or isinstance(pattern, nn.Module | type):
+        raise GhostifyError(
+            f"{key} {format_value(pattern)}: is not a pattern. Use names, globs, re: or functions of (name, module)."
+        )
+    a_function("name", "module")(key, pattern)
+
+
+def _as_cheap(key: str, value: Any) -> str | int:
+    if isinstance(value, str) and value in (*NAMED_FORMS, "auto"):
+        return value
+    return _as_width(key, value)
+
+
+def _as_odd(key: str, value: Any) -> int:
+    size = _as_size(key, value)
+    if size % 2 == 0:
+        raise GhostifyError(f"{key} {size}: {NOT_ODD}. Use 1, 3, 5 or 7.")
+    return size
+
+
+_as_size = an_integer(1, MAX_DW_SIZE, problem=NOT_ODD, remedy="Use 1, 3, 5 or 7.")
+_as_width = an_integer(
+    1,
+    problem="is unknown",
+    remedy="Use 'depthwise', 'pointwise', 'auto' or the number of intrinsic maps per ghost.",
+)
+RULE_CHECKS = {
+    "targets": as_patterns,
+    "ignore": as_patterns,
+    "ratio": a_number(1, problem="is not a number of at least 1", remedy="Use 2 for half of the maps."),
+    "dw_size": _as_odd,
+    "cheap": _as_cheap,
+    "activated": a_flag,
+    "prune": a_flag,
+}
 
 
 def _matches(pattern: Pattern, name: str, module: nn.Module, kind: str) -> bool:
     if not isinstance(pattern, str):
-        return bool(pattern(name, module))
+        return call_function(f"pattern for {name}", lambda: bool(pattern(name, module)))
     if pattern.startswith("re:"):
         return re.match(pattern[3:], name) is not None
     return pattern in (name, kind) or fnmatch.fnmatchcase(name, pattern)

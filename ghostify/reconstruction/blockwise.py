@@ -77,7 +77,7 @@ def reconstruct_blocks(
     """
     started, traced = time.perf_counter(), _whole_graph(program, plan)
     with torch.inference_mode(False), torch.no_grad():
-        batches = list(split_images(traced, bind_calibration(traced, calibration).local_batches))
+        batches = list(split_images(traced, bind_calibration(traced, calibration, program.example).local_batches))
         holdout = [b for b in batches if b.holdout]
         if not holdout or len(holdout) == len(batches):
             raise GhostifyError(

@@ -9,16 +9,33 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ghostify.arguments import (
+    a_flag,
+    a_mapping,
+    a_model,
+    a_number,
+    a_path,
+    a_sequence,
+    a_text,
+    anything,
+    instance_of,
+    optional,
+    public,
+)
 from ghostify.errors import GhostifyError
 from ghostify.evaluation.comparison import Comparison, compare_models, has_tensor_output
-from ghostify.graph.tracing import trace
+from ghostify.graph.inputs import bind_example, run_example
+from ghostify.graph.modes import eval_mode
+from ghostify.graph.paths import resolve_attribute
+from ghostify.graph.tracing import trace, unwrapped_model
 from ghostify.io.atomic import check_output_file
 from ghostify.planning import cost
 from ghostify.reporting.analysis import LatencyPairs, layer_costs
 from ghostify.reporting.ghost_pictures import is_picturable, picture_ghosts
 from ghostify.reporting.html import Page, TotalRow, is_page, write_page
+from ghostify.runtimes.registry import a_runtime
 from ghostify.summary import LayerReport, Report, report
-from ghostify.text import format_count
+from ghostify.text import format_count, format_shape, format_value
 from ghostify.timing.latency import interleaved_latency, layer_latency
 from ghostify.timing.timer import LatencyTimer
 
@@ -26,6 +43,40 @@ LAYERS_PICTURED = 3
 NAMES_LISTED = 3
 
 
+def _image_batches(name: str, value: Any) -> Sequence[Tensor]:
+    """Batches of images; a single tensor is one batch; a check of arguments."""
+    batches = (value,) if isinstance(value, Tensor) else value
+    if not isinstance(batches, list | tuple) or not all(isinstance(b, Tensor) and b.dim() and len(b) for b in batches):
+        raise GhostifyError(f"{name}: is {format_value(value)}, not a list of batches. Pass tensors of N x C x H x W.")
+    return batches
+
+
+def _a_curve(name: str, value: Any) -> Sequence[Mapping[str, Any]]:
+    """The points of a frontier as dicts; a check of arguments."""
+    remedy = "Pass [point.to_dict() for point in frontier(...)]."
+    points: Sequence[Mapping[str, Any]] = a_sequence(a_mapping(remedy), remedy)(name, value)
+    for number, point in enumerate(points):
+        shares, error = point.get("shares"), point.get("error")
+        if not isinstance(shares, Mapping) or not shares:
+            raise GhostifyError(f"{name}[{number}]: has no shares of costs. {remedy}")
+        for key, share in (*shares.items(), ("error", error)):
+            a_number(0, remedy=remedy)(f"{name}[{number}] {key}", share)
+    return points
+
+
+@public(
+    module=a_model,
+    file=a_path,
+    original=optional(a_model),
+    example_inputs=anything,
+    images=_image_batches,
+    labels=optional(instance_of(Tensor, "Pass one class number for each image.")),
+    layers=optional(a_sequence(a_text, "Pass the names of layers.")),
+    runtime=optional(a_runtime),
+    curve=_a_curve,
+    title=a_text,
+    overwrite=a_flag,
+)
 def write_report(
     module: nn.Module,
     file: str | Path,
@@ -46,10 +97,19 @@ def write_report(
     timing). On batches of `images` both are compared where their output is one tensor, with `labels` (N) by top-1 too,
     and the maps of `layers` (default: those with the largest error) are shown next to the original's. `curve` is that
     of `frontier`, as dicts. An existing file is replaced if it is such a page, any other only with `overwrite`. Raises
-    `GhostifyError` for a model without a report, for layers that cannot be shown, and for files that are not replaced.
+    `GhostifyError` for a model without a report, for another original than that of the report, for labels that are not
+    one class for each image, for layers that cannot be shown, and for files that are not replaced.
     """
     check_output_file(file, is_page, overwrite=overwrite)
     summary = report(module)
+    if original is not None:
+        original = unwrapped_model(original)
+        _check_original(original, summary)
+    if labels is not None and (original is None or not images):
+        raise GhostifyError("labels: are compared with what both models predict. Pass original and images, too.")
+    if example_inputs is not None:
+        with eval_mode(module):
+            run_example(module, bind_example(module, example_inputs))
     totals = _count_rows(module, original, summary)
     latencies: LatencyPairs = {}
     if original is not None and images and has_tensor_output(module, images[0]):
@@ -79,6 +139,24 @@ def layer_latencies(original: nn.Module, summary: Report, example_inputs: Any, t
             before, after = layer_latency(program.conv(layer.name), convs[layer.name], [None, layer.layout], timer)
             latencies[layer.name] = (before, after)
     return latencies
+
+
+def _check_original(original: nn.Module, summary: Report) -> None:
+    """Raises `GhostifyError` where the layers of a report are not those of the original."""
+    for layer in summary.layers:
+        if not all(layer.weight_shape):  # a weight that a forward computes
+            continue
+        try:
+            holder = resolve_attribute(original, layer.name)
+        except AttributeError as error:
+            raise GhostifyError(f"original: has no layer {layer.name}. Pass the model that was converted.") from error
+        weight = getattr(holder, "weight", holder)
+        if isinstance(weight, Tensor) and tuple(weight.shape) != layer.weight_shape:
+            shapes = format_shape(weight.shape), format_shape(layer.weight_shape)
+            raise GhostifyError(
+                f"original: the weight of {layer.name} is {shapes[0]}, in the report {shapes[1]}. "
+                "Pass the model that was converted."
+            )
 
 
 def _count_rows(module: nn.Module, original: nn.Module | None, summary: Report) -> list[TotalRow]:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ghostify.errors import GhostifyError
+from ghostify.graph.batches import bind_batch
 from ghostify.graph.call_hooks import on_calls
-from ghostify.graph.inputs import bind_batch, call_model
+from ghostify.graph.inputs import call_model
 from ghostify.graph.modes import eval_mode
 from ghostify.modules.ghost import GhostModule
 from ghostify.numerics import relative_squared_error

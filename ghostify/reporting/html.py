@@ -82,7 +82,7 @@ def render(page: Page) -> str:
             has_output_errors=any(layer.output_error is not None for layer in page.report.layers),
             suggestions=suggestions(page.report, page.latencies),
             charts=charts,
-            specs=Markup(json.dumps(charts).replace("</", "<\\/")),
+            specs=Markup(json.dumps(charts).replace("<", "\\u003c")),
             bundle=Markup(bundle.replace("</script", "<\\/script")),
         )
     )

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ghostify.arguments import a_mapping, public
+from ghostify.errors import GhostifyError
 from ghostify.graph.batchnorm import BatchNorm, batchnorm_at
-from ghostify.graph.program import Program, conv_module, get_subgraph, set_subgraph
+from ghostify.graph.program import Program, a_program, conv_module, get_subgraph, set_subgraph
 from ghostify.modules.ghost import GhostModule, GhostWeights, build_ghost_module
-from ghostify.planning.planner import GhostRewrite, Plan, PruneRewrite
+from ghostify.planning.planner import GhostRewrite, Plan, PruneRewrite, a_plan, check_plan
 from ghostify.pruning.kept_channels import KeptChannels, prune_channels
 from ghostify.pruning.permutation_target import push_permutation
 from ghostify.pruning.slicing import PrunedConvWeights, slice_conv
@@ -21,15 +23,32 @@ from ghostify.rewriting.activation_chain import copy_activation_chain, slice_cha
 FittedWeights = GhostWeights | PrunedConvWeights
 
 
+@public(program=a_program, plan=a_plan, weights=a_mapping("Pass the weights of what fit() returns."))
 def rewrite(program: Program, plan: Plan, weights: Mapping[str, FittedWeights]) -> nn.Module:
     """A copy of the program's module with a `GhostModule` for every ghost rewrite of `plan`, and with pruned channels.
 
-    Pruned convolutions without fitted `weights` keep the original's weights of their kept channels.
+    Pruned convolutions without fitted `weights` keep the original's weights of their kept channels. Raises
+    `GhostifyError` for a plan of another program, and for weights that do not fit the plan.
     """
+    check_plan(program, plan)
+    _check_weights(plan, weights)
     module = copy.deepcopy(program.module)
     for path in program.subgraphs:
         rewrite_subgraph(module, path, plan, weights)
     return module
+
+
+def _check_weights(plan: Plan, weights: Mapping[str, FittedWeights]) -> None:
+    """Raises `GhostifyError` where a ghost rewrite has no weights, or weights of another layout."""
+    for entry in plan.changes:
+        fitted, name = weights.get(entry.conv.name), entry.conv.name
+        if isinstance(entry, PruneRewrite):
+            if not isinstance(fitted, PrunedConvWeights | None):
+                raise GhostifyError(f"weights: those of {name} are ghost weights. Pass those of fit(program, plan).")
+        elif not isinstance(fitted, GhostWeights):
+            raise GhostifyError(f"weights: have no GhostWeights for {name}. Pass those of fit(program, plan).")
+        elif len(fitted.channels) != entry.layout.outputs:
+            raise GhostifyError(f"weights: those of {name} are of another plan. Pass those of fit(program, plan).")
 
 
 def rewrite_subgraph(module: nn.Module, path: str, plan: Plan, weights: Mapping[str, FittedWeights]) -> None:

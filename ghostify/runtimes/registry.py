@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from ghostify.arguments import a_choice
 from ghostify.errors import GhostifyError
 from ghostify.runtimes.aotinductor import AotInductor
 from ghostify.runtimes.compiled import Compiled
@@ -80,14 +81,13 @@ ROWS: tuple[Runtime, ...] = (
     AotInductor(),
 )
 RUNTIMES = {runtime.name: runtime for runtime in ROWS}
+a_runtime = a_choice(RUNTIMES)
 EXPORT_FORMATS = {name: next(r for r in ROWS if r.format == name) for name in dict.fromkeys(r.format for r in ROWS)}
 
 
 def get_runtime(name: str) -> Runtime:
     """The runtime of this name, installed or not; raises `GhostifyError` for an unknown name."""
-    if name not in RUNTIMES:
-        raise GhostifyError(f"runtime {name!r}: is unknown. Use {', '.join(RUNTIMES)}.")
-    return RUNTIMES[name]
+    return RUNTIMES[a_runtime("runtime", name)]
 
 
 def require_runtime(name: str) -> Runtime:

@@ -8,15 +8,17 @@ from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from ghostify import skip_reasons
+from ghostify.arguments import a_mapping, a_number, a_seed, optional, public
 from ghostify.errors import GhostifyError, InfeasibleBudgetError
 from ghostify.fitting.initialization import untrained_weights
-from ghostify.fitting.sensitivity import Calibration, prepare_calibration
-from ghostify.graph.program import Program
+from ghostify.fitting.sensitivity import Calibration, a_calibration, prepare_calibration
+from ghostify.graph.program import Program, a_program
 from ghostify.modules.layout import GhostLayout
 from ghostify.planning.planner import Plan, PlanTarget, Skip, build_plan, may_prune, resolve_targets
-from ghostify.planning.policy import Policy
+from ghostify.planning.policy import Policy, Rule, as_policy
 from ghostify.pruning.pruning_groups import PruningGroup, Unprunable, find_pruning_groups
 from ghostify.rewriting.apply import rewrite
+from ghostify.runtimes.registry import a_runtime
 from ghostify.search.candidates import Candidate, group_candidates, layer_candidates
 from ghostify.search.costs import COSTS
 from ghostify.search.group_statistics import GroupStatistics, compute_group_statistics
@@ -78,9 +80,32 @@ class BudgetPlan:
     loss: float
 
 
+def a_budget(name: str, value: Any) -> dict[str, float]:
+    """A mapping of limits by cost, and max_drop; a check of arguments."""
+    limits: Mapping[str, float] = a_mapping("Pass {'macs': 0.5} to halve the multiply-accumulates.")(name, value)
+    if not limits:
+        raise GhostifyError(f"{name}: is empty. Use {{'macs': 0.5}} to halve the multiply-accumulates.")
+    for key in limits:
+        if key not in COSTS and key != "max_drop":
+            raise GhostifyError(f"{name} {key!r}: is unknown. Use {', '.join(COSTS)} or max_drop.")
+    positive = a_number(0, above=True, problem="is not a positive number", remedy="Use 0.5 for half.")
+    at_least_0 = a_number(0, problem="is not a number of at least 0", remedy="Use 0.5 for half a point.")
+    return {
+        key: (at_least_0 if key == "max_drop" else positive)(f"{name} {key}", limit) for key, limit in limits.items()
+    }
+
+
+@public(
+    program=a_program,
+    policy=as_policy,
+    budget=a_budget,
+    calibration=optional(a_calibration),
+    seed=a_seed,
+    runtime=a_runtime,
+)
 def plan_for_budget(
     program: Program,
-    policy: Policy,
+    policy: Policy | Rule,
     budget: Mapping[str, float],
     calibration: Iterable[Any] | Calibration | None = None,
     seed: int = 0,
@@ -95,24 +120,18 @@ def plan_for_budget(
     Raises `InfeasibleBudgetError`, with the minimum, for a budget that no plan meets.
     """
     check_budget(budget)
+    rules = as_policy("policy", policy)
     with LatencyTimer(runtime) as timer:
-        return select_plan(build_search_space(program, policy, tuple(budget), calibration, seed, timer), budget).plan
+        return select_plan(build_search_space(program, rules, tuple(budget), calibration, seed, timer), budget).plan
 
 
 def check_budget(budget: Mapping[str, float]) -> None:
-    """Raises `GhostifyError` for an empty budget, an unknown cost, or a limit that is not a positive number."""
-    if not budget:
-        raise GhostifyError("budget: is empty. Use {'macs': 0.5} to halve the multiply-accumulates.")
-    for key, value in budget.items():
-        if key == "max_drop":
-            raise GhostifyError(
-                "budget max_drop: needs fitted models. Use `ghostify convert` with --validation, or "
-                "ghostify(..., evaluate=...)."
-            )
-        if key not in COSTS:
-            raise GhostifyError(f"budget {key!r}: is unknown. Use {', '.join(COSTS)} or max_drop.")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise GhostifyError(f"budget {key}={value!r}: is not a positive number. Use 0.5 for half.")
+    """Raises `GhostifyError` for a budget that limits no cost, or the drop, for which a plan alone does not suffice."""
+    if "max_drop" in a_budget("budget", budget):
+        raise GhostifyError(
+            "budget max_drop: needs fitted models. Use `ghostify convert` with --validation, or "
+            "ghostify(..., evaluate=...)."
+        )
 
 
 def build_search_space(

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from ghostify.fitting import patches
 from ghostify.fitting.moments import Moments
 from ghostify.fitting.sensitivity import Calibration, error_metric
-from ghostify.graph.inputs import call_model
+from ghostify.graph.batches import run_batch
 from ghostify.graph.modes import eval_mode
 from ghostify.graph.observation import intercept_convs
 from ghostify.graph.program import Program
@@ -38,7 +38,7 @@ def visit_convs(
     with eval_mode(program.module):
         for batch in calibration.batches.local_batches:
             with intercept_convs(program.module, program.subgraphs, partial(callback, batch.first)):
-                call_model(program.module, batch.inputs)
+                run_batch(program.module, batch.inputs, batch.number)
 
 
 def add_by_halves(halves: Sequence[Moments], maps: Tensor, first: int, images: int, seed: int) -> None:

@@ -12,19 +12,22 @@ from typing import Any
 from rich import box
 from rich.table import Table
 from rich.text import Text
-from torch import nn
+from torch import Tensor, nn
 
+from ghostify.arguments import a_choice, a_function, a_number, a_seed, an_integer, call_function, optional, public
 from ghostify.errors import GhostifyError, InfeasibleBudgetError
 from ghostify.files import read_json
 from ghostify.fitting.driver import FitResult, ProgressCallback, fit
-from ghostify.fitting.sensitivity import Calibration, prepare_calibration
-from ghostify.graph.program import Program
+from ghostify.fitting.sensitivity import Calibration, a_calibration, prepare_calibration
+from ghostify.graph.program import Program, a_program
 from ghostify.io.atomic import write_text_atomic
 from ghostify.io.output import writing_to
+from ghostify.neutral_context import caller_modes
 from ghostify.planning.planner import Plan
-from ghostify.planning.policy import Policy
+from ghostify.planning.policy import Policy, Rule, as_policy
 from ghostify.rewriting.apply import rewrite
-from ghostify.search.budget import BudgetPlan, SearchSpace, build_search_space, check_budget, select_plan
+from ghostify.runtimes.registry import a_runtime
+from ghostify.search.budget import BudgetPlan, SearchSpace, a_budget, build_search_space, select_plan
 from ghostify.search.costs import COSTS
 from ghostify.text import printable
 from ghostify.timing.timer import LatencyTimer
@@ -60,9 +63,19 @@ class FrontierPoint:
         return {"shares": dict(self.shares), "error": self.error, "drop": self.drop, "layers": layers}
 
 
+@public(
+    program=a_program,
+    policy=as_policy,
+    key=a_choice(COSTS),
+    calibration=optional(a_calibration),
+    evaluate=optional(a_function("model")),
+    seed=a_seed,
+    runtime=a_runtime,
+    points=an_integer(1),
+)
 def frontier(
     program: Program,
-    policy: Policy,
+    policy: Policy | Rule,
     key: str = "macs",
     calibration: Iterable[Any] | Calibration | None = None,
     *,
@@ -76,13 +89,13 @@ def frontier(
     `key` names the cost: "macs", "params" or "latency", in `runtime`. `evaluate` scores a model, higher is better; with
     it, every plan is fitted and its drop below the original's score is measured. Raises `GhostifyError`.
     """
-    check_budget({key: 1.0})
+    rules = as_policy("policy", policy)
     prepared = None if calibration is None else prepare_calibration(program, calibration, seed)
     counted = [cost.name for cost in COSTS.values() if not cost.is_measured]
-    original_score = None if evaluate is None else evaluate(program.module)
+    original_score = None if evaluate is None else _score(evaluate, program.module)
     curve = []
     with LatencyTimer(runtime) as timer:
-        space = build_search_space(program, policy, tuple(dict.fromkeys((*counted, key))), prepared, seed, timer)
+        space = build_search_space(program, rules, tuple(dict.fromkeys((*counted, key))), prepared, seed, timer)
         minimum = space.minimum_shares[key]
         for k in range(points):
             share = 1 - (1 - minimum) * k / max(1, points - 1)
@@ -130,13 +143,12 @@ def plan_for_drop(
     The minimized cost is the first other key of the budget, whose limit holds as well, or MACs; its share is bisected
     `BISECTIONS` times. Raises `GhostifyError` where the drop is larger at the other limits already.
     """
-    max_drop, limits = budget["max_drop"], {k: v for k, v in budget.items() if k != "max_drop"} or {"macs": 1.0}
-    check_budget(limits)
-    if isinstance(max_drop, bool) or not isinstance(max_drop, int | float) or not max_drop >= 0:
-        raise GhostifyError(f"budget max_drop={max_drop!r}: is not a number of at least 0. Use 0.5 for half a point.")
+    limits = dict(a_budget("budget", budget))
+    max_drop = limits.pop("max_drop")
+    limits = limits or {"macs": 1.0}
     key = next(iter(limits))
     prepared = None if calibration is None else prepare_calibration(program, calibration, seed)
-    original_score = evaluate(program.module)
+    original_score = _score(evaluate, program.module)
 
     def evaluated(plan: Plan) -> tuple[float, tuple[Plan, FitResult]]:
         score, fits = _fit_and_evaluate(program, plan, prepared, evaluate, seed, on_progress)
@@ -234,7 +246,17 @@ def _fit_and_evaluate(
 ) -> tuple[float, FitResult]:
     """The score of the fitted model of a plan, and its fit."""
     fits = fit(program, plan, calibration, seed=seed, on_progress=on_progress)
-    return evaluate(rewrite(program, plan, fits.weights)), fits
+    return _score(evaluate, rewrite(program, plan, fits.weights)), fits
+
+
+def _score(evaluate: Evaluate, model: nn.Module) -> float:
+    """What `evaluate` returns for a model, called in the modes of the caller; raises `GhostifyError` for no number."""
+    with caller_modes():
+        value: Any = call_function("evaluate", evaluate, model)
+    value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+    check = a_number(problem="is not a score", remedy="Return a finite number, higher for a better model.")
+    score: float = check("evaluate: its result", value)
+    return score
 
 
 def _select_or_none(space: SearchSpace, budget: Mapping[str, float]) -> BudgetPlan | None:

@@ -1,20 +1,18 @@
-"""The settings of a training run."""
+"""The settings of a training run, each with its type and range."""
 
 from __future__ import annotations
 
-import typing
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import NoneType
 from typing import Any
 
 from timm.optim import list_optimizers
 
+from ghostify.arguments import a_choice, a_flag, a_number, a_seed, an_integer, optional
 from ghostify.errors import GhostifyError
+from ghostify.text import format_value
 
-PRECISIONS = ("no", "bf16", "fp16")
-SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "plateau")
-MAX_COUNT, MAX_SEED = 10**9, 2**63 - 1
+SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant")
+LOOKAHEAD, MAX_COUNT = "lookahead_", 10**9
 
 
 @dataclass(frozen=True)
@@ -54,58 +52,48 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for key, kind in typing.get_type_hints(Recipe).items():
-            value = getattr(self, key)
-            if not _is_of_type(value, kind):
-                raise GhostifyError(f"recipe: {key} {value!r:.60}: is not {_describe_type(kind)}. Pass such a value.")
-            if value is not None and key in RANGES and not RANGES[key][0](value):
-                raise GhostifyError(f"recipe: {key} {value!r:.60}: is not {RANGES[key][1]}. Pass such a value.")
+        for key, check in RECIPE_CHECKS.items():
+            object.__setattr__(self, key, check(f"recipe: {key}", getattr(self, key)))
         if self.distill == self.features == self.labels == 0:
             raise GhostifyError("recipe: distill, features and labels are all 0. Set one of them above 0.")
 
 
-def _is_of_type(value: object, kind: Any) -> bool:
-    """Whether a value is of one of the types; whole numbers are numbers, booleans are not."""
-    types = typing.get_args(kind) or (kind,)
-    if isinstance(value, bool):
-        return bool in types
-    return isinstance(value, (*types, int) if float in types else types)
+def _an_optimizer(name: str, value: Any) -> str:
+    """A name of timm's, also after "lookahead_"."""
+    if isinstance(value, str) and value.lower().removeprefix(LOOKAHEAD) in list_optimizers():
+        return value
+    raise GhostifyError(f"{name} {format_value(value)}: is unknown. Use one of timm.optim.list_optimizers().")
 
 
-def _describe_type(kind: Any) -> str:
-    words = {float: "a number", int: "a whole number", str: "text", bool: "true or false", NoneType: "null (None)"}
-    return " or ".join(words[t] for t in typing.get_args(kind) or (kind,))
+_positive = a_number(0, above=True, problem="is not a positive number", remedy="Set it above 0.")
+_at_least_0 = a_number(0, problem="is not a number of at least 0", remedy="Set it to 0 or more.")
+_below_1 = a_number(0, 1, below=True, problem="is not a number of at least 0 and below 1", remedy="Set it to one.")
+_count = an_integer(1, MAX_COUNT, problem=f"is not an integer from 1 to {MAX_COUNT:,}", remedy="Set it to one.")
 
-
-def _is_optimizer(name: str) -> bool:
-    return name.lower().removeprefix("lookahead_") in list_optimizers()
-
-
-_POSITIVE = (lambda v: 0 < v < float("inf"), "a positive number")
-_AT_LEAST_0 = (lambda v: 0 <= v < float("inf"), "a number of at least 0")
-_COUNT = (lambda v: 1 <= v <= MAX_COUNT, f"between 1 and {MAX_COUNT:,}")
-_SHARE = (lambda v: 0 <= v <= 1, "between 0 and 1")
-RANGES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "epochs": (lambda v: 0 < v <= MAX_COUNT, f"a positive number of at most {MAX_COUNT:,}"),
-    "batch": _COUNT,
-    "optimizer": (_is_optimizer, "an optimizer of timm (timm.optim.list_optimizers() lists them)"),
-    "learning_rate": _POSITIVE,
-    "weight_decay": _AT_LEAST_0,
-    "schedule": (lambda v: v in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
-    "warmup": _SHARE,
-    "distill": _AT_LEAST_0,
-    "temperature": _POSITIVE,
-    "features": _AT_LEAST_0,
-    "labels": _AT_LEAST_0,
-    "smoothing": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
-    "mixup": _AT_LEAST_0,
-    "cutmix": _AT_LEAST_0,
-    "ema": (lambda v: 0 <= v < 1, "at least 0 and below 1"),
-    "clip": _POSITIVE,
-    "precision": (lambda v: v in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
-    "evaluate_every": _POSITIVE,
-    "patience": _COUNT,
-    "save_every": _COUNT,
-    "workers": (lambda v: 0 <= v <= 1024, "between 0 and 1,024"),
-    "seed": (lambda v: 0 <= v <= MAX_SEED, f"between 0 and {MAX_SEED}"),
+RECIPE_CHECKS = {
+    "epochs": a_number(
+        0, MAX_COUNT, above=True, problem=f"is not a positive number of at most {MAX_COUNT:,}", remedy="Set it to one."
+    ),
+    "batch": _count,
+    "optimizer": _an_optimizer,
+    "learning_rate": _positive,
+    "weight_decay": _at_least_0,
+    "schedule": a_choice(SCHEDULES),
+    "warmup": a_number(0, 1, problem="is not a number from 0 to 1", remedy="Set it to one."),
+    "distill": _at_least_0,
+    "temperature": _positive,
+    "features": _at_least_0,
+    "labels": _at_least_0,
+    "smoothing": _below_1,
+    "mixup": _at_least_0,
+    "cutmix": _at_least_0,
+    "ema": optional(_below_1),
+    "clip": optional(_positive),
+    "frozen_norms": a_flag,
+    "precision": a_choice(("no", "bf16", "fp16")),
+    "evaluate_every": _positive,
+    "patience": optional(_count),
+    "save_every": _count,
+    "workers": an_integer(0, 1024, problem="is not an integer from 0 to 1,024", remedy="Set it to one."),
+    "seed": a_seed,
 }

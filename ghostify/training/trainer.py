@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from ghostify.arguments import a_function, a_model, a_path, instance_of, optional, public
 from ghostify.data.training_data import EpochSampler, SeededDataset, TrainingData
 from ghostify.errors import GhostifyError
 from ghostify.graph.batchnorm import has_running_statistics
@@ -28,8 +29,10 @@ from ghostify.graph.inputs import tensor_leaves
 from ghostify.graph.modes import eval_mode
 from ghostify.numerics import first_not_finite
 from ghostify.runtimes.tensors import to_channels_last
+from ghostify.text import first_line, format_value
 from ghostify.training.features import collect_features
 from ghostify.training.losses import distillation_loss, feature_loss
+from ghostify.training.output_checks import check_outputs
 from ghostify.training.recipe import Recipe
 from ghostify.training.run_folder import RunFolder, TrainingProgress
 
@@ -38,6 +41,22 @@ UNSTABLE = "Lower the learning rate or set clip, and use another folder; this on
 ProgressCallback = Callable[[int, int, str], None]
 
 
+def _an_accelerator(name: str, value: Any) -> Any:
+    """An Accelerator, by its methods: accelerate is an extra."""
+    if all(hasattr(value, attribute) for attribute in ("prepare", "backward", "unwrap_model")):
+        return value
+    raise GhostifyError(f"{name}: is {format_value(value)}. Pass an accelerate.Accelerator, or leave it out.")
+
+
+@public(
+    model=a_model,
+    original=a_model,
+    data=instance_of(TrainingData, "Pass what load_training_data(name, prepared) returns."),
+    folder=a_path,
+    recipe=optional(instance_of(Recipe, "Pass Recipe(epochs=1, ...).")),
+    accelerator=optional(_an_accelerator),
+    on_progress=optional(a_function("done", "total", "text")),
+)
 def finetune(
     model: nn.Module,
     original: nn.Module,
@@ -151,17 +170,22 @@ def _optimizer_and_schedule(student: nn.Module, recipe: Recipe, steps: int) -> t
         )
     except (AssertionError, ImportError, TypeError, ValueError) as error:
         raise GhostifyError(
-            f"recipe: optimizer {recipe.optimizer!r}: cannot be used here ({error}). Use another."
+            f"recipe: optimizer {recipe.optimizer!r}: cannot be used here ({first_line(error)}). Use another."
         ) from error
-    schedule, _ = create_scheduler_v2(
-        optimizer,
-        recipe.schedule,
-        num_epochs=steps,
-        warmup_epochs=int(recipe.warmup * steps),
-        warmup_prefix=True,
-        step_on_epochs=False,
-        updates_per_epoch=1,
-    )
+    try:
+        schedule, _ = create_scheduler_v2(
+            optimizer,
+            recipe.schedule,
+            num_epochs=steps,
+            warmup_epochs=int(recipe.warmup * steps),
+            warmup_prefix=True,
+            step_on_epochs=False,
+            updates_per_epoch=1,
+        )
+    except (AssertionError, ValueError) as error:
+        raise GhostifyError(
+            f"recipe: schedule {recipe.schedule!r}: does not suit {steps} steps ({first_line(error)}). Use cosine."
+        ) from error
     if schedule is None:
         raise GhostifyError(f"recipe: schedule {recipe.schedule!r}: is not in this version of timm. Use cosine.")
     return optimizer, schedule
@@ -194,6 +218,7 @@ class _Training:
         torch.manual_seed(recipe.seed)
         student = copy.deepcopy(model).requires_grad_().to(memory_format=torch.channels_last)
         teacher = copy.deepcopy(original).requires_grad_(False).eval().to(memory_format=torch.channels_last)
+        check_outputs(student, teacher, data)
         self.student_features, self.teacher_features = (
             collect_features(student, teacher) if recipe.features else ([], [])
         )
