@@ -145,7 +145,7 @@ def test_user_errors_are_one_line_and_code_2(files, tmp_path):
         (("plan", NET, "--ratio", "0.5"), "ghostify: --ratio 0.5: is not a number of at least 1"),
         (("plan", NET, "--input-size", "3x4"), "ghostify: --input-size '3x4': is not three positive sizes. Use C,H,W"),
         (("plan", NET, *SIZE, "--target", "zzz"), "ghostify: targets 'zzz': matches no convolution"),
-        (("convert", NET, *SIZE, *weights, "--calibration", tmp_path / "no.npy"), "no.npy: cannot be read"),
+        (("convert", NET, *SIZE, *weights, "--calibration", tmp_path / "no.npy"), "no.npy: does not exist"),
         (("convert", NET, "--arg", "width=4", *SIZE, *weights), "does not fit Straight"),
         (("convert", NET, *SIZE, *weights, "--reconstruct"), "ghostify: reconstruct: needs images. Pass calibration"),
         (("eval", tmp_path, "--data", files / "data.npz"), "Name a folder that ghostify saved"),
