@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from torch import nn
@@ -14,8 +14,8 @@ from ghostify.errors import GhostifyError
 from ghostify.fitting.driver import ProgressCallback, fit
 from ghostify.fitting.sensitivity import a_calibration, prepare_calibration
 from ghostify.graph.tracing import trace
-from ghostify.planning.planner import plan
-from ghostify.planning.policy import Pattern, Policy, Rule, as_policy
+from ghostify.planning.planner import plan, warn_if_unchanged
+from ghostify.planning.policy import DEFAULT_RATIO, Pattern, Policy, Rule, as_policy
 from ghostify.reconstruction.blockwise import reconstruct_blocks
 from ghostify.rewriting.apply import rewrite
 from ghostify.runtimes.registry import a_runtime
@@ -69,7 +69,8 @@ def ghostify(
     `ratio`, `dw_size`, `cheap`, `activated`, `prune`, `targets` and `ignore` form one `Rule` (see there); a `policy`,
     or one `Rule`, replaces them. By default, every dense convolution but the first is rewritten.
 
-    A `budget` such as {"macs": 0.5} replaces the ratio by one for each layer, and needs `example_inputs`. Its keys are
+    A `budget` such as {"macs": 0.5} replaces `ratio` by one for each layer, and needs `example_inputs`; rules of a
+    `policy` that have a ratio keep it. Its keys are
     "macs", "params" and "latency": values up to 1 are shares of the original's, larger ones numbers (milliseconds for
     "latency"). Latency is measured on this machine in `runtime` ("eager", "compile", "onnx", "openvino",
     "aotinductor"). {"max_drop": 0.5} selects the cheapest model whose score by `evaluate(model)` is at most 0.5 below
@@ -88,9 +89,10 @@ def ghostify(
         raise GhostifyError("reconstruct: needs images. Pass calibration (--calibration FOLDER).")
     selected, ignored = ("*" if targets is None else targets), (() if ignore is None else ignore)
     rule = Rule(selected, ignored, ratio, dw_size, cheap, activated, prune)  # type: ignore[arg-type]
+    is_default = rule == Rule(ratio=DEFAULT_RATIO) and targets is None
     if policy is None:
-        policy = Policy((rule,), keep_first=targets is None)
-    elif rule != Rule() or targets is not None:
+        policy = Policy((rule if budget is None else replace(rule, ratio=None),), keep_first=targets is None)
+    elif not is_default:
         names = ", ".join(field.name for field in fields(Rule))
         raise GhostifyError(f"{names}: are set in the rules of the policy. Pass either, not both.")
     policy = as_policy("policy", policy)
@@ -111,6 +113,7 @@ def ghostify(
             else plan_for_budget(program, policy, budget, prepared, seed, runtime)
         )
         fits = fit(program, planned, prepared, seed=seed, on_progress=on_progress)
+    warn_if_unchanged(planned, policy)
     reconstruction = None
     if reconstruct and prepared is not None:
         fits, reconstruction = reconstruct_blocks(

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 MIN_VARIANCE = 1e-30
+MIN_SHARE_OF_POWER = 1e-6  # a smaller variance may be rounding of float32 values, or of their squares
+MIN_SHARE_OF_VARIANCES = 1e-10
 SEED_STRIDE = 1_000_003
 RUNNING_STATISTICS = ("running_mean", "running_var")
 
@@ -16,6 +18,16 @@ RUNNING_STATISTICS = ("running_mean", "running_var")
 def relative_to_variance(squared_error: Tensor, variance: Tensor, minimum: float = MIN_VARIANCE) -> Tensor:
     """A squared error relative to a variance, which is at least `minimum`; both are means or both are sums."""
     return squared_error / variance.clamp_min(minimum)
+
+
+def relative_by_channel(squared_error: Tensor, variance: Tensor, mean_square: Tensor) -> Tensor:
+    """Squared errors of a layer's channels (n) relative to their variances.
+
+    The variance of a channel that always has nearly the same value is rounding error. It counts as a small share of the
+    channel's mean square, or of the mean variance of the channels if that is larger.
+    """
+    floor = torch.maximum(MIN_SHARE_OF_POWER * mean_square, MIN_SHARE_OF_VARIANCES * variance.mean())
+    return squared_error / torch.maximum(variance, floor.clamp_min(MIN_VARIANCE))
 
 
 def relative_squared_error(

@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from ghostify import GhostifyError, load, report, save
+from ghostify import GhostifyError, deploy, load, report, save
 from ghostify.cli.loading import load_pair
 from ghostify.reporting.table import report_table
 from tests.fuzz_mutations import write_case
@@ -57,6 +57,7 @@ class Worker:
                 model = self._load(sample, sample.folder)
                 assert self._forward(model, sample, sample.folder) == "loaded"
                 self._save(model, sample.folder, place / "warm-up")
+                assert self._deploy(model, sample, sample.folder)
                 self._build_original(sample.folder)
         _limit_memory()
 
@@ -105,7 +106,7 @@ class Worker:
             except GhostifyError as error:
                 raise FindingError(f"saved again, but {error}") from error
         self._build_original(case)
-        return outcome
+        return outcome if outcome != "loaded" or self._deploy(model, sample, case) else "loaded, not deployed"
 
     def _load(self, sample: Sample, folder: Path) -> nn.Module:
         with time_limit(SECONDS), self.watch.over(readable=folder):
@@ -123,6 +124,15 @@ class Worker:
         except Exception:
             return "loaded, forward fails"
         return "loaded"
+
+    def _deploy(self, model: nn.Module, sample: Sample, folder: Path) -> bool:
+        """Whether the model has an inference form; its outputs may differ, where a folder replaced the weights."""
+        try:
+            with time_limit(2 * SECONDS), self.watch.over(readable=folder):
+                deploy(model, tuple(sample.inputs))
+        except GhostifyError:
+            return False
+        return True
 
     def _save(self, model: nn.Module, folder: Path, out: Path) -> None:
         with time_limit(SECONDS), self.watch.over(readable=folder, writable=out.parent):

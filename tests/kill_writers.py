@@ -136,7 +136,7 @@ def prepare_finetune(folder: Path) -> None:
 
 def finetune(folder: Path, overwrite: bool) -> None:
     given = ("--data", "data.safetensors", "--original", "w.safetensors", "--batch", "8", "--epochs", "4")
-    more = ("--set", "save_every=1", "--output", "out", *overwriting(overwrite))
+    more = ("--allow", NET, "--set", "save_every=1", "--output", "out", *overwriting(overwrite))
     run_main(folder, "finetune", "converted", *given, *more)
 
 

@@ -1,5 +1,6 @@
 import re
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ from torch import nn
 from ghostify import GhostifyError, Policy, Rule, deploy, fit, ghostify, load, report, rewrite, save, trace
 from ghostify.evaluation.metrics import predict, relative_error
 from ghostify.planning import cost
+from ghostify.planning.planner import resolve_targets
 from ghostify.pruning.pruning_groups import PruningGroup, find_pruning_groups
-from ghostify.search.budget import build_search_space, plan_for_budget, select_plan
+from ghostify.search.budget import SearchSpace, build_search_space, plan_for_budget, select_plan
+from ghostify.search.candidates import Candidate
 from ghostify.timing.timer import LatencyTimer
 from tests import nets
 
@@ -265,3 +268,85 @@ def test_fewer_maps_are_timed_layer_by_layer():
     planned = plan_for_budget(program, Policy((Rule(cheap="auto", prune=True),)), {"latency": 0.6}, x)
     assert planned.pruned
     assert planned.macs_after <= 0.6 * program.macs
+
+
+def chain(*widths):
+    return nn.Sequential(*(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(widths))).eval()
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize(
+    ("rule", "form"),
+    [
+        ({"ratio": 4}, (4, 1, 3)),
+        ({"ratio": 4, "dw_size": 5}, (4, 1, 5)),
+        ({"ratio": 4, "cheap": "pointwise"}, (4, 4, 1)),
+        ({"ratio": 4, "cheap": 2}, (4, 2, 3)),
+    ],
+)
+def test_a_ratio_of_a_rule_holds_and_the_rest_is_planned_around_it(rule, form, calibrated):
+    model, x = chain(3, 16, 16, 16, 16), nets.images(8)
+    policy = Policy((Rule("1", **rule), Rule(cheap="auto")))
+    options = {"example_inputs": x[:1], "calibration": x if calibrated else None}
+    for share in (0.7, 0.8):
+        converted = ghostify(model, policy=policy, budget={"macs": share}, **options)
+        layers = report(converted).layers
+        assert (layers[1].intrinsic, layers[1].width, layers[1].dw_size) == form
+        assert (share - 0.1) < cost.count_macs(converted, x[:1]) / cost.count_macs(model, x[:1]) <= share
+
+
+def test_an_automatic_form_at_a_ratio_is_the_one_of_least_error():
+    model, x = chain(3, 16, 16, 16), nets.images(16)
+    policy = Policy((Rule("1", ratio=2, cheap="auto"), Rule(cheap="auto")))
+    layers = report(ghostify(model, policy=policy, budget={"macs": 0.9}, example_inputs=x, calibration=x)).layers
+    assert (layers[1].intrinsic, layers[1].width, layers[1].dw_size) == (8, 8, 1)
+
+
+def test_a_ratio_that_leaves_no_ghosts_keeps_the_layer_with_its_reason():
+    model, x = chain(3, 16, 16, 1, 16, 16), nets.images(8)
+    policy = Policy((Rule("1", ratio=1), Rule("2", ratio=2), Rule("3", ratio=1.2, dw_size=5), Rule(cheap="auto")))
+    layers = report(ghostify(model, policy=policy, budget={"macs": 0.8}, example_inputs=x)).layers
+    reasons = [layer.skip_reason for layer in layers[1:4]]
+    assert reasons == [
+        "ratio 1",
+        "no ghost maps at ratio 2: 1 output",
+        "no MACs saved: 144 per output position before, 176 after",
+    ]
+    assert layers[4].skip_reason is None
+
+
+def test_a_budget_that_fixed_ratios_do_not_allow_names_what_they_do():
+    model, x = chain(3, 16, 16, 16), nets.images(8)
+    policy = Policy((Rule("1", ratio=1.5), Rule("2", ratio=1)))
+    with pytest.raises(GhostifyError, match=r"budget macs 0.5: is infeasible: the minimum is 0\.\d+"):
+        ghostify(model, policy=policy, budget={"macs": 0.5}, example_inputs=x)
+    with pytest.raises(GhostifyError, match=r"cheap 2: does not work with a budget.*, or give its rule a ratio"):
+        ghostify(model, policy=Policy((Rule(cheap=2),)), budget={"macs": 0.5}, example_inputs=x)
+
+
+def test_limits_that_are_infeasible_together_name_the_minimum_of_each():
+    """The only layer may save either of two costs; the rest of the model costs 1 of 4 of each."""
+    program = trace(chain(3, 16), nets.images(1))
+    either = [Candidate(None, (1.0, 3.0), 0.0), Candidate(None, (3.0, 1.0), 0.0)]
+    targets, totals = resolve_targets(program, Policy(keep_first=False)), {"macs": 4.0, "params": 4.0}
+    space = SearchSpace(program, tuple(targets), (either,), totals, ((3.0, 3.0),), LatencyTimer("eager"))
+    assert space.minimum_shares == {"macs": 0.5, "params": 0.5}
+    with pytest.raises(GhostifyError, match=r"infeasible together; the minimum of each, .* is macs 0\.5, params 0\.5"):
+        select_plan(space, {"macs": 0.6, "params": 0.6})
+
+
+def test_channels_of_a_layer_with_a_fixed_ratio_stay_or_keep_the_ratio():
+    model, x = nets.settle(nets.Straight(16)), nets.images(32)
+    policy = Policy((Rule("a.0", ratio=2, cheap="pointwise", prune=True), Rule(cheap="auto", prune=True)))
+    converted = ghostify(model, policy=policy, budget={"macs": 0.4}, example_inputs=x[:1], calibration=x)
+    layer = next(layer for layer in report(converted).layers if layer.name == "a.0")
+    assert layer.intrinsic == -(-layer.outputs // 2)
+    assert cost.count_macs(converted, x[:1]) <= 0.4 * cost.count_macs(model, x[:1])
+
+
+@pytest.mark.usefixtures("fake_timer")
+def test_a_fixed_ratio_holds_under_a_latency_budget():
+    model, x = nets.settle(nets.Straight(64)), nets.images(2)
+    policy = Policy((Rule("a.0", ratio=4), Rule(cheap="auto")))
+    planned = plan_for_budget(trace(model, x), policy, {"latency": 0.98})
+    assert next(e for e in planned.rewrites if e.conv.name == "a.0").layout.intrinsic == 32

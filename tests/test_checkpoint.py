@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import fx
 
 from ghostify import GhostifyError, ghostify, load, report, save
+from ghostify.io.atomic import staged_folder
 from ghostify.io.checkpoint import load_weights
 from ghostify.io.journal import PENDING
 from ghostify.summary import conversion_info
@@ -110,6 +111,16 @@ def test_a_folder_of_an_earlier_version_is_replaced_where_it_is_intact(converted
     (tmp_path / "out" / "model.safetensors").write_bytes(b"mine")
     with pytest.raises(GhostifyError, match=r"model\.safetensors: was not written by ghostify, or was changed since"):
         save(converted, tmp_path / "out")
+
+
+def test_exports_stay_with_a_warning_where_the_weights_change(converted, tmp_path):
+    out = save(converted, tmp_path / "out")
+    with staged_folder(out) as staging:
+        (staging / "model.pt2").write_text("export")
+    save(converted, out)
+    with pytest.warns(UserWarning, match=r"out: model\.pt2 stay, from the model that was here before"):
+        save(ghostify(nets.settle(nets.Straight())), out)
+    assert (out / "model.pt2").read_text() == "export"
 
 
 @pytest.mark.parametrize("moved", [(), ("model.safetensors",), ("model.safetensors", "ghostify.json")])

@@ -10,6 +10,7 @@ from ghostify.numerics import (
     derive_seed,
     find_mismatch,
     outputs_match,
+    relative_by_channel,
     relative_squared_error,
     relative_to_variance,
 )
@@ -64,3 +65,12 @@ def test_outputs_match_as_torch_says(a, b, tolerance):
 @given(st.integers(0, 10**6), st.integers(0, 10**6))
 def test_neighbouring_seeds_share_no_derived_seed(first, second):
     assert derive_seed(5, first) != derive_seed(6, second) or first - second == 1_000_003
+
+
+def test_errors_of_channels_without_variance_are_not_divided_by_rounding():
+    variance = torch.tensor([2.0, 1e-17, 0.0], dtype=torch.float64)
+    mean_square = torch.tensor([3.0, 0.16, 0.0], dtype=torch.float64)
+    errors = relative_by_channel(torch.full((3,), 1e-15, dtype=torch.float64), variance, mean_square)
+    assert errors[0] == 1e-15 / 2
+    assert errors.max() < 1e-4
+    assert relative_by_channel(*torch.zeros(3, 2)).tolist() == [0, 0]

@@ -11,7 +11,7 @@ def policy(file=None, target=None, ignore=None, given=(), **options):
 
 
 def test_options_form_one_rule():
-    assert policy() == Policy((Rule(),))
+    assert policy() == Policy((Rule(ratio=2.0),))
     options = {"ratio": 4.0, "dw_size": 5, "cheap": "8", "activated": True, "prune": True}
     expected = Rule(("a.*", "b"), ("c",), 4.0, 5, 8, activated=True, prune=True)
     assert policy(target=["a.*", "b"], ignore=["c"], **options) == Policy((expected,), keep_first=False)

@@ -145,3 +145,7 @@ def test_a_pattern_that_fails_is_named_with_its_convolution(pattern):
     with pytest.raises(GhostifyError, match=r"pattern for conv: the function failed \(\w+Error: ") as caught:
         Rule(targets=pattern).matches("conv", nn.Conv2d(1, 1, 3), "Conv2d")
     assert caught.value.__cause__ is not None
+
+
+def test_the_default_ratio_is_no_ratio_of_the_rule():
+    assert (Rule().ratio, Rule().ratio_or_default, Rule(ratio=3).ratio_or_default) == (None, 2, 3)

@@ -32,6 +32,7 @@ from ghostify.cli.options import (
     Folder,
     Format,
     FormerPrune,
+    FreeBatch,
     Ignore,
     Images,
     Model,
@@ -53,11 +54,12 @@ from ghostify.cli.parsing import (
     parse_policy,
     parse_recipe,
     parse_size,
+    ratio_of_rule,
 )
 from ghostify.data.saved_source import parse_input_size
 from ghostify.data.sources import blank_input, read_data
 from ghostify.data.training_data import DATASETS, load_training_data
-from ghostify.deployment.exporter import export
+from ghostify.deployment.exporter import export_file
 from ghostify.errors import GhostifyError
 from ghostify.fitting.distributed import rank_and_world_size
 from ghostify.graph.tracing import trace
@@ -139,9 +141,10 @@ def plan_command(
     Example: ghostify plan timm:resnet18 --checkpoint resnet18.safetensors --calibration photos/ --cheap auto
     --frontier curve.json
     """
-    given, pruned = given_rule_options(context), prune or former_prune
-    rules = parse_policy(policy, ratio, dw_size, cheap, activated, pruned, target, ignore, given)
     limits = parse_budget(budget)
+    given, pruned = given_rule_options(context), prune or former_prune
+    rule_ratio = ratio_of_rule(ratio, given, planned=limits is not None or frontier is not None)
+    rules = parse_policy(policy, rule_ratio, dw_size, cheap, activated, pruned, target, ignore, given)
     if frontier is None and (is_given(context, "points") or validation is not None):
         raise GhostifyError("--points, --validation: are of the frontier. Pass --frontier FILE, or leave them out.")
     if frontier is not None:
@@ -207,15 +210,17 @@ def convert_command(
     """
     check_output_folder(output, overwrite=overwrite)
     source = model_source(model, arg)
+    limits = parse_budget(budget)
     given, pruned = given_rule_options(context), prune or former_prune
-    rules = parse_policy(policy, ratio, dw_size, cheap, activated, pruned, target, ignore, given)
+    rule_ratio = ratio_of_rule(ratio, given, planned=limits is not None)
+    rules = parse_policy(policy, rule_ratio, dw_size, cheap, activated, pruned, target, ignore, given)
     network, prepared = build_model(source, checkpoint, parse_size(input_size))
     data = None if calibration is None else read_data(calibration, prepared, limit=images, batch=batch)
     with progress_bar("fitting", as_json) as on_progress:
         converted = ghostify(
             network,
             policy=rules,
-            budget=parse_budget(budget),
+            budget=limits,
             example_inputs=blank_input(prepared.size),
             calibration=None if data is None else data.batches,
             evaluate=None if validation is None else top1_evaluator(validation, prepared, batch, network),
@@ -327,6 +332,7 @@ def export_command(
     input_size: Size = None,
     allow: Allow = None,
     overwrite: Overwrite = False,
+    dynamic: FreeBatch = None,
 ) -> None:
     """Export a converted model for another runtime. Writes its inference form and verifies the outputs there.
 
@@ -338,8 +344,17 @@ def export_command(
     size = parse_size(input_size) or parse_input_size(conversion_info(converted).source, folder)
     if size is None:
         raise GhostifyError(f"{folder}: does not state the input size. Pass --input-size C,H,W.")
-    file = export(converted, target, format=format, example_inputs=blank_input(size), overwrite=overwrite)
-    print_line(f"{file}: {file.stat().st_size / 1e6:.1f} MB, any batch of {format_shape(size)}")
+    written = export_file(
+        converted,
+        target,
+        format=format,
+        example_inputs=blank_input(size),
+        dynamic=dynamic,
+        overwrite=overwrite,
+    )
+    batch = "any batch" if written.free_batch else "a batch of 1"
+    reason = f" (its size cannot be free: {written.fixed_reason})" if written.fixed_reason else ""
+    print_line(f"{written.path}: {written.path.stat().st_size / 1e6:.1f} MB, {batch} of {format_shape(size)}{reason}")
 
 
 @app.command("study")

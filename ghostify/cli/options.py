@@ -73,6 +73,12 @@ Runtime = Annotated[
     str, typer.Option(callback=checks.runtime, help=f"runtime to measure latency in: {', '.join(RUNTIMES)}")
 ]
 Format = Annotated[str, typer.Option(callback=checks.export_format, help=f"export format: {', '.join(EXPORT_FORMATS)}")]
+FreeBatch = Annotated[
+    bool | None,
+    typer.Option(
+        "--dynamic/--fixed-batch", help="whether the file must take any batch size; default: where the model permits it"
+    ),
+]
 Calibration = Annotated[
     Path | None,
     typer.Option(

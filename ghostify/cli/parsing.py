@@ -118,7 +118,7 @@ def parse_cheap(text: str) -> str | int:
 
 def parse_policy(
     file: Path | None,
-    ratio: float,
+    ratio: float | None,
     dw_size: int,
     cheap: str,
     activated: bool,
@@ -134,6 +134,13 @@ def parse_policy(
         return _read_policy(file)
     rule = Rule(tuple(target or ("*",)), tuple(ignore or ()), ratio, dw_size, parse_cheap(cheap), activated, prune)
     return Policy((rule,), keep_first=not target)
+
+
+def ratio_of_rule(ratio: float, given: Sequence[str], *, planned: bool) -> float | None:
+    """The ratio of the rule that the options form: None where a budget or frontier chooses one for each layer."""
+    if planned and "--ratio" in given:
+        raise GhostifyError("--ratio: a budget chooses the ratio of each layer. Pass either, not both.")
+    return None if planned else ratio
 
 
 def given_rule_options(context: typer.Context) -> list[str]:

@@ -11,6 +11,7 @@ from ghostify.fitting.assignment import GhostAssignment
 from ghostify.fitting.ghost_statistics import Solution
 from ghostify.fitting.linear_solvers import damping_for, explained_variance, solve_damped
 from ghostify.fitting.moments import AssignedMoments, PerMapMoments, rank_in_group
+from ghostify.numerics import relative_by_channel
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +85,11 @@ class AssignedStatistics:
     @property
     def constant(self) -> bool:
         return self.bias is not None
+
+    @property
+    def mean_square(self) -> Tensor:
+        """See `GhostStatistics`."""
+        return self.var + to_original_order(self.mean_y.square(), self.assignment)
 
     def kernels(self) -> Tensor:
         """Kernels of the ghosts (ghosts x 1 x D) by the normal equations."""
@@ -163,6 +169,5 @@ def fit_assigned_kernels(moments: AssignedMoments, source: Tensor, free_mean: bo
     auto, cross, var, v, y = _centred(moments, source, free_mean)
     kernels = solve_kernels(auto, cross, source, float(moments.count))
     power = torch.einsum("kd,kde,ke->k", kernels, auto[source], kernels)
-    var = var.clamp_min(1e-30)
-    error = var - 2 * (cross * kernels).sum(1) + power
-    return kernels, y - (v[source] * kernels).sum(1), error.clamp_min(0) / var
+    error = (var - 2 * (cross * kernels).sum(1) + power).clamp_min(0)
+    return kernels, y - (v[source] * kernels).sum(1), relative_by_channel(error, var, var + y.square())

@@ -35,7 +35,7 @@ from ghostify.graph.batchnorm import batchnorm_at
 from ghostify.graph.program import conv_module
 from ghostify.modules.ghost import GhostWeights
 from ghostify.modules.layout import Depthwise, GhostLayout, Grouped, Pointwise
-from ghostify.numerics import relative_to_variance
+from ghostify.numerics import relative_by_channel
 from ghostify.planning.planner import GhostRewrite
 from ghostify.rewriting.activation_chain import copy_activation_chain, slice_chain
 
@@ -191,12 +191,14 @@ class GhostFit:
                 ghost_moments.all_reduced(), source, self.free_mean
             )
             uu, uy, yy = moments.centred() if self.free_mean else moments.raw()
-            intrinsic_filters, var = filters[:, intrinsic], yy[intrinsic].clamp_min(1e-30)
+            intrinsic_filters, var = filters[:, intrinsic], yy[intrinsic]
             squared_errors = (
                 var
                 - 2 * (intrinsic_filters * uy[:, intrinsic]).sum(0)
                 + (intrinsic_filters * (uu @ intrinsic_filters)).sum(0)
             )
+            mean_square = (moments.yy / moments.count.clamp_min(1))[intrinsic]
+            intrinsic_errors = relative_by_channel(squared_errors.clamp_min(0), var, mean_square)
         has_bias = self.conv.bias is not None
         return GhostWeights(
             channels=assignment.channels,
@@ -207,7 +209,7 @@ class GhostFit:
             norm_shift=to_original_order(torch.cat((constants[intrinsic], ghost_constants)), assignment)
             if self.entry.norm and not has_bias
             else None,
-            fit_error=to_original_order(torch.cat((squared_errors.clamp_min(0) / var, ghost_errors)), assignment),
+            fit_error=to_original_order(torch.cat((intrinsic_errors, ghost_errors)), assignment),
             activated=True,
         )
 
@@ -320,5 +322,5 @@ def to_ghost_weights(conv: nn.Conv2d, entry: GhostRewrite, stats: GhostStatistic
         cheap_weight=solution.kernels.reshape(len(channels) - m, *entry.layout.kernel_shape),
         cheap_bias=cheap_bias,
         norm_shift=shift,
-        fit_error=relative_to_variance(stats.squared_errors(solution), stats.var),
+        fit_error=relative_by_channel(stats.squared_errors(solution), stats.var, stats.mean_square),
     )

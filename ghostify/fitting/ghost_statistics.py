@@ -31,6 +31,10 @@ class GhostStatistics(Protocol):
         """The variance of each output (n, original order)."""
 
     @property
+    def mean_square(self) -> Tensor:
+        """The mean square of each output (n, original order)."""
+
+    @property
     def constant(self) -> bool:
         """Whether the last coordinate of a solution multiplies a map that is 1 inside the image, 0 in the padding."""
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ghostify.fitting.distributed import all_reduce_sum
-from ghostify.numerics import relative_to_variance
+from ghostify.numerics import relative_by_channel
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,4 +48,4 @@ class HoldoutSums:
         products, (mean, power) = sums[:n] / count, sums[n:] / count
         variance = power - mean.square() if free_mean else power
         output_error = None if sensitivity is None else float((sensitivity * products).sum())
-        return HoldoutErrors(relative_to_variance(products.diagonal(), variance), output_error)
+        return HoldoutErrors(relative_by_channel(products.diagonal(), variance, power), output_error)

@@ -55,6 +55,11 @@ class JointStatistics:
     def centre(self) -> int:
         return self.gram.shape[0] // 2
 
+    @property
+    def mean_square(self) -> Tensor:
+        """See `GhostStatistics`."""
+        return self.var + self.mean_y.square()
+
     def squared_errors(self, solution: Solution) -> Tensor:
         """See `GhostStatistics`."""
         assignment, centre, m = solution.assignment, self.centre, len(solution.intrinsic)
@@ -159,7 +164,8 @@ def solve_ghosts(
             initial = _with_kernels(stats, assignment, stats.initial_coordinates[assignment.intrinsic.flatten()])
             return method.refit_jointly(stats, initial, weights)
         case Grouped() | Pointwise():
-            return _with_kernels(stats, *_reduced_rank(stats, assignment, metric))
+            assignment, coordinates = _reduced_rank(stats, assignment, metric)
+            return _with_kernels(stats, assignment, _with_own_means(stats, assignment, coordinates))
         case _:
             assert_never(layout.form)
 
@@ -191,6 +197,15 @@ def pair_costs(stats: JointStatistics, weights: Tensor) -> Tensor:
     gram = torch.einsum("idec,ic->ide", half, initial_coordinates)
     cross = torch.einsum("ib,dbj->idj", initial_coordinates, stats.cross)
     return pair_errors(gram, cross, stats.var, stats.rows) * weights
+
+
+def _with_own_means(stats: JointStatistics, assignment: GhostAssignment, coordinates: Tensor) -> Tensor:
+    """Coordinates of the intrinsic maps, with the constants that give them the means of their own outputs."""
+    if not stats.constant:
+        return coordinates
+    means = (coordinates * stats.mean_v[stats.centre]).sum(1)
+    residuals = stats.mean_y[assignment.intrinsic.flatten()] - means
+    return torch.cat((coordinates[:, :-1], coordinates[:, -1:] + residuals[:, None]), 1)
 
 
 def _with_kernels(stats: JointStatistics, assignment: GhostAssignment, coordinates: Tensor) -> Solution:

@@ -13,7 +13,7 @@ from ghostify.fitting.sensitivity import channel_weights
 from ghostify.fitting.stage_timer import StageTimer
 from ghostify.graph.batchnorm import batchnorm_at
 from ghostify.graph.program import conv_module
-from ghostify.numerics import relative_to_variance
+from ghostify.numerics import relative_by_channel
 from ghostify.planning.planner import PruneRewrite
 from ghostify.pruning.slicing import PrunedConvWeights
 
@@ -61,7 +61,7 @@ class PrunedConvFit:
             weight=patches.unflatten_filters(filters.T, self.conv),
             bias=constants if has_bias else None,
             shift=constants if not has_bias and self.entry.norm is not None else None,
-            fit_error=relative_to_variance(error, yy),
+            fit_error=relative_by_channel(error, yy, all_rows.yy / all_rows.count.clamp_min(1)),
             holdout_error=None if holdout_errors is None else holdout_errors.relative,
             output_error=None if holdout_errors is None else holdout_errors.output_error,
         )

@@ -17,6 +17,7 @@ from ghostify.graph.description import (
     NodeDescription,
     parse_description,
 )
+from ghostify.graph.layer_checks import check_layer
 from ghostify.graph.methods import TracedModule, mark_method, set_attributes
 from ghostify.graph.paths import join_path
 from ghostify.graph.tensor_facts import TensorFacts
@@ -77,6 +78,7 @@ class _Builder:
                 self._trace(first, item, item.nodes)
         for path, module in self.built[""].named_modules():
             module.training = self.description.module(path).training
+            check_layer(path, module)
         return self.built[""]
 
     def _insert(self, path: str) -> None:

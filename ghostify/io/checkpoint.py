@@ -21,11 +21,12 @@ from ghostify.files import open_regular, read_json
 from ghostify.graph.allowed_ops import allow_entries
 from ghostify.graph.description import parse_description
 from ghostify.graph.deserialization import deserialize_module, names_to_allow
+from ghostify.graph.savable import savable
 from ghostify.graph.serialization import serialize_module
 from ghostify.io import format1
 from ghostify.io.atomic import check_output_folder, staged_folder
 from ghostify.io.journal import current_file
-from ghostify.io.manifest import DESCRIPTION, TENSORS, content_digest, file_digest
+from ghostify.io.manifest import DESCRIPTION, TENSORS, content_digest, file_digest, own_files
 from ghostify.io.tensor_file import read_tensors
 from ghostify.io.tensor_writer import write_tensors
 from ghostify.numerics import first_not_finite
@@ -40,12 +41,15 @@ REMEDY = "Convert and save the model again."
 def save(module: nn.Module, path: str | Path, *, source: dict[str, Any] | None = None, overwrite: bool = False) -> Path:
     """Write a converted model as a folder, atomically; `source` may describe the original model.
 
+    A weight that a part computes, such as by spectral norm, is saved as the parameter that it is in evaluation mode.
     Returns the folder. Raises `GhostifyError` for a model that cannot be expressed as JSON and tensors, for weights
     that are not finite, and for an existing folder that holds files which ghostify did not write; with `overwrite`
-    those stay, and only ghostify's own are replaced.
+    those stay, and only ghostify's own are replaced. Exports in the folder stay as well, with a warning where the
+    weights are others.
     """
     check_output_folder(path, overwrite=overwrite)
     info = conversion_info(module)
+    module = savable(module)
     data, tensors = serialize_module(module)
     damaged = first_not_finite(tensors, {name for name, _ in module.named_parameters(remove_duplicate=False)})
     if damaged is not None:
@@ -60,12 +64,21 @@ def save(module: nn.Module, path: str | Path, *, source: dict[str, Any] | None =
     for key in ("source", "report"):
         _check_json(key, content[key])
     _warn_of_custom_names(Path(path), names_to_allow(data, tensors))
+    previous = own_files(Path(path))
     with staged_folder(path, overwrite=overwrite) as staging:
         write_tensors(staging / TENSORS, tensors)
         content["tensors"] = file_digest(staging / TENSORS)
         content["digest"] = content_digest(content)
         (staging / DESCRIPTION).write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
+    if previous.get(TENSORS, content["tensors"]) != content["tensors"]:
+        _warn_of_former_files(Path(path), sorted(previous.keys() - {TENSORS, DESCRIPTION}))
     return Path(path)
+
+
+def _warn_of_former_files(folder: Path, names: list[str]) -> None:
+    if names:
+        listed = ", ".join(names)
+        warnings.warn(f"{folder}: {listed} stay, from the model that was here before. Export again.", stacklevel=3)
 
 
 def _check_json(key: str, value: Any) -> None:

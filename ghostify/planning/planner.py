@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -10,7 +12,7 @@ from ghostify.arguments import instance_of, optional, public
 from ghostify.errors import GhostifyError
 from ghostify.graph.neighbours import GraphIndex, find_residual_operand, following_activation, following_norm
 from ghostify.graph.program import Convolution, Program, a_program
-from ghostify.modules.layout import GhostLayout, intrinsic_count, make_layout, may_read_activated
+from ghostify.modules.layout import NAMED_FORMS, GhostLayout, intrinsic_count, make_layout, may_read_activated
 from ghostify.planning import cost
 from ghostify.planning.policy import Policy, Rule, as_policy
 from ghostify.pruning.channel_groups import ChannelGroup, ChannelGroups, find_channel_groups
@@ -74,13 +76,15 @@ class PlanTarget:
 class Plan:
     """Every convolution of the program once, in order of first use. `macs_*` are totals of the model, where known.
 
-    `notes` name what the rules allow and the plan does not contain, with the reason.
+    `macs_limit` is the number of MACs that a budget permits, which the inference form keeps as well. `notes` name what
+    the rules allow and the plan does not contain, with the reason.
     """
 
     entries: tuple[GhostRewrite | PruneRewrite | Skip, ...]
     macs_before: int | None = None
     macs_after: int | None = None
     notes: tuple[str, ...] = ()
+    macs_limit: int | None = None
 
     @property
     def rewrites(self) -> tuple[GhostRewrite, ...]:
@@ -110,7 +114,7 @@ def plan(program: Program, policy: Policy | Rule | None = None) -> Plan:
     Raises `GhostifyError` for a pattern that matches no convolution.
     """
     rules = Policy() if policy is None else as_policy("policy", policy)
-    return build_plan(program, [_with_ratio(t) for t in resolve_targets(program, rules)])
+    return build_plan(program, [_with_layout(t) for t in resolve_targets(program, rules)])
 
 
 def resolve_targets(program: Program, policy: Policy) -> list[PlanTarget | Skip]:
@@ -145,6 +149,19 @@ def check_plan(program: Program, plan: Plan) -> None:
         raise GhostifyError("plan: is that of another program. Pass plan(program) of this one.")
 
 
+def warn_if_unchanged(plan: Plan, policy: Policy) -> None:
+    """Warn where rules of a ratio above 1 change no convolution, with the most frequent reason."""
+    reasons = Counter(skip_reasons.kind_of(skip.reason) for skip in plan.skips)
+    is_as_asked = {skip_reasons.RATIO_ONE, skip_reasons.NOT_NEEDED} & reasons.keys()
+    if plan.changes or is_as_asked or all(rule.ratio == 1 for rule in policy.rules):
+        return
+    reason = max(reasons, key=lambda r: (reasons[r], r != skip_reasons.FIRST_CONV), default=None)
+    if reason == skip_reasons.UNTRACED_FUNCTION:  # of which tracing warns
+        return
+    why = "The model contains no two-dimensional convolution." if reason is None else f"Most are skipped for: {reason}."
+    warnings.warn(f"ghostify: no convolution is rewritten. {why}", stacklevel=4)
+
+
 def may_prune(program: Program, policy: Policy, conv: Convolution) -> bool:
     """Whether the rule that targets a convolution allows pruning."""
     rule = _rule(program, policy, conv)
@@ -174,7 +191,7 @@ def _target(program: Program, policy: Policy, conv: Convolution, first: bool) ->
     return PlanTarget(conv, rule)
 
 
-def _with_ratio(target: PlanTarget | Skip) -> tuple[PlanTarget, GhostLayout] | Skip:
+def _with_layout(target: PlanTarget | Skip) -> tuple[PlanTarget, GhostLayout] | Skip:
     if isinstance(target, Skip):
         return target
     conv, rule = target.conv, target.rule
@@ -185,12 +202,28 @@ def _with_ratio(target: PlanTarget | Skip) -> tuple[PlanTarget, GhostLayout] | S
         )
     if rule.prune:
         raise GhostifyError("prune: needs a budget. Pass budget={'macs': 0.5} (--budget macs=0.5).")
-    intrinsic = intrinsic_count(conv.outputs, rule.ratio)
+    layouts = layouts_of_ratio(rule, conv.outputs)
+    return (target, layouts[0]) if layouts else Skip(conv, why_not_at_ratio(rule, conv))
+
+
+def layouts_of_ratio(rule: Rule, outputs: int) -> list[GhostLayout]:
+    """The layouts of a convolution of so many outputs at the rule's ratio, one for each form of ghost that its `cheap`
+    names; none where the ratio leaves no ghosts."""
+    intrinsic = intrinsic_count(outputs, rule.ratio_or_default)
+    cheap = tuple(NAMED_FORMS) if rule.cheap == "auto" else (rule.cheap,)
+    if rule.ratio == 1 or not 1 <= intrinsic < outputs:
+        return []
+    return [make_layout(outputs, intrinsic, form, rule.dw_size) for form in cheap]
+
+
+def why_not_at_ratio(rule: Rule, conv: Convolution) -> str:
+    """Why a convolution stays dense at the rule's ratio."""
     if rule.ratio == 1:
-        return Skip(conv, skip_reasons.RATIO_ONE)
-    if not 1 <= intrinsic < conv.outputs:
-        return Skip(conv, skip_reasons.no_ghost_maps(rule.ratio, conv.outputs))
-    return target, make_layout(conv.outputs, intrinsic, rule.cheap, rule.dw_size)
+        return skip_reasons.RATIO_ONE
+    layouts = layouts_of_ratio(rule, conv.outputs)
+    if not layouts:
+        return skip_reasons.no_ghost_maps(rule.ratio_or_default, conv.outputs)
+    return skip_reasons.no_macs_saved(cost.conv_macs(conv), min(cost.ghost_macs(conv, x) for x in layouts))
 
 
 @dataclass(frozen=True)
@@ -231,7 +264,10 @@ def _entry(
     kept_by_name: Mapping[str, KeptChannels],
 ) -> GhostRewrite | PruneRewrite | Skip:
     conv = decision.conv if isinstance(decision, Skip) else decision[0].conv
-    subgraph, kept_channels = subgraphs[conv.subgraph_path], kept_by_name.get(conv.name)
+    kept_channels = kept_by_name.get(conv.name)
+    if isinstance(decision, Skip) and kept_channels is None:
+        return decision
+    subgraph = subgraphs[conv.subgraph_path]
     entry = decision if isinstance(decision, Skip) else _rewrite(subgraph, *decision, kept_channels)
     if kept_channels is None or isinstance(entry, GhostRewrite):
         return entry

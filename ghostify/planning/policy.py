@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ghostify.arguments import a_flag, a_function, a_number, a_path, an_integer, call_function
+from ghostify.arguments import a_flag, a_function, a_number, a_path, an_integer, call_function, optional
 from ghostify.deprecation import rename_keys, renamed_keywords, warn_renamed
 from ghostify.errors import GhostifyError
 from ghostify.files import MEGABYTE, read_text
@@ -29,6 +29,7 @@ RENAMED_FIELDS = {"narrow": "prune"}
 MAX_DW_SIZE = 255
 NOT_ODD = f"is not an odd number of at most {MAX_DW_SIZE}"
 REMEDY = "Correct the TOML file, or name another."
+DEFAULT_RATIO = 2.0
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,9 @@ class Rule:
     """Convolutions to rewrite, and how. The first rule whose targets match a convolution applies to it.
 
     `targets` and `ignore` hold exact names, globs, `re:` patterns, class names or callables `(name, module) -> bool`.
-    `ratio` is n / m, outputs per intrinsic map; 1 does not change the convolution. `dw_size` is the cheap operation's
+    `ratio` is n / m, outputs per intrinsic map; 1 does not change the convolution. Without a budget it is 2 by default
+    (`DEFAULT_RATIO`). With one, None leaves it to the budget, and a number holds for these layers: the rest is planned
+    around them. `dw_size` is the cheap operation's
     kernel size. `cheap` is "depthwise" (every ghost reads one intrinsic map), "pointwise" (all of them, kernel size 1),
     a number in between, or "auto": with a budget, the form with the smaller predicted error. With `activated`,
     depthwise ghosts may read the intrinsic maps after norm and activation, as in the paper, where the error on holdout
@@ -46,7 +49,7 @@ class Rule:
 
     targets: tuple[Pattern, ...] = ("*",)
     ignore: tuple[Pattern, ...] = ()
-    ratio: float = 2.0
+    ratio: float | None = None
     dw_size: int = 3
     cheap: str | int = "depthwise"
     activated: bool = False
@@ -66,6 +69,11 @@ class Rule:
                 return (NAMED_FORMS[name],)
             case width:
                 return (Depthwise,) if width == 1 else (Grouped,)
+
+    @property
+    def ratio_or_default(self) -> float:
+        """The ratio without a budget."""
+        return DEFAULT_RATIO if self.ratio is None else self.ratio
 
     @property
     def narrow(self) -> bool:
@@ -189,7 +197,7 @@ _as_width = an_integer(
 RULE_CHECKS = {
     "targets": as_patterns,
     "ignore": as_patterns,
-    "ratio": a_number(1, problem="is not a number of at least 1", remedy="Use 2 for half of the maps."),
+    "ratio": optional(a_number(1, problem="is not a number of at least 1", remedy="Use 2 for half of the maps.")),
     "dw_size": _as_odd,
     "cheap": _as_cheap,
     "activated": a_flag,

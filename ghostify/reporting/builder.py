@@ -25,9 +25,10 @@ from ghostify.arguments import (
 from ghostify.errors import GhostifyError
 from ghostify.evaluation.comparison import Comparison, compare_models, has_tensor_output
 from ghostify.graph.inputs import bind_example, run_example
+from ghostify.graph.model_copy import unwrapped_model
 from ghostify.graph.modes import eval_mode
 from ghostify.graph.paths import resolve_attribute
-from ghostify.graph.tracing import trace, unwrapped_model
+from ghostify.graph.tracing import trace
 from ghostify.io.atomic import check_output_file
 from ghostify.planning import cost
 from ghostify.reporting.analysis import LatencyPairs, layer_costs

@@ -14,7 +14,15 @@ from ghostify.fitting.initialization import untrained_weights
 from ghostify.fitting.sensitivity import Calibration, a_calibration, prepare_calibration
 from ghostify.graph.program import Program, a_program
 from ghostify.modules.layout import GhostLayout
-from ghostify.planning.planner import Plan, PlanTarget, Skip, build_plan, may_prune, resolve_targets
+from ghostify.planning.planner import (
+    Plan,
+    PlanTarget,
+    Skip,
+    build_plan,
+    may_prune,
+    resolve_targets,
+    why_not_at_ratio,
+)
 from ghostify.planning.policy import Policy, Rule, as_policy
 from ghostify.pruning.pruning_groups import PruningGroup, Unprunable, find_pruning_groups
 from ghostify.rewriting.apply import rewrite
@@ -33,7 +41,8 @@ MEASURED_SLACK = 1.01
 
 @dataclass(frozen=True, eq=False)
 class SearchSpace:
-    """The candidates of each targeted convolution, then of each channel group; `totals` are the original's costs.
+    """The candidates of each targeted convolution, then of each channel group; `totals` are the original's costs, and
+    `original_costs` the part of them that each list of candidates replaces.
 
     `targets` holds every convolution: its target, or why it is skipped. By `constraints`, the outputs or inputs of a
     convolution are as many as its group keeps. `notes` go to the plan.
@@ -43,6 +52,7 @@ class SearchSpace:
     targets: tuple[PlanTarget | Skip, ...]
     candidates: tuple[list[Candidate], ...]
     totals: Mapping[str, float]
+    original_costs: tuple[tuple[float, ...], ...]
     timer: LatencyTimer
     groups: tuple[PruningGroup, ...] = ()
     constraints: tuple[GroupConstraint, ...] = ()
@@ -51,7 +61,7 @@ class SearchSpace:
     @property
     def fixed(self) -> list[float]:
         """The costs of everything that has no candidates."""
-        searched = [sum(candidates[0].costs[k] for candidates in self.candidates) for k in range(len(self.totals))]
+        searched = [sum(costs[k] for costs in self.original_costs) for k in range(len(self.totals))]
         return [total - part for total, part in zip(self.totals.values(), searched, strict=True)]
 
     @property
@@ -114,9 +124,10 @@ def plan_for_budget(
     """The plan under `policy` within `budget` that has the smallest predicted error of the model's outputs.
 
     `budget` limits "macs", "params" and "latency", alone or together: as a share of the original's if at most 1, else
-    as a number, of milliseconds for one forward of the example inputs. It replaces the rules' ratios. Latencies are
-    those of the inference form in `runtime` (see `ghostify`), layer by layer, measured on this machine (see
-    `timing.latency`); with a latency budget, layers that do not get faster are not rewritten. `program` needs shapes.
+    as a number, of milliseconds for one forward of the example inputs. A rule's ratio holds for its layers, and the
+    rest is planned around them; rules without a ratio leave it to the budget. Latencies are those of the inference form
+    in `runtime` (see `ghostify`), layer by layer, measured on this machine (see `timing.latency`); with a latency
+    budget, layers that do not get faster are not rewritten, except at the ratio of their rule. `program` needs shapes.
     Raises `InfeasibleBudgetError`, with the minimum, for a budget that no plan meets.
     """
     check_budget(budget)
@@ -150,8 +161,11 @@ def build_search_space(
     if program.macs is None:
         raise GhostifyError("budget: needs the model's shapes. Pass example_inputs.")
     for rule in policy.rules:
-        if isinstance(rule.cheap, int):
-            raise GhostifyError(f"cheap {rule.cheap}: does not work with a budget. Use auto, depthwise or pointwise.")
+        if isinstance(rule.cheap, int) and rule.ratio is None:
+            raise GhostifyError(
+                f"cheap {rule.cheap}: does not work with a budget. Use auto, depthwise or pointwise, or give its rule "
+                "a ratio."
+            )
     if prunes and calibration is None:
         raise GhostifyError("prune: needs calibration images. Pass calibration (--calibration FOLDER).")
     decisions = resolve_targets(program, policy)
@@ -164,8 +178,17 @@ def build_search_space(
     of_layers = _layer_lists(program, targets, of_groups, constraints, prepared, seed, keys, timer)
     pruned_groups = tuple(statistics.group for statistics in group_statistics)
     notes = (_why_unpruned(groups, unprunable),) if prunes and not group_statistics else ()
-    lists = (*of_layers, *of_groups)
-    return SearchSpace(program, tuple(decisions), lists, totals, timer, pruned_groups, tuple(constraints), notes)
+    original_costs = tuple(candidates[0].costs for candidates in (*of_layers, *of_groups))
+    lists = (*map(_without_dense, targets, of_layers), *of_groups)
+    return SearchSpace(
+        program, tuple(decisions), lists, totals, original_costs, timer, pruned_groups, tuple(constraints), notes
+    )
+
+
+def _without_dense(target: PlanTarget, candidates: list[Candidate]) -> list[Candidate]:
+    """The candidates with ghosts where the rule has a ratio that leaves any, else all."""
+    with_ghosts = [c for c in candidates if c.layout is not None]
+    return with_ghosts if target.rule.ratio is not None and with_ghosts else candidates
 
 
 def _group_lists(
@@ -265,7 +288,11 @@ def select_plan(space: SearchSpace, budget: Mapping[str, float]) -> BudgetPlan:
             break
         shares = _measured_shares(space, selected.plan, measured)
         if all(shares[k] <= goals[k] * MEASURED_SLACK for k in measured):
-            return replace(selected, shares={**selected.shares, **{names[k]: shares[k] for k in measured}})
+            return BudgetPlan(
+                replace(selected.plan, macs_limit=int(limits[names.index("macs")]) if "macs" in budget else None),
+                {**selected.shares, **{names[k]: shares[k] for k in measured}},
+                selected.loss,
+            )
         for k in (k for k in measured if shares[k] > goals[k] * MEASURED_SLACK):
             tightened[k] *= goals[k] / shares[k]
     worst = max(measured, key=lambda k: shares[k] / goals[k])
@@ -302,7 +329,10 @@ def _with_layout(
     if isinstance(target, Skip):
         return target
     layout = layouts[target.conv.name]
-    return Skip(target.conv, skip_reasons.NOT_NEEDED) if layout is None else (target, layout)
+    if layout is not None:
+        return target, layout
+    has_ratio = target.rule.ratio is not None
+    return Skip(target.conv, why_not_at_ratio(target.rule, target.conv) if has_ratio else skip_reasons.NOT_NEEDED)
 
 
 def _measured_shares(space: SearchSpace, plan: Plan, measured: Sequence[int]) -> dict[int, float]:
@@ -322,4 +352,8 @@ def _raise_infeasible(space: SearchSpace, budget: Mapping[str, float], limits: S
                 f"budget {key} {budget[key]:g}: is infeasible: the minimum is {share:g} of the original's. "
                 f"Raise it to at least {share:g}, or target more layers."
             )
-    raise InfeasibleBudgetError("budget: its limits are infeasible together. Raise one of them, or target more layers.")
+    minima = ", ".join(f"{key} {math.ceil(1000 * minimum) / 1000:g}" for key, minimum in space.minimum_shares.items())
+    raise InfeasibleBudgetError(
+        f"budget: its limits are infeasible together; the minimum of each, whatever the others, is {minima} of the "
+        "original's. Raise one of them, or target more layers."
+    )

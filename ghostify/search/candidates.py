@@ -19,7 +19,7 @@ from ghostify.modules.layout import (
     may_read_activated,
 )
 from ghostify.planning import cost
-from ghostify.planning.planner import PlanTarget
+from ghostify.planning.planner import PlanTarget, layouts_of_ratio
 from ghostify.planning.policy import Rule
 from ghostify.pruning.pruning_groups import GroupMember, pruned_conv
 from ghostify.search.costs import COSTS, Cost
@@ -60,7 +60,8 @@ def layer_candidates(
     kept_out: Sequence[tuple[int, ...]] = (),
     kept_in_counts: Sequence[int] = (),
 ) -> list[Candidate]:
-    """The dense convolution, first, and all layouts of the rule's forms that save MACs and are not dominated.
+    """The dense convolution, first, and all layouts of the rule's forms that save MACs and are not dominated; where the
+    rule has a ratio, those of that ratio.
 
     The same for each set of outputs `kept_out` and each number of inputs that channel groups may keep. Under a measured
     cost, no layer combines pruning and ghosts; pruned outputs and pruned inputs are combined.
@@ -148,6 +149,12 @@ def _non_dominated(
     ]
     dense, *rewritten = zip(*(_layout_costs(program, target, conv, layouts, c, timer) for c in costs), strict=True)
     candidates = [Candidate(None, dense, 0.0, kept_out_count, kept_in_count)]
+    if target.rule.ratio is not None:
+        rows_of_ratio = zip(layouts, rewritten, strict=True)
+        return candidates + [
+            Candidate(layout, layout_costs, losses.of(layout), kept_out_count, kept_in_count)
+            for layout, layout_costs in rows_of_ratio
+        ]
     for layout, layout_costs in zip(layouts, rewritten, strict=True):
         rows = zip(costs, layout_costs, dense, strict=True)
         if any(c.is_measured and after >= MAX_MEASURED_RATIO * before for c, after, before in rows):
@@ -222,7 +229,12 @@ def _dominates(a: Candidate, b: Candidate) -> bool:
 def _layouts(
     rule: Rule, conv: Convolution, statistics: LayerStatistics, steps: int, measured: bool
 ) -> Iterator[GhostLayout]:
-    """The layouts of the rule's forms, those of one form after the other."""
+    """The layouts of the rule's forms, those of one form after the other; where the rule has a ratio, of that ratio."""
+    if rule.ratio is not None:
+        for layout in layouts_of_ratio(rule, conv.outputs):
+            if statistics.maps is not None or isinstance(layout.form, Pointwise):
+                yield layout
+        return
     for form in rule.forms:
         if form is Pointwise:
             yield from _pointwise_layouts(conv.outputs, steps, measured)

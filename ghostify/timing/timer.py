@@ -22,6 +22,7 @@ from ghostify.errors import GhostifyError
 from ghostify.graph.inputs import as_arguments, tensor_leaves
 from ghostify.io.output import writing_to
 from ghostify.runtimes.registry import Runtime, check_supported, get_runtime, installed_version, require_runtime
+from ghostify.runtimes.tensors import ExportInputs
 from ghostify.timing.interleaved import interleaved_latency_ms
 from ghostify.timing.worker import INPUTS, to_timed_format
 
@@ -78,7 +79,7 @@ def export_for_timing(deployed: nn.Module, runtime: str, example: Any, folder: P
     check_supported(target, example)
     folder.mkdir(parents=True)
     np.savez(folder / INPUTS, *[x.numpy() for x in tensor_leaves(args)])
-    return write_unchecked(deployed, args, folder, target, for_timing=True)
+    return write_unchecked(deployed, ExportInputs(args, {}), folder, target, for_timing=True)
 
 
 def start_worker(runtime: str, threads: int) -> subprocess.Popen[str]:
