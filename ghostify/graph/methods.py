@@ -46,7 +46,7 @@ class TracedModule(fx.GraphModule):
         return code
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """In a pickle, the nodes stand for the graph: torch.fx would trace anew, which loses marks and the report."""
+        """In a pickle, the nodes stand for the graph: torch.fx would trace again, which loses marks and the report."""
         state = {key: value for key, value in vars(self).items() if key not in ("_graph", "_tracer_cls")}
         return _unpickled, (type(self).__name__, record_nodes(self.graph)), state
 
