@@ -114,6 +114,7 @@ WRONG = {
     "--frontier": (*NOT_OUTPUTS[:1], "folder", LONG),
     "--html": (*NOT_OUTPUTS[:1], "folder", LONG),
     "--overwrite": NOT_FLAGS,
+    "--dynamic": NOT_FLAGS,
     "plan --input-size": (*NOT_SIZES, "1,12,12"),
     "report --frontier": NOT_FRONTIERS,
     "eval --data": (*NOT_DATA, *NOT_LABELLED),

@@ -144,10 +144,10 @@ def test_user_errors_are_one_line_and_code_2(files, tmp_path):
     weights = ("--checkpoint", files / "w.safetensors", "--output", tmp_path / "out")
     for arguments, message in (
         (("plan", "timm:resnet81"), "ghostify: model 'timm:resnet81': timm has no model of this name"),
-        (("plan", NET, "--ratio", "0.5"), "ghostify: ratio 0.5: is not a number of at least 1"),
+        (("plan", NET, "--ratio", "0.5"), "ghostify: --ratio 0.5: is not a number of at least 1"),
         (("plan", NET, "--input-size", "3x4"), "ghostify: --input-size '3x4': is not three positive sizes. Use C,H,W"),
         (("plan", NET, *SIZE, "--target", "zzz"), "ghostify: targets 'zzz': matches no convolution"),
-        (("convert", NET, *SIZE, *weights, "--calibration", tmp_path / "no.npy"), "no.npy: cannot be read"),
+        (("convert", NET, *SIZE, *weights, "--calibration", tmp_path / "no.npy"), "no.npy: does not exist"),
         (("convert", NET, "--arg", "width=4", *SIZE, *weights), "does not fit Straight"),
         (("convert", NET, *SIZE, *weights, "--reconstruct"), "ghostify: reconstruct: needs images. Pass calibration"),
         (("eval", tmp_path, "--data", files / "data.npz"), "Name a folder that ghostify saved"),
@@ -211,7 +211,7 @@ def test_report_on_the_terminal_and_as_a_page(files, tmp_path):
     assert "Pass its checkpoint as --original" in refused.stderr
     bad = run("report", out, "--html", tmp_path / "s.html", "--frontier", weights, "--allow", NET)
     assert bad.returncode == 2
-    assert "is not a readable frontier" in bad.stderr
+    assert "w.safetensors: is not UTF-8 text" in bad.stderr
     assert not (tmp_path / "s.html").exists()
 
 

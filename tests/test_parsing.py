@@ -72,11 +72,11 @@ def test_settings_complete_the_recipe():
     assert parse_recipe(1.0, 8, 0.1, 0, None) == Recipe(batch=8, learning_rate=0.1)
     with pytest.raises(GhostifyError, match=r"--set depth: unknown training setting\. Use batch, clip,"):
         parse_recipe(1.0, 8, 0.1, 0, ["depth=3"])
-    with pytest.raises(GhostifyError, match=r"^--set epochs 'many': is not a number"):
+    with pytest.raises(GhostifyError, match=r"^--set epochs 'many': is not a positive number"):
         parse_recipe(1.0, 8, 0.1, 0, ["warmup=1", "epochs=many"])
     assert parse_recipe(1.0, 8, 0.1, 0, ["frozen_norms=false", "ema=null"]) == Recipe(batch=8, learning_rate=0.1)
     assert parse_recipe(1.0, 8, 0.1, 0, ["distill=0", "labels=1"]).distill == 0
-    with pytest.raises(GhostifyError, match="--set frozen_norms 'False': is not true or false"):
+    with pytest.raises(GhostifyError, match="--set frozen_norms 'False': is not a boolean"):
         parse_recipe(1.0, 8, 0.1, 0, ["frozen_norms=False"])
 
 

@@ -85,3 +85,19 @@ def test_bad_data_names_the_file(tmp_path, prepared):
     ):
         with pytest.raises(GhostifyError, match=message):
             read_data(tmp_path / name, prepared)
+
+
+def test_images_in_grey_and_images_of_other_channels(tmp_path):
+    Image.new("RGB", (20, 30), (90, 90, 90)).save(tmp_path / "x.png")
+    image = read_data(tmp_path, preprocessing(nets.Straight(), (1, 16, 16))).batches[0]
+    assert image.shape == (1, 1, 16, 16)
+    assert torch.allclose(image, torch.tensor((90 / 255 - (0.485 + 0.456 + 0.406) / 3) / ((0.229 + 0.224 + 0.225) / 3)))
+    with pytest.raises(GhostifyError, match=r"x\.png: is an image of 3 channels, the model expects 4\. Pass an array"):
+        read_data(tmp_path, preprocessing(nets.Straight(), (4, 16, 16)))
+
+
+@pytest.mark.parametrize("counts", [{"batch": 0}, {"batch": -1}, {"batch": "a"}, {"limit": 0}, {"limit": -5}])
+def test_counts_of_images_are_at_least_one(tmp_path, prepared, counts):
+    np.save(tmp_path / "x.npy", np.zeros((4, 3, 16, 16), "f4"))
+    with pytest.raises(GhostifyError, match=next(iter(counts))):
+        read_data(tmp_path / "x.npy", prepared, **counts)

@@ -42,3 +42,13 @@ def test_notes_stand_below_the_table():
     summary = report(ghostify(nets.settle(nets.Straight()), 2))
     text = shown(replace(summary, notes=("no channel group can be pruned",)))
     assert text.index("no channel group can be pruned") > text.index(summary.layers[-1].name)
+
+
+def test_names_with_brackets_are_text():
+    summary = report(ghostify(nets.settle(nets.Straight()), 2))
+    layers = (replace(summary.layers[0], name="[/x] :cat: \x1b[31m"), *summary.layers[1:])
+    text = shown(replace(summary, layers=layers, notes=("a [bold]note[/b]",)), "the [/title]")
+    assert "[/x] :cat:" in text
+    assert "\x1b" not in text
+    assert "a [bold]note[/b]" in text
+    assert "the [/title]" in text

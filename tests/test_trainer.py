@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from torch.utils.data import TensorDataset
 from ghostify import GhostifyError, ghostify
 from ghostify.data.training_data import TrainingData
 from ghostify.evaluation.metrics import predict
-from ghostify.training import trainer
+from ghostify.training import optimizer, trainer
 from ghostify.training.losses import distillation_loss
 from ghostify.training.trainer import Recipe, finetune
 from tests import nets
@@ -283,7 +284,18 @@ def test_an_original_with_other_outputs_is_refused(tmp_path):
         finetune(converted, nets.settle(nets.Branches()), data, tmp_path / "t", QUICK)
 
 
-def test_an_optimizer_that_cannot_be_used_here_is_named(tmp_path):
+def test_labels_beyond_the_classes_are_refused_before_the_training(tmp_path):
     model, converted, data, _ = training_setup()
-    with pytest.raises(GhostifyError, match="recipe: optimizer 'fusedadam': cannot be used here"):
-        finetune(converted, model, data, tmp_path / "t", Recipe(**{**vars(QUICK), "optimizer": "fusedadam"}))
+    with pytest.raises(GhostifyError, match=r"^photos: has label 5, the model has 5 classes, counted from 0\."):
+        finetune(converted, model, replace(data, name="photos", classes=6), tmp_path / "t", QUICK)
+    assert not (tmp_path / "t").exists()
+
+
+def test_an_optimizer_that_this_machine_lacks_is_refused(tmp_path, monkeypatch):
+    def create(*_, **__):
+        raise AssertionError("needs another package")
+
+    monkeypatch.setattr(optimizer, "create_optimizer_v2", create)
+    model, converted, data, _ = training_setup()
+    with pytest.raises(GhostifyError, match=r"optimizer 'sgd': cannot be used here \(needs another package\)"):
+        finetune(converted, model, data, tmp_path / "t", QUICK)

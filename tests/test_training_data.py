@@ -120,3 +120,43 @@ def test_an_epoch_can_be_resumed_in_the_middle():
     assert len(sampler) == 6
     sampler.skip, sampler.epoch = 0, 1
     assert [k for _, k in sampler] != [k for _, k in complete]
+
+
+@pytest.mark.parametrize("extra", ["train/c", "val/c"])
+def test_training_and_validation_folders_have_the_same_classes(tmp_path, prepared, extra):
+    for part in ("train", "val"):
+        folder(tmp_path / part, each=2)
+    (tmp_path / extra).mkdir()
+    Image.new("RGB", (20, 24)).save(tmp_path / extra / "x.png")
+    with pytest.raises(GhostifyError, match=rf"^{tmp_path}: class 'c' is only in one of train and val\. Give both"):
+        load_training_data(str(tmp_path), prepared)
+
+
+def test_images_beside_class_folders_are_refused_where_there_is_a_validation_folder(tmp_path, prepared):
+    for part in ("train", "val"):
+        folder(tmp_path / part, each=2)
+    Image.new("RGB", (20, 24)).save(tmp_path / "val" / "x.png")
+    with pytest.raises(GhostifyError, match=r"val/x\.png: is in no class folder"):
+        load_training_data(str(tmp_path), prepared)
+
+
+def test_one_class_folder_is_enough_where_there_is_a_validation_folder(tmp_path, prepared):
+    for part in ("train", "val"):
+        folder(tmp_path / part, classes=("a",), each=2)
+    data = load_training_data(str(tmp_path), prepared)
+    assert (data.labelled, data.classes, data.train[0][1]) == (True, 1, 0)
+
+
+def test_class_folders_are_read_in_grey_for_a_model_of_one_channel(tmp_path):
+    prepared = sources.preprocessing(nets.Straight(), (1, 16, 16))
+    data = load_training_data(str(folder(tmp_path / "d", each=2)), prepared)
+    assert data.train[0][0].shape == data.validation[0][0].shape == (1, 16, 16)
+
+
+def test_the_number_of_classes_is_known(tmp_path, prepared):
+    images = np.random.rand(40, 3, 16, 16).astype(np.float32)
+    np.savez(tmp_path / "d.npz", images=images, labels=np.arange(40) % 7)
+    assert load_training_data(str(tmp_path / "d.npz"), prepared).classes == 7
+    assert load_training_data(str(folder(tmp_path / "d")), prepared).classes == 2
+    with pytest.raises(GhostifyError, match="cifar10: has 3 channels, the model expects 1"):
+        load_training_data("cifar10", sources.preprocessing(nets.Straight(), (1, 16, 16)))

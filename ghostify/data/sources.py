@@ -107,8 +107,13 @@ a_preprocessing = instance_of(Preprocessing, "Pass what preprocessing(model) ret
 
 @public(model=a_module, size=optional(_a_size))
 def preprocessing(model: nn.Module, size: tuple[int, int, int] | None = None) -> Preprocessing:
-    """timm's evaluation transform for the model; ImageNet's mean and deviation where the model does not define them."""
+    """timm's evaluation transform for the model; ImageNet's mean and deviation where the model does not define them.
+
+    A model of one channel gets their means over the three channels.
+    """
     config = resolve_data_config({} if size is None else {"input_size": size}, model=model)
+    if config["input_size"][0] == 1:
+        config = {**config, **{key: (sum(config[key]) / len(config[key]),) for key in ("mean", "std")}}
     transform: Any = create_transform(**config, is_training=False)
     return Preprocessing(tuple(config["input_size"]), transform, config)
 
@@ -168,4 +173,8 @@ def _read_batches(files: Sequence[Path], prepared: Preprocessing, batch: int) ->
 
 def read_image(file: Path, prepared: Preprocessing) -> Tensor:
     """An image file as an input, C x H x W; in greyscale where the model has one input channel."""
+    if prepared.size[0] not in (1, 3):
+        raise GhostifyError(
+            f"{file}: is an image of 3 channels, the model expects {prepared.size[0]}. Pass an array file."
+        )
     return prepared.transform(decode_image(file, "L" if prepared.size[0] == 1 else "RGB"))
