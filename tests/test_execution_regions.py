@@ -7,22 +7,20 @@ from ghostify.graph.execution_regions import recorded_regions
 @pytest.mark.parametrize(
     "region",
     [
-        torch.no_grad(),
-        torch.inference_mode(),
-        torch.autocast("cpu"),
-        torch.autocast("cpu", enabled=False),
-        torch.set_grad_enabled(False),
+        torch.no_grad,
+        torch.inference_mode,
+        lambda: torch.autocast("cpu"),
+        lambda: torch.autocast("cpu", enabled=False),
+        lambda: torch.set_grad_enabled(False),  # it takes effect when it is made
     ],
     ids=["no_grad", "inference_mode", "autocast", "no autocast", "set_grad_enabled"],
 )
 def test_a_region_is_recorded_while_it_is_active_whatever_the_caller_has_set(region):
-    torch.set_grad_enabled(True)
     with torch.no_grad(), torch.autocast("cpu"):
         with recorded_regions() as regions:
             assert regions.is_default()
-            with region:
+            with region():
                 assert not regions.is_default()
-            torch.set_grad_enabled(True) if not torch.is_grad_enabled() else None
             assert regions.is_default()
         assert not torch.is_grad_enabled()
         assert torch.is_autocast_enabled("cpu")
