@@ -158,7 +158,7 @@ def test_a_mask_may_hold_infinities(tmp_path):
 
 @pytest.mark.parametrize("value", [{1}, object(), float("nan"), {1: 2, "b": 3}], ids=["set", "object", "NaN", "keys"])
 def test_a_source_that_json_cannot_hold_is_refused(converted, tmp_path, value):
-    with pytest.raises(GhostifyError, match="source: cannot be (saved|written) as JSON"):
+    with pytest.raises(GhostifyError, match=r"source: cannot be (saved|written) as JSON"):
         save(converted, tmp_path / "out", source={"a": value})
     assert not list(tmp_path.iterdir())
 
