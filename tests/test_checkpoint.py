@@ -145,7 +145,7 @@ def test_a_write_that_was_interrupted_loads_as_the_new_model(tmp_path, moved):
 def test_weights_that_are_not_finite_are_refused(tmp_path, name, value):
     model = ghostify(nets.settle(nets.Residual()))
     dict(model.state_dict())[name].view(-1)[0] = float(value)
-    with pytest.raises(GhostifyError, match=f"{name}: holds NaN or infinity"):
+    with pytest.raises(GhostifyError, match=f"{name}: has NaN or infinite values|{name}: holds NaN or infinity"):
         save(model, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -158,7 +158,7 @@ def test_a_mask_may_hold_infinities(tmp_path):
 
 @pytest.mark.parametrize("value", [{1}, object(), float("nan"), {1: 2, "b": 3}], ids=["set", "object", "NaN", "keys"])
 def test_a_source_that_json_cannot_hold_is_refused(converted, tmp_path, value):
-    with pytest.raises(GhostifyError, match="source: cannot be saved as JSON"):
+    with pytest.raises(GhostifyError, match=r"source: cannot be (saved|written) as JSON"):
         save(converted, tmp_path / "out", source={"a": value})
     assert not list(tmp_path.iterdir())
 
