@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PROCESSES ?= 2
 
-.PHONY: demo test tests test-slow test-oldest fuzz check docs bench clean
+.PHONY: demo test tests test-slow test-kills test-oldest fuzz check docs bench clean
 
 demo: $(VENV)/installed          ## train, convert, measure: the main job on a small network
 	$(BIN)/ghostify demo
@@ -16,6 +16,9 @@ tests: $(VENV)/installed         ## the tests by themselves
 
 test-slow: $(VENV)/installed     ## the sweeps that take minutes
 	$(BIN)/python -m pytest -q -m slow
+
+test-kills: $(VENV)/installed    ## 200 processes killed while they write
+	$(BIN)/python -m tests.kill_writers --count 200 --seed 0
 
 fuzz: $(VENV)/installed          ## 20,000 changed folders, read under a watch
 	$(BIN)/python -m tests.fuzz_folders --count 20000 --seed 0 --jobs $(PROCESSES)

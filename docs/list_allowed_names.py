@@ -33,7 +33,7 @@ from torch import nn
 from torch.overrides import get_overridable_functions
 
 from ghostify import GhostifyError, trace
-from ghostify.graph.allowed_ops import NAMES_FILE, listed_names
+from ghostify.graph.allowed_ops import NAMES_FILE, names_in_file, names_in_table
 from ghostify.graph.serialization import serialize_module
 from ghostify.imports import import_name, is_importable
 
@@ -61,6 +61,7 @@ OWN_MODULES = (
 )  # fmt: skip
 OBJECTS = (
     "timm.models._features:FeatureInfo", "timm.models._pretrained:PretrainedCfg",
+    "torchvision.models.detection.image_list:ImageList", "torchvision.ops.poolers:LevelMapper",
     "torchvision.transforms.functional:InterpolationMode",
 )  # fmt: skip
 QUANTIZATION = (
@@ -129,11 +130,12 @@ def sample_of_models() -> Iterator[tuple[str, Callable[[], nn.Module]]]:
 
 def description_of(make: Callable[[], nn.Module]) -> dict[str, Any]:
     """The description of a traced model; its weights take memory only where it does not trace without them."""
+    unchecked_trace = inspect.unwrap(trace)  # which takes weights on the meta device
     for device in ("meta", "cpu"):
         with contextlib.suppress(NotImplementedError):
             with torch.device(device):
                 model = make().eval()
-            return serialize_module(trace(model).module)[0]
+            return serialize_module(unchecked_trace(model).module)[0]
     raise AssertionError(make)
 
 
@@ -179,16 +181,20 @@ def collect() -> Names:
     names["functions"] |= {*tensor_functions(), *OWN_FUNCTIONS}
     names["methods"] |= set(tensor_methods())
     if FILE.exists():
-        for section, listed in vars(listed_names()).items():
+        for section, listed in vars(names_in_file()).items():
             names[section] |= listed
-    names["functions"] -= names["modules"] | {"builtins:getattr"}
+    names["functions"] -= names["modules"]
     refused = {
         "modules": lambda name: REFUSED_MODULES.search(name),
         "functions": lambda name: REFUSED_FUNCTIONS.match(name),
         "objects": lambda _: False,
         "methods": lambda name: name in REFUSED_METHODS or name.startswith("_"),
     }
-    return {section: {n for n in names[section] if not is_refused(n)} for section, is_refused in refused.items()}
+    table = vars(names_in_table())
+    return {
+        section: {name for name in names[section] - table[section] if not is_refused(name)}
+        for section, is_refused in refused.items()
+    }
 
 
 def text_of(names: Names) -> str:
@@ -214,4 +220,4 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
     FILE.write_text(text_of(collect()))
-    print(json.dumps({section: len(names) for section, names in vars(listed_names()).items()}))
+    print(json.dumps({section: len(names) for section, names in vars(names_in_file()).items()}))

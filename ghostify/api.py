@@ -14,7 +14,7 @@ from ghostify.errors import GhostifyError
 from ghostify.fitting.driver import ProgressCallback, fit
 from ghostify.fitting.sensitivity import a_calibration, prepare_calibration
 from ghostify.graph.tracing import trace
-from ghostify.planning.planner import plan
+from ghostify.planning.planner import plan, warn_if_unchanged
 from ghostify.planning.policy import Pattern, Policy, Rule, as_policy
 from ghostify.reconstruction.blockwise import reconstruct_blocks
 from ghostify.rewriting.apply import rewrite
@@ -111,6 +111,7 @@ def ghostify(
             else plan_for_budget(program, policy, budget, prepared, seed, runtime)
         )
         fits = fit(program, planned, prepared, seed=seed, on_progress=on_progress)
+    warn_if_unchanged(planned, policy)
     reconstruction = None
     if reconstruct and prepared is not None:
         fits, reconstruction = reconstruct_blocks(

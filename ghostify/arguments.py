@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ghostify.errors import GhostifyError
 from ghostify.neutral_context import neutral_context
+from ghostify.numerics import first_not_finite
 from ghostify.text import first_line, format_value
 
 P = ParamSpec("P")
@@ -225,8 +226,10 @@ def a_model(name: str, value: Any) -> nn.Module:
             raise GhostifyError(
                 f"{name}: its weights are not there: {path} is on the meta device. Load the weights first."
             )
-        if not _is_finite(tensor):
-            raise GhostifyError(f"{path}: has NaN or infinite values. Load other weights.")
+    weights = dict(_weights(model))
+    damaged = first_not_finite({k: v.detach() for k, v in weights.items() if v.layout == torch.strided}, set(weights))
+    if damaged is not None:
+        raise GhostifyError(f"{damaged}: has NaN or infinite values. Load other weights.")
     return model
 
 
@@ -274,11 +277,3 @@ def _weights(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
     for path, tensor in (*model.named_parameters(), *statistics):
         if isinstance(tensor, Tensor) and not nn.parameter.is_lazy(tensor):
             yield path, tensor
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds no NaN and no infinity; True where it is neither dense nor of numbers with a point."""
-    if tensor.layout != torch.strided or not (tensor.is_floating_point() or tensor.is_complex()):
-        return True
-    values = tensor.detach()
-    return bool((values.float() if values.element_size() == 1 else values).isfinite().all())

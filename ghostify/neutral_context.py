@@ -21,7 +21,7 @@ def neutral_context() -> Iterator[None]:
 
     Afterwards all of it is as before, random states included. Modes belong to the thread. The default dtype and the
     random states belong to the process: the first of several threads inside sets them, the last one restores them.
-    Deterministic algorithms and the number of threads stay those of the caller.
+    Deterministic algorithms and the number of threads, which changes the order of sums, stay those of the caller.
     """
     is_outermost = not hasattr(_thread, "caller")
     if is_outermost:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 MIN_VARIANCE = 1e-30
 SEED_STRIDE = 1_000_003
+RUNNING_STATISTICS = ("running_mean", "running_var")
 
 
 def relative_to_variance(squared_error: Tensor, variance: Tensor, minimum: float = MIN_VARIANCE) -> Tensor:
@@ -75,3 +76,17 @@ def outputs_match(outputs: Sequence[Tensor], reference: Sequence[Tensor], tolera
 def derive_seed(seed: int, number: int) -> int:
     """The seed of step or image `number`, `SEED_STRIDE` away from that of the next user seed; from 0 to 2^64 - 1."""
     return (seed * SEED_STRIDE + number) % 2**64
+
+
+def first_not_finite(tensors: Mapping[str, Tensor], parameters: Set[str]) -> str | None:
+    """The name of the first tensor with NaN, or with infinity if it is a parameter or a running statistic.
+
+    Other tensors may hold infinities, as masks do. None if there is no such tensor.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() or tensor.is_complex():
+            values = tensor.float() if tensor.element_size() == 1 else tensor
+            is_weight = name in parameters or name.endswith(RUNNING_STATISTICS)
+            if not bool((values.isfinite() if is_weight else ~values.isnan()).all()):
+                return name
+    return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from ghostify.errors import GhostifyError
 
@@ -20,7 +20,7 @@ def from_json(cls: type[Record], data: object, where: str) -> Record:
     """
     if not isinstance(data, dict):
         raise GhostifyError(f"{where}: is not an object")
-    hints = _hints(cls)
+    hints = _hints(cast(type, cls))
     for key in data.keys() - hints.keys():
         raise GhostifyError(f"{where}: has an unknown field {key[:60]!r}")
     for item in fields(cls):  # type: ignore[arg-type]

@@ -85,7 +85,8 @@ class Report:
     """All convolutions in order of first use, the model's MACs where known, calibration images and seconds by stage.
 
     Errors of layers are those of the closed-form fit, before any `reconstruction`. `missing_attributes` names methods
-    and attributes of the original that the result lacks. `notes` are those of the plan.
+    and attributes of the original that the result lacks. `notes` are those of the plan, `macs_limit` the number of MACs
+    that a budget permitted.
     """
 
     layers: tuple[LayerReport, ...]
@@ -96,6 +97,7 @@ class Report:
     reconstruction: Reconstruction | None = None
     missing_attributes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    macs_limit: int | None = None
 
     @property
     def rewritten(self) -> int:
@@ -168,7 +170,15 @@ def build_report(
     layers = tuple(_layer_report(entry, fits) for entry in plan.entries)
     images, seconds = (0, {}) if fits is None else (fits.images, fits.seconds)
     return Report(
-        layers, plan.macs_before, plan.macs_after, images, seconds, reconstruction, missing_attributes, plan.notes
+        layers,
+        plan.macs_before,
+        plan.macs_after,
+        images,
+        seconds,
+        reconstruction,
+        missing_attributes,
+        plan.notes,
+        plan.macs_limit,
     )
 
 

@@ -11,7 +11,9 @@ from safetensors.torch import save_file
 from torch import fx
 
 from ghostify import GhostifyError, ghostify, load, report, save
+from ghostify.io.atomic import staged_folder
 from ghostify.io.checkpoint import load_weights
+from ghostify.io.journal import PENDING
 from ghostify.summary import conversion_info
 from tests import nets
 
@@ -65,47 +67,100 @@ def test_memory_format_and_dtype_survive(tmp_path):
     assert weight.is_contiguous(memory_format=torch.channels_last)
 
 
+def content(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
 def test_a_failed_save_changes_nothing(converted, tmp_path, monkeypatch):
     save(converted, tmp_path / "out")
-    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    before = content(tmp_path)
 
     def full(*_, **__):
-        raise OSError("disk full")
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ghostify.io.checkpoint.save_file", full)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr("ghostify.io.tensor_writer.save_file", full)
+    with pytest.raises(GhostifyError, match=r"out: cannot be written \(No space left on device\)"):
         save(converted, tmp_path / "out")
-    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+    assert content(tmp_path) == before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_failed_rename_restores_the_previous_folder(converted, tmp_path, monkeypatch):
+def test_files_of_the_user_are_refused_or_kept(converted, tmp_path):
     save(converted, tmp_path / "out")
-    path_class, rename = type(tmp_path), type(tmp_path).rename
-
-    def flaky(self, target):
-        if target == tmp_path / "out" and self.name != "was":
-            raise OSError("cannot rename")
-        return rename(self, target)
-
-    monkeypatch.setattr(path_class, "rename", flaky)
-    with pytest.raises(OSError, match="cannot rename"):
+    save(converted, tmp_path / "out")
+    (tmp_path / "out" / "thesis.tex").write_text("text")
+    before = content(tmp_path)
+    with pytest.raises(GhostifyError, match=r"out/thesis\.tex: was not written by ghostify"):
         save(converted, tmp_path / "out")
-    monkeypatch.undo()
-    assert load(tmp_path / "out")
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-
-
-def test_saving_over_a_ghostify_folder_replaces_it_and_over_others_is_refused(converted, tmp_path):
-    save(converted, tmp_path / "out")
-    save(converted, tmp_path / "out")
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("text")
-    with pytest.raises(GhostifyError, match=r"mine: holds other files and no ghostify\.json"):
-        save(converted, tmp_path / "mine")
+    assert content(tmp_path) == before
+    other = ghostify(nets.settle(nets.Straight()))
+    save(other, tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "text"
+    assert load(tmp_path / "out").state_dict().keys() == other.state_dict().keys()
     (tmp_path / "file").write_text("")
     with pytest.raises(GhostifyError, match="file: is a file"):
         save(converted, tmp_path / "file")
+
+
+def test_a_folder_of_an_earlier_version_is_replaced_where_it_is_intact(converted, tmp_path):
+    manifest = save(converted, tmp_path / "out") / "ghostify-files.json"
+    manifest.unlink()
+    save(converted, tmp_path / "out")
+    assert manifest.exists()
+    manifest.unlink()
+    (tmp_path / "out" / "model.safetensors").write_bytes(b"mine")
+    with pytest.raises(GhostifyError, match=r"model\.safetensors: was not written by ghostify, or was changed since"):
+        save(converted, tmp_path / "out")
+
+
+def test_exports_stay_with_a_warning_where_the_weights_change(converted, tmp_path):
+    out = save(converted, tmp_path / "out")
+    with staged_folder(out) as staging:
+        (staging / "model.pt2").write_text("export")
+    save(converted, out)
+    with pytest.warns(UserWarning, match=r"out: model\.pt2 stay, from the model that was here before"):
+        save(ghostify(nets.settle(nets.Straight())), out)
+    assert (out / "model.pt2").read_text() == "export"
+
+
+@pytest.mark.parametrize("moved", [(), ("model.safetensors",), ("model.safetensors", "ghostify.json")])
+def test_a_write_that_was_interrupted_loads_as_the_new_model(tmp_path, moved):
+    """As left by a killed process on a system that cannot exchange folders."""
+    old, new = (ghostify(nets.settle(nets.Straight())) for _ in range(2))
+    bias = next(name for name in old.state_dict() if name.endswith("bias"))
+    new.get_parameter(bias).data += 1
+    out = save(old, tmp_path / "out")
+    save(new, tmp_path / "new").rename(out / PENDING)
+    for name in moved:
+        (out / PENDING / name).replace(out / name)
+    assert torch.equal(load(out).get_parameter(bias), new.get_parameter(bias))
+    save(old, out)
+    assert torch.equal(load(out).get_parameter(bias), old.get_parameter(bias))
+    assert not (out / PENDING).exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("stem.0.weight", "nan"), ("stem.1.running_var", "inf"), ("head.bias", "-inf")]
+)
+def test_weights_that_are_not_finite_are_refused(tmp_path, name, value):
+    model = ghostify(nets.settle(nets.Residual()))
+    dict(model.state_dict())[name].view(-1)[0] = float(value)
+    with pytest.raises(GhostifyError, match=f"{name}: holds NaN or infinity"):
+        save(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mask_may_hold_infinities(tmp_path):
+    model = nets.settle(nets.Straight())
+    model.register_buffer("mask", torch.full((2, 2), float("-inf")))
+    assert save(ghostify(model), tmp_path / "out")
+
+
+@pytest.mark.parametrize("value", [{1}, object(), float("nan"), {1: 2, "b": 3}], ids=["set", "object", "NaN", "keys"])
+def test_a_source_that_json_cannot_hold_is_refused(converted, tmp_path, value):
+    with pytest.raises(GhostifyError, match="source: cannot be saved as JSON"):
+        save(converted, tmp_path / "out", source={"a": value})
+    assert not list(tmp_path.iterdir())
 
 
 def rewrite_json(folder, change):

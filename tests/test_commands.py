@@ -123,6 +123,8 @@ def test_convert_then_eval(files, tmp_path):
     written = run("export", tmp_path / "out", "--format", "pt2")
     assert written.returncode == 0, written.stderr
     assert "any batch of 3x12x12" in " ".join(written.stdout.split())
+    fixed = run("export", tmp_path / "out", "--format", "pt2", "--fixed-batch", "--output", tmp_path / "fixed")
+    assert "a batch of 1 of 3x12x12" in " ".join(fixed.stdout.split())
     assert torch.export.load(tmp_path / "out" / "model.pt2").module()(torch.zeros(4, 3, 12, 12)).shape == (4, 5)
     assert load(tmp_path / "out")(torch.zeros(2, 3, 12, 12)).shape == (2, 5)
 

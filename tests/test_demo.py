@@ -1,8 +1,10 @@
 import json
 
+import pytest
 import torch
 from rich.console import Console
 
+from ghostify import GhostifyError
 from ghostify.cli import demo
 from ghostify.data import datasets
 
@@ -27,3 +29,14 @@ def test_the_demo_converts_and_saves(tmp_path, monkeypatch, capsys):
     assert [r["name"] for r in json.loads(printed.out)] == [r.name for r in results]
     assert "bit-equal" in printed.err
     assert (tmp_path / "kept" / "converted" / "ghostify.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("", "holds other files"), ("file", "is a file"), ("file/more", "is a file")],
+)
+def test_other_places_than_a_new_folder_are_refused_before_the_training(tmp_path, name, message):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(GhostifyError, match=rf"^--output {tmp_path / name}: .*{message}"):
+        demo.run_demo(tmp_path / name, Console(stderr=True))
+    assert (tmp_path / "file").read_text() == "mine"

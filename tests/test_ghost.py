@@ -1,6 +1,8 @@
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 from ghostify.modules.ghost import GhostModule, build_ghost_module, is_channels_last
 from ghostify.modules.layout import Depthwise, GhostLayout, Grouped, Pointwise
@@ -167,3 +169,51 @@ def test_recomputing_modules_trace_and_export_like_others():
     assert torch.equal(torch.fx.symbolic_trace(ghost)(x), ghost(x))
     exported = torch.export.export(ghost.eval(), (x,)).module()
     torch.testing.assert_close(exported(x), ghost(x))
+
+
+@pytest.mark.parametrize("order", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_transforms_of_torch_func_see_the_same_function(layout, order):
+    ghost, x = random_ghost(layout, order=order), torch.randn(3, 3, 6, 6, dtype=torch.float64)
+    ghost.recompute = True
+    weights = {k: v.detach() for k, v in ghost.named_parameters()}
+
+    def loss(weights, images):
+        return torch.func.functional_call(ghost, weights, (images,)).square().sum()
+
+    for images in (x, x.contiguous(memory_format=torch.channels_last)):
+        expected = torch.autograd.grad(ghost(images).square().sum(), list(ghost.parameters()))
+        torch.testing.assert_close(list(torch.func.grad(loss)(weights, images).values()), list(expected))
+        per_image = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, images[:, None])
+        torch.testing.assert_close([g.sum(0) for g in per_image.values()], list(expected))
+        torch.testing.assert_close(torch.func.vmap(lambda one: ghost(one[None])[0])(images), ghost(images))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # PyTorch's own, on the first use of jacfwd
+def test_jacobians_and_forward_derivatives_go_through_recomputed_ghosts():
+    ghost, x = random_ghost(LAYOUTS[1]), torch.randn(1, 3, 4, 4, dtype=torch.float64)
+    ghost.recompute = True
+    backward, forward = torch.func.jacrev(ghost)(x), torch.func.jacfwd(ghost)(x)
+    torch.testing.assert_close(backward, forward)
+    direction = torch.randn_like(x)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(ghost(forward_ad.make_dual(x, direction))).tangent
+    torch.testing.assert_close(tangent, (backward * direction).sum((-4, -3, -2, -1)))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_blocks_have_the_same_gradients(reentrant):
+    ghost, x = random_ghost(LAYOUTS[0]), torch.randn(2, 3, 6, 6, dtype=torch.float64, requires_grad=True)
+    ghost.recompute = True
+    block = nn.Sequential(ghost, nn.BatchNorm2d(8, dtype=torch.float64), nn.ReLU())
+    expected = torch.autograd.grad(block(x).square().sum(), [x, *block.parameters()])
+    checkpoint(block, x, use_reentrant=reentrant).square().sum().backward()
+    torch.testing.assert_close([x.grad, *(p.grad for p in block.parameters())], list(expected))
+
+
+def test_compiled_transforms_go_through_ghosts_in_one_graph():
+    ghost, x = random_ghost(LAYOUTS[1]), torch.randn(3, 3, 6, 6, dtype=torch.float64)
+    ghost.recompute = True
+    per_image = torch.func.vmap(lambda one: ghost(one[None])[0])
+    compiled = torch.compile(per_image, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), ghost(x))

@@ -1,9 +1,11 @@
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_structure
 
 from ghostify import GhostifyError, ghostify, load, report, save
 from ghostify.deployment.inference_form import deploy
@@ -158,3 +160,112 @@ def test_the_mode_is_fixed():
 def test_a_model_that_does_not_run_is_an_error():
     with pytest.raises(GhostifyError, match="the model does not run on them"):
         deploy(converted(nets.Straight, {}), torch.rand(1, 4, 8, 8))
+
+
+class Answering(nets.Straight):
+    """Answers with `answer` of its features, which `layer` may compute further."""
+
+    def __init__(self, answer, layer=None):
+        super().__init__()
+        self.answer, self.layer = answer, layer or nn.Identity()
+
+    def forward(self, x):
+        return self.layer(self.answer(self.b(self.a(self.stem(x)))))
+
+
+@dataclass
+class Answer:
+    scores: torch.Tensor
+    threshold: float
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda y: (y, y > 0.1, None, 3),
+        lambda y: {"classes": y.mean((2, 3)).argmax(1), "half": y.half()},
+        lambda y: [torch.complex(y, -y), [y.shape[1]]],
+    ],
+    ids=["tuple", "dict", "list"],
+)
+def test_outputs_of_any_type_are_compared(answer):
+    x = nets.images(2)
+    made = ghostify(nets.settle(Answering(answer)), targets="*", example_inputs=x)
+    deployed = deploy(made, x)
+    assert tree_structure(deployed(x)) == tree_structure(made(x))
+
+
+class Stays(Answering):
+    def forward(self, x):
+        return x if x.sum() > 1e9 else super().forward(x)
+
+
+def test_answers_in_objects_are_compared():
+    x = nets.images(2)
+    made = ghostify(nets.settle(Stays(lambda y: Answer(y.mean((2, 3)), 0.5))), example_inputs=x)
+    deployed = deploy(made, x)
+    torch.testing.assert_close(deployed(x).scores, made(x).scores, rtol=1e-4, atol=1e-4)
+
+
+def test_an_output_that_differs_is_an_error_whatever_holds_it(monkeypatch):
+    x = nets.images(2)
+    made = ghostify(nets.settle(Stays(lambda y: Answer(y.mean((2, 3)), 0.5))), example_inputs=x)
+    monkeypatch.setattr(
+        "ghostify.deployment.inference_form._to_channels_last", lambda m: nn.init.zeros_(next(m.parameters()))
+    )
+    with pytest.raises(GhostifyError, match=r"differs from the model: output\.scores differs by"):
+        deploy(made, x)
+
+
+def test_outputs_with_another_number_of_rows_are_named():
+    rows, x = [9], nets.images(4)
+    made = ghostify(nets.settle(Stays(lambda y: (y, y[: rows[0]]))), example_inputs=x)
+    rows[0] = 3
+
+    def find_one_less(*_):
+        rows[0] = 2
+
+    made.register_forward_hook(find_one_less)
+    with pytest.warns(UserWarning, match=r"not compared with the model's: output\[1\] has 2 rows in place of 3"):
+        deploy(made, x)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shaped"),
+    [
+        (nn.Conv3d(16, 4, 1), lambda y: y[:, :, None]),
+        (nn.Conv1d(16, 4, 3), lambda y: y.flatten(2)),
+        (nn.ConvTranspose2d(16, 4, 2, 2), lambda y: y),
+        (nn.ConvTranspose3d(16, 4, 1), lambda y: y[:, :, None]),
+        (nn.Sequential(nn.Conv3d(16, 4, 1), nn.BatchNorm3d(4)), lambda y: y[:, :, None]),
+        (nn.Linear(6, 4), lambda y: y),
+    ],
+    ids=["Conv3d", "Conv1d", "ConvTranspose2d", "ConvTranspose3d", "BatchNorm3d", "Linear"],
+)
+def test_layers_over_other_dimensions_stay_beside_convolutions(layer, shaped):
+    x = nets.images(2)
+    made = ghostify(nets.settle(Answering(shaped, layer)), targets="*", example_inputs=x)
+    torch.testing.assert_close(deploy(made, x)(x), made(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_overwrites_its_input_is_deployed():
+    class Overwriting(nets.Straight):
+        def forward(self, x):
+            return super().forward(x.add_(1))
+
+    x = nets.images(2)
+    made = ghostify(nets.settle(Overwriting()), targets="*", example_inputs=x.clone())
+    given = x.clone()
+    deployed = deploy(made, given)
+    assert torch.equal(given, x)
+    torch.testing.assert_close(deployed(x.clone()), made(x.clone()), rtol=1e-4, atol=1e-4)
+
+
+def test_half_precision_within_is_permitted_the_tolerance_of_half_precision():
+    class Cast(nets.Straight):
+        def forward(self, x):
+            return super().forward(x.bfloat16()).float()
+
+    x = nets.images(2)
+    made = ghostify(nets.settle(Cast()).bfloat16(), targets="*", example_inputs=x)
+    assert deploy(made, x)(x).dtype == torch.float32

@@ -4,6 +4,7 @@ from torch import fx
 from torch.utils._pytree import tree_map_only
 
 from ghostify import GhostifyError, trace
+from ghostify.graph.forward_graph import trace_graph
 from ghostify.graph.inputs import (
     CallArguments,
     PlaceholderValues,
@@ -13,7 +14,6 @@ from ghostify.graph.inputs import (
     call_model,
     tensor_leaves,
 )
-from ghostify.graph.symbolic_tracer import trace_graph
 from tests import nets
 
 

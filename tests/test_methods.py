@@ -1,10 +1,17 @@
 import copy
+import io
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from ghostify import GhostifyError, ghostify, load, save
+from ghostify import GhostifyError, deploy, ghostify, load, report, save
+from ghostify.graph.inputs import tensor_leaves
 from tests import nets
 
 
@@ -100,3 +107,64 @@ def test_a_model_without_methods_has_none():
     assert not hasattr(ghosted, "forward_features")
     assert not hasattr(ghosted, "get_classifier")
     assert all("forward_features" not in vars(cls) for cls in type(ghosted).__mro__)
+
+
+def through_torch_save(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda m: pickle.loads(pickle.dumps(m)),
+    "torch.save": through_torch_save,
+}
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+@pytest.mark.parametrize("network", [nets.Methods, nets.Residual, nets.Stubborn, nets.Wild, nets.Shared])
+def test_copies_answer_alike_and_keep_report_modes_and_methods(network, copied):
+    x = nets.images(2)
+    made = ghostify(nets.settle(network()), 2, targets="*", example_inputs=x).train()
+    made.eval()
+    for model in (made, deploy(made, x)):
+        back = copied(model)
+        assert all(map(torch.equal, tensor_leaves(back(x)), tensor_leaves(model(x))))
+        assert report(back) == report(model)
+        assert [m.training for m in back.train().modules()] == [True] * len(list(model.modules()))
+        assert [p for p, _ in back.named_modules()] == [p for p, _ in model.named_modules()]
+        assert len(list(back.parameters())) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+def test_copies_keep_methods_and_attributes(copied):
+    (_, made), x = converted(targets="*"), nets.images(2)
+    made.note = "set later"
+    back = copied(made)
+    assert back.note == "set later"
+    assert torch.equal(back.forward_features(x), made.forward_features(x))
+    back.reset_classifier(3)
+    assert back(x).shape == (2, 3)
+    assert made(x).shape == (2, 5)
+
+
+def test_a_pickle_is_read_in_a_fresh_process(tmp_path):
+    x = nets.images(2)
+    made = ghostify(nets.settle(nets.Stubborn()), 2, example_inputs=x)
+    torch.save((made, deploy(made, x), x, made(x), deploy(made, x)(x)), tmp_path / "made.pt")
+    code = (
+        "import torch; made, deployed, x, y, z = torch.load('made.pt', weights_only=False);"
+        "assert torch.equal(made(x), y) and torch.equal(deployed(x), z)"
+    )
+    root = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def test_a_method_goes_with_the_marks_that_it_was_made_of():
+    (_, made), x = converted(), nets.images(2)
+    assert not hasattr(deploy(made, x), "forward_features")

@@ -63,16 +63,6 @@ def deterministic():
 
 
 @contextlib.contextmanager
-def threads(count):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
 def anomalies():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the mode's costs
@@ -96,6 +86,14 @@ def strict_warnings():
         yield
 
 
+@contextlib.contextmanager
+def all_at_once():
+    with contextlib.ExitStack() as stack:
+        for name in ("inference_mode", "autocast", "float64", "meta by default", "other seeds", "strict warnings"):
+            stack.enter_context(CONTEXTS[name]())
+        yield
+
+
 CONTEXTS = {
     "no_grad": torch.no_grad,
     "gradients off": lambda: torch.set_grad_enabled(False),
@@ -107,9 +105,9 @@ CONTEXTS = {
     "with meta": lambda: torch.device("meta"),
     "deterministic": deterministic,
     "anomalies": anomalies,
-    "two threads": lambda: threads(2),
     "other seeds": other_seeds,
     "strict warnings": strict_warnings,
+    "all at once": all_at_once,
 }
 
 
@@ -125,13 +123,9 @@ def model_and_images(make=nets.Straight):
     return nets.settle(make()), nets.images(16)
 
 
-def convert(_folder, make=nets.Straight):
-    model, x = model_and_images(make)
+def convert(_folder):
+    model, x = model_and_images(Noisy)
     return lambda: ghostify(model, example_inputs=x[:1], calibration=[x]).state_dict()
-
-
-def convert_noisy(folder):
-    return convert(folder, Noisy)
 
 
 def convert_shuffled(_folder):
@@ -188,9 +182,9 @@ def finetuned(folder):
     return lambda: finetune(converted, model, data, folder / str(next(numbers)), Recipe(batch=8)).state_dict()
 
 
-RUNS = [
-    convert, convert_noisy, convert_shuffled, convert_for_a_budget, stages, curve, inference_form, saved, finetuned,
-]  # fmt: skip
+OTHER_RUNS = [convert_shuffled, convert_for_a_budget, curve, inference_form, saved, finetuned]
+CASES = [(run, context) for run in (convert, stages) for context in CONTEXTS]
+CASES += [(run, "all at once") for run in OTHER_RUNS]
 
 
 def process_state():
@@ -213,8 +207,7 @@ def process_state():
     }
 
 
-@pytest.mark.parametrize("context", CONTEXTS)
-@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.__name__)
+@pytest.mark.parametrize(("run", "context"), CASES, ids=lambda part: getattr(part, "__name__", part))
 def test_the_same_bits_in_every_context_which_stays_as_it_is(run, context, tmp_path):
     call = run(tmp_path)
     expected = call()
@@ -243,7 +236,7 @@ def interrupt(*_):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("context", [c for c in CONTEXTS if "meta" not in c])
+@pytest.mark.parametrize("context", [c for c in CONTEXTS if "meta" not in c and c != "all at once"])
 @pytest.mark.parametrize("make", [nets.Straight, nets.Wild])
 def test_models_made_and_converted_in_any_context_are_trainable(make, context):
     with CONTEXTS[context]():
@@ -256,11 +249,11 @@ def test_models_made_and_converted_in_any_context_are_trainable(make, context):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_threads_give_the_same_bits_as_one_alone(dtype):
     made, x, results = [nets.Straight, nets.Residual, nets.Wild, nets.Branches], nets.images(16), {}
-    programs = [trace(model_and_images(make)[0], x[:1]) for make in made]
+    models = [model_and_images(make)[0] for make in made]
 
     def convert_one(k):
-        planned = plan(programs[k])
-        results[k] = rewrite(programs[k], planned, fit(programs[k], planned, [x]).weights).state_dict()
+        converted = ghostify(models[k], example_inputs=x[:1], calibration=[x])
+        results[k] = {**converted.state_dict(), "output": deploy(converted, x)(x)}
 
     for k in range(len(made)):
         convert_one(k)

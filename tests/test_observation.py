@@ -8,7 +8,7 @@ from tests import nets
 
 
 def test_all_runs_of_a_node_are_counted():
-    program = trace(nets.settle(nets.Wild()))
+    program = trace(nets.settle(nets.Wild()), nets.images(2))
     record = record_forward(program.module, program.subgraphs, CallArguments((nets.images(2),), {}))
     head = record.calls["head", "conv2d"]
     assert head.output_positions == 2 * (144 + 36)
@@ -17,7 +17,8 @@ def test_all_runs_of_a_node_are_counted():
 
 
 def test_the_callback_replaces_outputs_and_is_removed_afterwards():
-    program, x = trace(nets.settle(nets.Wild())), nets.images(2)
+    x = nets.images(2)
+    program = trace(nets.settle(nets.Wild()), x)
     before = program.module(x)
     calls = []
 

@@ -26,10 +26,32 @@ def test_inner_subgraphs_come_before_outer_ones():
 
 def test_a_module_that_does_not_trace_keeps_its_class_and_the_reason_is_returned():
     model = nets.settle(nets.Wild())
-    module, subgraphs, reason = trace_submodules(model, {})
+    signatures = record_first_calls(model, CallArguments((nets.images(1),), {}))
+    module, subgraphs, reason = trace_submodules(model, signatures)
     assert module is model
     assert set(subgraphs) == {"backbone", "gate.conv", "head"}
     assert "Error" in reason
+
+
+def test_a_module_is_traced_as_its_graph_calls_it_or_not_where_its_optional_arguments_are_not_known():
+    _, by_python, _ = trace_submodules(nets.settle(nets.Wild()), {})
+    assert set(by_python) == {"backbone", "gate.conv"}
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.other = nets.settle(nets.Optional()), nets.settle(nets.Optional())
+
+        def forward(self, x):
+            return self.inner(x, bias=x.mean()), self.other(x)
+
+    model, x = Outer().eval(), nets.images(1)
+    for inner in (model.inner, model.other):
+        inner.register_forward_hook(lambda *_: None)
+    expected = model(x)
+    module, by_graph, _ = trace_submodules(model, {})
+    assert list(by_graph) == ["inner", "other", ""]
+    assert all(map(torch.equal, module(x), expected))
 
 
 @register_notrace_module

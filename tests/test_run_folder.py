@@ -1,11 +1,13 @@
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ghostify import GhostifyError
-from ghostify.training.run_folder import METRICS, PROGRESS, RunFolder, TrainingProgress, metrics_of
+from ghostify.training.run_folder import METRICS, PROGRESS, RunFolder, TrainingProgress, check_run_folder, metrics_of
 
 
 class Accelerator:
@@ -36,6 +38,7 @@ def test_a_state_is_saved_completely_and_the_previous_one_is_removed(tmp_path):
     assert run_folder.resume(accelerator) == TrainingProgress()
     progress = TrainingProgress(2, best=50.0, distance_to_original=0.1, evaluations_without_gain=1)
     run_folder.log_metrics(1, {"loss": 1.0})
+    run_folder.save_best({"a": torch.zeros(2)})
     run_folder.save(accelerator, progress)
     run_folder.log_metrics(3, {"loss": 0.5})
     accelerator.value, accelerator.fail = 8, True
@@ -43,6 +46,7 @@ def test_a_state_is_saved_completely_and_the_previous_one_is_removed(tmp_path):
         run_folder.save(accelerator, TrainingProgress(4))
     with (tmp_path / METRICS).open("a") as file:
         file.write('{"step": 4, "lo')
+    run_folder.close()
     assert [entry["step"] for entry in metrics_of(tmp_path)] == [1, 3]
     resumed, accelerator = RunFolder(tmp_path, SETTINGS, is_main=True), Accelerator()
     assert resumed.resume(accelerator) == progress
@@ -61,6 +65,7 @@ def write_run_of_earlier_version(folder, progress):
     lines = [{"step": 2, "loss": 0.5}, {"step": 4, "validation": 62.5, "apart": 0.125}, {"step": 5, "loss": 0.25}]
     (folder / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
     (state / "value").write_text("7")
+    save_file({}, folder / "best.safetensors")
     (state / PROGRESS).write_text(json.dumps(progress))
 
 
@@ -74,9 +79,9 @@ def test_a_folder_of_an_earlier_version_is_resumed_and_rewritten_with_the_presen
     assert accelerator.value == 7
     lines = (tmp_path / METRICS).read_text().splitlines()
     assert [json.loads(line) for line in lines] == [{"step": 2, "loss": 0.5}, evaluation]
-    run_folder.save(accelerator, progress)
-    stored = json.loads((tmp_path / "state-000000004" / PROGRESS).read_text())
-    assert stored == {"step": 4, "best": 62.5, "distance_to_original": 0.125, "evaluations_without_gain": 3}
+    run_folder.save(accelerator, replace(progress, step=5))
+    stored = json.loads((tmp_path / "state-000000005" / PROGRESS).read_text())
+    assert stored == {"step": 5, "best": 62.5, "distance_to_original": 0.125, "evaluations_without_gain": 3}
 
 
 def test_a_state_with_unknown_keys_is_refused_in_one_line(tmp_path):
@@ -140,6 +145,76 @@ def test_the_best_weights_are_the_last_that_were_saved(tmp_path):
     assert torch.equal(run_folder.load_best()["b"], (2 * shared).expand(2, 3))
 
 
+def test_a_folder_of_the_users_with_a_similar_name_and_notes_in_a_state_stay(tmp_path):
+    run_folder = RunFolder(tmp_path, SETTINGS, is_main=True)
+    (tmp_path / "state-backup1").mkdir()
+    run_folder.save(Accelerator(1), TrainingProgress(1))
+    (tmp_path / "state-000000001" / "notes.txt").write_text("mine")
+    run_folder.save(Accelerator(2), TrainingProgress(2))
+    assert (tmp_path / "state-000000001" / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "state-backup1").exists()
+    run_folder.close()
+    resumed, accelerator = RunFolder(tmp_path, SETTINGS, is_main=True), Accelerator()
+    assert resumed.resume(accelerator) == TrainingProgress(2)
+    assert accelerator.value == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "named"),
+    [
+        ("state-000000002/value", "8", r"state-000000002/value: is missing or damaged"),
+        ("state-000000002/value", None, r"state-000000002/value: is missing or damaged"),
+        ("state-000000002/progress.json", "{", r"progress\.json: is missing or damaged"),
+        ("state-000000002/progress.json", '{"step": "2"}', r"progress\.json: is missing or damaged"),
+        ("best.safetensors", "x", r"best\.safetensors: is damaged or not a safetensors file"),
+        ("best.safetensors", None, r"best\.safetensors: cannot be read"),
+    ],
+)
+def test_damaged_files_are_named_in_one_line_before_training_goes_on(tmp_path, name, text, named):
+    run_folder = RunFolder(tmp_path, SETTINGS, is_main=True)
+    run_folder.save_best({"a": torch.zeros(2)})
+    run_folder.save(Accelerator(7), TrainingProgress(2, best=50.0))
+    run_folder.close()
+    (tmp_path / name).unlink() if text is None else (tmp_path / name).write_text(text)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    resumed = RunFolder(tmp_path, SETTINGS, is_main=True)
+    with pytest.raises(GhostifyError, match=named) as caught:
+        resumed.resume(Accelerator())
+    assert "\n" not in str(caught.value)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_values_that_are_not_finite_and_half_a_line_are_left_out_of_the_metrics(tmp_path):
+    lines = ['{"step": 1, "loss": 1.0}', '{"step": 2, "loss": NaN, "validation": 50.0}', '{"step": 3, "lo']
+    (tmp_path / METRICS).write_text("\n".join(lines))
+    assert metrics_of(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 2, "validation": 50.0}]
+
+
+def test_two_runs_in_one_folder_at_once_are_refused(tmp_path):
+    run_folder = RunFolder(tmp_path / "t", SETTINGS, is_main=True)
+    with pytest.raises(GhostifyError, match="t: another process is writing it"):
+        RunFolder(tmp_path / "t", SETTINGS, is_main=True)
+    run_folder.close()
+    RunFolder(tmp_path / "t", SETTINGS, is_main=True).close()
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", "3"])
+def test_a_damaged_record_is_named_before_anything_is_written(tmp_path, damage):
+    RunFolder(tmp_path / "t", SETTINGS, is_main=True).close()
+    (tmp_path / "t" / "training.json").write_text(damage)
+    with pytest.raises(GhostifyError, match=r"training\.json: is (truncated or not JSON|not a file of a training run)"):
+        check_run_folder(tmp_path / "t")
+    assert (tmp_path / "t" / "training.json").read_text() == damage
+
+
+def test_a_folder_that_cannot_be_written_is_refused_and_a_check_leaves_nothing(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(GhostifyError, match="cannot be written"):
+        check_run_folder(tmp_path / "file" / "t")
+    check_run_folder(tmp_path / "t")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
 def test_only_the_main_process_writes(tmp_path):
     other = RunFolder(tmp_path / "none", SETTINGS, is_main=False)
     other.log_metrics(1, {"loss": 1.0})
@@ -148,7 +223,7 @@ def test_only_the_main_process_writes(tmp_path):
 
 
 def test_folders_of_other_runs_are_refused(tmp_path):
-    RunFolder(tmp_path / "t", SETTINGS, is_main=True)
+    RunFolder(tmp_path / "t", SETTINGS, is_main=True).close()
     with pytest.raises(GhostifyError, match="belongs to a run with different images"):
         RunFolder(tmp_path / "t", {**SETTINGS, "images": 6}, is_main=True)
     assert json.loads((tmp_path / "t" / "training.json").read_text()) == SETTINGS

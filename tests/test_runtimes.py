@@ -16,7 +16,7 @@ from ghostify.runtimes.registry import (
     load_runner,
     require_runtime,
 )
-from ghostify.runtimes.tensors import to_channels_last
+from ghostify.runtimes.tensors import ExportInputs, to_channels_last
 from ghostify.timing.timer import LatencyTimer
 from tests import nets
 
@@ -51,7 +51,7 @@ def test_a_written_file_has_the_modules_outputs(name, tmp_path):
     """For any batch size, in both memory formats of the images."""
     runtime, x = runtime_or_skip(name), nets.images(1)
     deployed = deploy(nets.settle(nets.Residual()), x)
-    file = runtime.write(deployed, (x,), tmp_path)
+    file = runtime.write(deployed, ExportInputs((x,), {}), tmp_path)
     assert file.name == f"model{runtime.suffix}"
     assert list(tmp_path.glob(f"*{runtime.suffix}")) == [file]
     run = load_runner(file, threads=1, runtime=name, exclusive=False)
@@ -64,7 +64,7 @@ def test_a_written_file_has_the_modules_outputs(name, tmp_path):
 def test_a_file_for_timing_has_the_modules_outputs_on_inputs_of_its_size(name, make, tmp_path):
     runtime, x = runtime_or_skip(name), nets.images(2)
     deployed = deploy(nets.settle(make()), x)
-    run = runtime.load(runtime.write_for_timing(deployed, (x,), tmp_path), 1, True)
+    run = runtime.load(runtime.write_for_timing(deployed, ExportInputs((x,), {}), tmp_path), 1, True)
     for images in (x, to_channels_last(x)):
         torch.testing.assert_close(run(images)[0], deployed(x), rtol=1e-3, atol=1e-4)
 

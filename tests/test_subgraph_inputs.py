@@ -12,7 +12,7 @@ from tests import nets
 
 
 def test_the_inputs_of_every_call_are_collected_from_both_models():
-    program = trace(nets.settle(nets.Wild()))
+    program = trace(nets.settle(nets.Wild()), nets.images(1))
     x = nets.images(12)
     converted = copy.deepcopy(program.module)
     batches = bind_calibration(program.module, x.split(6))
@@ -30,7 +30,7 @@ def test_the_inputs_of_every_call_are_collected_from_both_models():
 
 
 def test_calls_with_a_large_difference_get_the_originals_inputs():
-    program = trace(nets.settle(nets.Wild()))
+    program = trace(nets.settle(nets.Wild()), nets.images(1))
     converted = copy.deepcopy(program.module)
     nn.init.normal_(converted.backbone.get_submodule("a.0").weight, std=3)
     collected = collect_subgraph_inputs(program, converted, "head", bind_calibration(program.module, nets.images(4)))

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import fx, nn
 
-from ghostify.graph.symbolic_tracer import UntraceableError, trace_graph
+from ghostify.graph.forward_graph import trace_graph
+from ghostify.graph.symbolic_tracer import UntraceableError
 from tests import nets
 
 

@@ -22,6 +22,20 @@ MAKERS = {
     "hf-resnet": lambda: hf.ResNetForImageClassification(hf.ResNetConfig(embedding_size=16, **WIDTHS)),
     "hf-convnext": lambda: hf.ConvNextForImageClassification(hf.ConvNextConfig(**WIDTHS)),
     "hf-regnet": lambda: hf.RegNetForImageClassification(hf.RegNetConfig(embedding_size=16, groups_width=16, **WIDTHS)),
+    "hf-segformer": lambda: hf.SegformerForSemanticSegmentation(
+        hf.SegformerConfig(
+            num_encoder_blocks=2,
+            depths=[1, 1],
+            sr_ratios=[2, 1],
+            hidden_sizes=[8, 16],
+            patch_sizes=[7, 3],
+            strides=[4, 2],
+            num_attention_heads=[1, 2],
+            mlp_ratios=[2, 2],
+            decoder_hidden_size=16,
+            num_labels=4,
+        )
+    ),
     "hf-mobilenet-v2": lambda: hf.MobileNetV2ForImageClassification(hf.MobileNetV2Config()),
 }
 

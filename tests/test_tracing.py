@@ -96,8 +96,7 @@ def test_a_submodule_called_with_options_is_traced_as_it_is_called():
     program = trace(model, x)
     assert list(program.subgraphs) == ["inner"]
     torch.testing.assert_close(program.module(x), model(x))
-    with pytest.raises(GhostifyError, match="argument 'bias' was fixed"):
-        trace(model).module(x)
+    torch.testing.assert_close(trace(model).module(x), model(x))
 
 
 def test_a_convolution_that_never_runs_is_listed_with_the_reason():
@@ -154,22 +153,31 @@ def test_tracing_leaves_module_attributes_as_they_were():
     assert "training" not in vars(nn.Module)
 
 
-def test_a_forward_that_branches_on_its_mode_is_traced_in_that_mode_and_guarded():
-    class ModeDependent(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(3, 4, 3)
+class Auxiliary(nn.Module):
+    """Returns one output more in training where `auxiliary`."""
 
-        def forward(self, x):
-            x = self.conv(x)
-            return (x, x.mean()) if self.training else x
+    def __init__(self, auxiliary=True):
+        super().__init__()
+        self.conv, self.auxiliary = nn.Conv2d(3, 4, 3), auxiliary
 
-    x = nets.images(1)
-    program = trace(ModeDependent().eval(), x)
-    assert isinstance(program.module(x), torch.Tensor)
-    with pytest.raises(GhostifyError, match="branches on its mode and was traced in eval mode"):
-        program.module.train()(x)
-    assert isinstance(trace(ModeDependent().train()).module(x), tuple)
+    def forward(self, x):
+        x = self.conv(x)
+        return (x, x.mean()) if self.training and self.auxiliary else x
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_forward_that_depends_on_its_mode_keeps_its_class(mode):
+    x, model = nets.images(1), Auxiliary()
+    program = trace(nn.Sequential(model, Auxiliary(auxiliary=False)).train(mode)[:1])
+    assert list(program.subgraphs) == ["0.conv", ""]
+    module = program.module
+    assert torch.equal(module.eval()(x), model.eval()(x))
+    assert all(map(torch.equal, module.train()(x), model.train()(x)))
+
+
+def test_a_forward_that_is_the_same_in_both_modes_has_a_graph_without_its_mode():
+    program = trace(Auxiliary(auxiliary=False))
+    assert [n.op for n in program.module.graph.nodes] == ["placeholder", "call_module", "output"]
 
 
 def test_a_layer_without_convolutions_that_branches_on_its_mode_is_a_leaf():

@@ -38,7 +38,7 @@ from ghostify.deployment.exporter import write_unchecked
 from ghostify.deployment.inference_form import deploy
 from ghostify.planning.cost import count_macs
 from ghostify.runtimes.registry import RUNTIMES, load_runner
-from ghostify.runtimes.tensors import to_channels_last
+from ghostify.runtimes.tensors import ExportInputs, to_channels_last
 
 PAGES, SIZE, SEED, TURNS = 12, 640, 0, 3
 PLANNED = {"macs": 0.5, "latency": 0.55}
@@ -61,7 +61,7 @@ def load_detector(deployed: nn.Module, runtime: str, x: Tensor, folder: Path) ->
     if RUNTIMES[runtime].is_in_process:
         return Detector(lambda image: deployed(to_channels_last(image))[0])
     folder.mkdir()
-    file = write_unchecked(deployed, (x,), folder, RUNTIMES[runtime])
+    file = write_unchecked(deployed, ExportInputs((x,), {}), folder, RUNTIMES[runtime])
     run = load_runner(file, torch.get_num_threads(), runtime=runtime, exclusive=False)
     return Detector(lambda image: run(image)[0])
 

@@ -5,7 +5,6 @@ Each returns the value as it is, and raises `GhostifyError` that names the optio
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,20 +77,6 @@ def data_path(option: str, datasets: tuple[str, ...] = ()) -> Callback:
         _check_exists(path, option, remedy)
         if not path.is_dir() and path.suffix.lower() not in ARRAY_SUFFIXES:
             raise GhostifyError(f"{option} {path}: is neither a folder nor an array file. {remedy}")
-
-    return _checked(check)
-
-
-def writable_file(option: str) -> Callback:
-    """A callback for a file to write."""
-
-    def check(path: Path) -> None:
-        if path.is_dir():
-            raise GhostifyError(f"{option} {path}: is a folder. Name a file.")
-        if not path.parent.is_dir():
-            raise GhostifyError(f"{option} {path}: {path.parent} is not a folder. Create it, or name another file.")
-        if not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise GhostifyError(f"{option} {path}: cannot be written. Name another file.")
 
     return _checked(check)
 

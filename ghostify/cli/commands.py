@@ -32,10 +32,12 @@ from ghostify.cli.options import (
     Folder,
     Format,
     FormerPrune,
+    FreeBatch,
     Ignore,
     Images,
     Model,
     Original,
+    Overwrite,
     PolicyFile,
     Prune,
     Ratio,
@@ -56,22 +58,24 @@ from ghostify.cli.parsing import (
 from ghostify.data.saved_source import parse_input_size
 from ghostify.data.sources import blank_input, read_data
 from ghostify.data.training_data import DATASETS, load_training_data
-from ghostify.deployment.exporter import export
+from ghostify.deployment.exporter import export_file
 from ghostify.errors import GhostifyError
 from ghostify.fitting.distributed import rank_and_world_size
 from ghostify.graph.tracing import trace
+from ghostify.io.atomic import check_output_file, check_output_folder
 from ghostify.io.checkpoint import load, save
 from ghostify.planning.planner import plan
 from ghostify.reporting.builder import write_report
-from ghostify.reporting.redundancy import study_layer, study_table, write_pictures
+from ghostify.reporting.html import is_page
+from ghostify.reporting.redundancy import study_layer, study_table, write_study
 from ghostify.runtimes.registry import RUNTIMES
 from ghostify.search.budget import plan_for_budget
-from ghostify.search.pareto import POINTS, frontier_table, read_frontier, write_frontier
+from ghostify.search.pareto import POINTS, frontier_table, is_frontier, read_frontier, write_frontier
 from ghostify.search.pareto import frontier as compute_frontier
 from ghostify.summary import build_report, conversion_info, report
 from ghostify.text import format_shape
 from ghostify.training.recipe import MAX_COUNT
-from ghostify.training.run_folder import metrics_of
+from ghostify.training.run_folder import check_run_folder, metrics_of
 from ghostify.training.trainer import finetune
 
 app = typer.Typer(add_completion=True, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -108,9 +112,7 @@ def plan_command(
     runtime: Runtime = "eager",
     frontier: Annotated[
         Path | None,
-        typer.Option(
-            callback=checks.writable_file("--frontier"), help="write the error-cost frontier to this JSON file"
-        ),
+        typer.Option(help="write the error-cost frontier to this JSON file"),
     ] = None,
     points: Annotated[int, typer.Option(min=2, max=1000, help="number of plans on the frontier")] = POINTS,
     checkpoint: Annotated[
@@ -126,6 +128,7 @@ def plan_command(
     batch: Batch = 32,
     arg: Arguments = None,
     input_size: Size = None,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Show the plan for each convolution without converting anything.
@@ -142,6 +145,8 @@ def plan_command(
     limits = parse_budget(budget)
     if frontier is None and (is_given(context, "points") or validation is not None):
         raise GhostifyError("--points, --validation: are of the frontier. Pass --frontier FILE, or leave them out.")
+    if frontier is not None:
+        check_output_file(frontier, is_frontier, overwrite=overwrite)
     network, prepared = build_model(model_source(model, arg), checkpoint, parse_size(input_size))
     program = trace(network, blank_input(prepared.size))
     batches = None if calibration is None else read_data(calibration, prepared, limit=images, batch=batch).batches
@@ -193,6 +198,7 @@ def convert_command(
     arg: Arguments = None,
     input_size: Size = None,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="seed of the sampled positions")] = 0,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Convert a trained model and save the result as a folder.
@@ -200,6 +206,7 @@ def convert_command(
     Example: ghostify convert timm:resnet18 --checkpoint resnet18.safetensors --calibration photos/ --cheap auto
     --budget macs=0.5 --output out/
     """
+    check_output_folder(output, overwrite=overwrite)
     source = model_source(model, arg)
     given, pruned = given_rule_options(context), prune or former_prune
     rules = parse_policy(policy, ratio, dw_size, cheap, activated, pruned, target, ignore, given)
@@ -218,7 +225,8 @@ def convert_command(
             seed=seed,
             on_progress=on_progress,
         )
-    save(converted, output, source={**source.to_dict(), "input_size": list(prepared.size)})
+    stored_source = {**source.to_dict(), "input_size": list(prepared.size)}
+    save(converted, output, source=stored_source, overwrite=overwrite)
     summary = report(converted)
     fit = "data-free" if data is None else f"fitted to {summary.images} images in {summary.fit_time}"
     show_report(summary, f"{model} -> {output}, {fit}", as_json)
@@ -280,6 +288,7 @@ def finetune_command(
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="seed of the image order and the augmentation")] = 0,
     settings: Settings = None,
     allow: Allow = None,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Train a converted model towards the original's outputs. Resumes after an interruption.
@@ -289,15 +298,18 @@ def finetune_command(
     In several processes: accelerate launch -m ghostify finetune ...
     """
     recipe = parse_recipe(epochs, batch, learning_rate, seed, settings)
+    training_folder = Path(f"{output}.training")
+    rank, _ = rank_and_world_size()
+    if not rank:
+        check_output_folder(output, overwrite=overwrite)
+        check_run_folder(training_folder)
     pair = load_pair(folder, original, allow)
     training_data = load_training_data(data, pair.preprocessing, seed)
-    training_folder = output.with_name(f"{output.name}.training")
     with progress_bar("training", as_json) as on_progress:
         tuned = finetune(pair.converted, pair.original, training_data, training_folder, recipe, on_progress=on_progress)
-    rank, _ = rank_and_world_size()
     if rank:
         return
-    save(tuned, output, source=pair.source)
+    save(tuned, output, source=pair.source, overwrite=overwrite)
     evaluations = [entry for entry in metrics_of(training_folder) if "validation" in entry]
     if as_json:
         print(json.dumps({"output": str(output), "evaluations": evaluations}, indent=1))
@@ -315,17 +327,30 @@ def export_command(
     output: Annotated[Path | None, typer.Option(help="folder to write; default: the same folder")] = None,
     input_size: Size = None,
     allow: Allow = None,
+    overwrite: Overwrite = False,
+    dynamic: FreeBatch = None,
 ) -> None:
     """Export a converted model for another runtime. Writes its inference form and verifies the outputs there.
 
     Example: ghostify export out/ --format onnx
     """
+    target = output or (folder if folder.name not in ("", "..") else folder.resolve())
+    check_output_folder(target, overwrite=overwrite)
     converted = load(folder, allow=allow or ())
     size = parse_size(input_size) or parse_input_size(conversion_info(converted).source, folder)
     if size is None:
         raise GhostifyError(f"{folder}: does not state the input size. Pass --input-size C,H,W.")
-    file = export(converted, output or folder, format=format, example_inputs=blank_input(size))
-    print_line(f"{file}: {file.stat().st_size / 1e6:.1f} MB, any batch of {format_shape(size)}")
+    written = export_file(
+        converted,
+        target,
+        format=format,
+        example_inputs=blank_input(size),
+        dynamic=dynamic,
+        overwrite=overwrite,
+    )
+    batch = "any batch" if written.free_batch else "a batch of 1"
+    reason = f" (its size cannot be free: {written.fixed_reason})" if written.fixed_reason else ""
+    print_line(f"{written.path}: {written.path.stat().st_size / 1e6:.1f} MB, {batch} of {format_shape(size)}{reason}")
 
 
 @app.command("study")
@@ -344,6 +369,7 @@ def study_command(
     images: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="maximum number of images, sampled evenly")] = 16,
     arg: Arguments = None,
     input_size: Size = None,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure how well the maps of a layer predict each other.
@@ -353,18 +379,16 @@ def study_command(
     Example: ghostify study timm:resnet18 --layer layer1.0.conv1 --checkpoint resnet18.safetensors --data photos/
     --output study/
     """
+    check_output_folder(output, overwrite=overwrite)
     network, prepared = build_model(model_source(model, arg), checkpoint, parse_size(input_size))
     batches = read_data(data, prepared, limit=images, batch=images).batches
     study = study_layer(trace(network, batches[0][:1]), layer, batches)
-    write_pictures(study, output)
-    facts = study.to_dict()
-    text = json.dumps(facts, indent=1)
-    (output / "study.json").write_text(text + "\n")
+    text = write_study(study, output, overwrite=overwrite)
     if as_json:
         print(text)
         return
     print_table(study_table(study))
-    median = facts["ghost_error_median"]
+    median = study.to_dict()["ghost_error_median"]
     print_line(f"as a ghost module at ratio 2: median relative error of the ghosts {median:.3f}")
     print_line(f"{output}: study.json, pairs.png, ghosts.png")
 
@@ -374,9 +398,7 @@ def report_command(
     folder: Folder,
     html: Annotated[
         Path | None,
-        typer.Option(
-            callback=checks.writable_file("--html"), help="HTML file to write; default: a table on the terminal"
-        ),
+        typer.Option(help="HTML file to write; default: a table on the terminal"),
     ] = None,
     original: Annotated[
         Path | None,
@@ -404,6 +426,7 @@ def report_command(
         typer.Option(callback=checks.report_runtime, help=f"runtime to time in: {', '.join(RUNTIMES)}, or none"),
     ] = "eager",
     allow: Allow = None,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what the conversion did, layer by layer. Prints a table, or writes an HTML page with charts and pictures.
@@ -416,6 +439,7 @@ def report_command(
                 raise GhostifyError(f"{option}: is for the page. Pass --html FILE, too.")
         show_report(report(load(folder, allow=allow or ())), str(folder), as_json)
         return
+    check_output_file(html, is_page, overwrite=overwrite)
     if data is not None and original is None:
         raise GhostifyError("--data: needs the original to compare with. Pass its checkpoint as --original.")
     curve = () if frontier is None else read_frontier(frontier)
@@ -434,6 +458,7 @@ def report_command(
         runtime=None if runtime == "none" else runtime,
         curve=curve,
         title=f"{pair.source['name']} at {format_shape(pair.preprocessing.size)}",
+        overwrite=overwrite,
     )
     print_line(f"{html}: {html.stat().st_size / 1e6:.1f} MB, works offline")
 

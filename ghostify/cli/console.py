@@ -32,8 +32,9 @@ def print_table(table: Table) -> None:
 
 @contextlib.contextmanager
 def progress_bar(title: str, is_quiet: bool) -> Iterator[ProgressCallback | None]:
-    """A callback that updates a progress bar as long as the context lasts, or None where it is quiet."""
-    if is_quiet:
+    """A callback that updates a progress bar as long as the context lasts; None where it is quiet, or no terminal."""
+    console = Console(stderr=True)
+    if is_quiet or not console.is_terminal:
         yield None
         return
     columns = (
@@ -43,7 +44,7 @@ def progress_bar(title: str, is_quiet: bool) -> Iterator[ProgressCallback | None
         TimeElapsedColumn(),
         TextColumn("{task.description}", markup=False),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("")
         yield lambda done, total, text: bar.update(task, completed=done, total=total, description=one_line(text))
 

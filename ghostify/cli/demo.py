@@ -12,7 +12,6 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from safetensors.torch import save_file
 from torch import nn
 
 from ghostify.api import ghostify
@@ -20,7 +19,9 @@ from ghostify.cli.demo_network import ResidualNet, train
 from ghostify.data.datasets import LabelledImages, digits, fashion_mnist
 from ghostify.errors import GhostifyError
 from ghostify.evaluation.metrics import predict, top1
+from ghostify.io.atomic import check_output_folder, staged_folder
 from ghostify.io.checkpoint import load, load_weights, save
+from ghostify.io.tensor_writer import write_tensors
 from ghostify.planning.cost import count_macs, count_parameters
 from ghostify.timing.latency import interleaved_latency
 
@@ -42,16 +43,18 @@ def run_demo(output: Path | None, console: Console, as_json: bool = False, seed:
     The original's checkpoint and the converted model stay in the folder `output`, if given. Raises `GhostifyError` if
     the reloaded model computes different outputs.
     """
+    if output is not None:
+        _check_empty(output)
     images = fashion_mnist() or digits()
     is_small = len(images.train) < 10_000
     console.print(
         f"{len(images.train):,} training and {len(images.test):,} test images: {images.name}", highlight=False
     )
+    if output is not None:
+        check_output_folder(output)
     network = _train_original(images, is_small, console, seed)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = output or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(network.state_dict(), folder / "original.safetensors")
+    with tempfile.TemporaryDirectory() as temporary, staged_folder(output or Path(temporary)) as folder:
+        write_tensors(folder / "original.safetensors", network.state_dict())
         original = load_weights(_build_network(images), folder / "original.safetensors").eval()
         converted = _convert(original, images, is_small, seed)
         tuned = converted["calibrated, fine-tuned"]
@@ -68,6 +71,15 @@ def run_demo(output: Path | None, console: Console, as_json: bool = False, seed:
             "demo: the reloaded model computes different outputs. Report this, with the output of `pip list`."
         )
     return results
+
+
+def _check_empty(folder: Path) -> None:
+    """Raise `GhostifyError` for a place that is not a new or empty folder."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        raise GhostifyError(f"--output {folder}: {existing} is a file. Name a folder.")
+    if folder.exists() and any(folder.iterdir()):
+        raise GhostifyError(f"--output {folder}: holds other files. Name a new folder.")
 
 
 def _build_network(images: LabelledImages) -> ResidualNet:

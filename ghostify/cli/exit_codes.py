@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -33,7 +37,7 @@ def run(app: Callable[..., Any]) -> int:
     """
     _accept_any_text()
     try:
-        with warnings.catch_warnings():
+        with _cleaning_up_when_terminated(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.filterwarnings("default", category=UserWarning, module="ghostify")
             warnings.showwarning = lambda message, *_, **__: print_notice(str(message))
@@ -53,6 +57,24 @@ def run(app: Callable[..., Any]) -> int:
     if code == INTERRUPTED:
         print_notice("interrupted.")
     return int(code)
+
+
+@contextlib.contextmanager
+def _cleaning_up_when_terminated() -> Iterator[None]:
+    """On the first SIGTERM, leave all contexts, which removes temporary files, before the process ends."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, _end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _end(number: int, _frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    raise SystemExit(128 + number)
 
 
 def _describe(error: Exception) -> str | None:

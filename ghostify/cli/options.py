@@ -73,6 +73,12 @@ Runtime = Annotated[
     str, typer.Option(callback=checks.runtime, help=f"runtime to measure latency in: {', '.join(RUNTIMES)}")
 ]
 Format = Annotated[str, typer.Option(callback=checks.export_format, help=f"export format: {', '.join(EXPORT_FORMATS)}")]
+FreeBatch = Annotated[
+    bool | None,
+    typer.Option(
+        "--dynamic/--fixed-batch", help="whether the file must take any batch size; default: where the model permits it"
+    ),
+]
 Calibration = Annotated[
     Path | None,
     typer.Option(
@@ -93,6 +99,14 @@ Allow = Annotated[
     list[str] | None,
     typer.Option(
         help="class or function that the folder may use, package.module:Name, or package.module for all that it defines"
+    ),
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite",
+        help="write beside files that ghostify did not write: they stay, only ghostify's own files are replaced; a "
+        "single file is replaced",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]

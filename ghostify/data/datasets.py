@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +15,11 @@ from ghostify.errors import GhostifyError
 
 FASHION_MNIST = (
     Path("/usr/share/datasets/fashion-mnist"),
-    Path.home() / ".cache/torchvision/FashionMNIST/raw",
+    Path(os.path.expanduser("~/.cache/torchvision/FashionMNIST/raw")),
     Path("data/FashionMNIST/raw"),
 )
+STEMS = ("train-images", "train-labels", "t10k-images", "t10k-labels")
+UNREADABLE = (OSError, EOFError, ValueError, IndexError, RuntimeError, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,12 @@ def fashion_mnist() -> LabelledImages | None:
     folder = fashion_mnist_folder()
     if folder is None:
         return None
-    stems = ("train-images", "train-labels", "t10k-images", "t10k-labels")
-    train, train_labels, test, test_labels = (_read_idx(folder, stem) for stem in stems)
+    try:
+        train, train_labels, test, test_labels = (_read_idx(folder, stem) for stem in STEMS)
+    except UNREADABLE as error:
+        raise GhostifyError(
+            f"{folder}: is not a complete copy of Fashion-MNIST ({type(error).__name__}: {error}). Install it again."
+        ) from error
     train, test = (x[:, None].float().div(255).sub(0.2860).div(0.3530) for x in (train, test))
     return LabelledImages("Fashion-MNIST", train, train_labels.long(), test, test_labels.long(), 10)
 
@@ -65,7 +73,7 @@ def digits() -> LabelledImages:
 
 def _read_idx(folder: Path, stem: str) -> Tensor:
     """A uint8 array in the IDX format of MNIST: two zero bytes, a type byte, the rank, the sizes, the values."""
-    path = next(p for p in sorted(folder.glob(f"{stem}*")) if p.is_file())
+    path = next((p for p in sorted(folder.glob(f"{stem}*")) if p.is_file()), folder / stem)
     content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     sizes = [int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(content[3])]
     return torch.frombuffer(bytearray(content[4 + 4 * len(sizes) :]), dtype=torch.uint8).reshape(sizes)

@@ -61,6 +61,8 @@ def _image_files(folder: Path, visited: frozenset[str] = frozenset()) -> Iterato
             if os.path.realpath(entry.path) not in above:
                 yield from _image_files(Path(entry.path), above)
         elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+            if not entry.is_file():
+                raise GhostifyError(f"{entry.path}: is not a regular file. Remove it.")
             yield Path(entry.path)
 
 

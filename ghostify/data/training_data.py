@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from ghostify.data.image_files import class_of, list_images
 from ghostify.data.sources import Preprocessing, a_preprocessing, read_data, read_image
 from ghostify.errors import GhostifyError
 
-CIFAR10 = (Path("data"), Path.home() / ".cache/torchvision", Path("/usr/share/datasets"))
+CIFAR10 = (Path("data"), Path(os.path.expanduser("~/.cache/torchvision")), Path("/usr/share/datasets"))
 VALIDATION_FOLDERS = ("val", "validation", "test")
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 VALIDATION_EVERY = 20

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ghostify.graph.executor import Values, execute
+from ghostify.graph.inputs import PlaceholderValues
 from ghostify.pruning.channel_groups import find_channel_groups
 from ghostify.pruning.permutation import permute_group
 
@@ -72,17 +74,15 @@ class ChannelOrders:
         node.replace_all_uses_with(selected, delete_user_cb=lambda user: user is not selected)
 
 
-def record_shapes(module: fx.GraphModule, *inputs: Any) -> dict[str, tuple[int, ...]]:
+def record_shapes(module: fx.GraphModule, inputs: PlaceholderValues) -> dict[str, tuple[int, ...]]:
     """The output shape of every node that computes a tensor, by name, for these inputs."""
     shapes: dict[str, tuple[int, ...]] = {}
 
-    class ShapeRecorder(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            value = super().run_node(n)
-            if isinstance(value, Tensor):
-                shapes[n.name] = tuple(value.shape)
-            return value
+    def record(node: fx.Node, value: Any, _: Values) -> Any:
+        if isinstance(value, Tensor):
+            shapes[node.name] = tuple(value.shape)
+        return value
 
     with torch.no_grad():
-        ShapeRecorder(module).run(*inputs, enable_io_processing=False)
+        execute(module, inputs.values, record)
     return shapes

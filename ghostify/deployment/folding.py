@@ -41,9 +41,13 @@ def freeze_eval(module: fx.GraphModule) -> None:
             module.graph.erase_node(node)
         elif node.op == "call_method" and node.target == "view":
             node.target = "reshape"  # which accepts channels-last tensors as well
-        elif is_identity_in_eval(module, node):
-            node.replace_all_uses_with(node.all_input_nodes[0])
+        elif is_identity_in_eval(module, node) and isinstance(operand := _first_operand(node), fx.Node):
+            node.replace_all_uses_with(operand)
             module.graph.erase_node(node)
+
+
+def _first_operand(node: fx.Node) -> Any:
+    return next(iter((*node.args, *node.kwargs.values())), None)
 
 
 def fold_norms(module: fx.GraphModule, dense: set[str]) -> dict[fx.Node, Tensor]:

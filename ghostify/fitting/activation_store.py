@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import ctypes
-import os
 import sys
 import tempfile
 import weakref
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -20,33 +20,94 @@ from ghostify.errors import GhostifyError
 ALIGNMENT_BYTES = 64
 
 
-class FileTensor:
-    """A dense tensor in a temporary file, loaded bit-equal with its strides; the file is removed with this object."""
+class FreeRanges:
+    """The free ranges of a memory or file of `size` bytes, in order and never adjacent."""
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.device = tensor.device
-        self.like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-        self.path = ""
+    def __init__(self, size: int) -> None:
+        self.ranges = [(0, size)]
+
+    def allocate(self, size: int) -> int | None:
+        """The start of the first free range that is large enough, or None."""
+        size = _aligned(size)
+        for k, (start, end) in enumerate(self.ranges):
+            if end - start >= size:
+                self.ranges[k : k + 1] = [(start + size, end)] if end - start > size else []
+                return start
+        return None
+
+    def free(self, start: int, size: int) -> None:
+        """Return an allocated range."""
+        end = start + _aligned(size)
+        k = bisect.bisect(self.ranges, (start, end))
+        if k < len(self.ranges) and self.ranges[k][0] == end:
+            end = self.ranges.pop(k)[1]
+        if k and self.ranges[k - 1][1] == start:
+            start = self.ranges.pop(k - 1)[0]
+            k -= 1
+        self.ranges.insert(k, (start, end))
+
+
+class SpillFile:
+    """One temporary file for many tensors; without a name, so that it is gone when the process ends in any way."""
+
+    def __init__(self) -> None:
+        self.file: IO[bytes] | None = None
+        self.free_ranges = FreeRanges(sys.maxsize)
+
+    def write(self, data: memoryview) -> int:
+        """Write into the first free range that is large enough; returns its start. Raises `OSError`."""
+        if self.file is None:
+            self.file = tempfile.TemporaryFile(prefix="ghostify-", buffering=0)  # noqa: SIM115 - closed with this object
+            weakref.finalize(self, self.file.close)
+        size, start = len(data), self.free_ranges.allocate(len(data))
+        assert start is not None
         try:
-            descriptor, self.path = tempfile.mkstemp(prefix="ghostify-")
-            with open(descriptor, "wb") as file:
-                file.write(_bytes(tensor.cpu()))
+            self.file.seek(start)
+            while data:
+                data = data[self.file.write(data) :]
+        except OSError:
+            self.free(start, size)
+            raise
+        return start
+
+    def read(self, start: int, memory: memoryview) -> None:
+        """Fill `memory` with what was written from `start` on."""
+        assert self.file is not None
+        self.file.seek(start)
+        while memory:
+            count = self.file.readinto(memory)  # type: ignore[attr-defined]
+            assert count
+            memory = memory[count:]
+
+    def free(self, start: int, size: int) -> None:
+        """Free a range; the file ends where its last range ends."""
+        self.free_ranges.free(start, size)
+        if self.file is not None and not self.file.closed:
+            with contextlib.suppress(OSError):  # the space is used again in any case
+                self.file.truncate(self.free_ranges.ranges[-1][0])
+
+
+class FileTensor:
+    """A dense tensor in a temporary file, loaded bit-equal with its strides; its range is free without this object."""
+
+    def __init__(self, tensor: Tensor, file: SpillFile) -> None:
+        self.device, self.file = tensor.device, file
+        self.like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        data = _bytes(tensor.cpu())
+        try:
+            self.start = file.write(data)
         except OSError as error:
             raise GhostifyError(
                 f"{tempfile.gettempdir()}: writing the activations of the calibration failed ({error.strerror}). "
                 f"Free some space, set TMPDIR to another folder, or calibrate on fewer images."
             ) from error
+        weakref.finalize(self, file.free, self.start, len(data))
 
     def load(self) -> Tensor:
         """The tensor, in newly allocated memory."""
         tensor = torch.empty_strided(self.like.shape, self.like.stride(), dtype=self.like.dtype)
-        with open(self.path, "rb") as file:
-            file.readinto(_bytes(tensor))
+        self.file.read(self.start, _bytes(tensor))
         return tensor.to(self.device)
-
-    def __del__(self) -> None:
-        if os.path.exists(self.path):
-            os.unlink(self.path)
 
 
 class HostTensor:
@@ -73,7 +134,7 @@ class ActivationStore:
 
     def __init__(self, limit: int) -> None:
         self.memory: NDArray[np.uint8] = torch.empty(limit, dtype=torch.uint8).numpy()
-        self.free_ranges = [(0, limit)]
+        self.free_ranges, self.file = FreeRanges(limit), SpillFile()
 
     def put(self, value: Any, *, movable: bool = True) -> Any:
         """A stored copy, bit-equal and with the same strides, or the value itself.
@@ -85,7 +146,7 @@ class ActivationStore:
             return value
         memory = self._allocate(value.numel() * value.element_size())
         if memory is None:
-            return FileTensor(value)
+            return FileTensor(value, self.file)
         stored = torch.frombuffer(memory, dtype=value.dtype).as_strided(value.shape, value.stride()).copy_(value)
         return stored if value.device.type == "cpu" else HostTensor(stored, value.device)
 
@@ -94,27 +155,20 @@ class ActivationStore:
         return tensor.device.type == "cpu" and 0 <= offset < len(self.memory)
 
     def _allocate(self, size: int) -> NDArray[np.uint8] | None:
-        """The start of the first free range that is large enough, or None; it is freed when nothing refers to it.
+        """A range of the memory, or None; it is freed when nothing refers to it.
 
         Tensors created from it refer to it, and so do their views.
         """
-        size = -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-        for k, (start, end) in enumerate(self.free_ranges):
-            if end - start >= size:
-                self.free_ranges[k : k + 1] = [(start + size, end)] if end - start > size else []
-                memory = self.memory[start : start + size]
-                weakref.finalize(memory, self._free, start, start + size)
-                return memory
-        return None
+        start = self.free_ranges.allocate(size)
+        if start is None:
+            return None
+        memory = self.memory[start : start + _aligned(size)]
+        weakref.finalize(memory, self.free_ranges.free, start, size)
+        return memory
 
-    def _free(self, start: int, end: int) -> None:
-        k = bisect.bisect(self.free_ranges, (start, end))
-        if k < len(self.free_ranges) and self.free_ranges[k][0] == end:
-            end = self.free_ranges.pop(k)[1]
-        if k and self.free_ranges[k - 1][1] == start:
-            start = self.free_ranges.pop(k - 1)[0]
-            k -= 1
-        self.free_ranges.insert(k, (start, end))
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 def _is_storable(value: Any) -> bool:

@@ -30,6 +30,7 @@ from ghostify.fitting.subgraph_inputs import collect_subgraph_inputs
 from ghostify.graph.batchnorm import BatchNorm, batchnorm_at
 from ghostify.graph.program import Program, a_program, get_subgraph
 from ghostify.modules.ghost import GhostWeights
+from ghostify.modules.hooks import has_hooks
 from ghostify.planning.planner import GhostRewrite, Plan, a_plan, check_plan
 from ghostify.pruning.slicing import slice_conv, slice_norm
 from ghostify.rewriting.apply import FittedWeights, insert_fitted, insert_pruned, rewrite_subgraph
@@ -128,7 +129,7 @@ class _FitRun:
         converted = self.program.module if changed_paths == [""] else copy.deepcopy(self.program.module)
         for path in changed_paths:
             batches: CalibrationBatches | None = calibration.batches
-            if path:
+            if path or has_hooks(self.program.module):  # which may change the model's own inputs
                 with self.timer("forward"):
                     batches = collect_subgraph_inputs(self.program, converted, path, calibration.batches)
             if batches is None:

@@ -45,7 +45,7 @@ TEXTS = frozenset({
 
 
 @dataclass(frozen=True)
-class _Names:
+class ListedNames:
     """Import names "module:qualified name" by kind, and names of methods."""
 
     modules: frozenset[str]
@@ -54,9 +54,8 @@ class _Names:
     methods: frozenset[str]
 
 
-@cache
-def listed_names() -> _Names:
-    """The names in the list and those in the operator table."""
+def names_in_file() -> ListedNames:
+    """The names in `allowed_names.txt`."""
     sections: dict[str, set[str]] = {"modules": set(), "functions": set(), "objects": set(), "methods": set()}
     section = ""
     for line in files("ghostify.graph").joinpath(NAMES_FILE).read_text("utf-8").splitlines():
@@ -65,11 +64,26 @@ def listed_names() -> _Names:
         elif line and not line.startswith("#"):
             module, separator, names = line.rpartition(": ")
             sections[section].update(f"{module}:{name}" if separator else name for name in names.split())
-    for op in OPS:
-        sections["modules"].update(map(import_name, op.modules))
-        sections["functions"].update(map(import_name, op.functions))
-        sections["methods"].update(op.methods)
-    return _Names(**{kind: frozenset(names) for kind, names in sections.items()})
+    return ListedNames(**{kind: frozenset(names) for kind, names in sections.items()})
+
+
+def names_in_table() -> ListedNames:
+    """The names in the operator table."""
+    return ListedNames(
+        modules=frozenset(import_name(module) for op in OPS for module in op.modules),
+        functions=frozenset(import_name(function) for op in OPS for function in op.functions),
+        objects=frozenset(),
+        methods=frozenset(method for op in OPS for method in op.methods),
+    )
+
+
+@cache
+def listed_names() -> ListedNames:
+    """The names in the file and in the operator table."""
+    file, table = names_in_file(), names_in_table()
+    return ListedNames(
+        file.modules | table.modules, file.functions | table.functions, file.objects, file.methods | table.methods
+    )
 
 
 class AllowedNames:

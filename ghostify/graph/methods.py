@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -12,8 +13,10 @@ from typing import Any, NamedTuple
 from torch import fx, nn
 
 from ghostify.errors import GhostifyError
+from ghostify.graph.node_records import NodeRecord, build_graph, record_nodes
 
 MARKS = "ghostify_marks"
+METHOD_NAMES = "ghostify_methods"  # attribute of a traced module's class: the names of its methods from the graph
 RESULT, CLASSIFIER = "->", "get_classifier"
 PRESERVED_KEY = "_user_preserved_attributes"  # key in a traced module's meta that torch.fx copies with the module
 
@@ -33,9 +36,41 @@ class TracedModule(fx.GraphModule):
 
     def recompile(self) -> fx.graph.PythonCode:
         code = super().recompile()
-        for name, method in _methods(self.graph).items():
-            setattr(type(self), name, method)
+        own_class = type(self)  # torch.fx makes a class for each instance
+        for name in vars(own_class).get(METHOD_NAMES, ()):
+            delattr(own_class, name)
+        methods = _methods(self.graph)
+        for name, method in methods.items():
+            setattr(own_class, name, method)
+        setattr(own_class, METHOD_NAMES, tuple(methods))
         return code
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In a pickle, the nodes stand for the graph: torch.fx would trace anew, which loses marks and the report."""
+        state = {key: value for key, value in vars(self).items() if key not in ("_graph", "_tracer_cls")}
+        return _unpickled, (type(self).__name__, record_nodes(self.graph)), state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TracedModule:
+        """A copy with all attributes, also those that were set after the conversion, which torch.fx would drop."""
+        copied = _without_modules(type(self).__name__)
+        memo[id(self)] = copied
+        state = copy.deepcopy(vars(self), memo)
+        graph = state.pop("_graph")
+        vars(copied).update(state)
+        copied.graph = graph
+        return copied
+
+
+def _without_modules(class_name: str) -> TracedModule:
+    """A traced module with an empty graph and no submodules."""
+    return TracedModule({}, fx.Graph(), class_name=class_name)
+
+
+def _unpickled(class_name: str, records: list[NodeRecord]) -> TracedModule:
+    """A traced module with these nodes, which pickle then gives its modules and attributes."""
+    traced = _without_modules(class_name)
+    traced.graph = build_graph(records)
+    return traced
 
 
 def set_attributes(traced: fx.GraphModule, values: dict[str, Any]) -> None:

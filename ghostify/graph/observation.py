@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ghostify.graph.call_hooks import on_calls
 from ghostify.graph.executor import Values, execute
 from ghostify.graph.functional_conv import Conv2dCall, Conv2dRecorder
 from ghostify.graph.inputs import CallInputs, bind_inputs, run_example
@@ -52,6 +53,7 @@ def record_forward(module: nn.Module, subgraphs: Mapping[str, fx.GraphModule], i
     """The record of one forward in evaluation mode. Raises `GhostifyError` where the model does not run."""
     calls: dict[tuple[str, str], ConvCall] = {}
     functional_convs = _FunctionalConvs(module)
+    conv_modules = [m for m in module.modules() if isinstance(m, nn.Conv2d)]
 
     def record_call(path: str, node: fx.Node, image: Tensor, output: Tensor) -> Tensor:
         if output.dim() >= 3:
@@ -65,6 +67,7 @@ def record_forward(module: nn.Module, subgraphs: Mapping[str, fx.GraphModule], i
         eval_mode(module),
         MacCounter() as counter,
         intercept_convs(module, subgraphs, record_call),
+        on_calls(conv_modules, before=functional_convs.enter, after=functional_convs.leave),
         Conv2dRecorder(functional_convs.add),
     ):
         run_example(module, inputs)
@@ -72,10 +75,11 @@ def record_forward(module: nn.Module, subgraphs: Mapping[str, fx.GraphModule], i
 
 
 class _FunctionalConvs:
-    """Collects the calls of conv2d whose weight is not a `Conv2d`'s, except those that a graph contains."""
+    """Collects the calls of conv2d outside the forward of a `Conv2d`, except those that a graph contains."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module_weights = {id(p) for m in module.modules() if isinstance(m, nn.Conv2d) for p in m.parameters()}
+        self.module_depth = 0
         self.names = {id(p): name for name, p in module.named_parameters()}
         self.untraced: dict[str, Convolution] = {}
         self.last_output: Tensor | None = None
@@ -85,13 +89,21 @@ class _FunctionalConvs:
         """Add a call, under the path of its weight."""
         arguments, output = call
         weight = arguments["weight"]
-        if id(weight) in self.module_weights:
+        if self.module_depth or id(weight) in self.module_weights:
             return
         name = self.names.get(id(weight), f"conv2d[{len(self.untraced)}]")
         groups, kernel = arguments["groups"], (weight.shape[2], weight.shape[3])
         sizes = weight.shape[1] * groups, weight.shape[0], kernel, groups, arguments["bias"] is not None
         self.untraced.setdefault(name, Convolution(name, FUNCTIONAL_CONV, *sizes, (), UNTRACED_FUNCTION))
         self.last_output, self.last_name = output, name
+
+    def enter(self, *_: object) -> None:
+        """The forward of a `Conv2d` begins."""
+        self.module_depth += 1
+
+    def leave(self, *_: object) -> None:
+        """The forward of a `Conv2d` ends."""
+        self.module_depth -= 1
 
     def discard(self, output: Tensor) -> None:
         """Drop the last call if `output` is its output: a graph contains it."""

@@ -29,8 +29,8 @@ def is_conv2d_function(node: fx.Node) -> bool:
 
 
 def is_standard_conv(conv: nn.Module) -> bool:
-    """Whether a module is of class `Conv2d` or timm's `Conv2dSame`, not of a subclass."""
-    return type(conv) in (nn.Conv2d, Conv2dSame)
+    """Whether a module is of class `Conv2d` or timm's `Conv2dSame`, not of a subclass, with its class's forward."""
+    return type(conv) in (nn.Conv2d, Conv2dSame) and "forward" not in vars(conv)
 
 
 def is_depthwise(conv: nn.Conv2d) -> bool:

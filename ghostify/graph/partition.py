@@ -7,15 +7,18 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from ghostify.graph.call_hooks import on_calls
+from ghostify.graph.forward_graph import trace_graph
 from ghostify.graph.inputs import CallInputs, call_model, tensor_leaves
 from ghostify.graph.methods import TracedModule
 from ghostify.graph.modes import eval_mode
 from ghostify.graph.paths import join_path
 from ghostify.graph.program import single_conv_graph
-from ghostify.graph.symbolic_tracer import UntraceableError, trace_graph
+from ghostify.graph.symbolic_tracer import UntraceableError, is_guard
+from ghostify.modules.hooks import copy_hooks
 from ghostify.numerics import outputs_match
 
 CallSignatures = Mapping[int, inspect.BoundArguments]
@@ -40,6 +43,7 @@ def trace_submodules(
 class _Partitioner:
     def __init__(self, root: nn.Module, signatures: CallSignatures, whole: bool) -> None:
         self.root, self.signatures, self.whole = root, signatures, whole
+        self.calls_by_graphs: dict[int, inspect.BoundArguments] = {}
         self.subgraphs: dict[str, fx.GraphModule] = {}
         self.visited: dict[int, nn.Module] = {}
         self.reason = ""
@@ -64,20 +68,28 @@ class _Partitioner:
                 self.trace(join_path(path, name))
             return
         traced = TracedModule(module, graph, class_name=type(module).__name__).train(module.training)
+        copy_hooks(module, traced)
         self.visited[id(module)] = traced
         self._replace(path, traced)
-        for target in dict.fromkeys(str(n.target) for n in traced.graph.nodes if n.op == "call_module"):
-            if not isinstance(traced.get_submodule(target), nn.Conv2d):
+        calls = {str(n.target): n for n in reversed(traced.graph.nodes) if n.op == "call_module"}
+        for target, node in reversed(calls.items()):
+            inner = traced.get_submodule(target)
+            if not isinstance(inner, nn.Conv2d):
+                with contextlib.suppress(TypeError, ValueError):
+                    self.calls_by_graphs[id(inner)] = inspect.signature(inner.forward).bind(*node.args, **node.kwargs)
                 self.trace(join_path(path, target))
         self.subgraphs[path] = traced
 
     def _graph(self, module: nn.Module, path: str) -> fx.Graph:
         if path and not self.whole:
             raise UntraceableError("only single convolutions are traced")
-        call = self.signatures.get(id(module))
-        if call is None:
-            return trace_graph(module, set())
-        return trace_graph(module, tensor_arguments(call) if path else set(call.arguments))
+        call = self.signatures.get(id(module), self.calls_by_graphs.get(id(module)))
+        if call is not None:
+            return trace_graph(module, tensor_arguments(call) if path else set(call.arguments))
+        graph = trace_graph(module, set())
+        if path and any(is_guard(node) for node in graph.nodes):
+            raise UntraceableError("it is not known which optional arguments it is called with")
+        return graph
 
     def _replace(self, path: str, module: nn.Module) -> None:
         if path:
@@ -119,7 +131,8 @@ def record_first_calls(root: nn.Module, inputs: CallInputs) -> dict[int, inspect
         if id(module) not in first_calls:
             first_calls[id(module)] = inspect.signature(module.forward).bind(*args, **kwargs)
 
-    holders = [m for m in root.modules() if not isinstance(m, nn.Conv2d) and (m is root or contains_convs(m))]
+    without_graph = (nn.Conv2d, torch.jit.ScriptModule)
+    holders = [m for m in root.modules() if not isinstance(m, without_graph) and (m is root or contains_convs(m))]
     with on_calls(holders, before=record), eval_mode(root), contextlib.suppress(Exception):
         call_model(root, inputs)
     return first_calls

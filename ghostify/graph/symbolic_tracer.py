@@ -1,26 +1,30 @@
-"""Symbolic tracing of a forward to a graph: untraceable submodules become leaves, `training` is read at run time."""
+"""The `torch.fx` tracer of one forward, which keeps `training` as a node and patches no class."""
 
 from __future__ import annotations
 
-import contextlib
-import copy
+import inspect
+import math
+import threading
 import types
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 from timm.layers import Linear, get_notrace_functions, get_notrace_modules
 from torch import Tensor, fx, nn
+from torch.fx._symbolic_trace import _autowrap_check, _patch_wrapped_functions, _Patcher
 from torch.fx.immutable_collections import immutable_dict
 
 from ghostify.errors import GhostifyError
-from ghostify.graph.methods import record_methods
+from ghostify.graph.execution_regions import recorded_regions
+from ghostify.graph.intercepted_modules import ScriptedStandIn, intercepted
 from ghostify.graph.paths import join_path
+from ghostify.modules.hooks import has_hooks
 
 MAX_RECURSION = 64
-CACHES = (dict, list, set)
-MODULE_INTERNALS = frozenset(nn.Module().__dict__)
 PLAIN_DICTS = (dict, OrderedDict, immutable_dict)
+MODE_PATH = "ghostify_mode"
+WRAPPING = threading.RLock()
 
 
 class TrainingFlag(nn.Module):
@@ -69,37 +73,6 @@ class UntraceableError(Exception):
     """A forward cannot be traced; the message is the reason."""
 
 
-def trace_graph(root: nn.Module, input_names: Set[str]) -> fx.Graph:
-    """The graph of a forward, in which every submodule that does not trace is a leaf.
-
-    Tracing restarts with each new leaf. `input_names` are optional arguments that stay inputs; others are fixed at
-    their defaults. A module that branches on its own mode and contains convolutions, or is `root`, is traced in its
-    present mode. Raises `UntraceableError`.
-    """
-    if is_notrace(root):
-        raise UntraceableError("timm marks it as not traceable")
-    leaves: set[str] = set()
-    fixed_mode_paths: set[str] = set()
-    while True:
-        tracer = _Tracer(leaves, fixed_mode_paths, input_names)
-        try:
-            with _restore_attributes(root), _trace_training_flag(root, tracer), record_methods(root) as mark_methods:
-                graph = tracer.trace(root)
-                mark_methods(graph)
-                return graph
-        except Exception as error:
-            failed = tracer.call_stack[-1] if tracer.call_stack else ""
-            for module in root.modules():
-                module._modules.pop("ghostify_mode", None)
-            has_convs = any(isinstance(m, nn.Conv2d) for m in root.get_submodule(failed).modules())
-            if tracer.last_mode_path == failed and failed not in fixed_mode_paths and (has_convs or not failed):
-                fixed_mode_paths.add(failed)
-            elif not failed:
-                raise UntraceableError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
-            else:
-                leaves.add(failed)
-
-
 class _EmptyKeywords(dict[str, Any]):
     """An empty `**kwargs` that torch.fx treats as one value."""
 
@@ -115,35 +88,133 @@ def is_notrace(module: nn.Module) -> bool:
     return isinstance(module, tuple(get_notrace_modules()))
 
 
-class _Tracer(fx.Tracer):
-    """An fx tracer that turns reads of `self.training` into nodes and does not enter `leaves`."""
+class SymbolicTracer(fx.Tracer):
+    """Traces one forward. Reads of `self.training` become nodes, and `leaves` and modules with hooks are not entered.
 
-    def __init__(self, leaves: Set[str], fixed_mode_paths: set[str], input_names: Set[str]) -> None:
+    Where a forward branches on the mode of a module with convolutions, it takes the branch of `modes` at the module's
+    path, by default of the present mode, and the path is added to `branches`. `input_names` are optional arguments that
+    stay inputs.
+    """
+
+    def __init__(self, leaves: Set[str], modes: Mapping[str, bool], input_names: Set[str]) -> None:
         super().__init__(autowrap_functions=tuple(f for f in get_notrace_functions() if callable(f)))
-        self.leaves, self.fixed_mode_paths, self.input_names = leaves, fixed_mode_paths, input_names
-        self.last_mode_path: str | None = None
+        self.leaves, self.modes, self.input_names = leaves, modes, input_names
+        self.branches: set[str] = set()
         self.call_stack: list[str] = []
+        self.constant_names: set[str] = set()
+        self._parameter_proxies: dict[str, fx.Proxy] = {}
+        self._patcher = _Patcher()
+
+    @property
+    def failed_path(self) -> str:
+        """The module whose forward was running last, which does not trace after an error."""
+        return self.call_stack[-1] if self.call_stack else ""
+
+    @property
+    def constants(self) -> dict[str, Tensor]:
+        """The tensors of the graph that are not attributes of the model, by name; they are attributes of the root."""
+        return {name: getattr(self.root, name) for name in self.constant_names}
+
+    def trace_forward(self, root: nn.Module) -> fx.Graph:
+        """The graph of the root's forward, be it its class's or one set on the instance.
+
+        Functions that torch.fx and timm wrap are replaced meanwhile by wrappers that change nothing for other callers.
+        """
+        self.root, self.root_module_name = root, root._get_name()
+        self.graph = fx.Graph(tracer_cls=fx.Tracer)
+        with intercepted(root, self), recorded_regions() as self._regions:
+            self.submodule_paths = {module: path for path, module in root.named_modules()}
+            self._paths = {id(module): path for path, module in root.named_modules()}
+            self._parameter_names = {id(p): name for name, p in root.named_parameters()}
+            self.tensor_attrs = {
+                value: join_path(path, name)
+                for path, module in root.named_modules()
+                for name, value in vars(module).items()
+                if isinstance(value, Tensor)
+            }
+            function, takes_self = _forward_function(root)
+            call, args = self.create_args_for_root(function, takes_self)
+            with WRAPPING, self._patcher:
+                _patch_wrapped_functions(self._patcher)
+                _autowrap_check(self._patcher, math.__dict__, self._autowrap_function_ids)
+                _autowrap_check(self._patcher, function.__globals__, self._autowrap_function_ids)
+                annotations = inspect.get_annotations(inspect.unwrap(function))
+                result = (self.create_arg(call(*args)),)
+                self.create_node("output", "output", result, {}, type_expr=annotations.get("return"))
+        return self.graph
+
+    def intercept_call(
+        self, module: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The result of a module's call: a node for a leaf, else what its forward returns."""
+        self._check_region()
+        path = self.path_of_module(module)
+        if not path and has_hooks(module):
+            raise TypeError("it calls itself, and has hooks")
+        forward = getattr(module, "forward", module)
+        _autowrap_check(self._patcher, getattr(forward, "__globals__", {}), self._autowrap_function_ids)
+        self.call_stack.append(path)
+        if self.call_stack.count(path) > MAX_RECURSION:
+            raise RecursionError(f"it calls itself more than {MAX_RECURSION} times within one call")
+        result = self.call_module(module, call, args, kwargs)
+        self.call_stack.pop()  # not in a `finally`: after an error the top names the module that does not trace
+        return result
+
+    def intercept_attribute(self, value: Any) -> Any:
+        """A node for a parameter; any other attribute itself."""
+        path = self._parameter_names.get(id(value)) if isinstance(value, nn.Parameter) else None
+        if path is None:
+            return value
+        if path not in self._parameter_proxies:
+            self._parameter_proxies[path] = self.create_proxy("get_attr", path, (), {})
+        return self._parameter_proxies[path]
+
+    def intercept_mode(self, module: nn.Module) -> fx.Proxy | bool:
+        """A node that reads the module's mode; the mode itself for a module that is not in the model."""
+        mode: bool = module.__dict__["training"]
+        path = None if isinstance(module, TrainingFlag) else self._paths.get(id(module))
+        if path is None:
+            return mode
+        if MODE_PATH not in module._modules:
+            module._modules[MODE_PATH] = TrainingFlag().train(mode)
+        return self.create_proxy("call_module", join_path(path, MODE_PATH), (), {})
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        path, _, name = str(obj.node.target).rpartition(".")
+        if obj.node.op == "call_module" and name == MODE_PATH:
+            is_own_mode = path == self.failed_path
+            module = self.root.get_submodule(path)
+            if not path or not is_own_mode or any(isinstance(m, nn.Conv2d) for m in module.modules()):
+                self.branches.add(path)
+                return self.modes.get(path, bool(module.__dict__["training"]))
+        return super().to_bool(obj)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
             module_qualified_name in self.leaves
             or is_notrace(m)
-            or isinstance(m, nn.Conv2d | Linear)
+            or has_hooks(m)
+            or isinstance(m, nn.Conv2d | Linear | ScriptedStandIn)
             or super().is_leaf_module(m, module_qualified_name)
         )
 
-    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        self.call_stack.append(self.path_of_module(m))
-        if self.call_stack.count(self.call_stack[-1]) > MAX_RECURSION:
-            raise RecursionError(f"it calls itself more than {MAX_RECURSION} times within one call")
-        result = super().call_module(m, forward, args, kwargs)
-        self.call_stack.pop()  # not in a `finally`: after an error the top names the module that does not trace
-        return result
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        self._check_region()
+        return super().create_node(kind, target, *args, **kwargs)
 
     def create_arg(self, a: object) -> Any:
         if isinstance(a, dict) and type(a) not in PLAIN_DICTS:
             raise TypeError(f"it creates a {type(a).__name__}, which a graph would replace by a plain dict")
         return super().create_arg(a)
+
+    def get_fresh_qualname(self, prefix: str) -> str:
+        name = super().get_fresh_qualname(prefix)
+        self.constant_names.add(name)
+        return name
+
+    def _check_region(self) -> None:
+        if not self._regions.is_default():
+            raise TypeError("a part of it runs in another gradient mode or autocast state than the rest")
 
     def _proxy_placeholder(self, name: str, concrete_args: Any, sig: Any, fn_for_analysis: Any) -> Any:
         proxy = super()._proxy_placeholder(name, concrete_args, sig, fn_for_analysis)
@@ -158,63 +229,13 @@ class _Tracer(fx.Tracer):
         self.create_proxy("call_function", check_default_argument, (proxy, parameter.default, name), {})
         return parameter.default
 
-    def read_training(self, path: str, module: nn.Module) -> fx.Proxy | bool:
-        """A node that reads the module's mode; the mode itself, with a check of it in the graph, where it is fixed."""
-        self.last_mode_path = path
-        if "ghostify_mode" not in module._modules:
-            module.ghostify_mode = TrainingFlag().train(module.__dict__["training"])
-        mode = self.create_proxy("call_module", join_path(path, "ghostify_mode"), (), {})
-        if path not in self.fixed_mode_paths:
-            return mode
-        present_mode: bool = module.__dict__["training"]
-        self.create_proxy("call_function", check_training_mode, (mode, present_mode, path), {})
-        return present_mode
 
-
-@contextlib.contextmanager
-def _restore_attributes(root: nn.Module) -> Iterator[None]:
-    """Restore attributes that forwards write to their modules, such as caches, in which tracing leaves proxies."""
-    saved = [
-        (m, {k: (v, copy.copy(v) if isinstance(v, CACHES) else v) for k, v in _attributes(m)}) for m in root.modules()
-    ]
-    try:
-        yield
-    finally:
-        for module, attributes in saved:
-            for key, value in _attributes(module):
-                if key not in attributes and not isinstance(value, Tensor):  # a constant of the graph
-                    del module.__dict__[key]
-            for key, (value, content) in attributes.items():
-                module.__dict__[key] = value
-                if isinstance(value, dict | set):
-                    value.clear()
-                    value.update(content)
-                elif isinstance(value, list):
-                    value[:] = content
-
-
-def _attributes(module: nn.Module) -> list[tuple[str, Any]]:
-    """A module's attributes except functions and the internals of `nn.Module`."""
-    return [
-        (k, v) for k, v in vars(module).items() if k not in MODULE_INTERNALS and not isinstance(v, types.FunctionType)
-    ]
-
-
-@contextlib.contextmanager
-def _trace_training_flag(root: nn.Module, tracer: _Tracer) -> Iterator[None]:
-    """Make reads of `training` of the modules of `root` nodes of the graph, while active."""
-    paths: Mapping[int, str] = {id(m): path for path, m in root.named_modules()}
-
-    def get_mode(module: nn.Module) -> fx.Proxy | bool:
-        path = None if isinstance(module, TrainingFlag) else paths.get(id(module))
-        mode: bool = module.__dict__["training"]
-        return mode if path is None else tracer.read_training(path, module)
-
-    def set_mode(module: nn.Module, mode: bool) -> None:
-        module.__dict__["training"] = mode
-
-    nn.Module.training = property(get_mode, set_mode)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del nn.Module.training
+def _forward_function(root: nn.Module) -> tuple[types.FunctionType, bool]:
+    """The function of a module's forward, and whether its first argument is the module."""
+    forward: Any = vars(root).get("forward", type(root).forward)
+    takes_self = "forward" not in vars(root)
+    if isinstance(forward, types.MethodType) and forward.__self__ is root:
+        forward, takes_self = forward.__func__, True
+    if not isinstance(forward, types.FunctionType):
+        raise TypeError(f"its forward is a {type(forward).__name__}")
+    return forward, takes_self

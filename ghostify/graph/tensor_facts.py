@@ -56,7 +56,8 @@ def parse_facts(facts: Mapping[str, Any], where: str) -> TensorFacts:
     is_known = facts.keys() <= TensorFacts.__annotations__.keys() and is_shape and isinstance(dtype, str | None)
     if not is_known or not all(isinstance(flag, bool) for flag in flags):
         raise GhostifyError(f"{where} is not described by its shape, dtype and flags")
-    return TensorFacts(*flags, None if shape is None else tuple(shape), dtype)
+    requires_grad, channels_last, persistent = map(bool, flags)
+    return TensorFacts(requires_grad, channels_last, persistent, None if shape is None else tuple(shape), dtype)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import fx, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ghostify import skip_reasons
 from ghostify.arguments import a_model, anything, public
 from ghostify.errors import GhostifyError
-from ghostify.graph.attributes import copy_attributes, missing_attributes
+from ghostify.graph.attributes import copy_attributes, missing_attributes, missing_hooks
 from ghostify.graph.conv_types import to_standard_conv
 from ghostify.graph.functional_conv import as_conv_module, call_settings_key, weight_path
-from ghostify.graph.inputs import bind_example, tensor_leaves
+from ghostify.graph.inputs import bind_example
+from ghostify.graph.model_copy import copy_model, unwrapped_model
 from ghostify.graph.observation import ForwardRecord, record_forward
 from ghostify.graph.op_queries import is_conv2d, is_standard_conv
 from ghostify.graph.partition import models_match, record_first_calls, trace_submodules
 from ghostify.graph.paths import join_path, resolve_attribute
 from ghostify.graph.program import FUNCTIONAL_CONV, ConvCall, Convolution, Program
 from ghostify.modules.hooks import has_hooks
-from ghostify.text import first_line
 
 Subgraphs = dict[str, fx.GraphModule]
 
@@ -40,9 +38,7 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Program:
     is traced. Raises `GhostifyError` where the model cannot be copied or run, holds weights that are not there or not
     finite, or contains no traceable convolution.
     """
-    model = unwrapped_model(model)
-    _check_acyclic(model, "", ())
-    root = _copied(model)
+    root = copy_model(model)
     _check_initialized(root)
     convs = [(path, m) for path, m in root.named_modules() if isinstance(m, nn.Conv2d)]
     has_example = example_inputs is not None
@@ -63,27 +59,12 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Program:
             f"skipped. The first is {record.untraced_convs[0].name}.",
             stacklevel=3,
         )
+    model = unwrapped_model(model)
     if isinstance(module, fx.GraphModule):
         copy_attributes(module, model)
-    missing = missing_attributes(module, model)
+    missing = (*missing_attributes(module, model), *missing_hooks(module, model))
     subgraphs = _in_call_order(subgraphs, list(record.calls))
     return Program(module, subgraphs, convolutions, record.macs, missing, example_inputs)
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    attributes = [v for m in model.modules() for v in tensor_leaves(list(vars(m).values()))]
-    memo = {id(v): v.detach().clone() for v in attributes if not v.is_leaf}  # deepcopy refuses tensors with a grad_fn
-    try:
-        root = copy.deepcopy(model, memo)
-    except Exception as error:
-        raise GhostifyError(
-            f"{type(model).__name__}: the model cannot be copied ({first_line(error)}). "
-            "Make it work with copy.deepcopy."
-        ) from error
-    for path, module in list(root.named_modules()):
-        if path and _is_compiled(module):
-            root.set_submodule(path, module._orig_mod)
-    return root
 
 
 def _trace_with_fallback(model: nn.Module, root: nn.Module, example: Any) -> tuple[nn.Module, Subgraphs, str]:
@@ -98,33 +79,10 @@ def _trace_with_fallback(model: nn.Module, root: nn.Module, example: Any) -> tup
     if not any(path and isinstance(module.get_submodule(path), fx.GraphModule) for path in subgraphs):
         return module, subgraphs, reason
     with contextlib.suppress(Exception):
-        if models_match(model, inputs, module, bind_example(module, example)):
+        if models_match(copy_model(model), inputs, module, bind_example(module, example)):
             return module, subgraphs, reason
-    fresh_copy = _copied(model)
+    fresh_copy = copy_model(model)
     return trace_submodules(fresh_copy, record_first_calls(fresh_copy, inputs), whole=False)
-
-
-def unwrapped_model(model: nn.Module) -> nn.Module:
-    """The model in the wrappers of `torch.compile`, `DataParallel` and `DistributedDataParallel`."""
-    if _is_compiled(model):
-        return unwrapped_model(model._orig_mod)  # type: ignore[arg-type]
-    return unwrapped_model(model.module) if isinstance(model, DataParallel | DistributedDataParallel) else model
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    """Whether the module is a result of `torch.compile`."""
-    return type(module).__name__ == "OptimizedModule" and isinstance(getattr(module, "_orig_mod", None), nn.Module)
-
-
-def _check_acyclic(module: nn.Module, path: str, ancestors: tuple[nn.Module, ...]) -> None:
-    """Raise `GhostifyError` where a module contains itself, for which `eval()` and the like never return."""
-    for name, child in module.named_children():
-        if any(child is m for m in (*ancestors, module)):
-            raise GhostifyError(
-                f"{join_path(path, name)}: the module contains itself as a submodule. Keep that reference where "
-                f"PyTorch does not register it as a submodule, such as in a list."
-            )
-        _check_acyclic(child, join_path(path, name), (*ancestors, module))
 
 
 def _check_initialized(root: nn.Module) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import warnings
 from collections.abc import Iterable, Iterator
@@ -13,53 +12,81 @@ from typing import Any
 import timm
 import torch
 import torchvision
-from safetensors.torch import save_file
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
-from ghostify.arguments import a_device, a_json_object, a_model, a_module, a_path, optional, public, some_names
+from ghostify.arguments import a_device, a_flag, a_json_object, a_model, a_module, a_path, optional, public, some_names
 from ghostify.errors import GhostifyError
 from ghostify.files import open_regular, read_json
 from ghostify.graph.allowed_ops import allow_entries
 from ghostify.graph.description import parse_description
 from ghostify.graph.deserialization import deserialize_module, names_to_allow
+from ghostify.graph.savable import savable
 from ghostify.graph.serialization import serialize_module
 from ghostify.io import format1
-from ghostify.io.atomic import staged_folder
+from ghostify.io.atomic import check_output_folder, staged_folder
+from ghostify.io.journal import current_file
+from ghostify.io.manifest import DESCRIPTION, TENSORS, content_digest, file_digest, own_files
 from ghostify.io.tensor_file import read_tensors
+from ghostify.io.tensor_writer import write_tensors
+from ghostify.numerics import first_not_finite
 from ghostify.summary import Report, attach_report, conversion_info
 
 FORMAT_VERSION = 2
-TENSORS, DESCRIPTION = "model.safetensors", "ghostify.json"
 MIN_FLOAT_BYTES = 2  # types of 8 bits need scales that a checkpoint of weights does not have
 REMEDY = "Convert and save the model again."
 
 
-@public(module=a_model, path=a_path, source=optional(a_json_object))
-def save(module: nn.Module, path: str | Path, *, source: dict[str, Any] | None = None) -> Path:
+@public(module=a_model, path=a_path, source=optional(a_json_object), overwrite=a_flag)
+def save(module: nn.Module, path: str | Path, *, source: dict[str, Any] | None = None, overwrite: bool = False) -> Path:
     """Write a converted model as a folder, atomically; `source` may describe the original model.
 
-    Returns the folder. Raises `GhostifyError` for a model that cannot be expressed as JSON and tensors, and for an
-    existing folder that does not hold a saved model.
+    A weight that a part computes, such as by spectral norm, is saved as the parameter that it is in evaluation mode.
+    Returns the folder. Raises `GhostifyError` for a model that cannot be expressed as JSON and tensors, for weights
+    that are not finite, and for an existing folder that holds files which ghostify did not write; with `overwrite`
+    those stay, and only ghostify's own are replaced. Exports in the folder stay as well, with a warning where the
+    weights are others.
     """
-    folder = Path(path)
-    _check_output_folder(folder)
+    check_output_folder(path, overwrite=overwrite)
     info = conversion_info(module)
+    module = savable(module)
     data, tensors = serialize_module(module)
-    _warn_of_custom_names(folder, names_to_allow(data, tensors))
-    with staged_folder(folder) as staging:
-        save_file({name: _with_own_storage(tensor) for name, tensor in tensors.items()}, staging / TENSORS)
-        content = {
-            "format": FORMAT_VERSION,
-            "source": source or info.source,
-            "model": data,
-            "report": info.report.to_dict(),
-            "versions": versions(),
-            "tensors": _file_digest(staging / TENSORS),
-        }
-        content["digest"] = _content_digest(content)
+    damaged = first_not_finite(tensors, {name for name, _ in module.named_parameters(remove_duplicate=False)})
+    if damaged is not None:
+        raise GhostifyError(f"{damaged}: holds NaN or infinity. Save a model whose weights are finite.")
+    content: dict[str, Any] = {
+        "format": FORMAT_VERSION,
+        "source": source or info.source,
+        "model": data,
+        "report": info.report.to_dict(),
+        "versions": versions(),
+    }
+    for key in ("source", "report"):
+        _check_json(key, content[key])
+    _warn_of_custom_names(Path(path), names_to_allow(data, tensors))
+    previous = own_files(Path(path))
+    with staged_folder(path, overwrite=overwrite) as staging:
+        write_tensors(staging / TENSORS, tensors)
+        content["tensors"] = file_digest(staging / TENSORS)
+        content["digest"] = content_digest(content)
         (staging / DESCRIPTION).write_text(json.dumps(content, indent=1, allow_nan=False), encoding="utf-8")
-    return folder
+    if previous.get(TENSORS, content["tensors"]) != content["tensors"]:
+        _warn_of_former_files(Path(path), sorted(previous.keys() - {TENSORS, DESCRIPTION}))
+    return Path(path)
+
+
+def _warn_of_former_files(folder: Path, names: list[str]) -> None:
+    if names:
+        listed = ", ".join(names)
+        warnings.warn(f"{folder}: {listed} stay, from the model that was here before. Export again.", stacklevel=3)
+
+
+def _check_json(key: str, value: Any) -> None:
+    """Raise `GhostifyError` for what JSON cannot hold."""
+    try:
+        json.dumps(value, allow_nan=False, sort_keys=True)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise GhostifyError(f"{key}: cannot be saved as JSON ({error}). Use numbers, text, lists and dicts.") from error
 
 
 @public(path=a_path, allow=some_names, device=a_device)
@@ -78,7 +105,8 @@ def load(path: str | Path, *, allow: Iterable[str] = (), device: str | torch.dev
         needed, digest = parse_description(content["model"]).tensors(), content["tensors"]
         if not isinstance(digest, str):
             raise GhostifyError(f"tensors {digest!r}: is not the digest of a file")
-    tensors = read_tensors(folder / TENSORS, digest=digest, needed=needed, description=DESCRIPTION, remedy=REMEDY)
+    file = current_file(folder, TENSORS)
+    tensors = read_tensors(file, digest=digest, needed=needed, description=DESCRIPTION, remedy=REMEDY)
     with _named(folder / DESCRIPTION):
         on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
         module = deserialize_module(content["model"], on_device, allow)
@@ -110,7 +138,7 @@ def _warn_of_custom_names(folder: Path, names: list[str]) -> None:
 
 def _read_description(folder: Path) -> dict[str, Any]:
     """The content of a folder's `ghostify.json` in the format that it has, less its digest, which is checked."""
-    file = folder / DESCRIPTION
+    file = current_file(folder, DESCRIPTION)
     content = read_json(file, folder=folder, remedy="Name a folder that ghostify saved.")
     if not isinstance(content, dict) or "format" not in content or "model" not in content:
         raise GhostifyError(f"{file}: was not written by ghostify. Name a saved model.")
@@ -120,7 +148,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
             f"Convert the model again, or update ghostify."
         )
     digest = content.pop("digest", None)
-    if digest != _content_digest(content):
+    if digest != content_digest(content):
         raise GhostifyError(f"{file}: was changed after it was saved. {REMEDY}")
     return content
 
@@ -211,30 +239,3 @@ def versions() -> dict[str, str]:
         "torchvision": torchvision.__version__,
         "timm": timm.__version__,
     }
-
-
-def _check_output_folder(folder: Path) -> None:
-    if folder.is_file():
-        raise GhostifyError(f"{folder}: is a file. Name a folder to save into.")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / DESCRIPTION).is_file():
-        raise GhostifyError(f"{folder}: holds other files and no {DESCRIPTION}. Name a new folder.")
-
-
-def _with_own_storage(tensor: Tensor) -> Tensor:
-    """The tensor on the CPU, in row-major order, the only one in its storage."""
-    on_cpu = tensor.detach().cpu().contiguous()
-    return on_cpu if on_cpu.untyped_storage().nbytes() == on_cpu.nbytes else on_cpu.clone()
-
-
-def _file_digest(file: Path) -> str:
-    """SHA-256 of a file that may be larger than the memory."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(2**22):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _content_digest(content: dict[str, Any]) -> str:
-    """SHA-256 of the content as compact JSON with sorted keys."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

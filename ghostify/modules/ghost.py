@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
 
 from ghostify.arguments import a_module, instance_of, optional
 from ghostify.errors import GhostifyError
@@ -130,10 +131,11 @@ class GhostModule(nn.Module):
             submodules = self.cheap_operation.modules()
             if self.activation is None and not torch.compiler.is_compiling() and all(map(_is_recomputable, submodules)):
                 weights = [p for conv in self.cheap_convs for p in (conv.weight, conv.bias)]
-                output: Tensor = _RecomputingConcat.apply(
-                    intrinsic, (self.cheap_ranges, self.cheap_convs), self.order, *weights
-                )
-                return output
+                if not _is_transformed(intrinsic, *weights):
+                    output: Tensor = _RecomputingConcat.apply(
+                        intrinsic, (self.cheap_ranges, self.cheap_convs), self.order, *weights
+                    )
+                    return output
         cheap_input = intrinsic if self.activation is None else self.activation(intrinsic)
         return concat_channels(intrinsic, self.cheap_operation(cheap_input), self.order)
 
@@ -142,7 +144,7 @@ class GhostModule(nn.Module):
 def concat_channels(intrinsic: Tensor, ghosts: Tensor, order: Tensor | None) -> Tensor:
     """Concatenate channels, permute them by `order` if given, in the intrinsic maps' memory format; one graph node."""
     maps = torch.cat((intrinsic, ghosts), 1)
-    if not is_channels_last(intrinsic):
+    if _is_transformed() or not is_channels_last(intrinsic):
         return maps if order is None else maps.index_select(1, order)
     if order is not None:
         nhwc = maps.permute(0, 2, 3, 1)
@@ -192,6 +194,14 @@ def _apply_cheap(cheap: _CheapConvs, intrinsic: Tensor, weights: Sequence[Tensor
         for k, ((start, stop), conv) in enumerate(zip(*cheap, strict=True))
     ]
     return maps[0] if len(maps) == 1 else torch.cat(maps, 1)
+
+
+def _is_transformed(*tensors: Tensor | None) -> bool:
+    """Whether a transform of torch.func is active, which sees plain operations only and hides the memory format, or
+    one of the tensors carries a forward derivative."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def _is_recomputable(module: nn.Module) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -74,13 +76,15 @@ class PlanTarget:
 class Plan:
     """Every convolution of the program once, in order of first use. `macs_*` are totals of the model, where known.
 
-    `notes` name what the rules allow and the plan does not contain, with the reason.
+    `macs_limit` is the number of MACs that a budget permits, which the inference form keeps as well. `notes` name what
+    the rules allow and the plan does not contain, with the reason.
     """
 
     entries: tuple[GhostRewrite | PruneRewrite | Skip, ...]
     macs_before: int | None = None
     macs_after: int | None = None
     notes: tuple[str, ...] = ()
+    macs_limit: int | None = None
 
     @property
     def rewrites(self) -> tuple[GhostRewrite, ...]:
@@ -143,6 +147,19 @@ def check_plan(program: Program, plan: Plan) -> None:
     """Raises `GhostifyError` where the convolutions of a plan are not those of the program."""
     if tuple(entry.conv for entry in plan.entries) != program.convolutions:
         raise GhostifyError("plan: is that of another program. Pass plan(program) of this one.")
+
+
+def warn_if_unchanged(plan: Plan, policy: Policy) -> None:
+    """Warn where rules of a ratio above 1 change no convolution, with the most frequent reason."""
+    reasons = Counter(skip_reasons.kind_of(skip.reason) for skip in plan.skips)
+    is_as_asked = {skip_reasons.RATIO_ONE, skip_reasons.NOT_NEEDED} & reasons.keys()
+    if plan.changes or is_as_asked or all(rule.ratio == 1 for rule in policy.rules):
+        return
+    reason = max(reasons, key=lambda r: (reasons[r], r != skip_reasons.FIRST_CONV), default=None)
+    if reason == skip_reasons.UNTRACED_FUNCTION:  # of which tracing warns
+        return
+    why = "The model contains no two-dimensional convolution." if reason is None else f"Most are skipped for: {reason}."
+    warnings.warn(f"ghostify: no convolution is rewritten. {why}", stacklevel=4)
 
 
 def may_prune(program: Program, policy: Policy, conv: Convolution) -> bool:
@@ -231,7 +248,10 @@ def _entry(
     kept_by_name: Mapping[str, KeptChannels],
 ) -> GhostRewrite | PruneRewrite | Skip:
     conv = decision.conv if isinstance(decision, Skip) else decision[0].conv
-    subgraph, kept_channels = subgraphs[conv.subgraph_path], kept_by_name.get(conv.name)
+    kept_channels = kept_by_name.get(conv.name)
+    if isinstance(decision, Skip) and kept_channels is None:
+        return decision
+    subgraph = subgraphs[conv.subgraph_path]
     entry = decision if isinstance(decision, Skip) else _rewrite(subgraph, *decision, kept_channels)
     if kept_channels is None or isinstance(entry, GhostRewrite):
         return entry

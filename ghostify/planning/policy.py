@@ -26,6 +26,8 @@ else:
 
 Pattern = str | Callable[[str, nn.Module], bool]
 RENAMED_FIELDS = {"narrow": "prune"}
+MAX_DW_SIZE = 255
+NOT_ODD = f"is not an odd number of at most {MAX_DW_SIZE}"
 REMEDY = "Correct the TOML file, or name another."
 
 
@@ -174,11 +176,11 @@ def _as_cheap(key: str, value: Any) -> str | int:
 def _as_odd(key: str, value: Any) -> int:
     size = _as_size(key, value)
     if size % 2 == 0:
-        raise GhostifyError(f"{key} {size}: is not an odd number. Use 1, 3, 5 or 7.")
+        raise GhostifyError(f"{key} {size}: {NOT_ODD}. Use 1, 3, 5 or 7.")
     return size
 
 
-_as_size = an_integer(1, problem="is not an odd number", remedy="Use 1, 3, 5 or 7.")
+_as_size = an_integer(1, MAX_DW_SIZE, problem=NOT_ODD, remedy="Use 1, 3, 5 or 7.")
 _as_width = an_integer(
     1,
     problem="is unknown",

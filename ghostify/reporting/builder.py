@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ghostify.arguments import (
+    a_flag,
     a_mapping,
     a_model,
     a_number,
@@ -24,13 +25,15 @@ from ghostify.arguments import (
 from ghostify.errors import GhostifyError
 from ghostify.evaluation.comparison import Comparison, compare_models, has_tensor_output
 from ghostify.graph.inputs import bind_example, run_example
+from ghostify.graph.model_copy import unwrapped_model
 from ghostify.graph.modes import eval_mode
 from ghostify.graph.paths import resolve_attribute
-from ghostify.graph.tracing import trace, unwrapped_model
+from ghostify.graph.tracing import trace
+from ghostify.io.atomic import check_output_file
 from ghostify.planning import cost
 from ghostify.reporting.analysis import LatencyPairs, layer_costs
 from ghostify.reporting.ghost_pictures import is_picturable, picture_ghosts
-from ghostify.reporting.html import Page, TotalRow, write_page
+from ghostify.reporting.html import Page, TotalRow, is_page, write_page
 from ghostify.runtimes.registry import a_runtime
 from ghostify.summary import LayerReport, Report, report
 from ghostify.text import format_count, format_shape, format_value
@@ -73,6 +76,7 @@ def _a_curve(name: str, value: Any) -> Sequence[Mapping[str, Any]]:
     runtime=optional(a_runtime),
     curve=_a_curve,
     title=a_text,
+    overwrite=a_flag,
 )
 def write_report(
     module: nn.Module,
@@ -86,15 +90,18 @@ def write_report(
     runtime: str | None = "eager",
     curve: Sequence[Mapping[str, Any]] = (),
     title: str = "",
+    overwrite: bool = False,
 ) -> Path:
     """Write the report of a converted model as one HTML page that needs no network.
 
     With the `original` and `example_inputs`, both models and every rewritten layer are timed in `runtime` (None: no
     timing). On batches of `images` both are compared where their output is one tensor, with `labels` (N) by top-1 too,
     and the maps of `layers` (default: those with the largest error) are shown next to the original's. `curve` is that
-    of `frontier`, as dicts. Raises `GhostifyError` for a model without a report, for another original than that of the
-    report, for labels that are not one class for each image, and for layers that cannot be shown.
+    of `frontier`, as dicts. An existing file is replaced if it is such a page, any other only with `overwrite`. Raises
+    `GhostifyError` for a model without a report, for another original than that of the report, for labels that are not
+    one class for each image, for layers that cannot be shown, and for files that are not replaced.
     """
+    check_output_file(file, is_page, overwrite=overwrite)
     summary = report(module)
     if original is not None:
         original = unwrapped_model(original)

@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 
 from ghostify.io.atomic import write_text_atomic
+from ghostify.io.output import writing_to
 from ghostify.reporting.analysis import LatencyPairs, layer_costs, skipped_by_reason, suggestions
 from ghostify.reporting.charts import error_chart, frontier_chart, layers_chart, require_altair
 from ghostify.reporting.ghost_pictures import LayerPictures
@@ -22,6 +23,7 @@ from ghostify.text import format_count, format_shape
 
 TEMPLATE = "report.html.j2"
 LAYERS_LISTED = 5
+HEAD_BYTES, TITLE_END = 2**16, b" - ghostify</title>"
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,19 @@ class Page:
 def write_page(page: Page, file: str | Path) -> Path:
     """Write the page as one file that needs no other file and no network.
 
-    Raises `GhostifyError` where the libraries for charts are not installed.
+    Raises `GhostifyError` where the libraries for charts are not installed, and for a file that cannot be written.
     """
-    target = Path(file)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(target, render(page))
-    return target
+    text = render(page)
+    with writing_to(file):
+        write_text_atomic(file, text)
+    return Path(file)
+
+
+def is_page(file: Path) -> bool:
+    """Whether a file is a page of this version or an earlier one, by its first lines."""
+    with file.open("rb") as stream:
+        head = stream.read(HEAD_BYTES)
+    return head.startswith(b"<!DOCTYPE html>") and TITLE_END in head
 
 
 def render(page: Page) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from ghostify.fitting.depthwise_statistics import map_statistics
 from ghostify.fitting.driver import fit
 from ghostify.fitting.moments import PerMapMoments
 from ghostify.graph.program import Program
+from ghostify.io.atomic import staged_folder
 from ghostify.planning.planner import plan
 from ghostify.planning.policy import Policy, Rule
 from ghostify.reporting.feature_maps import ghost_outputs, layer_outputs, map_errors
@@ -168,6 +170,15 @@ def study_table(study: RedundancyStudy) -> Table:
     table.add_row("each map from its best, median", *(f"{facts['best_error_median'][d]:.3f}" for d in sizes))
     table.add_row(f"maps with an error below {SMALL_ERROR}", *(str(facts["maps_with_small_error"][d]) for d in sizes))
     return table
+
+
+def write_study(study: RedundancyStudy, folder: Path, *, overwrite: bool = False) -> str:
+    """Write study.json and the pictures into a folder; returns the JSON. Raises `GhostifyError` as `save` does."""
+    text = json.dumps(study.to_dict(), indent=1)
+    with staged_folder(folder, overwrite=overwrite) as staging:
+        (staging / "study.json").write_text(text + "\n", encoding="utf-8")
+        write_pictures(study, staging)
+    return text
 
 
 def write_pictures(study: RedundancyStudy, folder: Path) -> list[Path]:

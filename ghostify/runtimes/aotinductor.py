@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from ghostify.runtimes.pytorch import export_program, missing_compiler, module_runner
-from ghostify.runtimes.tensors import Runner, to_channels_last, unsupported_by_worker
+from ghostify.runtimes.tensors import ExportInputs, Runner, to_channels_last, unsupported_by_worker
 
 LAYOUT_KEY, CHANNELS_LAST, CONTIGUOUS = "ghostify_images", "channels_last", "contiguous"
 
@@ -36,26 +37,30 @@ class AotInductor:
     def unsupported(self, example: Any) -> str | None:
         return unsupported_by_worker(example) or missing_compiler()
 
-    def write(self, deployed: nn.Module, args: tuple[Any, ...], folder: Path) -> Path:
-        return _compile(deployed, _contiguous(args), folder / f"model{self.suffix}", CONTIGUOUS)
+    def write(self, deployed: nn.Module, inputs: ExportInputs, folder: Path) -> Path:
+        return _compile(deployed, _converted(inputs, _contiguous), folder / f"model{self.suffix}", CONTIGUOUS)
 
-    def write_for_timing(self, deployed: nn.Module, args: tuple[Any, ...], folder: Path) -> Path:
-        return _compile(deployed, to_channels_last(args), folder / f"model{self.suffix}", CHANNELS_LAST)
+    def write_for_timing(self, deployed: nn.Module, inputs: ExportInputs, folder: Path) -> Path:
+        return _compile(deployed, _converted(inputs, to_channels_last), folder / f"model{self.suffix}", CHANNELS_LAST)
 
     def load(self, file: Path, threads: int | None, _exclusive: bool) -> Runner:
         package = torch._inductor.aoti_load_package(str(file))
         convert = to_channels_last if package.get_metadata().get(LAYOUT_KEY) == CHANNELS_LAST else _contiguous
         run = module_runner(package, threads)
-        return lambda *inputs: run(*convert(inputs))
+        return lambda *args, **kwargs: run(*convert(args), **convert(kwargs))
 
 
-def _compile(deployed: nn.Module, args: tuple[Any, ...], file: Path, layout: str) -> Path:
-    """Compile for inputs in the memory format of `args`; the number of threads stays free."""
+def _compile(deployed: nn.Module, inputs: ExportInputs, file: Path, layout: str) -> Path:
+    """Compile for inputs in the memory format of `inputs`; the number of threads stays free."""
     settings = {"freezing": True, "cpp.dynamic_threads": True, "aot_inductor.metadata": {LAYOUT_KEY: layout}}
     with torch.no_grad():
-        program = export_program(deployed, args)
+        program = export_program(deployed, inputs)
         torch._inductor.aoti_compile_and_package(program, package_path=str(file), inductor_configs=settings)
     return file
+
+
+def _converted(inputs: ExportInputs, convert: Callable[[Any], Any]) -> ExportInputs:
+    return replace(inputs, args=convert(inputs.args), kwargs=convert(inputs.kwargs))
 
 
 def _contiguous(values: Any) -> Any:

@@ -12,7 +12,7 @@ from torch import nn
 
 from ghostify.runtimes.eager import Eager, load_module
 from ghostify.runtimes.pytorch import missing_compiler, module_runner
-from ghostify.runtimes.tensors import Runner, unsupported_by_worker
+from ghostify.runtimes.tensors import ExportInputs, Runner, unsupported_by_worker
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Compiled:
     def unsupported(self, example: Any) -> str | None:
         return unsupported_by_worker(example) or missing_compiler()
 
-    def write(self, deployed: nn.Module, args: tuple[Any, ...], folder: Path) -> Path:
-        return Eager().write(deployed, args, folder)
+    def write(self, deployed: nn.Module, inputs: ExportInputs, folder: Path) -> Path:
+        return Eager().write(deployed, inputs, folder)
 
-    def write_for_timing(self, deployed: nn.Module, args: tuple[Any, ...], folder: Path) -> Path:
-        return self.write(deployed, args, folder)
+    def write_for_timing(self, deployed: nn.Module, inputs: ExportInputs, folder: Path) -> Path:
+        return self.write(deployed, inputs, folder)
 
     def load(self, file: Path, threads: int | None, _exclusive: bool) -> Runner:
         setattr(importlib.import_module("torch._inductor.config"), "freezing", True)  # noqa: B010

@@ -11,7 +11,7 @@ from torch import nn
 
 from ghostify.io.checkpoint import load
 from ghostify.runtimes.pytorch import export_program, module_runner
-from ghostify.runtimes.tensors import Runner
+from ghostify.runtimes.tensors import ExportInputs, Runner
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,15 @@ class Eager:
     def unsupported(self, _example: Any) -> str | None:
         return None
 
-    def write(self, deployed: nn.Module, args: tuple[Any, ...], folder: Path) -> Path:
+    def write(self, deployed: nn.Module, inputs: ExportInputs, folder: Path) -> Path:
         file = folder / f"model{self.suffix}"
-        torch.export.save(export_program(deployed, args), file)
+        program = export_program(deployed, inputs)
+        with file.open("wb") as stream:  # errors of the disk are OSError here
+            torch.export.save(program, stream)
         return file
 
-    def write_for_timing(self, deployed: nn.Module, args: tuple[Any, ...], folder: Path) -> Path:
-        return self.write(deployed, args, folder)
+    def write_for_timing(self, deployed: nn.Module, inputs: ExportInputs, folder: Path) -> Path:
+        return self.write(deployed, inputs, folder)
 
     def load(self, file: Path, threads: int | None, _exclusive: bool) -> Runner:
         return module_runner(load_module(file), threads)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ghostify.runtimes.onnx_runtime import OnnxRuntime
 from ghostify.runtimes.onnx_writer import write_onnx
-from ghostify.runtimes.tensors import Runner, unsupported_by_worker
+from ghostify.runtimes.tensors import ExportInputs, Runner, by_name, to_array, unsupported_by_worker
 
 
 @dataclass(frozen=True)
@@ -35,17 +35,17 @@ class OpenVino:
     def unsupported(self, example: Any) -> str | None:
         return unsupported_by_worker(example)
 
-    def write(self, deployed: nn.Module, args: tuple[Any, ...], folder: Path) -> Path:
+    def write(self, deployed: nn.Module, inputs: ExportInputs, folder: Path) -> Path:
         file = folder / f"model{self.suffix}"
-        onnx_file = OnnxRuntime().write(deployed, args, folder)
+        onnx_file = OnnxRuntime().write(deployed, inputs, folder)
         openvino = importlib.import_module("openvino")
         openvino.save_model(openvino.convert_model(str(onnx_file)), str(file), compress_to_fp16=False)
         onnx_file.unlink()
         return file
 
-    def write_for_timing(self, deployed: nn.Module, args: tuple[Any, ...], folder: Path) -> Path:
+    def write_for_timing(self, deployed: nn.Module, inputs: ExportInputs, folder: Path) -> Path:
         file = folder / "model.onnx"
-        return file if write_onnx(deployed, args, file) else self.write(deployed, args, folder)
+        return file if write_onnx(deployed, inputs.args, file) else self.write(deployed, inputs, folder)
 
     def load(self, file: Path, threads: int | None, _exclusive: bool) -> Runner:
         core = importlib.import_module("openvino").Core()
@@ -54,8 +54,10 @@ class OpenVino:
             options["INFERENCE_NUM_THREADS"] = threads
         compiled = core.compile_model(str(file), "CPU", options)
 
-        def run(*inputs: Tensor) -> list[Tensor]:
-            results = compiled([x.contiguous().numpy() for x in inputs])
+        names = [port.any_name for port in compiled.inputs]
+
+        def run(*args: Any, **kwargs: Any) -> list[Tensor]:
+            results = compiled({name: to_array(x) for name, x in by_name(names, args, kwargs).items()})
             return [torch.from_numpy(results[k].copy()) for k in range(len(compiled.outputs))]
 
         return run

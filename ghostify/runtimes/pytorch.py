@@ -9,17 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.utils._pytree import tree_map_only
 
 from ghostify.graph.inputs import tensor_leaves
-from ghostify.runtimes.tensors import Runner, with_batch_of_two
+from ghostify.runtimes.tensors import ExportInputs, Runner
 
 
-def export_program(deployed: nn.Module, args: tuple[Any, ...]) -> ExportedProgram:
-    """The inference form as torch.export's program; the batch size, every tensor's first dimension, stays free."""
-    batch = torch.export.Dim("batch", min=1)
-    free_batch = tree_map_only(Tensor, lambda t: {0: batch} if t.dim() else {}, args)
-    return torch.export.export(deployed, with_batch_of_two(args), dynamic_shapes=free_batch, strict=False)
+def export_program(deployed: nn.Module, inputs: ExportInputs) -> ExportedProgram:
+    """The inference form as torch.export's program; a free batch size is that of every tensor's first dimension."""
+    if not inputs.free_batch:
+        return torch.export.export(deployed, inputs.args, inputs.kwargs, strict=False)
+    batch, shapes = torch.export.Dim("batch", min=1), torch.export.ShapesCollection()
+    inputs = inputs.doubled(single_only=True)  # a size of one would be a constant
+    for tensor in tensor_leaves((inputs.args, inputs.kwargs)):
+        shapes[tensor] = {0: batch} if tensor.dim() else {}
+    return torch.export.export(deployed, inputs.args, inputs.kwargs, dynamic_shapes=shapes, strict=False)
 
 
 def module_runner(module: Callable[..., Any], threads: int | None) -> Runner:
@@ -27,9 +30,9 @@ def module_runner(module: Callable[..., Any], threads: int | None) -> Runner:
     if threads and threads != torch.get_num_threads():
         torch.set_num_threads(threads)
 
-    def run(*inputs: Tensor) -> list[Tensor]:
+    def run(*args: Any, **kwargs: Any) -> list[Tensor]:
         with torch.no_grad():
-            return tensor_leaves(module(*inputs))
+            return tensor_leaves(module(*args, **kwargs))
 
     return run
 

@@ -19,7 +19,7 @@ from ghostify.runtimes.compiled import Compiled
 from ghostify.runtimes.eager import Eager
 from ghostify.runtimes.onnx_runtime import OnnxRuntime
 from ghostify.runtimes.openvino import OpenVino
-from ghostify.runtimes.tensors import Runner
+from ghostify.runtimes.tensors import ExportInputs, Runner
 
 
 class Runtime(Protocol):
@@ -60,14 +60,14 @@ class Runtime(Protocol):
     def unsupported(self, example: Any, /) -> str | None:
         """The error, with its remedy, if it cannot run these inputs, or cannot run on this machine; None if it can."""
 
-    def write(self, deployed: nn.Module, args: tuple[Any, ...], folder: Path) -> Path:
-        """Write an inference form with a free batch size and the other sizes of `args`; returns the file."""
+    def write(self, deployed: nn.Module, inputs: ExportInputs, folder: Path) -> Path:
+        """Write an inference form for the sizes of `inputs`, but for a free batch size; returns the file."""
 
-    def write_for_timing(self, deployed: nn.Module, args: tuple[Any, ...], folder: Path) -> Path:
-        """Write an inference form as fast as possible; the file may be limited to the sizes of `args`."""
+    def write_for_timing(self, deployed: nn.Module, inputs: ExportInputs, folder: Path) -> Path:
+        """Write an inference form as fast as possible; the file may be limited to the sizes of `inputs`."""
 
     def load(self, file: Path, threads: int | None, exclusive: bool, /) -> Runner:
-        """A function from input tensors to output tensors that runs such a file on the CPU.
+        """A function from the arguments of a forward to its output tensors that runs such a file on the CPU.
 
         With `exclusive=False`, for models that alternate in one process, its threads do not spin between calls.
         """

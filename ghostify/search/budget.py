@@ -265,7 +265,11 @@ def select_plan(space: SearchSpace, budget: Mapping[str, float]) -> BudgetPlan:
             break
         shares = _measured_shares(space, selected.plan, measured)
         if all(shares[k] <= goals[k] * MEASURED_SLACK for k in measured):
-            return replace(selected, shares={**selected.shares, **{names[k]: shares[k] for k in measured}})
+            return BudgetPlan(
+                replace(selected.plan, macs_limit=int(limits[names.index("macs")]) if "macs" in budget else None),
+                {**selected.shares, **{names[k]: shares[k] for k in measured}},
+                selected.loss,
+            )
         for k in (k for k in measured if shares[k] > goals[k] * MEASURED_SLACK):
             tightened[k] *= goals[k] / shares[k]
     worst = max(measured, key=lambda k: shares[k] / goals[k])

@@ -21,6 +21,7 @@ from ghostify.fitting.driver import FitResult, ProgressCallback, fit
 from ghostify.fitting.sensitivity import Calibration, a_calibration, prepare_calibration
 from ghostify.graph.program import Program, a_program
 from ghostify.io.atomic import write_text_atomic
+from ghostify.io.output import writing_to
 from ghostify.neutral_context import caller_modes
 from ghostify.planning.planner import Plan
 from ghostify.planning.policy import Policy, Rule, as_policy
@@ -175,13 +176,19 @@ def plan_for_drop(
     return best
 
 
+def is_frontier(file: Path) -> bool:
+    """Whether a file is a frontier that `read_frontier` reads."""
+    try:
+        return bool(read_frontier(file))
+    except GhostifyError:
+        return False
+
+
 def write_frontier(curve: Sequence[FrontierPoint], file: Path) -> None:
     """Write a frontier as JSON; raises `GhostifyError` where the file cannot be written."""
     content = {"format": FORMAT_VERSION, "points": [point.to_dict() for point in curve]}
-    try:
+    with writing_to(file):
         write_text_atomic(file, json.dumps(content, indent=1) + "\n")
-    except OSError as error:
-        raise GhostifyError(f"{file}: cannot be written ({error.strerror}). Choose another file.") from error
 
 
 def read_frontier(file: Path) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ Counts = tuple[int | None, int | None]  # numbers of outputs and inputs; None: a
 
 def cache_folder() -> Path:
     """GHOSTIFY_CACHE, or ~/.cache/ghostify."""
-    return Path(os.environ.get("GHOSTIFY_CACHE", Path.home() / ".cache/ghostify"))
+    return Path(os.environ.get("GHOSTIFY_CACHE", os.path.expanduser("~/.cache/ghostify")))
 
 
 def cache_file() -> Path:
@@ -176,7 +176,6 @@ def _read_cache() -> dict[str, float]:
 def _write_cache(latencies_ms: dict[str, float]) -> None:
     file = cache_file()
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomic(file, json.dumps(latencies_ms))
-    except OSError:
+    except (OSError, GhostifyError):
         return  # measured again next time

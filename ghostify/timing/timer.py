@@ -20,7 +20,9 @@ from torch import nn
 from ghostify.deployment.exporter import write_unchecked
 from ghostify.errors import GhostifyError
 from ghostify.graph.inputs import as_arguments, tensor_leaves
+from ghostify.io.output import writing_to
 from ghostify.runtimes.registry import Runtime, check_supported, get_runtime, installed_version, require_runtime
+from ghostify.runtimes.tensors import ExportInputs
 from ghostify.timing.interleaved import interleaved_latency_ms
 from ghostify.timing.worker import INPUTS, to_timed_format
 
@@ -61,10 +63,11 @@ class LatencyTimer:
             inputs = [to_timed_format(example, self.runtime) for example in examples]
             return interleaved_latency_ms(deployed, inputs, rounds=rounds)
         with tempfile.TemporaryDirectory() as folder:
-            files = [
-                export_for_timing(model, self.runtime.name, example, Path(folder) / str(k))
-                for k, (model, example) in enumerate(zip(deployed, examples, strict=True))
-            ]
+            with writing_to(folder):
+                files = [
+                    export_for_timing(model, self.runtime.name, example, Path(folder) / str(k))
+                    for k, (model, example) in enumerate(zip(deployed, examples, strict=True))
+                ]
             if self.process is None:
                 self.process = start_worker(self.runtime.name, torch.get_num_threads())
             return [statistics.median(times) for times in request_timings(self.process, files, rounds)]
@@ -76,7 +79,7 @@ def export_for_timing(deployed: nn.Module, runtime: str, example: Any, folder: P
     check_supported(target, example)
     folder.mkdir(parents=True)
     np.savez(folder / INPUTS, *[x.numpy() for x in tensor_leaves(args)])
-    return write_unchecked(deployed, args, folder, target, for_timing=True)
+    return write_unchecked(deployed, ExportInputs(args, {}), folder, target, for_timing=True)
 
 
 def start_worker(runtime: str, threads: int) -> subprocess.Popen[str]:

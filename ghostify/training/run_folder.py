@@ -5,21 +5,33 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import math
 import pickle
-import shutil
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ghostify.errors import GhostifyError
 from ghostify.files import open_regular, parse_json, read_json, read_text
-from ghostify.io.atomic import staged_folder, write_text_atomic
+from ghostify.io.atomic import (
+    check_output_folder,
+    partial_folder,
+    remove_own_files,
+    staged_file,
+    staged_folder,
+    write_text_atomic,
+)
+from ghostify.io.lock import locked
+from ghostify.io.manifest import changed_files
+from ghostify.io.output import parents_created, writing_to
 from ghostify.io.tensor_file import read_tensors
+from ghostify.io.tensor_writer import write_tensors
 from ghostify.records import from_json
 
 SETTINGS, METRICS, PROGRESS = "training.json", "metrics.jsonl", "progress.json"
@@ -40,48 +52,59 @@ class TrainingProgress:
 
 
 class RunFolder:
-    """The folder of one training run, written by the main process alone.
+    """The folder of one training run, written by the main process alone, and by no other run until it is closed.
 
     `settings` are the recipe, the number of images and the fingerprints of both models. Raises `GhostifyError` for a
-    folder that belongs to another run.
+    folder that belongs to another run, or that another process is training in.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], *, is_main: bool) -> None:
         self.folder, self.is_main, self.tensorboard = folder, is_main, None
-        file = folder / SETTINGS
+        self.open_places = contextlib.ExitStack()
         if not is_main:
             return
-        if file.exists():
-            stored = _read_object(file)
-            changed = [key for key in settings if stored.get(key) != settings[key]]
-            if changed:
-                raise GhostifyError(f"{folder}: belongs to a run with different {', '.join(changed)}. {OTHER_FOLDER}")
-        elif folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
-            raise GhostifyError(f"{folder}: holds files that are not of a training run. {OTHER_FOLDER}")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(file, json.dumps(dict(settings), indent=1) + "\n")
+        check_run_folder(folder)
+        with writing_to(folder), self.open_places as stack:
+            stack.enter_context(parents_created(folder / SETTINGS))
+            stack.enter_context(locked(folder, lambda place: place.mkdir(exist_ok=True), folder))
+            if (folder / SETTINGS).exists():
+                stored = _read_object(folder / SETTINGS)
+                changed = [key for key in settings if stored.get(key) != settings[key]]
+                if changed:
+                    raise GhostifyError(
+                        f"{folder}: belongs to a run with different {', '.join(changed)}. {OTHER_FOLDER}"
+                    )
+            write_text_atomic(folder / SETTINGS, json.dumps(dict(settings), indent=1) + "\n")
+            self.open_places = stack.pop_all()
 
     def resume(self, accelerator: Any) -> TrainingProgress:
-        """Load the newest state, and remove the metrics that were logged after it."""
+        """Load the newest state, and remove the metrics that were logged after it.
+
+        Raises `GhostifyError` for a state, or best weights, that are missing or damaged.
+        """
         accelerator.wait_for_everyone()
         states = self._states()
         progress = TrainingProgress()
         if states:
             _check_state(states[-1])
-            accelerator.load_state(str(states[-1]))
             progress = _read_progress(states[-1] / PROGRESS)
+            _load_state(accelerator, states[-1])
         if self.is_main:
+            if progress.best is not None:
+                self.load_best()
             metrics = self.folder / METRICS
-            entries = metrics_of(self.folder) if metrics.exists() else []
-            lines = [json.dumps(entry) + "\n" for entry in entries if entry["step"] <= progress.step]
-            write_text_atomic(metrics, "".join(lines))
+            with writing_to(metrics):
+                entries = metrics_of(self.folder) if metrics.exists() else []
+                lines = [json.dumps(entry) + "\n" for entry in entries if entry["step"] <= progress.step]
+                write_text_atomic(metrics, "".join(lines))
             self.tensorboard = _tensorboard_writer(self.folder, progress.step)
         return progress
 
     def save(self, accelerator: Any, progress: TrainingProgress) -> None:
         """Write the state of all processes; the previous state is removed afterwards."""
-        staging, state = self.folder / f".{STATE}", self.folder / f"{STATE}{progress.step:09d}"
-        with staged_folder(state, staging=staging) if self.is_main else contextlib.nullcontext():
+        state = self.folder / f"{STATE}{progress.step:09d}"
+        staging = partial_folder(state)
+        with staged_folder(state) if self.is_main else contextlib.nullcontext():
             accelerator.wait_for_everyone()
             accelerator.save_state(str(staging))
             accelerator.wait_for_everyone()
@@ -89,15 +112,16 @@ class RunFolder:
                 (staging / PROGRESS).write_text(json.dumps(asdict(progress)))
         if self.is_main:
             for previous in self._states()[:-1]:
-                shutil.rmtree(previous, ignore_errors=True)
+                remove_own_files(previous)
         accelerator.wait_for_everyone()
 
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append a line to `metrics.jsonl`, and the same values to TensorBoard's log."""
         if not self.is_main:
             return
-        with (self.folder / METRICS).open("a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        file = self.folder / METRICS
+        with writing_to(file), file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"step": step, **metrics}, allow_nan=False) + "\n")
         if self.tensorboard is not None:
             for name, value in metrics.items():
                 self.tensorboard.add_scalar(name, value, step)
@@ -105,28 +129,40 @@ class RunFolder:
     def save_best(self, weights: dict[str, Tensor]) -> None:
         """Replace the best weights."""
         if self.is_main:
-            staging = self.folder / f".{BEST}"
-            save_file({name: value.contiguous().clone() for name, value in weights.items()}, staging)
-            staging.replace(self.folder / BEST)
+            file = self.folder / BEST
+            with writing_to(file), staged_file(file) as staging:
+                write_tensors(staging, {name: value.contiguous().clone() for name, value in weights.items()})
 
     def load_best(self) -> dict[str, Tensor]:
         """The weights that were saved last as the best."""
         return read_tensors(self.folder / BEST, remedy=OTHER_FOLDER)
 
     def close(self) -> None:
-        """Flush TensorBoard's log and end its thread."""
+        """Flush TensorBoard's log, end its thread, and leave the folder to other processes."""
         if self.tensorboard is not None:
             self.tensorboard.close()
+        self.open_places.close()
 
     def _states(self) -> list[Path]:
         """The complete states, the newest last."""
-        return sorted(self.folder.glob(f"{STATE}*[0-9]"))
+        return sorted(p for p in self.folder.glob(f"{STATE}*") if re.fullmatch(rf"{STATE}\d{{9,}}", p.name))
+
+
+def check_run_folder(folder: Path) -> None:
+    """Raise `GhostifyError` for a folder that is not of a training run, is damaged or cannot be written to."""
+    check_output_folder(folder, overwrite=True)
+    with writing_to(folder):
+        if (folder / SETTINGS).exists():
+            _read_object(folder / SETTINGS)
+        elif folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
+            raise GhostifyError(f"{folder}: holds files that are not of a training run. {OTHER_FOLDER}")
 
 
 def metrics_of(folder: Path) -> list[dict[str, float]]:
     """The complete lines of a run's `metrics.jsonl`; a killed process may have left a truncated one.
 
-    Raises `GhostifyError` for lines that are not of a training run.
+    Values that are not finite, which earlier versions wrote, are left out. Raises `GhostifyError` for lines that are
+    not of a training run.
     """
     file = folder / METRICS
     entries = []
@@ -138,14 +174,17 @@ def metrics_of(folder: Path) -> list[dict[str, float]]:
             isinstance(v, int | float) for v in (entry.get("step"), *entry.values())
         ):
             raise GhostifyError(f"{file}: has a line that is not of a training run. {OTHER_FOLDER}")
-    return [_with_new_keys(entry) for entry in entries]
+    return [{k: v for k, v in _with_new_keys(entry).items() if math.isfinite(v)} for entry in entries]
 
 
 def _check_state(state: Path) -> None:
-    """Raise `GhostifyError` for a state with other than regular files, or a pickle that holds more than tensors.
+    """Raise `GhostifyError` for a state with changed files, or a pickle that holds more than tensors.
 
     Accelerate reads all files but those of other objects, such as averaged weights, without running code from them.
     """
+    damaged = next(changed_files(state), None)
+    if damaged is not None:
+        raise GhostifyError(f"{state / damaged}: is missing or damaged. {OTHER_FOLDER}")
     for file in sorted(p for p in state.rglob("*") if not p.is_dir()):
         with open_regular(file, folder=state, remedy=OTHER_FOLDER) as stream:
             if not file.name.startswith(OTHER_OBJECTS):
@@ -156,6 +195,15 @@ def _check_state(state: Path) -> None:
                 raise GhostifyError(
                     f"{file}: is damaged, or cannot be read without running code from it. {OTHER_FOLDER}"
                 ) from error
+
+
+def _load_state(accelerator: Any, state: Path) -> None:
+    """Load a checked state; raises `GhostifyError` for one of another model or optimizer."""
+    try:
+        accelerator.load_state(str(state))
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise GhostifyError(f"{state}: cannot be loaded ({reason}). {OTHER_FOLDER}") from error
 
 
 def _read_progress(file: Path) -> TrainingProgress:

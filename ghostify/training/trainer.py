@@ -6,7 +6,7 @@ import copy
 import hashlib
 import importlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from ghostify.errors import GhostifyError
 from ghostify.graph.batchnorm import has_running_statistics
 from ghostify.graph.inputs import tensor_leaves
 from ghostify.graph.modes import eval_mode
+from ghostify.numerics import first_not_finite
 from ghostify.runtimes.tensors import to_channels_last
 from ghostify.text import first_line, format_value
 from ghostify.training.features import collect_features
@@ -36,6 +37,7 @@ from ghostify.training.recipe import Recipe
 from ghostify.training.run_folder import RunFolder, TrainingProgress
 
 LOG_EVERY = 10
+UNSTABLE = "Lower the learning rate or set clip, and use another folder; this one keeps the last good state."
 ProgressCallback = Callable[[int, int, str], None]
 
 
@@ -71,7 +73,8 @@ def finetune(
     agreement with the original; among equal ones, the smallest distance to the original. `folder` keeps the state, so
     that a call with the same arguments resumes after an interruption and ends with the same result. It also keeps the
     metrics, as JSON lines and for TensorBoard. Devices, precision and processes are those of Accelerate (`accelerate
-    launch`, `torchrun`), or of the given `accelerator`. Raises `GhostifyError` for a folder of another run.
+    launch`, `torchrun`), or of the given `accelerator`. Raises `GhostifyError` for a folder of another run, and where a
+    loss, a metric or a weight is not finite: the last good state stays in the folder.
     """
     recipe, folder = recipe or Recipe(), Path(folder)
     if recipe.labels and not data.labelled:
@@ -109,6 +112,7 @@ def _train(training: _Training, run_folder: RunFolder, on_progress: ProgressCall
         if progress.evaluations_without_gain >= (recipe.patience or math.inf):
             break
         losses = training.step(step, batch)
+        _check_finite(step + 1, losses)
         progress = replace(progress, step=step + 1)
         is_last = progress.step == training.steps
         on_progress(progress.step, training.steps, f"loss {losses['loss']:.4f}")
@@ -118,13 +122,17 @@ def _train(training: _Training, run_folder: RunFolder, on_progress: ProgressCall
         if is_evaluated:
             progress = _evaluate(training, run_folder, progress)
         if is_evaluated or not progress.step % recipe.save_every:
+            training.check_weights(progress.step)
             run_folder.save(accelerator, progress)
 
 
 def _evaluate(training: _Training, run_folder: RunFolder, progress: TrainingProgress) -> TrainingProgress:
     """The progress after an evaluation; logs its metrics, and saves the weights if they are the best so far."""
+    training.check_weights(progress.step)
     score, distance = training.evaluate()
-    run_folder.log_metrics(progress.step, {"validation": score, "distance_to_original": distance})
+    metrics = {"validation": score, "distance_to_original": distance}
+    _check_finite(progress.step, metrics)
+    run_folder.log_metrics(progress.step, metrics)
     is_best = progress.best is None or (score, -distance) > (progress.best, -progress.distance_to_original)
     if not is_best:
         return replace(progress, evaluations_without_gain=progress.evaluations_without_gain + 1)
@@ -132,14 +140,21 @@ def _evaluate(training: _Training, run_folder: RunFolder, progress: TrainingProg
     return replace(progress, best=score, distance_to_original=distance, evaluations_without_gain=0)
 
 
+def _check_finite(step: int, values: Mapping[str, float]) -> None:
+    """Raise `GhostifyError` for NaN and infinity, which no later step repairs."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise GhostifyError(f"finetune: {name} is {value} at step {step}. {UNSTABLE}")
+
+
 @torch.no_grad()
-def _check_classes(original: nn.Module, data: TrainingData) -> None:
-    """Raise `GhostifyError` for labels beyond the classes of an original with outputs of N x classes."""
+def _check_data(original: nn.Module, data: TrainingData) -> None:
+    """Read an image, and raise `GhostifyError` for labels beyond the classes of an original with N x classes."""
+    image, _ = data.validation[0]
     if not data.labelled or not data.classes:
         return
     with eval_mode(original):
-        image = data.validation[0][0].to(next(original.parameters()).device)
-        outputs = tensor_leaves(original(image[None]))[0]
+        outputs = tensor_leaves(original(image[None].to(next(original.parameters()).device)))[0]
     if outputs.dim() == 2 and data.classes > outputs.shape[1]:
         raise GhostifyError(
             f"{data.name}: has label {data.classes - 1}, the model has {outputs.shape[1]} classes, counted from 0. "
@@ -182,6 +197,7 @@ class _Training:
     def __init__(
         self, accelerator: Any, model: nn.Module, original: nn.Module, data: TrainingData, recipe: Recipe
     ) -> None:
+        _check_data(original, data)
         count, processes = len(data.train), accelerator.num_processes  # type: ignore[arg-type]
         if recipe.batch % processes:
             raise GhostifyError(
@@ -199,7 +215,6 @@ class _Training:
         self.accelerator, self.recipe, self.labelled = accelerator, recipe, data.labelled
         self.per_epoch = count // recipe.batch
         self.steps = max(1, round(recipe.epochs * self.per_epoch))
-        _check_classes(original, data)
         torch.manual_seed(recipe.seed)
         student = copy.deepcopy(model).requires_grad_().to(memory_format=torch.channels_last)
         teacher = copy.deepcopy(original).requires_grad_(False).eval().to(memory_format=torch.channels_last)
@@ -318,6 +333,15 @@ class _Training:
         self.student_features.clear()
         self.teacher_features.clear()
         return 100 * torch.cat(hits).mean().item(), torch.cat(distances).mean().item()
+
+    def check_weights(self, step: int) -> None:
+        """Raise `GhostifyError` for weights that are not finite."""
+        model = self.accelerator.unwrap_model(self.student)
+        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        for state in (model.state_dict(), self.weights()):
+            name = first_not_finite(state, parameters)
+            if name is not None:
+                raise GhostifyError(f"finetune: {name} holds NaN or infinity after step {step}. {UNSTABLE}")
 
     def weights(self) -> dict[str, Tensor]:
         """The weights that are evaluated: the student's, or their moving average."""

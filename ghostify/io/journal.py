@@ -1,0 +1,42 @@
+"""New files that wait in a folder for their places: a write into a folder that cannot be exchanged as a whole.
+
+The new files are complete when their folder gets the name `PENDING`, in one step. From then on they are the ones that
+count, whether they were moved to their places or not.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ghostify.io.manifest import MANIFEST, entries
+
+PENDING = ".ghostify-new"
+
+
+def current_file(folder: Path, name: str) -> Path:
+    """The file of that name; after an interrupted write the one that was not moved to its place yet."""
+    pending = folder / PENDING
+    return pending / name if not pending.is_symlink() and (pending / name).is_file() else folder / name
+
+
+def finish_write(folder: Path) -> None:
+    """Move the new files to their places, the manifest last; also after an interruption."""
+    pending = folder / PENDING
+    if pending.is_symlink() or not pending.is_dir():
+        return
+    for name in sorted(entries(pending), key=lambda name: name == MANIFEST):
+        if not name.endswith("/"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(pending / name, folder / name)
+    remove_empty_folders(pending)
+
+
+def remove_empty_folders(folder: Path) -> None:
+    """Remove a folder and those in it, unless they hold files."""
+    if folder.is_dir():
+        for place in folder.iterdir():
+            if place.is_dir() and not place.is_symlink():
+                remove_empty_folders(place)
+        if not any(folder.iterdir()):
+            folder.rmdir()

@@ -1,0 +1,44 @@
+import pytest
+
+from ghostify.io.journal import PENDING, current_file, finish_write, remove_empty_folders
+from ghostify.io.manifest import MANIFEST
+
+NAMES = ("a", "b", "sub/c", MANIFEST)
+
+
+def fill(folder, text):
+    for name in NAMES:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize("moved", range(len(NAMES) + 1))
+def test_new_files_count_from_the_start_and_get_to_their_places(tmp_path, moved):
+    fill(tmp_path, "old")
+    fill(tmp_path / PENDING, "new")
+    (tmp_path / "mine").write_text("mine")
+    for name in NAMES[:moved]:  # then the process was killed
+        (tmp_path / PENDING / name).replace(tmp_path / name)
+    assert {current_file(tmp_path, name).read_text() for name in NAMES} == {"new"}
+    assert current_file(tmp_path, "mine").read_text() == "mine"
+    finish_write(tmp_path)
+    assert {(tmp_path / name).read_text() for name in NAMES} == {"new"}
+    assert not (tmp_path / PENDING).exists()
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_a_link_is_not_a_journal(tmp_path):
+    (tmp_path / "out").mkdir()
+    fill(tmp_path / "else", "else")
+    (tmp_path / "out" / PENDING).symlink_to(tmp_path / "else")
+    assert current_file(tmp_path / "out", "a") == tmp_path / "out" / "a"
+    finish_write(tmp_path / "out")
+    assert (tmp_path / "else" / "a").exists()
+
+
+def test_only_empty_folders_are_removed(tmp_path):
+    (tmp_path / "out" / "a" / "b").mkdir(parents=True)
+    (tmp_path / "out" / "c").mkdir()
+    (tmp_path / "out" / "c" / "file").touch()
+    remove_empty_folders(tmp_path / "out")
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == ["out", "out/c", "out/c/file"]
