@@ -84,8 +84,8 @@ CHECKS: dict[type[nn.Module], Callable[[Any], bool]] = {
 
 def _has_shapes(layer: nn.Module, **shapes: tuple[int, ...]) -> bool:
     """Whether the parameters and buffers of these names have these shapes, where the layer has them."""
-    tensors = {**layer._parameters, **layer._buffers}
-    return all(tensors.get(name) is None or tuple(tensors[name].shape) == shape for name, shape in shapes.items())
+    tensors = ((layer._parameters.get(name, layer._buffers.get(name)), shape) for name, shape in shapes.items())
+    return all(tensor is None or tuple(tensor.shape) == shape for tensor, shape in tensors)
 
 
 def _is_count(value: object, least: int = 1) -> bool:
