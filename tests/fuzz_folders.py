@@ -20,9 +20,11 @@ import sys
 import tempfile
 import threading
 from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 PATIENCE = 60.0  # seconds for one case before its process is killed
 Counts = Counter[tuple[str, str]]  # of cases by kind of change and outcome
@@ -111,6 +113,15 @@ def as_json(run: Run) -> str:
     return json.dumps({"seed": run.seed, "count": run.count, "findings": run.findings, "counts": counts}, indent=1)
 
 
+def summary(run: Mapping[str, Any]) -> str:
+    """The content of `as_json` in one line: the number of folders with each outcome."""
+    outcomes: Counter[str] = Counter()
+    for row in run["counts"].values():
+        outcomes.update(row)
+    listed = ", ".join(f"{count:,} {outcome}" for outcome, count in outcomes.most_common() if outcome != "finding")
+    return f"{run['count']:,} changed folders: {listed}; {run['findings']} findings"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--count", type=int, default=20_000)
@@ -138,7 +149,7 @@ def main() -> int:
     print(table(run.counts))
     if options.output is not None:
         options.output.write_text(as_json(run) + "\n")
-    print(f"{run.count} changed folders, {run.findings} findings")
+    print(summary(json.loads(as_json(run))))
     return int(run.findings > 0)
 
 

@@ -77,6 +77,8 @@ def change_field(content: Any, text: str, rng: random.Random) -> str:
         owner, key = _at(content, path[:-1]), path[-1]
         old = owner[key]
     except (KeyError, IndexError, TypeError):
+        owner = None
+    if not isinstance(owner, dict | list):
         return "nothing left"  # an earlier change of the same folder removed it
     way = rng.choice(("replace", "replace", "replace", "delete", "rename", "copy", "swap", "add"))
     if way == "replace":

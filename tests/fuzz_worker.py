@@ -48,7 +48,7 @@ class Worker:
     """Runs cases under the watch, which stays in this process for good."""
 
     def __init__(self, place: Path, seed: int) -> None:
-        self.place, self.seed = place, seed
+        self.place, self.seed = Path(tempfile.mkdtemp(prefix="worker-", dir=place)), seed
         self.samples = read_samples(place / "samples")
         self.watch = Watch()
         warnings.simplefilter("ignore")
@@ -56,7 +56,7 @@ class Worker:
             for sample in self.samples:  # imports what the steps import the first time
                 model = self._load(sample, sample.folder)
                 assert self._forward(model, sample, sample.folder) == "loaded"
-                self._save(model, sample.folder, place / "warm-up")
+                self._save(model, sample.folder, self.place / "warm-up")
                 assert self._deploy(model, sample, sample.folder)
                 self._build_original(sample.folder)
         _limit_memory()
@@ -99,14 +99,16 @@ class Worker:
         try:
             self._save(model, case, out)
         except GhostifyError:
-            outcome += ", not saved again"
+            outcome += " and not saved again"
         else:
             try:
                 self._load(sample, out)
             except GhostifyError as error:
                 raise FindingError(f"saved again, but {error}") from error
         self._build_original(case)
-        return outcome if outcome != "loaded" or self._deploy(model, sample, case) else "loaded, not deployed"
+        return (
+            outcome if outcome != "loaded" or self._deploy(model, sample, case) else "loaded without an inference form"
+        )
 
     def _load(self, sample: Sample, folder: Path) -> nn.Module:
         with time_limit(SECONDS), self.watch.over(readable=folder):
@@ -120,9 +122,9 @@ class Worker:
             with time_limit(FORWARD_SECONDS), torch.no_grad(), self.watch.over(readable=folder):
                 model(*inputs)
         except LateError:
-            return "loaded, forward takes long"
+            return "loaded with a long forward"
         except Exception:
-            return "loaded, forward fails"
+            return "loaded with a failing forward"
         return "loaded"
 
     def _deploy(self, model: nn.Module, sample: Sample, folder: Path) -> bool:

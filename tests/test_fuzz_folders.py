@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuzz_folders import table
+from tests.fuzz_folders import summary, table
 from tests.fuzz_values import CODE
 from tests.fuzz_watch import foreign_code
 
@@ -94,3 +94,10 @@ def test_the_watch_stops_what_it_forbids():
 def test_the_table_has_sums_of_rows_and_columns():
     rows = [line.split() for line in table(Counter({("a", "x"): 2, ("a", "y"): 1, ("b", "y"): 4})).splitlines()]
     assert rows == [["change", "x", "y", "all"], ["a", "2", "1", "3"], ["b", "0", "4", "4"], ["all", "2", "5", "7"]]
+
+
+def test_the_page_on_security_states_the_counts_of_the_stored_run():
+    stored = json.loads((ROOT / "benchmarks/results/fuzz-folders.json").read_text())
+    assert stored["findings"] == 0
+    page = " ".join((ROOT / "docs/security.md").read_text().split())
+    assert f"{summary(stored)}." in page, summary(stored)

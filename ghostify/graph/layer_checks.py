@@ -84,8 +84,8 @@ CHECKS: dict[type[nn.Module], Callable[[Any], bool]] = {
 
 def _has_shapes(layer: nn.Module, **shapes: tuple[int, ...]) -> bool:
     """Whether the parameters and buffers of these names have these shapes, where the layer has them."""
-    tensors = {name: t for name, t in {**layer._parameters, **layer._buffers}.items() if t is not None}
-    return all(tuple(tensors[name].shape) == shape for name, shape in shapes.items() if name in tensors)
+    tensors = ((layer._parameters.get(name, layer._buffers.get(name)), shape) for name, shape in shapes.items())
+    return all(tensor is None or tuple(tensor.shape) == shape for tensor, shape in tensors)
 
 
 def _is_count(value: object, least: int = 1) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ghostify.arguments import a_device, a_flag, a_json_object, a_model, a_module, a_path, optional, public, some_names
 from ghostify.errors import GhostifyError
-from ghostify.files import open_regular, read_json
+from ghostify.files import open_regular, parse_json, read_json
 from ghostify.graph.allowed_ops import allow_entries
 from ghostify.graph.description import parse_description
 from ghostify.graph.deserialization import deserialize_module, names_to_allow
@@ -82,9 +82,9 @@ def _warn_of_former_files(folder: Path, names: list[str]) -> None:
 
 
 def _check_json(key: str, value: Any) -> None:
-    """Raise `GhostifyError` for what JSON cannot hold."""
+    """Raise `GhostifyError` for what JSON cannot hold, or what `load` would not read."""
     try:
-        json.dumps(value, allow_nan=False, sort_keys=True)
+        parse_json(json.dumps(value, allow_nan=False, sort_keys=True))
     except (TypeError, ValueError, RecursionError) as error:
         raise GhostifyError(f"{key}: cannot be saved as JSON ({error}). Use numbers, text, lists and dicts.") from error
 
