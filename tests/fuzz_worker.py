@@ -53,6 +53,7 @@ class Worker:
         self.watch = Watch()
         warnings.simplefilter("ignore")
         with self.watch.off():
+            str(torch.zeros(2))  # as in messages of torch's errors
             for sample in self.samples:  # imports what the steps import the first time
                 model = self._load(sample, sample.folder)
                 assert self._forward(model, sample, sample.folder) == "loaded"

@@ -1,3 +1,4 @@
+import functools
 import hashlib
 import json
 import pickle
@@ -335,3 +336,14 @@ def test_files_that_are_no_checkpoints_are_refused_in_one_line(tmp_path, content
 def test_a_folder_is_no_checkpoint(tmp_path):
     with pytest.raises(GhostifyError, match=r": is a folder, not a file\. Name a checkpoint file"):
         load_weights(nets.Straight(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [10**200, "\ud800", functools.reduce(lambda inner, _: [inner], range(150), [])],
+    ids=["long", "half", "deep"],
+)
+def test_a_source_that_load_would_not_read_is_refused(converted, tmp_path, value):
+    with pytest.raises(GhostifyError, match=r"^source: cannot be saved as JSON \("):
+        save(converted, tmp_path / "out", source={"name": value})
+    assert not (tmp_path / "out").exists()
