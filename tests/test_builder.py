@@ -167,7 +167,7 @@ def tall(width):
         ({"labels": torch.zeros(3).long()}, "labels: are 3 for 4 images"),
         ({"labels": torch.full((4,), 99)}, "labels: class 99 is not one of the model's 5 classes"),
         ({"labels": torch.zeros(4).long(), "images": []}, "labels: are compared with what both models predict"),
-        ({"images": [nets.images(4)[:, :1]]}, "images: GraphModule does not run on batch 0"),
+        ({"images": [nets.images(4)[:, :1]]}, "images: Straight does not run on batch 0"),
         ({"curve": [{"error": 0.1}]}, r"curve\[0\]: has no shares of costs"),
         ({"curve": [{"shares": {"macs": "a"}, "error": 0.1}]}, r"curve\[0\] macs 'a': is not a number"),
         ({"example_inputs": "a"}, "example_inputs: the model does not run on them"),

@@ -311,5 +311,5 @@ def test_a_wrong_value_ends_with_one_line(here, monkeypatch, capfd, row):
     assert len(err) < 1200
     option = row.name.lstrip("-")
     named = (option, option.replace("-", "_"), row.value.partition("=")[0][:20] or "''")
-    assert any(name in err for name in named)
+    assert any(name in err for name in named), err
     assert content(here) == before

@@ -31,8 +31,7 @@ def copy_model(model: nn.Module) -> nn.Module:
             f"Convert the model before it is compiled."
         )
     _check_acyclic(model, "", ())
-    attributes = [v for m in model.modules() for v in tensor_leaves(list(vars(m).values()))]
-    memo = {id(v): v.detach().clone() for v in attributes if not v.is_leaf}  # deepcopy refuses tensors with a grad_fn
+    memo: dict[int, Any] = {}
     try:
         root = copy_module(model, memo)
     except Exception as error:
@@ -53,7 +52,14 @@ def copy_model(model: nn.Module) -> nn.Module:
 
 
 def copy_module(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """A deep copy whose parameters are leaves also where they are those of modules compiled by `torch.jit`."""
+    """A deep copy; `memo` is that of `copy.deepcopy`.
+
+    It copies tensors with a history of gradients, which deepcopy refuses, without it. Its parameters are leaves also
+    where they are those of modules compiled by `torch.jit`.
+    """
+    memo = {} if memo is None else memo
+    attributes = [v for m in module.modules() for v in tensor_leaves(list(vars(m).values()))]
+    memo.update({id(v): v.detach().clone() for v in attributes if not v.is_leaf})
     with torch.no_grad():
         copied = copy.deepcopy(module, memo)
     for parameter, original in zip(copied.parameters(), module.parameters(), strict=True):

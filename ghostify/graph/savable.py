@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-
 from torch import nn
 
+from ghostify.graph.model_copy import copy_module
 from ghostify.graph.parametrizations import fix_computed_weights, has_computed_weights
 
 # Modules that hook the modules of a model when it first runs, with the attribute by which they know that they have
@@ -16,7 +15,7 @@ def savable(module: nn.Module) -> nn.Module:
     """The module; a copy where weights are computed, or where a library has installed hooks that it installs again."""
     if not has_computed_weights(module) and not _self_installed_hooks(module):
         return module
-    copied = copy.deepcopy(module)
+    copied = copy_module(module)
     fix_computed_weights(copied)
     for part, key in _self_installed_hooks(copied):
         del part._forward_hooks[key]

@@ -151,6 +151,9 @@ class _Training:
     def __init__(
         self, accelerator: Any, model: nn.Module, original: nn.Module, data: TrainingData, recipe: Recipe
     ) -> None:
+        student = copy.deepcopy(model).requires_grad_().to(memory_format=torch.channels_last)
+        teacher = copy.deepcopy(original).requires_grad_(False).eval().to(memory_format=torch.channels_last)
+        self.classes = check_outputs(student, teacher, data)
         count, processes = len(data.train), accelerator.num_processes  # type: ignore[arg-type]
         if recipe.batch % processes:
             raise GhostifyError(
@@ -169,9 +172,6 @@ class _Training:
         self.per_epoch = count // recipe.batch
         self.steps = max(1, round(recipe.epochs * self.per_epoch))
         torch.manual_seed(recipe.seed)
-        student = copy.deepcopy(model).requires_grad_().to(memory_format=torch.channels_last)
-        teacher = copy.deepcopy(original).requires_grad_(False).eval().to(memory_format=torch.channels_last)
-        self.classes = check_outputs(student, teacher, data)
         self.student_features, self.teacher_features = (
             collect_features(student, teacher) if recipe.features else ([], [])
         )
