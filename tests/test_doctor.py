@@ -1,6 +1,13 @@
 import re
+import sys
+from pathlib import Path
 
 from ghostify.cli import doctor
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 
 def test_what_is_missing_is_named_with_its_remedy(monkeypatch):
@@ -13,3 +20,13 @@ def test_what_is_missing_is_named_with_its_remedy(monkeypatch):
     assert {"python", "torch", "timm", "accelerator", "pytorch_threads"} <= set(facts)
     assert all(re.fullmatch("[a-z0-9_]+", key) for key in facts)
     assert set(doctor.LABELS) <= set(facts)
+
+
+def test_extras_are_those_of_the_package():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    declared = {
+        extra: tuple(re.split(r"[\[>=]", requirement)[0] for requirement in requirements)
+        for extra, requirements in project["optional-dependencies"].items()
+        if extra in doctor.EXTRAS
+    }
+    assert declared == doctor.EXTRAS

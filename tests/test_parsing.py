@@ -1,7 +1,17 @@
+from dataclasses import fields
+
 import pytest
 
 from ghostify import GhostifyError, Policy, Recipe, Rule
-from ghostify.cli.parsing import parse_arguments, parse_budget, parse_cheap, parse_policy, parse_recipe, parse_size
+from ghostify.cli.parsing import (
+    RULE_OPTIONS,
+    parse_arguments,
+    parse_budget,
+    parse_cheap,
+    parse_policy,
+    parse_recipe,
+    parse_size,
+)
 
 DEFAULTS = {"ratio": 2.0, "dw_size": 3, "cheap": "depthwise", "activated": False, "prune": False}
 
@@ -44,8 +54,8 @@ def test_budgets_are_numbers_by_name():
     ("pair", "message"),
     [
         ("0.5", r"^--budget '0\.5': is not of the form key=value\. Write it as in macs=0\.5"),
-        ("flops=0.5", r"^--budget flops: is unknown\. Use macs, params, latency or max_drop"),
-        *((f"macs={value}", "^--budget macs=.*: is not a positive number") for value in
+        ("flops=0.5", r"^--budget 'flops': is unknown\. Use macs, params, latency or max_drop"),
+        *((f"macs={value}", "^--budget macs .*: is not a positive number") for value in
           ("half", "0", "-1", "NaN", "Infinity", "1e999", "true", "null", "[0.5]", '{"a": 1}', "")),
         ("macs=" + "[" * 100_000, "^--budget macs: is nested too deeply"),
     ],
@@ -112,3 +122,8 @@ def test_the_cheap_operation_is_a_name_or_a_width(text):
     assert [parse_cheap(t) for t in ("8", "auto", "pointwise")] == [8, "auto", "pointwise"]
     with pytest.raises(GhostifyError, match=r"^--cheap .*: is unknown"):
         parse_cheap(text)
+
+
+def test_every_field_of_a_rule_is_an_option_that_a_policy_replaces():
+    options = {field.name for field in fields(Rule)} - {"targets"} | {"target", "former_prune"}
+    assert set(RULE_OPTIONS) == options

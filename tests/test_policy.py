@@ -1,3 +1,5 @@
+from dataclasses import fields
+
 import numpy as np
 import pytest
 import torch
@@ -5,6 +7,7 @@ from torch import nn
 
 from ghostify import GhostifyError, Policy, Rule
 from ghostify.modules.layout import Depthwise, Grouped, Pointwise
+from ghostify.planning.policy import RULE_CHECKS
 
 
 @pytest.mark.parametrize(
@@ -149,3 +152,7 @@ def test_a_pattern_that_fails_is_named_with_its_convolution(pattern):
 
 def test_the_default_ratio_is_no_ratio_of_the_rule():
     assert (Rule().ratio, Rule().ratio_or_default, Rule(ratio=3).ratio_or_default) == (None, 2, 3)
+
+
+def test_every_field_of_a_rule_is_checked():
+    assert set(RULE_CHECKS) == {field.name for field in fields(Rule)}

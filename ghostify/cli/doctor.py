@@ -15,7 +15,7 @@ from ghostify.runtimes.registry import RUNTIMES, installed_version, require_runt
 from ghostify.timing.latency import cache_file, processor
 
 EXTRAS = {
-    "export": ("onnx", "onnxscript", "onnxruntime", "openvino"),
+    "export": ("onnx", "onnxruntime", "onnxscript", "openvino"),
     "finetune": ("accelerate", "tensorboard"),
     "report": ("altair", "vl-convert-python"),
     "demo": ("scikit-learn",),

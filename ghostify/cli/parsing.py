@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import fields
@@ -15,11 +14,10 @@ import typer
 from ghostify.cli.exit_codes import print_notice
 from ghostify.errors import GhostifyError
 from ghostify.planning.policy import Policy, Rule
-from ghostify.search.costs import COSTS
+from ghostify.search.budget import a_budget
 from ghostify.training.recipe import Recipe
 
 RULE_OPTIONS = ("ratio", "dw_size", "cheap", "activated", "prune", "former_prune", "target", "ignore")
-MAX_DROP = "max_drop"
 MAX_DIGITS, MAX_SIDE, MAX_INPUT_VALUES = 6, 2**16, 2**28
 SHOWN = 60
 
@@ -59,13 +57,7 @@ def parse_budget(pairs: Sequence[str] | None) -> dict[str, float] | None:
     """Limits by name, or None where there are none."""
     if not pairs:
         return None
-    limits = parse_pairs(pairs, "--budget", "macs=0.5")
-    for key, value in limits.items():
-        if key not in (*COSTS, MAX_DROP):
-            raise GhostifyError(f"--budget {key}: is unknown. Use {', '.join(COSTS)} or {MAX_DROP}.")
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not (0 < value < math.inf or (key == MAX_DROP and value == 0)):
-            raise GhostifyError(f"--budget {key}={value!r:.60}: is not a positive number. Write it as in macs=0.5.")
+    limits: dict[str, float] = dict(a_budget("--budget", parse_pairs(pairs, "--budget", "macs=0.5")))
     return limits
 
 

@@ -20,7 +20,6 @@ from ghostify.files import open_regular
 from ghostify.io.tensor_file import read_tensors
 from ghostify.text import format_shape
 
-ARRAY_SUFFIXES = (".npy", ".npz", ".safetensors")
 IMAGES, LABELS = "images", "labels"
 REMEDY = "Name a file of arrays without Python objects."
 REAL_KINDS, MAX_LABEL = "fiub", 2**31 - 1
@@ -66,17 +65,34 @@ def read_arrays(
 
 
 def _load(path: Path) -> Mapping[str, Array]:
-    """The arrays of a file by name; that of a `.npy` file, as "images", stays on disk until it is indexed."""
-    if path.suffix.lower() == ".safetensors":
-        return {name: _as_numpy(tensor) for name, tensor in read_tensors(path, remedy=REMEDY).items()}
+    """The arrays of a file by name."""
     try:
-        with open_regular(path, remedy=REMEDY) as stream:
-            if path.suffix.lower() == ".npy":
-                return {IMAGES: _map_array(stream)}
-            with zipfile.ZipFile(stream) as archive:
-                return {name.removesuffix(".npy"): _read_array(archive, name) for name in archive.namelist()}
+        return READERS[path.suffix.lower()](path)
     except UNREADABLE as error:
         raise GhostifyError(f"{path}: cannot be read ({type(error).__name__}: {error}). {REMEDY}") from error
+
+
+def _load_npy(path: Path) -> Mapping[str, Array]:
+    """The one array, as "images"; it stays on disk until it is indexed."""
+    with open_regular(path, remedy=REMEDY) as stream:
+        return {IMAGES: _map_array(stream)}
+
+
+def _load_npz(path: Path) -> Mapping[str, Array]:
+    with open_regular(path, remedy=REMEDY) as stream, zipfile.ZipFile(stream) as archive:
+        return {name.removesuffix(".npy"): _read_array(archive, name) for name in archive.namelist()}
+
+
+def _load_safetensors(path: Path) -> Mapping[str, Array]:
+    return {name: _as_numpy(tensor) for name, tensor in read_tensors(path, remedy=REMEDY).items()}
+
+
+READERS: Mapping[str, Callable[[Path], Mapping[str, Array]]] = {
+    ".npy": _load_npy,
+    ".npz": _load_npz,
+    ".safetensors": _load_safetensors,
+}
+ARRAY_SUFFIXES = tuple(READERS)
 
 
 def _map_array(stream: BinaryIO) -> Array:

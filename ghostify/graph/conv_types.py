@@ -12,6 +12,7 @@ from ghostify import skip_reasons
 from ghostify.graph.functional_conv import Conv2dCall, Conv2dRecorder
 from ghostify.graph.modes import eval_mode
 from ghostify.graph.op_queries import is_standard_conv
+from ghostify.text import first_line
 
 
 def to_standard_conv(conv: nn.Conv2d) -> nn.Conv2d | str:
@@ -36,7 +37,7 @@ def to_standard_conv(conv: nn.Conv2d) -> nn.Conv2d | str:
             with eval_mode(conv), Conv2dRecorder(recorded.append):
                 output = conv(probe)
         except Exception as error:
-            return f"{skip_reasons.FAILS_ALONE} ({type(error).__name__}: {error})".splitlines()[0]
+            return f"{skip_reasons.FAILS_ALONE} ({type(error).__name__}: {first_line(error)})"
         if len(recorded) != 1 or recorded[0][1] is not output:
             return skip_reasons.NOT_ONE_CONVOLUTION
         calls.append(recorded[0][0])

@@ -12,6 +12,7 @@ from torch.fx.node import map_arg
 from ghostify.graph.methods import record_methods
 from ghostify.graph.module_state import ModuleState
 from ghostify.graph.symbolic_tracer import MODE_PATH, SymbolicTracer, TrainingFlag, UntraceableError, is_notrace
+from ghostify.text import first_line
 
 PLAIN_STATE = (bool, int, float, str)
 
@@ -117,8 +118,7 @@ class _Search:
                 mark_methods(graph)
                 return _TracedForward(graph, tracer.constants, tracer.branches)
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise _ForwardError(tracer.failed_path, reason) from error
+            raise _ForwardError(tracer.failed_path, f"{type(error).__name__}: {first_line(error)}") from error
 
     def _check_state(self, modes: Mapping[str, bool], traced: _TracedForward) -> None:
         """Raise `_ForwardError` where the forward changed buffers or numbers, or depends on attributes that it set."""

@@ -30,6 +30,7 @@ from ghostify.io.tensor_file import read_tensors
 from ghostify.io.tensor_writer import write_tensors
 from ghostify.numerics import first_not_finite
 from ghostify.summary import Report, attach_report, conversion_info
+from ghostify.text import first_line
 from ghostify.user_warnings import warn_user
 
 FORMAT_VERSION = 2
@@ -173,9 +174,8 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     try:
         state: dict[str, Tensor] = load_state_dict(str(path), device="cpu", weights_only=True)
     except Exception as error:  # PyTorch and safetensors do not say what they raise for damaged files
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise GhostifyError(
-            f"{path}: is not a checkpoint that can be read without running code from it ({first_line}). "
+            f"{path}: is not a checkpoint that can be read without running code from it ({first_line(error)}). "
             f"Save its state_dict alone."
         ) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):

@@ -33,6 +33,7 @@ from ghostify.io.output import parents_created, writing_to
 from ghostify.io.tensor_file import read_tensors
 from ghostify.io.tensor_writer import write_tensors
 from ghostify.records import from_json
+from ghostify.text import first_line
 
 SETTINGS, METRICS, PROGRESS = "training.json", "metrics.jsonl", "progress.json"
 BEST, STATE = "best.safetensors", "state-"
@@ -204,8 +205,7 @@ def _load_state(accelerator: Any, state: Path) -> None:
     try:
         accelerator.load_state(str(state))
     except (OSError, ValueError, KeyError, EOFError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise GhostifyError(f"{state}: cannot be loaded ({reason}). {OTHER_FOLDER}") from error
+        raise GhostifyError(f"{state}: cannot be loaded ({first_line(error)}). {OTHER_FOLDER}") from error
 
 
 @contextlib.contextmanager
