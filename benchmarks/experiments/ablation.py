@@ -32,7 +32,7 @@ from ghostify.fitting.ghost_statistics import Solution
 from ghostify.fitting.initialization import untrained_weights
 from ghostify.fitting.lstsq import DEFAULT_METHOD, FitMethod, JointStatistics
 from ghostify.fitting.moments import SplitMoments
-from ghostify.fitting.sensitivity import Calibration, prepare_calibration
+from ghostify.fitting.sensitivity import PreparedCalibration, prepare_calibration
 from ghostify.modules.layout import GhostLayout
 from ghostify.planning.planner import GhostRewrite, Plan
 
@@ -73,7 +73,7 @@ def by_adam(stats: JointStatistics, solution: Solution, weights: Tensor) -> Solu
     return replace(solution, intrinsic=intrinsic.detach(), kernels=kernels.detach())
 
 
-def without_sensitivity(calibrated: Calibration) -> Calibration:
+def without_sensitivity(calibrated: PreparedCalibration) -> PreparedCalibration:
     """Channels are weighted by gamma^2 / sigma^2 of the following norm, not by the outputs' sensitivity."""
     return replace(calibrated, sensitivity={})
 
@@ -111,7 +111,9 @@ def rows(model: nn.Module, data: LabelledImages) -> Iterator[Row]:
         error, top = relative_error(outputs, reference), top1(outputs, data.test_labels)
         return {"how": how, "layer": layer_error, "error": error, "top1": top, "seconds": seconds}
 
-    def converted(how: str, ghost_plan: Plan, calibrated: Calibration, method: FitMethod = DEFAULT_METHOD) -> Row:
+    def converted(
+        how: str, ghost_plan: Plan, calibrated: PreparedCalibration, method: FitMethod = DEFAULT_METHOD
+    ) -> Row:
         started = time.perf_counter()
         fits = fit(program, ghost_plan, calibrated, method=method)
         errors = [float(w.holdout_error.mean()) for w in fits.weights.values() if w.holdout_error is not None]

@@ -24,7 +24,13 @@ from ghostify.fitting.lockstep import LockstepRun
 from ghostify.fitting.lstsq import DEFAULT_METHOD, FitMethod, JointStatistics
 from ghostify.fitting.pruned_fit import PrunedConvFit
 from ghostify.fitting.row_sample import MAX_MOMENT_FEATURES, needs_rows, sampled_rows_for
-from ghostify.fitting.sensitivity import Calibration, Sensitivity, a_calibration, channel_weights, prepare_calibration
+from ghostify.fitting.sensitivity import (
+    PreparedCalibration,
+    Sensitivity,
+    a_calibration,
+    channel_weights,
+    prepare_calibration,
+)
 from ghostify.fitting.stage_timer import StageTimer
 from ghostify.fitting.subgraph_inputs import collect_subgraph_inputs
 from ghostify.graph.batchnorm import BatchNorm, batchnorm_at
@@ -74,7 +80,7 @@ class FitResult:
 def fit(
     program: Program,
     plan: Plan,
-    calibration: Iterable[Any] | Calibration | None = None,
+    calibration: Iterable[Any] | PreparedCalibration | None = None,
     *,
     seed: int = 0,
     on_progress: ProgressCallback | None = None,
@@ -130,7 +136,7 @@ class _FitRun:
             inputs = inputs if kept_in is None else None
         return fit_data_free(conv, entry, norm, inputs, self.method)
 
-    def fit_subgraphs(self, calibration: Calibration) -> None:
+    def fit_subgraphs(self, calibration: PreparedCalibration) -> None:
         """Fit one subgraph after another, inner ones first, each on the inputs that the converted model gives it."""
         changed_paths = [p for p in self.program.subgraphs if any(e.conv.subgraph_path == p for e in self.plan.changes)]
         converted = self.program.module if changed_paths == [""] else copy.deepcopy(self.program.module)

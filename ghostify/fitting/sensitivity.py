@@ -40,7 +40,7 @@ Sensitivity = dict[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Calibration:
+class PreparedCalibration:
     """Calibration batches, the sensitivity of the outputs on them by convolution, and the seconds for computing it."""
 
     batches: CalibrationBatches
@@ -50,16 +50,18 @@ class Calibration:
 
 def a_calibration(name: str, value: Any) -> Any:
     """Calibration batches, prepared or not; a check of arguments."""
-    return value if isinstance(value, Calibration | CalibrationBatches) else an_iterable(name, value)
+    return value if isinstance(value, PreparedCalibration | CalibrationBatches) else an_iterable(name, value)
 
 
-def prepare_calibration(program: Program, calibration: Iterable[Any] | Calibration, seed: int = 0) -> Calibration:
+def prepare_calibration(
+    program: Program, calibration: Iterable[Any] | PreparedCalibration, seed: int = 0
+) -> PreparedCalibration:
     """The batches of `calibration` and the sensitivities of the outputs on them, for planning and fitting."""
-    if isinstance(calibration, Calibration):
+    if isinstance(calibration, PreparedCalibration):
         return calibration
     batches, started = bind_calibration(program.module, calibration, program.example), time.perf_counter()
     sensitivity = output_sensitivity(program, batches, seed=seed)
-    return Calibration(batches, sensitivity, time.perf_counter() - started)
+    return PreparedCalibration(batches, sensitivity, time.perf_counter() - started)
 
 
 def output_sensitivity(

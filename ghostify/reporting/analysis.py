@@ -25,7 +25,7 @@ class SkippedGroup:
 
 
 @dataclass(frozen=True)
-class LayerCost:
+class LayerErrorShare:
     """A rewritten convolution with its share of the predicted output error, and of the MACs saved."""
 
     layer: LayerReport
@@ -53,7 +53,7 @@ def skipped_by_reason(report: Report) -> list[SkippedGroup]:
     return sorted(groups, key=lambda group: -group.share)
 
 
-def layer_costs(report: Report) -> list[LayerCost]:
+def layer_costs(report: Report) -> list[LayerErrorShare]:
     """Every rewritten convolution, the largest share of the error first.
 
     Shares are of the predicted output errors, or of the layers' own relative errors if no output error is known.
@@ -65,7 +65,7 @@ def layer_costs(report: Report) -> list[LayerCost]:
     ]
     savings = [layer.macs_before - layer.macs_after for layer in layers]
     costs = [
-        LayerCost(layer, error / (sum(errors) or 1), saving / (sum(savings) or 1))
+        LayerErrorShare(layer, error / (sum(errors) or 1), saving / (sum(savings) or 1))
         for layer, error, saving in zip(layers, errors, savings, strict=True)
     ]
     return sorted(costs, key=lambda cost: -cost.error_share)

@@ -11,7 +11,7 @@ from ghostify import skip_reasons
 from ghostify.arguments import a_mapping, a_number, a_seed, optional, public
 from ghostify.errors import GhostifyError, InfeasibleBudgetError
 from ghostify.fitting.initialization import untrained_weights
-from ghostify.fitting.sensitivity import Calibration, a_calibration, prepare_calibration
+from ghostify.fitting.sensitivity import PreparedCalibration, a_calibration, prepare_calibration
 from ghostify.graph.program import Program, a_program
 from ghostify.modules.layout import GhostLayout
 from ghostify.planning.planner import (
@@ -117,7 +117,7 @@ def plan_for_budget(
     program: Program,
     policy: Policy | Rule,
     budget: Mapping[str, float],
-    calibration: Iterable[Any] | Calibration | None = None,
+    calibration: Iterable[Any] | PreparedCalibration | None = None,
     seed: int = 0,
     runtime: str = "eager",
 ) -> Plan:
@@ -149,7 +149,7 @@ def build_search_space(
     program: Program,
     policy: Policy,
     keys: tuple[str, ...],
-    calibration: Iterable[Any] | Calibration | None,
+    calibration: Iterable[Any] | PreparedCalibration | None,
     seed: int,
     timer: LatencyTimer,
 ) -> SearchSpace:
@@ -217,7 +217,7 @@ def _layer_lists(
     targets: Sequence[PlanTarget],
     of_groups: Sequence[list[Candidate]],
     constraints: Sequence[GroupConstraint],
-    calibration: Calibration | None,
+    calibration: PreparedCalibration | None,
     seed: int,
     keys: tuple[str, ...],
     timer: LatencyTimer,

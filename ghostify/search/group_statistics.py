@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from ghostify.fitting.moments import Moments
-from ghostify.fitting.sensitivity import Calibration
+from ghostify.fitting.sensitivity import PreparedCalibration
 from ghostify.fitting.subset_selection import greedy_order, selection_error
 from ghostify.graph.neighbours import following_norm_of
 from ghostify.graph.program import Convolution, Program
@@ -58,7 +58,7 @@ class GroupStatistics:
 
 
 def compute_group_statistics(
-    program: Program, groups: Iterable[PruningGroup], calibration: Calibration, seed: int
+    program: Program, groups: Iterable[PruningGroup], calibration: PreparedCalibration, seed: int
 ) -> list[GroupStatistics]:
     """The statistics of the groups whose consumers are all reached by calibration images; runs one forward of them."""
     groups = list(groups)
@@ -88,7 +88,11 @@ def _group_statistics(group: PruningGroup, consumers: tuple[ConsumerStatistics, 
 
 
 def _consumer_statistics(
-    program: Program, consumer: Convolution, halves: list[Moments], output_moments: Moments, calibration: Calibration
+    program: Program,
+    consumer: Convolution,
+    halves: list[Moments],
+    output_moments: Moments,
+    calibration: PreparedCalibration,
 ) -> ConsumerStatistics:
     """Errors of an input are weighed by the filters that read it and by the sensitivity to the filters' outputs.
 

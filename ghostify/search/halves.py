@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from ghostify.errors import GhostifyError
 from ghostify.fitting import patches
 from ghostify.fitting.moments import Moments
-from ghostify.fitting.sensitivity import Calibration, error_metric
+from ghostify.fitting.sensitivity import PreparedCalibration, error_metric
 from ghostify.graph.batches import run_batch
 from ghostify.graph.modes import eval_mode
 from ghostify.graph.observation import intercept_convs
@@ -24,7 +24,7 @@ Error = TypeVar("Error", Tensor, float)
 
 
 def visit_convs(
-    program: Program, calibration: Calibration, on_call: Callable[[int, str, fx.Node, Tensor, Tensor], None]
+    program: Program, calibration: PreparedCalibration, on_call: Callable[[int, str, fx.Node, Tensor, Tensor], None]
 ) -> None:
     """One forward of the original over the calibration images of this process.
 
@@ -76,7 +76,7 @@ def covariances_of(halves: Sequence[Moments], *, free_mean: bool = True) -> tupl
     return whole, tuple(second(m)[0] for m in halves) if all(m.count for m in halves) else (whole,)
 
 
-def conv_error_metric(calibration: Calibration, name: str, covariance: Tensor) -> Tensor:
+def conv_error_metric(calibration: PreparedCalibration, name: str, covariance: Tensor) -> Tensor:
     """The metric of errors of a convolution's outputs (n x n): from its sensitivity, else equal weights relative to the
     sum of the outputs' variances."""
     if name in calibration.sensitivity:

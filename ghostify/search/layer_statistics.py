@@ -18,7 +18,7 @@ from ghostify.fitting.depthwise_statistics import PerMapStatistics, map_statisti
 from ghostify.fitting.linear_solvers import damping_for, solve_damped
 from ghostify.fitting.lstsq import JointStatistics
 from ghostify.fitting.moments import Moments, PerMapMoments
-from ghostify.fitting.sensitivity import Calibration, prepare_calibration
+from ghostify.fitting.sensitivity import PreparedCalibration, prepare_calibration
 from ghostify.graph.batchnorm import batchnorm_at
 from ghostify.graph.neighbours import GraphIndex, following_norm
 from ghostify.graph.program import Program
@@ -58,7 +58,7 @@ class LayerStatistics:
 
 
 def compute_layer_statistics(
-    program: Program, targets: list[PlanTarget], calibration: Iterable[Any] | Calibration | None, seed: int
+    program: Program, targets: list[PlanTarget], calibration: Iterable[Any] | PreparedCalibration | None, seed: int
 ) -> Iterator[LayerStatistics]:
     """The statistics of each target in turn, from calibration images or, without them, from the filters.
 
@@ -126,7 +126,7 @@ def _data_free(program: Program, targets: list[PlanTarget]) -> Iterator[LayerSta
 
 
 def _from_images(
-    program: Program, targets: list[PlanTarget], calibration: Calibration, seed: int
+    program: Program, targets: list[PlanTarget], calibration: PreparedCalibration, seed: int
 ) -> dict[str, LayerStatistics]:
     """Statistics by name, from one forward of the original over the calibration images, and from the sensitivity.
 

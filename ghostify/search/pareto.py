@@ -18,7 +18,7 @@ from ghostify.arguments import a_choice, a_function, a_number, a_seed, an_intege
 from ghostify.errors import GhostifyError, InfeasibleBudgetError
 from ghostify.files import read_json
 from ghostify.fitting.driver import FitResult, ProgressCallback, fit
-from ghostify.fitting.sensitivity import Calibration, a_calibration, prepare_calibration
+from ghostify.fitting.sensitivity import PreparedCalibration, a_calibration, prepare_calibration
 from ghostify.graph.program import Program, a_program
 from ghostify.io.atomic import write_text_atomic
 from ghostify.io.output import writing_to
@@ -77,7 +77,7 @@ def frontier(
     program: Program,
     policy: Policy | Rule,
     key: str = "macs",
-    calibration: Iterable[Any] | Calibration | None = None,
+    calibration: Iterable[Any] | PreparedCalibration | None = None,
     *,
     evaluate: Evaluate | None = None,
     seed: int = 0,
@@ -132,7 +132,7 @@ def plan_for_drop(
     policy: Policy,
     budget: Mapping[str, float],
     evaluate: Evaluate,
-    calibration: Iterable[Any] | Calibration | None = None,
+    calibration: Iterable[Any] | PreparedCalibration | None = None,
     *,
     seed: int = 0,
     runtime: str = "eager",
@@ -239,7 +239,7 @@ def _kept_counts(kept_out: Sequence[int] | None, kept_in: Sequence[int] | None) 
 def _fit_and_evaluate(
     program: Program,
     plan: Plan,
-    calibration: Calibration | None,
+    calibration: PreparedCalibration | None,
     evaluate: Evaluate,
     seed: int,
     on_progress: ProgressCallback | None = None,

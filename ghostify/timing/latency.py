@@ -30,7 +30,7 @@ from ghostify.pruning.slicing import slice_conv
 from ghostify.timing.timer import LatencyTimer
 
 ROUNDS = 9
-Form = tuple[nn.Conv2d, GhostLayout | None]  # a convolution, or a ghost module in its place
+ConvVariant = tuple[nn.Conv2d, GhostLayout | None]  # a convolution, or a ghost module in its place
 Counts = tuple[int | None, int | None]  # numbers of outputs and inputs; None: all
 
 
@@ -75,7 +75,7 @@ def interleaved_latency(models: Sequence[nn.Module], example: Any, timer: Latenc
     return (timer or LatencyTimer()).latencies_ms(deployed, [example] * len(deployed))
 
 
-def _form_latencies(forms: Sequence[Form], conv_info: Convolution, timer: LatencyTimer) -> list[float]:
+def _form_latencies(forms: Sequence[ConvVariant], conv_info: Convolution, timer: LatencyTimer) -> list[float]:
     """Median latency (ms) of all calls of a layer, for each of its forms."""
     totals = [0.0] * len(forms)
     for shape in [call.input_shape for call in conv_info.calls if call.input_shape is not None]:
@@ -101,7 +101,7 @@ def _time_missing(
     return [cached[key] for key in keys]
 
 
-def _build_layer(form: Form, shape: tuple[int, ...]) -> tuple[nn.Module, Tensor]:
+def _build_layer(form: ConvVariant, shape: tuple[int, ...]) -> tuple[nn.Module, Tensor]:
     """The inference form of a layer, with norm and activation, in random weights; and images for it."""
     conv, layout = form
     copied, images = copy.deepcopy(conv).to(*_device_and_dtype(conv)), _random_images(conv, shape)
@@ -129,7 +129,7 @@ def _random_images(conv: nn.Conv2d, shape: tuple[int, ...]) -> Tensor:
     return images.to(*_device_and_dtype(conv))
 
 
-def _key(form: Form, shape: tuple[int, ...], timer: LatencyTimer) -> str:
+def _key(form: ConvVariant, shape: tuple[int, ...], timer: LatencyTimer) -> str:
     conv, layout = form
     device, dtype = _device_and_dtype(conv)
     layer = (
