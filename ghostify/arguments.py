@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 import math
 import numbers
 import os
@@ -192,16 +191,6 @@ def a_sequence(check_item: Check, remedy: str) -> Check:
         return type(value)(check_item(f"{name}[{k}]", item) for k, item in enumerate(value))
 
     return check
-
-
-def a_json_object(name: str, value: Any) -> Any:
-    """A mapping that JSON can hold."""
-    mapping = a_mapping("Pass a dict that JSON can hold.")(name, value)
-    try:
-        json.dumps(mapping, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise GhostifyError(f"{name}: cannot be written as JSON ({first_line(error)}). Pass plain data.") from error
-    return mapping
 
 
 def some_names(name: str, value: Any) -> tuple[str, ...]:

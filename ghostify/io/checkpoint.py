@@ -14,7 +14,7 @@ import torchvision
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
-from ghostify.arguments import a_device, a_flag, a_json_object, a_model, a_module, a_path, optional, public, some_names
+from ghostify.arguments import a_device, a_flag, a_mapping, a_model, a_module, a_path, optional, public, some_names
 from ghostify.errors import GhostifyError
 from ghostify.files import open_regular, parse_json, read_json
 from ghostify.graph.allowed_ops import allow_entries
@@ -38,7 +38,7 @@ MIN_FLOAT_BYTES = 2  # types of 8 bits need scales that a checkpoint of weights 
 REMEDY = "Convert and save the model again."
 
 
-@public(module=a_model, path=a_path, source=optional(a_json_object), overwrite=a_flag)
+@public(module=a_model, path=a_path, source=optional(a_mapping("Pass a dict that JSON can hold.")), overwrite=a_flag)
 def save(module: nn.Module, path: str | Path, *, source: dict[str, Any] | None = None, overwrite: bool = False) -> Path:
     """Write a converted model as a folder, atomically; `source` may describe the original model.
 
