@@ -1,13 +1,22 @@
 import contextlib
+import inspect
 import subprocess
 import sys
+from itertools import chain
 
 import pytest
 import torch
 from torch import nn
 
 from ghostify import GhostifyError
-from ghostify.graph.allowed_ops import AllowedNames, allow_entries, check_method_name, is_mode_text, listed_names
+from ghostify.graph.allowed_ops import (
+    CLASS_ATTRIBUTES,
+    AllowedNames,
+    allow_entries,
+    check_method_name,
+    is_mode_text,
+    listed_names,
+)
 from ghostify.graph.ops import OPS
 from ghostify.imports import import_name, import_object
 
@@ -126,3 +135,30 @@ def test_what_is_not_listed_is_not_imported():
 )
 def test_texts_of_calls_are_modes_and_devices(text, is_mode):
     assert is_mode_text(text) is is_mode
+
+
+def code_names(code):
+    inner = [code_names(const) for const in code.co_consts if inspect.iscode(const)]
+    return set(code.co_names).union(*inner)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_no_forward_reads_the_attributes_that_may_hold_a_class():
+    # of all methods and functions that some forward may reach by their names
+    called = {}
+    listed = listed_names()
+    for value in installed(listed.modules | listed.objects | listed.functions).values():
+        members = [vars(cls).items() for cls in value.__mro__] if isinstance(value, type) else []
+        for name, member in chain(*members, [(getattr(value, "__name__", ""), value)]):
+            function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+            function = inspect.unwrap(function) if callable(function) else function
+            if inspect.isfunction(function):
+                called.setdefault(name, set()).update(code_names(function.__code__))
+    reached = {"forward"} | {n for n in called if n.startswith("__")} - {"__init__", "__setstate__", "__repr__"}
+    pending = list(reached)
+    while pending:
+        new = called.get(pending.pop(), set()) - reached
+        reached |= new
+        pending += new
+    assert "forward_features" in reached
+    assert not reached & CLASS_ATTRIBUTES

@@ -6,7 +6,16 @@ import pytest
 
 from ghostify import GhostifyError
 from ghostify.io import atomic
-from ghostify.io.atomic import check_output_file, check_output_folder, staged_file, staged_folder, write_text_atomic
+from ghostify.io.atomic import (
+    COMPLETE,
+    PARTIAL,
+    _hidden_name,
+    check_output_file,
+    check_output_folder,
+    staged_file,
+    staged_folder,
+    write_text_atomic,
+)
 from ghostify.io.manifest import MANIFEST, own_files
 
 
@@ -266,3 +275,15 @@ def test_only_own_or_empty_files_are_replaced_unless_told(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(GhostifyError, match="is a folder, pipe or device"):
         write_text_atomic(tmp_path / "pipe", "")
+
+
+def test_links_in_a_staging_folder_are_not_followed(tmp_path):
+    staging, documents = _hidden_name(tmp_path / "out", "staging"), tmp_path / "documents"
+    documents.mkdir()
+    (documents / "letter").write_text("mine")
+    staging.mkdir()
+    for name in (PARTIAL, COMPLETE):
+        (staging / name).symlink_to(documents)
+    check_output_folder(tmp_path / "out")
+    assert (documents / "letter").read_text() == "mine"
+    assert not staging.exists()

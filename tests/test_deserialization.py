@@ -220,3 +220,81 @@ def test_the_names_that_need_permission_are_listed():
     assert names_to_allow(*described()) == []
     model = nn.Sequential(nets.Straight(), nets.Straight())
     assert names_to_allow(*serialize_module(model)) == ["tests.nets:Straight"]
+
+
+POOL = "torchvision.models.detection.backbone_utils:BackboneWithFPN"  # its forward calls what `body` is
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"function": "builtins:getattr"}, "builtins:getattr: is not allowed here"),
+        ({"partial": ["builtins:getattr", [{"function": "torch:relu"}], {"dict": []}]}, "getattr: is not allowed here"),
+        ({"tuple": [{"class": "torch.nn.modules.container:ModuleDict"}]}, "ModuleDict: is not allowed here"),
+        ({"class": "timm.models._features_fx:GraphExtractNet"}, "GraphExtractNet: is not allowed here"),
+        ({"partial": ["torch.nn.modules.activation:ReLU", [], {"dict": []}]}, "ReLU: is not allowed here"),
+    ],
+)
+def test_a_forward_cannot_be_given_what_reads_attributes_or_builds_modules(body, message):
+    data, tensors = described()
+    data["modules"]["a.1"] = {
+        "class": POOL, "training": False, "parameters": {}, "buffers": {}, "attributes": {"body": body},
+    }  # fmt: skip
+    with pytest.raises(GhostifyError, match=message):
+        deserialize_module(data, {key: value for key, value in tensors.items() if not key.startswith("a.1")})
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"target": "builtins:max", "args": [[{"node": "x"}]], "kwargs": {"key": {"node": "x"}}},
+        {
+            "target": "torch.nn.functional:triplet_margin_with_distance_loss",
+            "args": [{"node": "x"}] * 3,
+            "kwargs": {"distance_function": {"node": "x"}},
+        },
+        {"op": "call_method", "target": "sort", "args": [{"node": "x"}], "kwargs": {"key": {"node": "x"}}},
+    ],
+)
+def test_a_graph_passes_nothing_that_is_called(call):
+    data, tensors = described()
+    node = next(n for n in root(data)["nodes"] if n["op"] == "call_function")
+    node.update(call)
+    with pytest.raises(GhostifyError, match="passes what is called"):
+        deserialize_module(data, tensors)
+
+
+def test_a_path_that_source_cannot_quote_is_refused():
+    data, tensors = described()
+    inner = {"class": "torch.nn.modules.activation:ReLU", "training": False, "parameters": {}, "buffers": {}}
+    for name in ('b"); print("', "b\\"):
+        data["modules"] = {**data["modules"], f"a.{name}": inner}
+        with pytest.raises(GhostifyError, match="is not within a module before it"):
+            deserialize_module(data, tensors)
+        del data["modules"][f"a.{name}"]
+
+
+def test_a_tensor_is_copied_once_however_often_it_is_named():
+    data, tensors = serialize_module(nn.Sequential(nn.BatchNorm2d(3)))
+    data["modules"]["1"] = {
+        "class": "torch.nn.modules.activation:ReLU", "training": False, "parameters": {},
+        "buffers": {"b": facts(requires_grad=False), "c": facts(requires_grad=False)},
+        "attributes": {"inplace": False, "more": [{"tensor": "0.running_mean"}, {"tensor": "0.running_mean"}]},
+    }  # fmt: skip
+    data["aliases"] = {"1.b": "0.running_mean", "1.c": "0.running_mean"}
+    norm, layer = deserialize_module(data, tensors)
+    assert layer.b is layer.c
+    assert layer.b is norm.running_mean
+    assert layer.more[0] is layer.more[1]
+    assert layer.more[0] is not tensors["0.running_mean"]
+
+
+@pytest.mark.parametrize("names", [["__getattribute__"], {"dict": [["compile", 1]]}, {"tuple": [[{"set": ["apply"]}]]}])
+def test_a_forward_cannot_look_up_a_method_by_a_stored_name(names):
+    data, tensors = described()
+    data["modules"]["a.2"] = {
+        "class": "timm.models.nasnet:NASNetALarge", "training": False, "parameters": {}, "buffers": {},
+        "attributes": {"layer_names": names},
+    }  # fmt: skip
+    with pytest.raises(GhostifyError, match="attribute 'layer_names' names a method"):
+        deserialize_module(data, tensors)

@@ -1,5 +1,6 @@
 import pytest
 
+from ghostify import GhostifyError
 from ghostify.io.journal import PENDING, current_file, finish_write, remove_empty_folders
 from ghostify.io.manifest import MANIFEST
 
@@ -42,3 +43,15 @@ def test_only_empty_folders_are_removed(tmp_path):
     (tmp_path / "out" / "c" / "file").touch()
     remove_empty_folders(tmp_path / "out")
     assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == ["out", "out/c", "out/c/file"]
+
+
+def test_new_files_do_not_follow_a_link_out_of_the_folder(tmp_path):
+    folder, other = tmp_path / "out", tmp_path / "other"
+    fill(folder / PENDING, "new")
+    other.mkdir()
+    (other / "c").write_text("mine")
+    (folder / "sub").symlink_to(other)
+    with pytest.raises(GhostifyError, match=r"out/sub: is a link, where a new file was to go\. Remove"):
+        finish_write(folder)
+    assert (other / "c").read_text() == "mine"
+    assert not (folder / "a").exists()

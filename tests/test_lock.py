@@ -53,3 +53,10 @@ def test_a_place_that_its_owner_removes_meanwhile_is_created_again(tmp_path):
     with locked(place, make_and_lose, OUT):
         assert place.exists()
     assert len(removals) == 2
+
+
+def test_a_link_is_not_locked(tmp_path):
+    (tmp_path / "lock").symlink_to(tmp_path / "other")
+    with pytest.raises(GhostifyError, match=r"lock: is a link, where out is prepared\. Remove the link"):
+        locked(tmp_path / "lock", make, OUT).__enter__()
+    assert not (tmp_path / "other").exists()

@@ -53,7 +53,7 @@ def test_links_are_not_own_files(folder, tmp_path):
     assert list(foreign_entries(folder)) == ["a", "sub"]
 
 
-@pytest.mark.parametrize("name", ["../secret", "/secret", "sub/../../secret"])
+@pytest.mark.parametrize("name", ["null\0", "../secret", "/secret", "sub/../../secret"])
 def test_names_outside_the_folder_are_not_own_files(tmp_path, folder, name):
     (tmp_path / "secret").write_text("mine")
     write_manifest(folder, {name.replace("/secret", f"{tmp_path}/secret") if name[0] == "/" else name: "x"})

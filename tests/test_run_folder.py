@@ -263,3 +263,11 @@ def test_folders_of_other_runs_are_refused(tmp_path):
     (tmp_path / "mine" / "photo.png").touch()
     with pytest.raises(GhostifyError, match="holds files that are not of a training run"):
         RunFolder(tmp_path / "mine", SETTINGS, is_main=True)
+
+
+@pytest.mark.parametrize("name", ["best.safetensors", METRICS, "tensorboard"])
+def test_a_link_is_refused_as_a_run_would_write_through_it(tmp_path, name):
+    RunFolder(tmp_path / "run", SETTINGS, is_main=True).close()
+    (tmp_path / "run" / name).symlink_to(tmp_path / "other")
+    with pytest.raises(GhostifyError, match=f"{name}: is a link, and a run writes into its folder alone"):
+        check_run_folder(tmp_path / "run")

@@ -25,6 +25,7 @@ values = st.recursive(
 
 
 def read(data, tensors=None, **options):
+    options = {"accepts_class": True, **options}
     return ValueReader("here", AllowedNames(), ATTRIBUTE_KINDS, tensors or {}, **options).read(data)
 
 
@@ -113,3 +114,9 @@ def test_values_that_json_cannot_express_are_refused():
 )
 def test_identifiers(name, is_valid):
     assert is_identifier(name) is is_valid
+
+
+def test_listed_classes_are_values_only_where_they_are_accepted():
+    for data in ({"class": "torch.nn.modules.activation:ReLU"}, {"function": "builtins:getattr"}):
+        with pytest.raises(GhostifyError, match="is not allowed here"):
+            read(data, accepts_class=False)

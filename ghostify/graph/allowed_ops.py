@@ -27,6 +27,16 @@ READABLE_ATTRIBUTES = frozenset({
     "is_mps", "is_nested", "is_quantized", "is_sparse", "is_xpu",
 })  # fmt: skip
 
+CLASS_ATTRIBUTES = frozenset({"_norm_layer", "act_layer", "norm_layer", "stage_block_types"})
+"""Attributes of listed classes that may hold a module class: their forwards do not create modules from them."""
+
+CALLERS = {
+    "builtins:max": "key",
+    "builtins:min": "key",
+    "torch.nn.functional:triplet_margin_with_distance_loss": "distance_function",
+}
+"""Functions that call an argument, with its keyword: a graph may not pass it."""
+
 ANY_TEXT = frozenset({
     "torch:_assert", "torch.functional:einsum", "_operator:getitem", "_operator:contains", "_operator:eq",
     "_operator:ne", "ghostify.graph.symbolic_tracer:check_default_argument",
@@ -155,10 +165,11 @@ class AllowedNames:
         """A function, or a class that the user allows, that a graph may call."""
         return self._callable(name, listed_names().functions)
 
-    def value(self, name: str) -> Callable[..., Any]:
-        """A function or class that may be the value of an attribute."""
+    def value(self, name: str, *, may_be_class: bool) -> Callable[..., Any]:
+        """A function, or also a class, that may be the value of an attribute: not one that reads any attribute."""
         listed = listed_names()
-        return self._callable(name, listed.functions | listed.modules | listed.objects)
+        classes = listed.modules | listed.objects if may_be_class else frozenset()
+        return self._callable(name, (listed.functions | classes) - {"builtins:getattr"})
 
     def _callable(self, name: str, listed: frozenset[str]) -> Callable[..., Any]:
         loaded = self._load(name, listed)

@@ -260,7 +260,13 @@ def _is_within(path: str, owner: str) -> bool:
 
 
 def _is_path_part(name: str) -> bool:
-    return name.isprintable() and name != "" and "." not in name and name not in MODULE_INTERNALS
+    return (
+        name.isprintable()
+        and name != ""
+        and "." not in name
+        and name not in MODULE_INTERNALS
+        and not set(name) & UNQUOTABLE
+    )
 
 
 def _is_target_part(name: str) -> bool:

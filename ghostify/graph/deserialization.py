@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from ghostify.errors import GhostifyError
-from ghostify.graph.allowed_ops import ANY_TEXT, READABLE_ATTRIBUTES, AllowedNames, is_mode_text
+from ghostify.graph.allowed_ops import (
+    ANY_TEXT,
+    CALLERS,
+    CLASS_ATTRIBUTES,
+    READABLE_ATTRIBUTES,
+    AllowedNames,
+    is_mode_text,
+)
 from ghostify.graph.description import (
     ModelDescription,
     ModuleDescription,
@@ -26,7 +33,9 @@ from ghostify.graph.values import (
     ATTRIBUTE_KINDS,
     CUSTOM_ARGUMENT_KINDS,
     ValueReader,
+    inner_texts,
     is_attribute,
+    tensor_keys,
 )
 from ghostify.imports import import_name
 
@@ -60,6 +69,9 @@ class _Builder:
     def __init__(self, description: ModelDescription, tensors: Mapping[str, Tensor], names: AllowedNames) -> None:
         self.description, self.names = description, names
         self.tensors = {**tensors, **_aliased(description.aliases, tensors)}
+        keys = {key for _, item in description.distinct() for key in tensor_keys(list(item.attributes.values()))}
+        self.attribute_tensors = {key: self.tensors[key].clone() for key in sorted(keys & self.tensors.keys())}
+        self.buffers: dict[tuple[int, bool], Tensor] = {}
         self.parameters: dict[int, nn.Parameter] = {}
         self._paths = list(description.modules)
         self._paths_of: dict[str, list[str]] = {path: [] for path in self._paths}
@@ -100,7 +112,7 @@ class _Builder:
         for name, facts in item.parameters.items():
             leaf._parameters[name] = None if facts is None else self._parameter(join_path(path, name), facts)
         for name, facts in item.buffers.items():
-            leaf._buffers[name] = None if facts is None else self._tensor(join_path(path, name), facts)
+            leaf._buffers[name] = None if facts is None else self._buffer(join_path(path, name), facts)
             if facts is not None and not facts.persistent:
                 leaf._non_persistent_buffers_set.add(name)
         if isinstance(leaf, nn.RNNBase):
@@ -112,28 +124,43 @@ class _Builder:
 
     def _attributes(self, path: str, item: ModuleDescription, cls: type[nn.Module]) -> dict[str, Any]:
         """The values of a module's attributes, none of which replaces a method or has a name of `nn.Module`'s own."""
-        reader = ValueReader(f"module {path!r}", self.names, ATTRIBUTE_KINDS, self.tensors)
+        is_custom = self.names.is_custom(item.import_name or "")
         for name, value in item.attributes.items():
             if not is_attribute(cls, name, value):
                 raise GhostifyError(f"module {path!r}: attribute {name[:80]!r} is not allowed in a saved model")
-        return {name: reader.read(value) for name, value in item.attributes.items()}
+            if not is_custom and any(hasattr(cls, text) for text in inner_texts(value)):
+                raise GhostifyError(f"module {path!r}: attribute {name!r} names a method, which is not allowed")
+        return {
+            name: ValueReader(
+                f"module {path!r}", self.names, ATTRIBUTE_KINDS, self.attribute_tensors,
+                accepts_class=is_custom or name in CLASS_ATTRIBUTES,
+            ).read(value)
+            for name, value in item.attributes.items()
+        }  # fmt: skip
 
     def _parameter(self, key: str, facts: TensorFacts) -> nn.Parameter:
-        stored = self.tensors.get(key)
-        if stored is None or id(stored) not in self.parameters:
-            tensor = self._tensor(key, facts)
-            self.parameters[id(self.tensors[key])] = nn.Parameter(tensor, requires_grad=facts.requires_grad)
-        return self.parameters[id(self.tensors[key])]
+        """A copy of the stored tensor, one for all paths of it."""
+        stored = self._stored(key, facts)
+        if id(stored) not in self.parameters:
+            self.parameters[id(stored)] = nn.Parameter(_copy(stored, facts), requires_grad=facts.requires_grad)
+        return self.parameters[id(stored)]
 
-    def _tensor(self, key: str, facts: TensorFacts) -> Tensor:
-        """A copy in the stored memory format: views of a file may be aligned so that kernels round differently."""
+    def _buffer(self, key: str, facts: TensorFacts) -> Tensor:
+        """A copy of the stored tensor, one for all paths of it: they take no more memory than what is stored."""
+        stored = self._stored(key, facts)
+        copied = (id(stored), facts.channels_last)
+        if copied not in self.buffers:
+            self.buffers[copied] = _copy(stored, facts)
+        return self.buffers[copied]
+
+    def _stored(self, key: str, facts: TensorFacts) -> Tensor:
+        """The stored tensor, which is as it is described."""
         if key not in self.tensors:
             raise GhostifyError(f"tensor {key}: is missing")
-        tensor = self.tensors[key]
-        problem = facts.problem(tuple(tensor.shape), tensor.dtype)
+        problem = facts.problem(tuple(self.tensors[key].shape), self.tensors[key].dtype)
         if problem is not None:
             raise GhostifyError(f"tensor {key}: {problem}")
-        return tensor.clone(memory_format=torch.channels_last if facts.channels_last else torch.contiguous_format)
+        return self.tensors[key]
 
     def _trace(self, path: str, item: ModuleDescription, nodes: tuple[NodeDescription, ...]) -> None:
         """Replace the module at a path by a traced one."""
@@ -156,7 +183,7 @@ class _Builder:
             where = f"node {item.name}"
             target, accepts_text, is_custom = self._target(module, item)
             kinds = CUSTOM_ARGUMENT_KINDS if is_custom else ARGUMENT_KINDS
-            reader = ValueReader(where, self.names, kinds, nodes, accepts_text)
+            reader = ValueReader(where, self.names, kinds, nodes, accepts_text, accepts_class=is_custom)
             args = tuple(reader.read(item.args))
             kwargs = reader.keywords(item.kwargs)
             self._check_call(module, item, target, args, kwargs)
@@ -188,6 +215,9 @@ class _Builder:
         """Raise `GhostifyError` where a call does not fit the parameters of what it calls, if these are known."""
         if target is getattr and (len(args) != 2 or not isinstance(args[0], fx.Node) or not isinstance(args[1], str)):
             raise GhostifyError(f"node {item.name}: reads an attribute that is not allowed in a saved model")
+        called_argument = CALLERS.get(item.target) if item.op == "call_function" else None
+        if called_argument in kwargs or (item.op == "call_method" and "key" in kwargs):
+            raise GhostifyError(f"node {item.name}: passes what is called, which is not allowed in a saved model")
         called = target if item.op == "call_function" else None
         if item.op == "call_module":
             called = module.get_submodule(item.target).forward
@@ -200,6 +230,11 @@ class _Builder:
                 signature.bind(*args, **kwargs)
             except TypeError as error:
                 raise GhostifyError(f"node {item.name}: does not fit what it calls ({error})") from error
+
+
+def _copy(tensor: Tensor, facts: TensorFacts) -> Tensor:
+    """A copy in the stored memory format: views of a file may be aligned so that kernels round differently."""
+    return tensor.clone(memory_format=torch.channels_last if facts.channels_last else torch.contiguous_format)
 
 
 def _aliased(aliases: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

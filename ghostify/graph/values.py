@@ -153,6 +153,17 @@ def tensor_keys(value: Any) -> Iterator[str]:
                 yield from tensor_keys(item)
 
 
+def inner_texts(value: Any) -> Iterator[str]:
+    """The texts within a container that is given as JSON data, keys of dicts among them; none for a text itself."""
+    pending = [value] if isinstance(value, list | dict) else []
+    while pending:
+        inner = pending.pop()
+        if isinstance(inner, str):
+            yield inner
+        elif isinstance(inner, list | dict):
+            pending += inner.values() if isinstance(inner, dict) else inner
+
+
 def is_attribute(cls: type, name: str, value: Any) -> bool:
     """Whether a saved instance of the class may have an attribute of that name; `value` is its JSON data.
 
@@ -172,6 +183,8 @@ def is_attribute(cls: type, name: str, value: Any) -> bool:
 class ValueReader:
     """Reads the JSON data of values of these kinds; `references` has the graph's nodes or the tensors by key.
 
+    Listed classes are values only where it `accepts_class`: who calls one creates it with any arguments.
+
     Raises `GhostifyError` for anything else, and for texts that are not accepted.
     """
 
@@ -180,6 +193,7 @@ class ValueReader:
     kinds: frozenset[str]
     references: Mapping[str, Any]
     accepts_text: Callable[[str], bool] = lambda _: True
+    accepts_class: bool = False
 
     def read(self, value: Any, depth: int = 0) -> Any:
         """The value."""
@@ -218,7 +232,7 @@ class ValueReader:
             case "node" | "tensor":
                 if not isinstance(inner, str) or inner not in self.references:
                     raise GhostifyError(f"{self.where}: refers to {kind} {inner!r}, which is not before it")
-                return self.references[inner] if kind == "node" else self.references[inner].clone()
+                return self.references[inner]
             case "float" if inner in ("inf", "-inf", "nan"):
                 return float(inner)
             case "ellipsis":
@@ -228,7 +242,7 @@ class ValueReader:
             case "device" if isinstance(inner, str):
                 return self._device(inner)
             case "class" | "function" if isinstance(inner, str):
-                return self.names.value(inner)
+                return self.names.value(inner, may_be_class=self.accepts_class)
             case "enum" | "object" | "partial" if isinstance(inner, list) and inner and isinstance(inner[0], str):
                 return self._named(kind, inner, depth)
         raise self._wrong({kind: inner})
@@ -267,7 +281,9 @@ class ValueReader:
                 values = self.read(keywords, depth)
                 if not all(isinstance(key, str) and is_identifier(key) for key in values):
                     raise self._wrong(keywords)
-                return functools.partial(self.names.value(name), *self._each(args, depth), **values)
+                return functools.partial(
+                    self.names.value(name, may_be_class=self.accepts_class), *self._each(args, depth), **values
+                )
         raise self._wrong({kind: inner})
 
     def _torch_constant(self, name: Any, cls: type) -> Any:

@@ -158,8 +158,11 @@ def remove_own_files(folder: Path) -> None:
 
 def _remove_leftovers(staging: Path, folder: Path) -> None:
     """Remove what an interrupted or a finished write left; files that are not ghostify's own go into `folder`."""
-    shutil.rmtree(staging / PARTIAL, ignore_errors=True)
     complete = staging / COMPLETE
+    for place in (staging / PARTIAL, complete):
+        if place.is_symlink():  # ghostify makes none
+            place.unlink()
+    shutil.rmtree(staging / PARTIAL, ignore_errors=True)
     for name in [*foreign_entries(complete)]:
         place = _free_place(folder / name)
         place.parent.mkdir(parents=True, exist_ok=True)

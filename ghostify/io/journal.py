@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from ghostify.errors import GhostifyError
 from ghostify.io.manifest import MANIFEST, entries
+from ghostify.text import one_line
 
 PENDING = ".ghostify-new"
 
@@ -21,14 +23,21 @@ def current_file(folder: Path, name: str) -> Path:
 
 
 def finish_write(folder: Path) -> None:
-    """Move the new files to their places, the manifest last; also after an interruption."""
+    """Move the new files to their places, the manifest last; also after an interruption.
+
+    Raises `GhostifyError`, with nothing moved, where a place is not in the folder itself, but behind a link.
+    """
     pending = folder / PENDING
     if pending.is_symlink() or not pending.is_dir():
         return
-    for name in sorted(entries(pending), key=lambda name: name == MANIFEST):
-        if not name.endswith("/"):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(pending / name, folder / name)
+    names = sorted((name for name in entries(pending) if not name.endswith("/")), key=lambda name: name == MANIFEST)
+    for name in names:
+        link = next((folder / parent for parent in Path(name).parents if (folder / parent).is_symlink()), None)
+        if link is not None and link != folder:
+            raise GhostifyError(f"{one_line(str(link))}: is a link, where a new file was to go. Remove the link.")
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(pending / name, folder / name)
     remove_empty_folders(pending)
 
 

@@ -20,7 +20,7 @@ except ImportError:  # only POSIX systems have it; elsewhere two processes are n
 def locked(place: Path, create: Callable[[Path], None], output: Path) -> Iterator[None]:
     """Lock the file or folder `place`, which `create` creates where it is missing, until the block ends.
 
-    Raises `GhostifyError` naming `output` where another process, or another thread, has locked it.
+    Raises `GhostifyError` naming `output` where another process, or another thread, has locked it, and for a link.
     """
     descriptor = _lock(place, create, output)
     try:
@@ -34,11 +34,13 @@ def locked(place: Path, create: Callable[[Path], None], output: Path) -> Iterato
 
 def _lock(place: Path, create: Callable[[Path], None], output: Path) -> int | None:
     while True:
+        if place.is_symlink():  # ghostify makes none: what is written to it would go to another place
+            raise GhostifyError(f"{one_line(str(place))}: is a link, where {output.name} is prepared. Remove the link.")
         create(place)
         if fcntl is None:
             return None
         try:
-            descriptor = os.open(place, os.O_RDONLY)
+            descriptor = os.open(place, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
         except FileNotFoundError:  # its former owner has just removed it
             continue
         try:

@@ -129,6 +129,6 @@ def _is_unchanged(folder: Path, name: str, digest: str) -> bool:
     """Whether a regular file of that name, below the folder itself, has the digest."""
     path = PurePosixPath(name)
     file = folder / path
-    is_inside = not path.is_absolute() and ".." not in path.parts
+    is_inside = "\0" not in name and not path.is_absolute() and ".." not in path.parts
     is_real = is_inside and os.path.realpath(file) == os.path.join(os.path.realpath(folder), path)
     return is_real and file.is_file() and file_digest(file) == digest

@@ -155,6 +155,9 @@ def check_run_folder(folder: Path) -> None:
     """Raise `GhostifyError` for a folder that is not of a training run, is damaged or cannot be written to."""
     check_output_folder(folder, overwrite=True)
     with writing_to(folder):
+        link = next((p for p in folder.iterdir() if p.is_symlink()), None) if folder.exists() else None
+        if link is not None:  # a run writes to files by these names
+            raise GhostifyError(f"{link}: is a link, and a run writes into its folder alone. {OTHER_FOLDER}")
         if (folder / SETTINGS).exists():
             _read_object(folder / SETTINGS)
         elif folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
