@@ -30,6 +30,9 @@ READABLE_ATTRIBUTES = frozenset({
 CLASS_ATTRIBUTES = frozenset({"_norm_layer", "act_layer", "norm_layer", "stage_block_types"})
 """Attributes of listed classes that may hold a module class: their forwards do not create modules from them."""
 
+DEVICE_TYPES = frozenset({"cpu", "cuda", "xpu", "ipu", "mtia"})
+"""Keys of caches by device. They are also methods that move a module, and nothing else."""
+
 CALLERS = {
     "builtins:max": "key",
     "builtins:min": "key",

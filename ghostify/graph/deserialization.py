@@ -14,6 +14,7 @@ from ghostify.graph.allowed_ops import (
     ANY_TEXT,
     CALLERS,
     CLASS_ATTRIBUTES,
+    DEVICE_TYPES,
     READABLE_ATTRIBUTES,
     AllowedNames,
     is_mode_text,
@@ -128,7 +129,7 @@ class _Builder:
         for name, value in item.attributes.items():
             if not is_attribute(cls, name, value):
                 raise GhostifyError(f"module {path!r}: attribute {name[:80]!r} is not allowed in a saved model")
-            if not is_custom and any(hasattr(cls, text) for text in inner_texts(value)):
+            if not is_custom and any(hasattr(cls, text) for text in {*inner_texts(value)} - DEVICE_TYPES):
                 raise GhostifyError(f"module {path!r}: attribute {name!r} names a method, which is not allowed")
         return {
             name: ValueReader(
