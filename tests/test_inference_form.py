@@ -269,3 +269,45 @@ def test_half_precision_within_is_permitted_the_tolerance_of_half_precision():
     x = nets.images(2)
     made = ghostify(nets.settle(Cast()).bfloat16(), targets="*", example_inputs=x)
     assert deploy(made, x)(x).dtype == torch.float32
+
+
+class _ReadsWeight(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+        self.conv, self.norm = nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return self.norm(self.conv(self.stem(x))) * self.conv.weight.abs().mean()
+
+
+class _OverwritesInput(_ReadsWeight):
+    def forward(self, x):
+        return self.norm(self.conv(self.stem(x.mul_(2))))
+
+
+class _UnderAutocast(_ReadsWeight):
+    @torch.autocast("cpu", dtype=torch.bfloat16)
+    def forward(self, x):
+        return self.norm(self.conv(self.stem(x))).float()
+
+
+class _EnablesGradients(_ReadsWeight):
+    def forward(self, x):
+        with torch.set_grad_enabled(not self.training):
+            x = self.conv(self.stem(x))
+        return self.norm(x)
+
+
+@pytest.mark.parametrize("network", [_ReadsWeight, _OverwritesInput, _UnderAutocast, _EnablesGradients])
+def test_models_that_read_weights_overwrite_inputs_or_set_modes_are_fitted_and_deployed(network):
+    torch.manual_seed(0)
+    model, x = network().eval(), torch.randn(4, 3, 12, 12)
+    model.norm.running_mean.normal_()
+    given = x.clone()
+    options = {"example_inputs": x, "calibration": [x, x + 0.1]}
+    for converted in (ghostify(model, 2, **options), ghostify(model, cheap="auto", budget={"macs": 0.8}, **options)):
+        deployed = deploy(converted, x)
+        assert torch.equal(x, given)
+        with torch.no_grad():
+            torch.testing.assert_close(deployed(x.clone()), converted.eval()(x.clone()), atol=0.05, rtol=0.05)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from ghostify.graph.executor import Values, execute
-from ghostify.graph.inputs import PlaceholderValues
+from ghostify.graph.inputs import PlaceholderValues, cloned
 from ghostify.pruning.channel_groups import find_channel_groups
 from ghostify.pruning.permutation import permute_group
 
@@ -84,5 +84,5 @@ def record_shapes(module: fx.GraphModule, inputs: PlaceholderValues) -> dict[str
         return value
 
     with torch.no_grad():
-        execute(module, inputs.values, record)
+        execute(module, cloned(inputs.values), record)
     return shapes

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from ghostify.deployment.folding import can_be_dense
 from ghostify.graph.executor import Values, execute
-from ghostify.graph.inputs import PlaceholderValues
+from ghostify.graph.inputs import PlaceholderValues, cloned
 from ghostify.planning.cost import count_macs
 from ghostify.summary import REPORT_KEY, ConversionInfo
 
@@ -49,7 +49,7 @@ def dense_candidates(subgraph: fx.GraphModule, inputs: PlaceholderValues) -> lis
         return value
 
     if intrinsic:
-        execute(subgraph, inputs.values, record)
+        execute(subgraph, cloned(inputs.values), record)
     return [DenseCandidate(path, count, count * count * positions[path]) for path, count in intrinsic.items()]
 
 

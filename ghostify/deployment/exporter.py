@@ -7,7 +7,7 @@ import logging
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from torch import nn
 
 from ghostify.arguments import Check, a_choice, a_flag, a_model, a_path, anything, optional, public
 from ghostify.deployment.inference_form import deploy, tolerance_of
-from ghostify.deployment.output_check import check_outputs, check_tensors, output_leaves
+from ghostify.deployment.output_check import Tolerance, check_outputs, check_tensors, output_leaves
 from ghostify.errors import GhostifyError
-from ghostify.graph.inputs import as_arguments
+from ghostify.graph.inputs import CallArguments, as_arguments
 from ghostify.graph.modes import eval_mode
+from ghostify.graph.module_state import ModuleState
 from ghostify.io.atomic import check_output_folder, staged_folder
 from ghostify.io.output import is_disk_error
 from ghostify.runtimes.registry import EXPORT_FORMATS, Runtime, check_supported
@@ -129,7 +130,11 @@ def _write_checked(
 def write_unchecked(
     deployed: nn.Module, inputs: ExportInputs, folder: Path, runtime: Runtime, *, for_timing: bool = False
 ) -> Path:
-    """Write an inference form for a runtime to a folder without verification; returns the file."""
+    """Write an inference form for a runtime to a folder without verification; returns the file.
+
+    What the exporters' forwards leave in the model, such as buffers without values, is undone.
+    """
+    state = ModuleState(deployed)
     try:
         with _silence_exporters():
             return (runtime.write_for_timing if for_timing else runtime.write)(deployed, inputs, folder)
@@ -141,6 +146,8 @@ def write_unchecked(
             raise
         failure = f"format {runtime.format!r}: the model cannot be exported ({_reason(error)})"
         raise GhostifyError(f"{failure}. Use another format.") from error
+    finally:
+        state.restore()
 
 
 def _check_reproducible(deployed: nn.Module, inputs: ExportInputs) -> None:
@@ -150,7 +157,7 @@ def _check_reproducible(deployed: nn.Module, inputs: ExportInputs) -> None:
         with eval_mode(deployed):
             torch.manual_seed(seed)
             runs.append(_outputs(deployed, inputs))
-    difference = check_outputs(runs[1], runs[0], tolerance_of(deployed)).difference
+    difference = check_outputs(runs[1], runs[0], _tolerance(deployed, inputs)).difference
     if difference is not None:
         raise GhostifyError(
             f"export: two runs on the same inputs differ ({difference}), so a file cannot be verified. "
@@ -158,14 +165,15 @@ def _check_reproducible(deployed: nn.Module, inputs: ExportInputs) -> None:
         )
 
 
-def _check_file(deployed: nn.Module, examples: Iterable[ExportInputs], file: Path, runtime: Runtime) -> None:
+def _check_file(deployed: nn.Module, examples: Sequence[ExportInputs], file: Path, runtime: Runtime) -> None:
     failure = f"format {runtime.format!r}: the file"
     for inputs in examples:
         try:
             with eval_mode(deployed):
                 expected = _outputs(deployed, inputs)
         except Exception as error:
-            raise GhostifyError(f"export: the model takes no batch of another size ({_reason(error)}).") from error
+            refusal = "does not run on example_inputs" if inputs is examples[0] else "takes no batch of another size"
+            raise GhostifyError(f"export: the model {refusal} ({_reason(error)}).") from error
         try:
             with _silence_exporters():
                 given = inputs.cloned()
@@ -175,7 +183,7 @@ def _check_file(deployed: nn.Module, examples: Iterable[ExportInputs], file: Pat
                 f"{failure} does not run in {runtime.package} ({_reason(error)}). "
                 "Use another format, or convert the model by model.float()."
             ) from error
-        difference = check_tensors(actual, expected, tolerance_of(deployed, TOLERANCE)).difference
+        difference = check_tensors(actual, expected, _tolerance(deployed, inputs, TOLERANCE)).difference
         if difference is not None:
             raise GhostifyError(
                 f"{failure} differs from PyTorch's outputs: {difference}. Use another format, and report this."
@@ -185,6 +193,10 @@ def _check_file(deployed: nn.Module, examples: Iterable[ExportInputs], file: Pat
 def _outputs(deployed: nn.Module, inputs: ExportInputs) -> dict[str, Any]:
     given = inputs.cloned()
     return output_leaves(deployed(*given.args, **given.kwargs))
+
+
+def _tolerance(deployed: nn.Module, inputs: ExportInputs, *least: float) -> Tolerance:
+    return tolerance_of(deployed, CallArguments(inputs.args, inputs.kwargs), *least)
 
 
 def _remove(paths: Iterable[Path]) -> None:

@@ -90,7 +90,7 @@ class _Affine:
 def _fold_conv(index: GraphIndex, node: fx.Node, conv: nn.Conv2d) -> None:
     module = index.module
     norm_path = following_norm(index, [node.name])
-    if norm_path is None or not index.is_called_once(node):
+    if norm_path is None or not index.is_called_once(node) or index.is_read(conv):
         return
     standard_conv = conv if is_standard_conv(conv) else to_standard_conv(conv)
     if isinstance(standard_conv, str):

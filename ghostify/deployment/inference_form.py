@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ghostify.arguments import a_model, anything, public
 from ghostify.deployment.channel_order import ChannelOrders, record_shapes
@@ -18,11 +18,14 @@ from ghostify.errors import GhostifyError
 from ghostify.fitting.subgraph_inputs import record_calls
 from ghostify.graph.exported import is_exported
 from ghostify.graph.inputs import (
+    CallInputs,
     PlaceholderValues,
     as_arguments,
     bind_example,
     bind_inputs,
+    call_model,
     run_example,
+    tensor_leaves,
 )
 from ghostify.graph.model_copy import copy_module
 from ghostify.graph.modes import eval_mode
@@ -64,14 +67,15 @@ def deploy(model: nn.Module, example_inputs: Any) -> nn.Module:
             allowance -= _deploy_subgraph(subgraph, inputs, allowance)
     _to_channels_last(deployed.eval().requires_grad_(False))
     deployed.__dict__["meta"] = metadata
-    _check(deployed, expected, example_inputs, tolerance_of(model))
+    _check(deployed, expected, example_inputs, tolerance_of(model, bind_example(model, example_inputs)))
     return deployed
 
 
-def tolerance_of(model: nn.Module, least: float = TOLERANCE) -> Tolerance:
+def tolerance_of(model: nn.Module, inputs: CallInputs, least: float = TOLERANCE) -> Tolerance:
     """The permitted difference of an output of the model, relative to its maximum."""
-    tensors = [*model.parameters(), *model.buffers()]
-    is_half = any(t.dtype in HALF_TYPES for t in tensors)
+    with eval_mode(model), _HalfDetector() as detector:
+        call_model(model, inputs)
+    is_half = detector.is_half or any(t.dtype in HALF_TYPES for t in (*model.parameters(), *model.buffers()))
 
     def tolerance(output: Tensor) -> float:
         if is_half or output.dtype in HALF_TYPES:
@@ -82,15 +86,23 @@ def tolerance_of(model: nn.Module, least: float = TOLERANCE) -> Tolerance:
     return tolerance
 
 
+class _HalfDetector(TorchDispatchMode):
+    """While active, finds out whether anything is computed in half precision, as under autocast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_half = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.is_half |= any(t.dtype in HALF_TYPES for t in tensor_leaves(result))
+        return result
+
+
 def _outputs(model: nn.Module, example: Any) -> dict[str, Any]:
     """All outputs in evaluation mode."""
     with eval_mode(model):
-        return output_leaves(run_example(model, bind_example(model, _cloned(example))))
-
-
-def _cloned(example: Any) -> Any:
-    """A copy of the example inputs, which a forward may overwrite."""
-    return tree_map_only(Tensor, torch.clone, example)
+        return output_leaves(run_example(model, bind_example(model, example)))
 
 
 def _check(deployed: nn.Module, expected: dict[str, Any], example: Any, tolerance: Tolerance) -> None:
@@ -168,6 +180,6 @@ def _subgraph_inputs(
 ) -> PlaceholderValues | None:
     """The inputs of the subgraph at `path` when the example inputs run; None if it is not called."""
     if not path and not has_hooks(subgraph):
-        return bind_inputs(subgraph, *as_arguments(_cloned(example)))
-    calls = record_calls(subgraph, deployed, path, bind_example(deployed, _cloned(example)))
+        return bind_inputs(subgraph, *as_arguments(example))
+    calls = record_calls(subgraph, deployed, path, bind_example(deployed, example))
     return calls[0] if calls else None

@@ -57,7 +57,7 @@ def check_values(inputs: CallInputs, number: int) -> None:
     if not tensors:
         raise GhostifyError(
             f"calibration batch {number}: has no images, because it holds no tensors. Pass tensors, for NumPy's arrays "
-            "those of torch.from_numpy."
+            "those of torch.from_numpy; dataclasses after torch.export.register_dataclass."
         )
     if tensors[0].dim() == 0 or tensors[0].numel() == 0:
         raise GhostifyError(f"calibration batch {number}: has no images. Leave it out.")

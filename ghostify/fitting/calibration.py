@@ -16,7 +16,7 @@ from ghostify.fitting.activation_store import ActivationStore, restore
 from ghostify.fitting.batch_checks import BatchRunner, check_values, read_batches
 from ghostify.fitting.distributed import rank_and_world_size
 from ghostify.graph.batches import bind_batch, run_batch
-from ghostify.graph.inputs import CallArguments, CallInputs, PlaceholderValues, tensor_leaves
+from ghostify.graph.inputs import CallArguments, CallInputs, PlaceholderValues, cloned, tensor_leaves
 from ghostify.graph.modes import eval_mode
 from ghostify.numerics import outputs_match
 
@@ -42,17 +42,13 @@ class CalibrationBatch:
 
     @property
     def inputs(self) -> CallInputs:
-        """Inputs of the original module, in `memory_format`."""
-        return to_memory_format(tree_map(restore, self.stored), self.memory_format)
+        """A copy of the inputs of the original module, in `memory_format`: a forward may overwrite it."""
+        return _copied(self.stored, self.memory_format)
 
     @property
     def converted_inputs(self) -> CallInputs:
-        """Inputs of the converted module, in `memory_format`."""
-        return (
-            self.inputs
-            if self.converted_stored is None
-            else to_memory_format(tree_map(restore, self.converted_stored), self.memory_format)
-        )
+        """A copy of the inputs of the converted module, in `memory_format`."""
+        return _copied(self.stored if self.converted_stored is None else self.converted_stored, self.memory_format)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +108,10 @@ def split(inputs: CallInputs, images: int) -> list[CallInputs]:
         return [inputs]
     pieces = [v.split(images) if isinstance(v, Tensor) else repeat(v) for v in inputs.values]
     return [PlaceholderValues(values) for values in zip(*pieces, strict=False)]
+
+
+def _copied(stored: CallInputs, memory_format: torch.memory_format) -> CallInputs:
+    return to_memory_format(cloned(tree_map(restore, stored)), memory_format)
 
 
 def to_memory_format(inputs: CallInputs, memory_format: torch.memory_format) -> CallInputs:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils._pytree import tree_map
 
 from ghostify.fitting.activation_store import ActivationStore
@@ -59,19 +61,28 @@ def collect_subgraph_inputs(
 
 
 def record_calls(subgraph: fx.GraphModule, module: nn.Module, path: str, inputs: CallInputs) -> list[PlaceholderValues]:
-    """The inputs of each call of the submodule at `path` in one forward, by the placeholders of `subgraph`."""
+    """The inputs of each call of the submodule at `path` in one forward, by the placeholders of `subgraph`.
+
+    Those of calls under autocast are in the type of its weights; calls under transforms of torch.func are left out.
+    """
     recorded: list[PlaceholderValues] = []
+    dtype = next((p.dtype for p in subgraph.parameters() if p.is_floating_point()), torch.float32)
 
     def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        recorded.append(tree_map(_clone_tensor, bind_inputs(subgraph, args, kwargs)))
+        bound = bind_inputs(subgraph, args, kwargs)
+        if not any(is_functorch_wrapped_tensor(v) for v in tensor_leaves(bound)):
+            recorded.append(tree_map(partial(_clone_tensor, dtype), bound))
 
     with on_calls([module.get_submodule(path)], before=record), eval_mode(module):
         call_model(module, inputs)
     return recorded
 
 
-def _clone_tensor(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
+def _clone_tensor(dtype: torch.dtype, value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    is_cast = value.is_floating_point() and torch.is_autocast_enabled(value.device.type)
+    return value.detach().to(dtype if is_cast else value.dtype, copy=True)
 
 
 def _correspond(inputs: CallInputs, others: CallInputs) -> bool:

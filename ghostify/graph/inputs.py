@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import register_pytree_node, tree_leaves
+from torch.utils._pytree import register_pytree_node, tree_leaves, tree_map_only
 
 from ghostify.errors import GhostifyError
 from ghostify.text import first_line
@@ -83,8 +84,14 @@ def bind_example(module: nn.Module, batch: Any) -> CallInputs:
     return bind_inputs(module, args, kwargs) if isinstance(module, fx.GraphModule) else CallArguments(args, kwargs)
 
 
+def cloned(values: Any) -> Any:
+    """Nested values with a copy of every tensor."""
+    return tree_map_only(Tensor, torch.clone, values)
+
+
 def call_model(module: nn.Module, inputs: CallInputs) -> Any:
-    """The output of one forward of a module, traced or not."""
+    """The output of one forward of a module, traced or not. It gets a copy of the inputs, which it may overwrite."""
+    inputs = cloned(inputs)
     if isinstance(inputs, CallArguments):
         return module(*inputs.args, **inputs.kwargs)
     assert isinstance(module, fx.GraphModule)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from torch import fx
+from torch import fx, nn
 
 from ghostify.graph.batchnorm import batchnorm_of, inner_modules
 from ghostify.graph.methods import method_marks
@@ -16,21 +16,27 @@ from ghostify.graph.op_queries import (
     is_add,
     is_identity_in_eval,
 )
+from ghostify.graph.paths import resolve_attribute
 from ghostify.graph.program import Convolution, Program, called_module
 from ghostify.modules.hooks import has_hooks
 
 
 class GraphIndex:
-    """A graph's nodes by name, and the number of nodes that call each module."""
+    """A graph's nodes by name, the number of nodes that call each module, and the parameters that nodes fetch."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         self.module = module
         self.nodes = {n.name: n for n in module.graph.nodes}
         self.call_counts = Counter(id(called_module(module, n)) for n in module.graph.nodes if n.op == "call_module")
+        self.fetched = {id(resolve_attribute(module, str(n.target))) for n in module.graph.nodes if n.op == "get_attr"}
 
     def is_called_once(self, node: fx.Node) -> bool:
         """Whether the node is the only one that calls its module."""
         return self.call_counts[id(called_module(self.module, node))] == 1
+
+    def is_read(self, module: nn.Module) -> bool:
+        """Whether nodes fetch a parameter of a module, so that it must keep its values."""
+        return any(id(p) in self.fetched for p in module.parameters())
 
 
 def following_norm(index: GraphIndex, nodes: list[str]) -> str | None:

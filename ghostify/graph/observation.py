@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ghostify.graph.call_hooks import on_calls
@@ -107,7 +109,7 @@ class _FunctionalConvs:
 
     def discard(self, output: Tensor) -> None:
         """Drop the last call if `output` is its output: a graph contains it."""
-        if output is self.last_output:
+        if self.last_output is not None and output.data_ptr() == self.last_output.data_ptr():
             self.untraced.pop(self.last_name, None)
             self.last_output, self.last_name = None, ""
 
@@ -151,9 +153,15 @@ def _hook(
 
 
 def _call_on_tensors(on_conv: ConvCallback, path: str, node: fx.Node, image: Any, output: Any) -> Any:
-    """The callback's result; the output itself where a subclass of `Conv2d` takes or returns something else."""
-    is_tensor_call = isinstance(image, Tensor) and isinstance(output, Tensor)
-    return on_conv(path, node, image, output) if is_tensor_call else output
+    """The callback's result, without gradients also where the forward enables them.
+
+    The output itself where a subclass of `Conv2d` takes or returns something else, and under transforms of torch.func.
+    """
+    if not all(isinstance(v, Tensor) and not is_functorch_wrapped_tensor(v) for v in (image, output)):
+        return output
+    with torch.no_grad():
+        image, output = (v.detach() if v.requires_grad else v for v in (image, output))
+        return on_conv(path, node, image, output)
 
 
 def _intercepted_forward(on_conv: ConvCallback, path: str, subgraph: fx.GraphModule) -> Callable[..., Any]:

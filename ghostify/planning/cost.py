@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ghostify.graph.inputs import as_arguments
+from ghostify.graph.inputs import CallArguments, as_arguments, call_model
 from ghostify.graph.modes import eval_mode
 from ghostify.graph.observation import MacCounter
 from ghostify.graph.program import ConvCall, Convolution
@@ -41,7 +41,6 @@ def count_parameters(module: nn.Module) -> int:
 
 def count_macs(model: nn.Module, example_inputs: Any) -> int:
     """MACs of one forward in evaluation mode (see `MacCounter`); the mode is restored."""
-    args, kwargs = as_arguments(example_inputs)
     with eval_mode(model), MacCounter() as counter:
-        model(*args, **kwargs)
+        call_model(model, CallArguments(*as_arguments(example_inputs)))
     return counter.macs
