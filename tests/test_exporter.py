@@ -1,3 +1,4 @@
+import os
 import sys
 
 import onnx
@@ -213,3 +214,10 @@ def test_the_first_sentence_of_the_cause_is_the_reason():
     assert _reason(KeyError()) == "KeyError"
     constraint = RuntimeError("Constraints violated (batch)! For more\n  - it is a constant (2). If")
     assert _reason(constraint) == "it is a constant (2)"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of other bytes than UTF-8")
+def test_a_name_that_is_not_unicode_is_refused(tmp_path):
+    with pytest.raises(GhostifyError, match="is not UTF-8 text"):
+        export(converted(), tmp_path / os.fsdecode(b"\xff"), format="onnx", example_inputs=nets.images(1))
+    assert not [*tmp_path.iterdir()]

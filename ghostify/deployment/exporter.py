@@ -22,7 +22,7 @@ from ghostify.errors import GhostifyError
 from ghostify.graph.inputs import as_arguments
 from ghostify.graph.modes import eval_mode
 from ghostify.io.atomic import check_output_folder, staged_folder
-from ghostify.io.output import is_disk_error
+from ghostify.io.output import check_unicode, is_disk_error
 from ghostify.runtimes.registry import EXPORT_FORMATS, Runtime, check_supported
 from ghostify.runtimes.tensors import ExportInputs
 from ghostify.user_warnings import warn_user
@@ -93,6 +93,7 @@ def export_file(
     """`export`, without its warning; the result says whether the batch size is free."""
     runtime = EXPORT_FORMATS[format]
     check_supported(runtime, None)
+    check_unicode(path)
     check_output_folder(path, overwrite=overwrite)
     deployed = deploy(model, example_inputs)
     inputs = ExportInputs(*as_arguments(example_inputs)).in_order_of(deployed)
