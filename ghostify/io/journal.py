@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ghostify.io.manifest import MANIFEST, entries
+from ghostify.io.manifest import DESCRIPTION, MANIFEST, entries
+from ghostify.io.output import check_names
 
 PENDING = ".ghostify-new"
 
@@ -21,12 +22,18 @@ def current_file(folder: Path, name: str) -> Path:
 
 
 def finish_write(folder: Path) -> None:
-    """Move the new files to their places, the manifest last; also after an interruption."""
+    """Move the new files to their places, the manifest last; also after an interruption.
+
+    A folder of that name without a manifest is the user's. Raises `GhostifyError`, with nothing moved, where a file of
+    the user has the name of a new one.
+    """
     pending = folder / PENDING
     if pending.is_symlink() or not pending.is_dir():
         return
-    for name in sorted(entries(pending), key=lambda name: name == MANIFEST):
-        if not name.endswith("/"):
+    if (pending / MANIFEST).is_file():
+        names = [name for name in entries(pending) if not name.endswith("/")]
+        check_names(folder, names)
+        for name in sorted(names, key=lambda name: (name == MANIFEST, name == DESCRIPTION)):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(pending / name, folder / name)
     remove_empty_folders(pending)
