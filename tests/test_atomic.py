@@ -228,6 +228,30 @@ def test_places_that_are_no_folders_are_refused_in_one_line(tmp_path, monkeypatc
     assert content(tmp_path) == {"file": "mine"}
 
 
+@pytest.mark.parametrize("is_link", [True, False])
+def test_a_staging_place_that_is_not_a_folder_is_refused(tmp_path, is_link):
+    (tmp_path / "mine" / "partial").mkdir(parents=True)
+    (tmp_path / "mine" / "partial" / "file").touch()
+    place = atomic._staging_place(tmp_path / "out")
+    place.symlink_to("mine") if is_link else place.touch()
+    with pytest.raises(GhostifyError, match=r"is not a folder|is a link"):
+        check_output_folder(tmp_path / "out")
+    assert (tmp_path / "mine" / "partial" / "file").exists()
+
+
+def test_a_folder_of_the_user_named_as_the_staging_within_stays(tmp_path):
+    mine = tmp_path / "out" / ".ghostify-staging" / "mine"
+    mine.parent.mkdir(parents=True)
+    mine.touch()
+    with pytest.raises(GhostifyError, match="mine: was not written by ghostify"):
+        check_output_folder(tmp_path / "out")
+    with staged_folder(tmp_path / "out", overwrite=True) as folder:
+        (folder / "a").touch()
+    assert mine.exists()
+    assert (tmp_path / "out" / "a").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_check_leaves_nothing(tmp_path):
     check_output_folder(tmp_path / "a" / "b")
     check_output_file(tmp_path / "a" / "b.html", lambda _: True)

@@ -1,3 +1,4 @@
+import os
 import sys
 
 import onnx
@@ -240,3 +241,10 @@ def test_hooks_of_the_model_and_buffers_made_in_the_forward_are_exported(tmp_pat
         file = export(converted, tmp_path / str(number), format="pt2", example_inputs=x)
         with torch.no_grad():
             torch.testing.assert_close(torch.export.load(file).module()(x), converted(x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of other bytes than UTF-8")
+def test_a_name_that_is_not_unicode_is_refused(tmp_path):
+    with pytest.raises(GhostifyError, match="is not UTF-8 text"):
+        export(converted(), tmp_path / os.fsdecode(b"\xff"), format="onnx", example_inputs=nets.images(1))
+    assert not [*tmp_path.iterdir()]

@@ -1,5 +1,6 @@
 import json
 import os
+import sys
 from dataclasses import replace
 
 import pytest
@@ -245,6 +246,13 @@ def test_a_folder_that_cannot_be_written_is_refused_and_a_check_leaves_nothing(t
         check_run_folder(tmp_path / "file" / "t")
     check_run_folder(tmp_path / "t")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of other bytes than UTF-8")
+def test_a_name_that_is_not_unicode_is_refused(tmp_path):
+    with pytest.raises(GhostifyError, match="is not UTF-8 text"):
+        check_run_folder(tmp_path / os.fsdecode(b"\xff"))
+    assert not [*tmp_path.iterdir()]
 
 
 def test_only_the_main_process_writes(tmp_path):

@@ -78,3 +78,10 @@ def test_what_a_library_writes_past_python_stays_out_of_standard_output(capfd):
         os.write(1, b"a remark of the solver")
     print("ours", flush=True)
     assert capfd.readouterr().out == "ours\n"
+
+
+@pytest.mark.parametrize("unknown", [Candidate(None, (0.1,), float("nan")), Candidate(None, (float("inf"),), 0.0)])
+def test_a_candidate_without_a_finite_loss_and_cost_is_not_chosen(unknown):
+    alternatives = [Candidate(None, (1.0,), 0.0), unknown, Candidate(None, (0.5,), 0.3)]
+    assert choose_candidates([alternatives], [0.6]) == [2]
+    assert choose_candidates([[alternatives[0], unknown]], [0.6]) is None

@@ -23,7 +23,7 @@ from ghostify.graph.inputs import CallArguments, as_arguments
 from ghostify.graph.modes import eval_mode
 from ghostify.graph.module_state import ModuleState
 from ghostify.io.atomic import check_output_folder, staged_folder
-from ghostify.io.output import is_disk_error
+from ghostify.io.output import check_unicode, is_disk_error
 from ghostify.runtimes.registry import EXPORT_FORMATS, Runtime, check_supported
 from ghostify.runtimes.tensors import ExportInputs
 from ghostify.user_warnings import warn_user
@@ -94,6 +94,7 @@ def export_file(
     """`export`, without its warning; the result says whether the batch size is free."""
     runtime = EXPORT_FORMATS[format]
     check_supported(runtime, None)
+    check_unicode(path)
     check_output_folder(path, overwrite=overwrite)
     deployed = deploy(model, example_inputs)
     inputs = ExportInputs(*as_arguments(example_inputs)).in_order_of(deployed)

@@ -19,8 +19,10 @@ from ghostify.io.exchange import exchange
 from ghostify.io.journal import PENDING, finish_write, remove_empty_folders
 from ghostify.io.lock import locked
 from ghostify.io.manifest import (
+    COMPLETE,
     DESCRIPTION,
     MANIFEST,
+    PARTIAL,
     STAGING_INSIDE,
     entries,
     file_digest,
@@ -40,7 +42,6 @@ from ghostify.io.output import (
 )
 from ghostify.text import one_line
 
-PARTIAL, COMPLETE = "partial", "complete"
 LAST = (DESCRIPTION, MANIFEST)  # they say which files are ghostify's own
 NAME_LENGTH = 40
 
@@ -119,7 +120,7 @@ def _prepared(path: str | Path, overwrite: bool) -> Iterator[tuple[Path, Path]]:
     with writing_to(path):
         folder = resolved_folder(path)
         staging = _staging_place(folder)
-        with parents_created(folder), locked(staging, lambda place: place.mkdir(exist_ok=True), folder):
+        with parents_created(folder), locked(staging, _make_staging, folder):
             try:
                 _remove_leftovers(staging, folder)
                 finish_write(folder)
@@ -129,6 +130,13 @@ def _prepared(path: str | Path, overwrite: bool) -> Iterator[tuple[Path, Path]]:
                 _remove_leftovers(staging, folder)
                 with contextlib.suppress(OSError):  # not empty
                     staging.rmdir()
+
+
+def _make_staging(place: Path) -> None:
+    """Create a staging folder unless it is there; what a link of its name leads to is not used."""
+    if place.is_symlink() or (place.exists() and not place.is_dir()):
+        raise GhostifyError(f"{one_line(str(place))}: is not a folder. Remove it, or name another place.")
+    place.mkdir(exist_ok=True)
 
 
 def _staging_place(folder: Path) -> Path:

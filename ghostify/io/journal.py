@@ -10,7 +10,8 @@ import os
 from pathlib import Path
 
 from ghostify.errors import GhostifyError
-from ghostify.io.manifest import MANIFEST, entries
+from ghostify.io.manifest import DESCRIPTION, MANIFEST, entries
+from ghostify.io.output import check_names
 from ghostify.text import one_line
 
 PENDING = ".ghostify-new"
@@ -25,20 +26,28 @@ def current_file(folder: Path, name: str) -> Path:
 def finish_write(folder: Path) -> None:
     """Move the new files to their places, the manifest last; also after an interruption.
 
-    Raises `GhostifyError`, with nothing moved, where a place is not in the folder itself, but behind a link.
+    A folder of that name without a manifest is the user's. Raises `GhostifyError`, with nothing moved, where a file of
+    the user has the name of a new one, and where a place is not in the folder itself, but behind a link.
     """
     pending = folder / PENDING
     if pending.is_symlink() or not pending.is_dir():
         return
-    names = sorted((name for name in entries(pending) if not name.endswith("/")), key=lambda name: name == MANIFEST)
-    for name in names:
-        link = next((folder / parent for parent in Path(name).parents if (folder / parent).is_symlink()), None)
-        if link is not None and link != folder:
-            raise GhostifyError(f"{one_line(str(link))}: is a link, where a new file was to go. Remove the link.")
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(pending / name, folder / name)
+    if (pending / MANIFEST).is_file():
+        names = [name for name in entries(pending) if not name.endswith("/")]
+        _check_links(folder, names)
+        check_names(folder, names)
+        for name in sorted(names, key=lambda name: (name == MANIFEST, name == DESCRIPTION)):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(pending / name, folder / name)
     remove_empty_folders(pending)
+
+
+def _check_links(folder: Path, names: list[str]) -> None:
+    for name in names:
+        for parent in Path(name).parents[:-1]:
+            if (folder / parent).is_symlink():
+                place = one_line(str(folder / parent))
+                raise GhostifyError(f"{place}: is a link, where a new file was to go. Remove the link.")
 
 
 def remove_empty_folders(folder: Path) -> None:

@@ -16,7 +16,8 @@ from ghostify.files import read_json
 
 MANIFEST, FORMAT_VERSION = "ghostify-files.json", 1
 TENSORS, DESCRIPTION = "model.safetensors", "ghostify.json"
-STAGING_INSIDE = ".ghostify-staging"
+STAGING_INSIDE, PARTIAL, COMPLETE = ".ghostify-staging", "partial", "complete"
+STAGED_INSIDE = tuple(f"{STAGING_INSIDE}/{name}/" for name in (PARTIAL, COMPLETE))
 RECENT_NS = 2_000_000_000
 
 
@@ -45,7 +46,12 @@ def own_names(folder: Path) -> set[str]:
 def foreign_entries(folder: Path) -> Iterator[str]:
     """Paths of all other files, links and empty folders, sorted; those of folders end in a slash."""
     names = own_names(folder)
-    return (name for name in entries(folder) if name not in names and name.split("/")[0] != STAGING_INSIDE)
+    return (name for name in entries(folder) if name not in names and not _is_staged(name))
+
+
+def _is_staged(name: str) -> bool:
+    """Whether a write that stages within the folder fills and removes this."""
+    return name == f"{STAGING_INSIDE}/" or name.startswith(STAGED_INSIDE)
 
 
 def entries(folder: Path, prefix: str = "") -> Iterator[str]:

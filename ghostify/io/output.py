@@ -66,6 +66,15 @@ def as_path(path: str | Path) -> Path:
         raise GhostifyError(f"{one_line(str(path))}: is not a file name ({error}). Use another one.") from error
 
 
+def check_unicode(path: str | Path) -> None:
+    """Raise `GhostifyError` for a place whose name in full is not Unicode, which ONNX Runtime and TensorBoard need."""
+    place = os.path.realpath(as_path(path))
+    try:
+        os.fsencode(place).decode()
+    except UnicodeDecodeError as error:
+        raise GhostifyError(f"{one_line(place)}: is not UTF-8 text ({error.reason}). Use another name.") from error
+
+
 def _kind(path: Path) -> int | None:
     """The type of what the path names, or None if nothing is there."""
     try:

@@ -36,7 +36,8 @@ def choose_candidates(
 ) -> list[int] | None:
     """The index in each list of the candidates of least total loss whose total costs keep within `limits`, or None.
 
-    A mixed-integer program, solved to a relative gap of 1e-4. Raises `GhostifyError` where no solution is found within
+    A mixed-integer program, solved to a relative gap of 1e-4. Candidates whose loss or costs are not finite are not
+    chosen. Raises `GhostifyError` where no solution is found within
     `SECONDS`.
     """
     if not candidates:
@@ -46,16 +47,17 @@ def choose_candidates(
     list_of_column = np.repeat(np.arange(len(candidates)), sizes)
     one_each = csr_array((np.ones(len(flat)), (list_of_column, np.arange(len(flat)))))
     starts = np.cumsum([0, *sizes])
-    costs = np.array([c.costs for c in flat], dtype=float).T
+    losses, costs = np.array([c.loss for c in flat]), np.array([c.costs for c in flat], dtype=float).T
+    is_known = np.isfinite(losses) & np.isfinite(costs).all(0)
+    losses, costs = np.where(is_known, losses, 0), np.where(is_known, costs, 0)
     scale = costs.max(axis=1, initial=1)
     within = LinearConstraint(costs / scale[:, None], -np.inf, np.array(limits) / scale)
     agreements = [LinearConstraint(_agreement(candidates, starts, c), 0, 0) for c in constraints]
-    losses = np.array([c.loss for c in flat])
     with _silence_stdout():
         result = milp(
             losses / max(losses.max(), 1e-300),
             integrality=np.ones(len(flat)),
-            bounds=Bounds(0, 1),
+            bounds=Bounds(0, is_known.astype(float)),
             constraints=[LinearConstraint(one_each, 1, 1), within, *agreements],
             options={"mip_rel_gap": 1e-4, "time_limit": SECONDS},
         )

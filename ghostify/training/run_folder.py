@@ -29,7 +29,7 @@ from ghostify.io.atomic import (
 )
 from ghostify.io.lock import locked
 from ghostify.io.manifest import changed_files
-from ghostify.io.output import parents_created, writing_to
+from ghostify.io.output import check_unicode, parents_created, writing_to
 from ghostify.io.tensor_file import read_tensors
 from ghostify.io.tensor_writer import write_tensors
 from ghostify.records import from_json
@@ -152,7 +152,11 @@ class RunFolder:
 
 
 def check_run_folder(folder: Path) -> None:
-    """Raise `GhostifyError` for a folder that is not of a training run, is damaged or cannot be written to."""
+    """Raise `GhostifyError` for a folder that is not of a training run, is damaged or cannot be written to.
+
+    So too for a name that is not Unicode.
+    """
+    check_unicode(folder)
     check_output_folder(folder, overwrite=True)
     with writing_to(folder):
         link = next((p for p in folder.iterdir() if p.is_symlink()), None) if folder.exists() else None
