@@ -30,7 +30,7 @@ from tests.fuzz_mutations import write_case
 from tests.fuzz_samples import Sample, read_samples
 from tests.fuzz_watch import Watch
 
-SECONDS, FORWARD_SECONDS = 5.0, 2.0  # for each step, and for a forward
+SECONDS, FORWARD_SECONDS, WAITING = 5.0, 2.0, 6  # for each step, and for a forward; see `time_limit`
 MEMORY = 3 * 2**30  # bytes beyond those that a worker needs at first
 WEIGHTS = {"torchvision": 1, "timm": 2, "old-timm-test-resnet": 2}  # of samples, of which the small ones are frequent
 USUAL_WEIGHT = 8
@@ -153,18 +153,24 @@ class Worker:
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise `LateError` in the main thread after so many seconds."""
+    """Raise `LateError` after so many seconds of the processor, or `WAITING` times as many of the clock.
+
+    What other processes take on a busy machine does not count.
+    """
 
     def late(*_: Any) -> None:
         raise LateError(f"over {seconds:g} s")
 
-    previous = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    timers = ((signal.SIGPROF, signal.ITIMER_PROF, seconds), (signal.SIGALRM, signal.ITIMER_REAL, WAITING * seconds))
+    previous = [signal.signal(number, late) for number, _, _ in timers]
+    for _, timer, limit in timers:
+        signal.setitimer(timer, limit)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
+        for (number, timer, _), handler in zip(timers, previous, strict=True):
+            signal.setitimer(timer, 0)
+            signal.signal(number, handler)
 
 
 def _limit_memory() -> None:
