@@ -111,11 +111,19 @@ def test_values_that_are_not_read_are_not_checked(tmp_path):
     assert len(read(tmp_path / "x.npy", lambda _: [0, 5])[0]) == 2
 
 
-def archive_of(content):
+def archive_of(content, compression=zipfile.ZIP_DEFLATED):
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(file, "w", compression) as archive:
         archive.writestr("images.npy", content)
     return file.getvalue()
+
+
+def lzma_damaged():
+    """An archive whose LZMA stream is overwritten from its middle on."""
+    rng = np.random.default_rng(0)
+    content = bytearray(archive_of(header_of((6, 3, 4, 4)) + rng.random(144).tobytes(), zipfile.ZIP_LZMA))
+    content[60:300] = bytes(240)
+    return bytes(content)
 
 
 @pytest.mark.parametrize(
@@ -128,8 +136,10 @@ def archive_of(content):
         ("x.npy", header_of((-1, 3, 4, 4))),
         ("x.npy", header_of((6, 3, 4, 4), "|O")),
         ("x.npy", header_of((6, 3, 4, 4))[:40]),
+        ("x.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", 100) + b"(" * 99 + b"\n"),
         ("x.npz", b""),
         ("x.npz", archive_of(b"")),
+        ("x.npz", lzma_damaged()),
         ("x.npz", archive_of(header_of((10**6, 3, 1000, 1000)))),
         ("x.npz", archive_of(header_of((6, 3, 4, 4)))[:-30]),
         ("x.safetensors", b""),

@@ -135,3 +135,9 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(image_files.os, "scandir", scandir)
     with pytest.raises(GhostifyError, match=rf"^{tmp_path}: cannot be read \(Permission denied\)"):
         list_images(tmp_path)
+
+
+def test_folders_in_folders_without_end_are_refused(tmp_path):
+    (tmp_path / ("d/" * (image_files.MAX_DEPTH + 1))).mkdir(parents=True)
+    with pytest.raises(GhostifyError, match="more than 100 levels deep"):
+        list_images(tmp_path)

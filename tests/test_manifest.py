@@ -3,6 +3,7 @@ import os
 
 import pytest
 
+from ghostify import GhostifyError
 from ghostify.io import manifest
 from ghostify.io.manifest import (
     DESCRIPTION,
@@ -110,3 +111,9 @@ def test_entries_are_files_links_and_empty_folders(folder):
     (folder / "link").symlink_to("none")
     assert list(entries(folder)) == ["a", MANIFEST, "link", "none/", "sub/b"]
     assert list(entries(folder / "nothing")) == []
+
+
+def test_folders_in_folders_without_end_are_refused(folder):
+    (folder / ("d/" * (manifest.MAX_DEPTH + 2))).mkdir(parents=True)
+    with pytest.raises(GhostifyError, match="more than 100 levels deep"):
+        list(manifest.entries(folder))

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ghostify import GhostifyError
+from ghostify.io.atomic import _staging_place
 from ghostify.training.run_folder import METRICS, PROGRESS, RunFolder, TrainingProgress, check_run_folder, metrics_of
 
 
@@ -50,8 +51,10 @@ def test_a_state_is_saved_completely_and_the_previous_one_is_removed(tmp_path):
         file.write('{"step": 4, "lo')
     run_folder.close()
     assert [entry["step"] for entry in metrics_of(tmp_path)] == [1, 3]
+    _staging_place(tmp_path / "state-000000002").mkdir()  # as after a kill
     resumed, accelerator = RunFolder(tmp_path, SETTINGS, is_main=True), Accelerator()
     assert resumed.resume(accelerator) == progress
+    assert not _staging_place(tmp_path / "state-000000002").exists()
     assert accelerator.value == 7
     assert metrics_of(tmp_path) == [{"step": 1, "loss": 1.0}]
     resumed.save(Accelerator(9), TrainingProgress(4))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import lzma
 import math
 import os
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +27,7 @@ REMEDY = "Name a file of arrays without Python objects."
 REAL_KINDS, MAX_LABEL = "fiub", 2**31 - 1
 UNREADABLE = (
     OSError, ValueError, EOFError, KeyError, TypeError, OverflowError, MemoryError, NotImplementedError, RuntimeError,
-    SyntaxError, zlib.error, zipfile.BadZipFile,
+    SyntaxError, tokenize.TokenError, zlib.error, lzma.LZMAError, zipfile.BadZipFile,
 )  # fmt: skip
 
 Array = npt.NDArray[np.generic]

@@ -20,6 +20,7 @@ UNREADABLE = (  # what Pillow raises for files that are damaged or of an unknown
     NotImplementedError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
 MAX_8_BITS, MAX_16_BITS = 255, 65535
+MAX_DEPTH = 100  # of folders in folders
 
 
 def list_images(path: Path) -> tuple[list[Path], list[str]]:
@@ -49,6 +50,8 @@ def class_of(file: Path, folder: Path) -> str:
 
 def _image_files(folder: Path, visited: frozenset[str] = frozenset()) -> Iterator[Path]:
     """The image files below a folder; a link to one of the folders above it, which are `visited`, is not followed."""
+    if len(visited) >= MAX_DEPTH:
+        raise GhostifyError(f"{folder}: is more than {MAX_DEPTH} levels deep. Move its images up, or remove it.")
     above = visited | {os.path.realpath(folder)}
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)

@@ -13,12 +13,14 @@ from typing import Any
 
 from ghostify.errors import GhostifyError
 from ghostify.files import read_json
+from ghostify.text import one_line
 
 MANIFEST, FORMAT_VERSION = "ghostify-files.json", 1
 TENSORS, DESCRIPTION = "model.safetensors", "ghostify.json"
 STAGING_INSIDE, PARTIAL, COMPLETE = ".ghostify-staging", "partial", "complete"
 STAGED_INSIDE = tuple(f"{STAGING_INSIDE}/{name}/" for name in (PARTIAL, COMPLETE))
 RECENT_NS = 2_000_000_000
+MAX_DEPTH = 100  # of folders in folders
 
 
 def own_files(folder: Path) -> dict[str, str]:
@@ -55,9 +57,14 @@ def _is_staged(name: str) -> bool:
 
 
 def entries(folder: Path, prefix: str = "") -> Iterator[str]:
-    """Paths of the files, links and empty folders below a folder, sorted; those of folders end in a slash."""
+    """Paths of the files, links and empty folders below a folder, sorted; those of folders end in a slash.
+
+    Raises `GhostifyError` for folders that are nested without end.
+    """
     if not folder.is_dir():
         return
+    if prefix.count("/") > MAX_DEPTH:
+        raise GhostifyError(f"{one_line(str(folder))}: is more than {MAX_DEPTH} levels deep. Name another folder.")
     with os.scandir(folder) as listing:
         found_entries = sorted(listing, key=lambda entry: entry.name)
     for entry in found_entries:

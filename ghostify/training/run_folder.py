@@ -88,6 +88,8 @@ class RunFolder:
         states = self._states()
         progress = TrainingProgress()
         if states:
+            if self.is_main:
+                check_output_folder(states[-1], overwrite=True)  # removes what a killed write of it left
             _check_state(states[-1])
             progress = _read_progress(states[-1] / PROGRESS)
             _load_state(accelerator, states[-1])
