@@ -27,7 +27,7 @@ def finish_write(folder: Path) -> None:
     """Move the new files to their places, the manifest last; also after an interruption.
 
     A folder of that name without a manifest is the user's. Raises `GhostifyError`, with nothing moved, where a file of
-    the user has the name of a new one, and where a place is not in the folder itself, but behind a link.
+    the user has the name of a new one, and where the way to a place is through a link.
     """
     pending = folder / PENDING
     if pending.is_symlink() or not pending.is_dir():

@@ -161,9 +161,9 @@ def check_run_folder(folder: Path) -> None:
     check_unicode(folder)
     check_output_folder(folder, overwrite=True)
     with writing_to(folder):
-        link = next((p for p in folder.iterdir() if p.is_symlink()), None) if folder.exists() else None
-        if link is not None:  # a run writes to files by these names
-            raise GhostifyError(f"{link}: is a link, and a run writes into its folder alone. {OTHER_FOLDER}")
+        symlink = next((p for p in folder.iterdir() if p.is_symlink()), None) if folder.exists() else None
+        if symlink is not None:  # a run writes to files by these names
+            raise GhostifyError(f"{symlink}: is a link, and a run writes into its folder alone. {OTHER_FOLDER}")
         if (folder / SETTINGS).exists():
             _read_object(folder / SETTINGS)
         elif folder.exists() and any(not p.name.startswith(".") for p in folder.iterdir()):
