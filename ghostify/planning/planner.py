@@ -159,7 +159,7 @@ def warn_if_unchanged(plan: Plan, policy: Policy) -> None:
     if reason == skip_reasons.UNTRACED_FUNCTION:  # of which tracing warns
         return
     why = "The model contains no two-dimensional convolution." if reason is None else f"Most are skipped for: {reason}."
-    warn_user(f"ghostify: no convolution is rewritten. {why}")
+    warn_user(f"model: no convolution is rewritten. {why}")
 
 
 def may_prune(program: Program, policy: Policy, conv: Convolution) -> bool:
