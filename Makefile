@@ -21,7 +21,7 @@ test-kills: $(VENV)/installed    ## 200 processes killed while they write
 	$(BIN)/python -m tests.kill_writers --count 200 --seed 0
 
 fuzz: $(VENV)/installed          ## 20,000 changed folders, read under a watch
-	$(BIN)/python -m tests.fuzz_folders --count 20000 --seed 0 --jobs $(PROCESSES) --output benchmarks/results/fuzz-folders.json
+	$(BIN)/python -m tests.fuzz_folders --count 20000 --seed 0 --jobs $(PROCESSES) --output tests/data/fuzz-folders.json
 
 test-oldest:                     ## the tests on the oldest versions supported
 	$(PYTHON) -m venv $(VENV)-oldest

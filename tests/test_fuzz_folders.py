@@ -97,7 +97,7 @@ def test_the_table_has_sums_of_rows_and_columns():
 
 
 def test_the_page_on_security_states_the_counts_of_the_stored_run():
-    stored = json.loads((ROOT / "benchmarks/results/fuzz-folders.json").read_text())
+    stored = json.loads((ROOT / "tests/data/fuzz-folders.json").read_text())
     assert stored["findings"] == 0
     page = " ".join((ROOT / "docs/security.md").read_text().split())
     assert f"{summary(stored)}." in page, summary(stored)

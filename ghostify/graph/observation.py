@@ -121,8 +121,9 @@ def intercept_convs(
     """While active, call `on_conv` at every convolution call in the subgraphs of `module`, a copy of a program's.
 
     `on_conv(path, node, input, output)` gets the subgraph's path, the node, and the convolution's input and output; its
-    result replaces the output.
+    result replaces the output. It runs with gradients if they are enabled now, whatever the forward sets.
     """
+    on_conv = _in_grad_mode(on_conv, enabled=torch.is_grad_enabled())
     undo: list[Callable[[], None]] = []
     try:
         for path, original in subgraphs.items():
@@ -153,15 +154,24 @@ def _hook(
 
 
 def _call_on_tensors(on_conv: ConvCallback, path: str, node: fx.Node, image: Any, output: Any) -> Any:
-    """The callback's result, without gradients also where the forward enables them.
+    """The callback's result.
 
     The output itself where a subclass of `Conv2d` takes or returns something else, and under transforms of torch.func.
     """
-    if not all(isinstance(v, Tensor) and not is_functorch_wrapped_tensor(v) for v in (image, output)):
-        return output
-    with torch.no_grad():
-        image, output = (v.detach() if v.requires_grad else v for v in (image, output))
-        return on_conv(path, node, image, output)
+    are_plain = all(isinstance(v, Tensor) and not is_functorch_wrapped_tensor(v) for v in (image, output))
+    return on_conv(path, node, image, output) if are_plain else output
+
+
+def _in_grad_mode(on_conv: ConvCallback, *, enabled: bool) -> ConvCallback:
+    """The callback with gradients, or without them on tensors without a history of gradients."""
+
+    def callback(path: str, node: fx.Node, image: Tensor, output: Tensor) -> Tensor:
+        with torch.set_grad_enabled(enabled):
+            if not enabled:
+                image, output = (v.detach() if v.requires_grad else v for v in (image, output))
+            return on_conv(path, node, image, output)
+
+    return callback
 
 
 def _intercepted_forward(on_conv: ConvCallback, path: str, subgraph: fx.GraphModule) -> Callable[..., Any]:
