@@ -32,6 +32,7 @@ def subject():
     )
 
 
+@pytest.mark.slow
 def test_every_method_keeps_within_its_limit(monkeypatch):
     half = [("macs", 0.5)]
     monkeypatch.setattr(compare, "_time", lambda *_: 0.5)

@@ -129,6 +129,7 @@ def test_a_model_in_training_mode_stays_in_it():
     assert not torch.equal(converted(x), converted(x))  # stochastic depth is random
 
 
+@pytest.mark.slow
 def test_two_thousand_convolutions(tmp_path):
     class Many(nn.Module):
         def __init__(self, count=2000):
