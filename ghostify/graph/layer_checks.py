@@ -54,19 +54,20 @@ def _is_linear(linear: Any) -> bool:
 
 
 def _is_ghost(ghost: Any) -> bool:
-    parts, order = (
-        [ghost._modules.get(name) for name in ("primary_conv", "cheap_operation")],
-        ghost._buffers.get("order"),
-    )
+    primary, cheap = (ghost._modules.get(name) for name in ("primary_conv", "cheap_operation"))
+    order = ghost._buffers.get("order")
+    has_convs = isinstance(primary, nn.Conv2d) and isinstance(cheap, nn.Conv2d | CheapOperation)
     has_activation = isinstance(vars(ghost).get("activation", ghost._modules.get("activation")), nn.Module | None)
-    return None not in parts and has_activation and (order is None or _is_permutation(order))
+    return has_convs and has_activation and (order is None or _is_permutation(order))
 
 
 def _is_cheap_operation(cheap: Any) -> bool:
     convs, ranges = cheap._modules.get("convs"), vars(cheap).get("ranges")
     if not isinstance(convs, nn.ModuleList) or not isinstance(ranges, list | tuple):
         return False
-    return len(ranges) == len(convs) > 0 and all(_are_counts(pair, least=0) and len(pair) == 2 for pair in ranges)
+    are_convs = all(isinstance(conv, nn.Conv2d) for conv in convs)
+    are_ranges = all(_are_counts(pair, least=0) and len(pair) == 2 for pair in ranges)
+    return are_convs and are_ranges and len(ranges) == len(convs) > 0
 
 
 def _is_permutation(order: Tensor) -> bool:
