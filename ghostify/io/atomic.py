@@ -133,8 +133,8 @@ def _prepared(path: str | Path, overwrite: bool) -> Iterator[tuple[Path, Path]]:
 
 
 def _make_staging(place: Path) -> None:
-    """Create a staging folder unless it is there; what a link of its name leads to is not used."""
-    if place.is_symlink() or (place.exists() and not place.is_dir()):
+    """Create a staging folder unless it is there; `locked` refuses a link of its name."""
+    if place.exists() and not place.is_dir():
         raise GhostifyError(f"{one_line(str(place))}: is not a folder. Remove it, or name another place.")
     place.mkdir(exist_ok=True)
 
