@@ -22,7 +22,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ghostify.errors import GhostifyError
 from ghostify.neutral_context import neutral_context
-from ghostify.numerics import first_not_finite
+from ghostify.numerics import RUNNING_STATISTICS, first_not_finite
 from ghostify.text import first_line, format_value
 
 P = ParamSpec("P")
@@ -264,7 +264,7 @@ def _weights(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
         (f"{path}.{name}".lstrip("."), getattr(module, name))
         for path, module in model.named_modules()
         if isinstance(module, _NormBase)
-        for name in ("running_mean", "running_var")
+        for name in RUNNING_STATISTICS
     ]
     for path, tensor in (*model.named_parameters(), *statistics):
         if isinstance(tensor, Tensor) and not nn.parameter.is_lazy(tensor):

@@ -63,6 +63,11 @@ def _read_renamed(old: str, new: str, instance: Any) -> Any:
     return getattr(instance, new)
 
 
+def with_new_keys(item: Mapping[str, Any], new_names: Mapping[str, str]) -> dict[str, Any]:
+    """What a file of an earlier version holds, with its old keys under their new names."""
+    return {new_names.get(key, key): value for key, value in item.items()}
+
+
 def rename_keys(table: Mapping[str, Any], new_names: Mapping[str, str], where: str) -> dict[str, Any]:
     """The table with its old keys under their new names; warns for each.
 

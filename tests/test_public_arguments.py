@@ -45,7 +45,7 @@ VALUES = {
     "class": nn.Conv2d,
     "function": lambda name, module: True,  # noqa: ARG005
     "function of nothing": lambda: 0,
-    "generator": None,  # made anew for each row
+    "generator": None,  # each row makes a new one
     "tensor": torch.zeros(2),
     "image": torch.zeros(1, 3, 8, 8),
     "module": nn.Conv2d(3, 8, 3),

@@ -8,7 +8,7 @@ import logging
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ghostify.arguments import Check, a_choice, a_flag, a_model, a_path, anything, optional, public
+from ghostify.arguments import a_choice, a_flag, a_model, a_path, anything, optional, public
 from ghostify.deployment.inference_form import deploy, tolerance_of
 from ghostify.deployment.output_check import Tolerance, check_outputs, check_tensors, output_leaves
 from ghostify.errors import GhostifyError
@@ -43,17 +43,14 @@ class ExportedFile:
     fixed_reason: str = ""
 
 
-EXPORT_CHECKS: Mapping[str, Check] = {
-    "model": a_model,
-    "path": a_path,
-    "format": a_choice(EXPORT_FORMATS),
-    "example_inputs": anything,
-    "dynamic": optional(a_flag),
-    "overwrite": a_flag,
-}
-
-
-@public(**EXPORT_CHECKS)
+@public(
+    model=a_model,
+    path=a_path,
+    format=a_choice(EXPORT_FORMATS),
+    example_inputs=anything,
+    dynamic=optional(a_flag),
+    overwrite=a_flag,
+)
 def export(
     model: nn.Module,
     path: str | Path,
@@ -82,7 +79,6 @@ def export(
     return written.path
 
 
-@public(**EXPORT_CHECKS)
 def export_file(
     model: nn.Module,
     path: str | Path,
@@ -92,7 +88,7 @@ def export_file(
     dynamic: bool | None = None,
     overwrite: bool = False,
 ) -> ExportedFile:
-    """`export`, without its warning; the result says whether the batch size is free."""
+    """`export` of arguments that are checked, without its warning; the result says whether the batch size is free."""
     runtime = EXPORT_FORMATS[format]
     check_supported(runtime, None)
     check_unicode(path)

@@ -15,7 +15,7 @@ from ghostify.graph.conv_types import to_standard_conv
 from ghostify.graph.methods import MARKS
 from ghostify.graph.neighbours import GraphIndex, following_norm, only_user
 from ghostify.graph.op_queries import activation_module, is_channel_independent, is_identity_in_eval, is_standard_conv
-from ghostify.graph.program import called_module
+from ghostify.graph.paths import called_module
 from ghostify.graph.symbolic_tracer import TrainingFlag, is_guard
 from ghostify.modules.ghost import CheapOperation, GhostModule
 from ghostify.modules.hooks import has_hooks

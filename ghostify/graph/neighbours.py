@@ -16,8 +16,8 @@ from ghostify.graph.op_queries import (
     is_add,
     is_identity_in_eval,
 )
-from ghostify.graph.paths import resolve_attribute
-from ghostify.graph.program import Convolution, Program, called_module
+from ghostify.graph.paths import called_module, resolve_attribute
+from ghostify.graph.program import Convolution, Program
 from ghostify.modules.hooks import has_hooks
 
 

@@ -8,7 +8,7 @@ from timm.layers import Conv2dSame
 from torch import Tensor, fx, nn
 
 from ghostify.graph.ops import Op, argument, op_of, op_of_call, op_of_module
-from ghostify.graph.paths import resolve_attribute
+from ghostify.graph.paths import called_module, resolve_attribute
 from ghostify.modules.hooks import has_hooks
 
 IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
@@ -19,7 +19,7 @@ SELF_GATED: dict[str, type[nn.Module]] = {"sigmoid": nn.SiLU, "hardsigmoid": nn.
 def is_conv2d(module: nn.Module, node: fx.Node) -> bool:
     """Whether the node is a convolution: a call of a `Conv2d`, subclasses included, or of the function."""
     if node.op == "call_module":
-        return isinstance(_called(module, node), nn.Conv2d)
+        return isinstance(called_module(module, node), nn.Conv2d)
     return is_conv2d_function(node)
 
 
@@ -45,7 +45,7 @@ def activation_module(module: nn.Module, node: fx.Node) -> nn.Module | None:
     graph's weight. `x * sigmoid(x)` and `x * hardsigmoid(x)` are activations of x (see `activation_input`).
     """
     if node.op == "call_module":
-        inner = _called(module, node)
+        inner = called_module(module, node)
         return inner if is_activation_module(inner) else None
     if (self_gated := _self_gated(module, node)) is not None:
         return self_gated[1]
@@ -105,7 +105,7 @@ def _prelu(module: nn.Module, node: fx.Node) -> nn.Module | None:
 def is_identity_in_eval(module: nn.Module, node: fx.Node) -> bool:
     """Whether the node returns its input unchanged in evaluation, and calls no module with hooks."""
     op = op_of(module, node)
-    is_hooked = node.op == "call_module" and has_hooks(_called(module, node))
+    is_hooked = node.op == "call_module" and has_hooks(called_module(module, node))
     return op is not None and op.identity_in_eval and not is_hooked
 
 
@@ -125,7 +125,7 @@ def is_channelwise(module: nn.Module, node: fx.Node) -> bool:
     and for depthwise convolutions (`is_depthwise`).
     """
     if node.op == "call_module":
-        return is_channelwise_module(_called(module, node))
+        return is_channelwise_module(called_module(module, node))
     op = op_of_call(node)
     if op is None or _drops_positions(node):
         return False
@@ -152,7 +152,7 @@ def channel_parameters(module: nn.Module, node: fx.Node) -> tuple[str, ...]:
         op = op_of_call(node)
         attributes = _attribute_arguments(node) if op is not None and op.channel_parameters else ()
         return tuple(path for path in attributes if _has_channels(resolve_attribute(module, path)))
-    return tuple(f"{node.target}.{path}" for path in _channel_parameters(_called(module, node)))
+    return tuple(f"{node.target}.{path}" for path in _channel_parameters(called_module(module, node)))
 
 
 def _channel_parameters(module: nn.Module) -> tuple[str, ...]:
@@ -261,16 +261,12 @@ def may_mutate_input(module: nn.Module, node: fx.Node) -> bool:
 def _may_write(module: nn.Module, node: fx.Node) -> bool:
     """Whether a known operator is called in its in-place form."""
     if node.op == "call_module":
-        return any(getattr(m, "inplace", False) or has_hooks(m) for m in _called(module, node).modules())
+        return any(getattr(m, "inplace", False) or has_hooks(m) for m in called_module(module, node).modules())
     name = target_name(node)
     in_place = name.endswith("_") or node.target in IN_PLACE or "out" in node.kwargs
     op = op_of_call(node)
     is_set_in_place = op is not None and op.activation is not None and any(value is True for value in node.args[1:])
     return in_place or is_set_in_place or bool(node.kwargs.get("inplace"))
-
-
-def _called(module: nn.Module, node: fx.Node) -> nn.Module:
-    return module.get_submodule(str(node.target))
 
 
 def _op_name(op: Op | None) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 
 def join_path(path: str, name: str) -> str:
@@ -16,3 +16,8 @@ def join_path(path: str, name: str) -> str:
 def resolve_attribute(module: nn.Module, path: str) -> Any:
     """The parameter, buffer or other attribute at a dotted path."""
     return operator.attrgetter(path)(module)
+
+
+def called_module(module: nn.Module, node: fx.Node) -> nn.Module:
+    """The submodule that a `call_module` node calls."""
+    return module.get_submodule(str(node.target))

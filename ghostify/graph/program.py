@@ -94,11 +94,6 @@ class Program:
 a_program = instance_of(Program, "Pass what trace(model) returns.")
 
 
-def called_module(module: nn.Module, node: fx.Node) -> nn.Module:
-    """The submodule that a `call_module` node calls."""
-    return module.get_submodule(str(node.target))
-
-
 def conv_module(module: fx.GraphModule, name: str) -> nn.Conv2d:
     """The convolution `name` of a traced module as a standard module.
 

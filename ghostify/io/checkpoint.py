@@ -22,6 +22,7 @@ from ghostify.graph.description import parse_description
 from ghostify.graph.deserialization import deserialize_module, names_to_allow
 from ghostify.graph.savable import savable
 from ghostify.graph.serialization import serialize_module
+from ghostify.graph.tensor_facts import dtype_name
 from ghostify.io import format1
 from ghostify.io.atomic import check_output_folder, staged_folder
 from ghostify.io.journal import current_file
@@ -205,13 +206,13 @@ def _check_values(model: nn.Module, state: dict[str, Tensor], path: str | Path) 
         if expected.is_floating_point():
             if not value.is_floating_point() or value.is_quantized or value.dtype.itemsize < MIN_FLOAT_BYTES:
                 raise GhostifyError(
-                    f"{path}: {name} is of type {_describe_dtype(value.dtype)}, the model's weights are of "
-                    f"{_describe_dtype(expected.dtype)}. Save the weights as floating-point numbers."
+                    f"{path}: {name} is of type {dtype_name(value.dtype)}, the model's weights are of "
+                    f"{dtype_name(expected.dtype)}. Save the weights as floating-point numbers."
                 )
             if not (value.isfinite() if name in parameters else ~value.isnan()).all():
                 raise GhostifyError(f"{path}: {name} holds values that are not finite. Use another checkpoint.")
             if value.dtype != expected.dtype:
-                converted.add(f"{_describe_dtype(value.dtype)} to {_describe_dtype(expected.dtype)}")
+                converted.add(f"{dtype_name(value.dtype)} to {dtype_name(expected.dtype)}")
         elif not expected.is_complex() and not _is_integral(value):
             raise GhostifyError(f"{path}: {name} does not hold whole numbers. Use another checkpoint.")
     if converted:
@@ -222,10 +223,6 @@ def _is_integral(value: Tensor) -> bool:
     if value.is_floating_point():
         return bool((value.isfinite() & (value == value.round())).all())
     return not (value.is_complex() or value.is_quantized)
-
-
-def _describe_dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def versions() -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ghostify.deprecation import LAYER_FIELDS, RECONSTRUCTION_FIELDS, REPORT_FIELDS
+from ghostify.deprecation import LAYER_FIELDS, RECONSTRUCTION_FIELDS, REPORT_FIELDS, with_new_keys
 
 IMPORT_PATHS = {
     "ghostify.ghost:GhostModule": "ghostify.modules.ghost:GhostModule",
@@ -32,17 +32,13 @@ def upgrade(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _upgrade_report(report: Mapping[str, Any]) -> dict[str, Any]:
-    upgraded = _with_new_keys(report, REPORT_FIELDS)
-    upgraded["layers"] = [_with_new_keys(layer, LAYER_FIELDS) for layer in upgraded["layers"]]
+    upgraded = with_new_keys(report, REPORT_FIELDS)
+    upgraded["layers"] = [with_new_keys(layer, LAYER_FIELDS) for layer in upgraded["layers"]]
     if upgraded.get("reconstruction") is not None:
-        reconstruction = _with_new_keys(upgraded["reconstruction"], RECONSTRUCTION_FIELDS)
-        blocks = [_with_new_keys(block, RECONSTRUCTION_FIELDS) for block in reconstruction["blocks"]]
+        reconstruction = with_new_keys(upgraded["reconstruction"], RECONSTRUCTION_FIELDS)
+        blocks = [with_new_keys(block, RECONSTRUCTION_FIELDS) for block in reconstruction["blocks"]]
         upgraded["reconstruction"] = {**reconstruction, "blocks": blocks}
     return upgraded
-
-
-def _with_new_keys(item: Mapping[str, Any], new_keys: Mapping[str, str]) -> dict[str, Any]:
-    return {new_keys.get(key, key): value for key, value in item.items()}
 
 
 def _with_new_import_paths(value: Any) -> Any:

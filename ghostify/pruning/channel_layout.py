@@ -13,9 +13,9 @@ from torch import fx, nn
 
 from ghostify.graph.op_queries import target_name
 from ghostify.graph.ops import argument, op_of
-from ghostify.graph.program import called_module
+from ghostify.graph.paths import called_module
+from ghostify.graph.program import Shape
 
-Shape = tuple[int, ...]
 ONE_POSITION = (1, (1, 1), [1, 1])
 MAPS_RANK = 4
 RESHAPES = ("view", "reshape")

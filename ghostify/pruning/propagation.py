@@ -25,8 +25,7 @@ from ghostify.graph.op_queries import (
     reads_metadata,
     target_name,
 )
-from ghostify.graph.paths import resolve_attribute
-from ghostify.graph.program import called_module
+from ghostify.graph.paths import called_module, resolve_attribute
 from ghostify.modules.hooks import has_hooks
 from ghostify.pruning import obstacles
 from ghostify.pruning.channel_layout import (

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ghostify.graph.op_queries import activation_input, activation_module, concat_inputs, elementwise_operands, is_add
-from ghostify.graph.paths import resolve_attribute
-from ghostify.graph.program import called_module
+from ghostify.graph.paths import called_module, resolve_attribute
 
 OPSET = 18
 

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ghostify.deprecation import with_new_keys
 from ghostify.errors import GhostifyError
 from ghostify.files import open_regular, parse_json, read_json, read_text
 from ghostify.io.atomic import (
@@ -186,7 +187,7 @@ def metrics_of(folder: Path) -> list[dict[str, float]]:
             isinstance(v, int | float) for v in (entry.get("step"), *entry.values())
         ):
             raise GhostifyError(f"{file}: has a line that is not of a training run. {OTHER_FOLDER}")
-    return [{k: v for k, v in _with_new_keys(entry).items() if math.isfinite(v)} for entry in entries]
+    return [{k: v for k, v in with_new_keys(entry, NEW_KEYS).items() if math.isfinite(v)} for entry in entries]
 
 
 def _check_state(state: Path) -> None:
@@ -241,11 +242,7 @@ def _read_object(file: Path) -> dict[str, Any]:
     content = read_json(file, folder=file.parent, remedy=OTHER_FOLDER)
     if not isinstance(content, dict):
         raise GhostifyError(f"{file}: is not a file of a training run. {OTHER_FOLDER}")
-    return _with_new_keys(content)
-
-
-def _with_new_keys(item: Mapping[str, Any]) -> dict[str, Any]:
-    return {NEW_KEYS.get(key, key): value for key, value in item.items()}
+    return with_new_keys(content, NEW_KEYS)
 
 
 def _tensorboard_writer(folder: Path, step: int) -> Any:
