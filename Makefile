@@ -46,7 +46,8 @@ $(VENV)/bench: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -e '.[test]'
+	$(BIN)/python -m pip install --quiet --no-compile -e '.[test]'
+	$(BIN)/python -m compileall -q -j 0 -x "/tests/|torch/testing/_internal" $(VENV)/lib >/dev/null || true
 	touch $@
 
 clean:

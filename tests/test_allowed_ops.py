@@ -1,8 +1,7 @@
 import contextlib
 import inspect
-import subprocess
-import sys
 from itertools import chain
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from ghostify.graph.allowed_ops import (
 )
 from ghostify.graph.ops import OPS
 from ghostify.imports import import_name, import_object
+from tests.command import run_code
 
 CUSTOM = "tests.nets:Straight"
 
@@ -125,7 +125,7 @@ def test_what_is_not_listed_is_not_imported():
         "    except GhostifyError: pass\n"
         "assert not {'this', 'antigravity', 'ghostify.__main__'} & set(sys.modules)"
     )
-    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    process = run_code(script, cwd=Path.cwd())
     assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
 
 

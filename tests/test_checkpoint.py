@@ -3,8 +3,6 @@ import hashlib
 import json
 import pickle
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,6 +15,7 @@ from ghostify.io.checkpoint import load_weights
 from ghostify.io.journal import PENDING
 from ghostify.summary import conversion_info
 from tests import nets
+from tests.command import run_code
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +39,7 @@ def test_promise_6_a_fresh_process_reloads_bit_equal_without_user_code(tmp_path)
         "    assert torch.equal(model(io['x']), io['y']), name\n"
         "assert 'tests.nets' not in sys.modules"
     )
-    command = [sys.executable, "-c", script, *(make.__name__ for make in nets.ALL[:5])]
-    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    process = run_code(script, *(make.__name__ for make in nets.ALL[:5]), cwd=tmp_path)
     assert process.returncode == 0, process.stderr
 
 

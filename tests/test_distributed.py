@@ -1,11 +1,10 @@
-import socket
-
 import torch
-from torch import distributed, multiprocessing
+from torch import distributed
 
 from ghostify import ghostify, report
 from ghostify.fitting.distributed import all_reduce_sum, rank_and_world_size
 from tests import nets
+from tests.command import FORKS, free_port
 
 
 def test_without_a_process_group_there_is_one_process():
@@ -31,12 +30,8 @@ def run_process(rank, processes, port, queue):
 
 
 def test_two_processes_give_the_result_of_one():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    processes = [context.Process(target=run_process, args=(k, 2, port, queue)) for k in range(2)]
+    port, queue = free_port(), FORKS.SimpleQueue()
+    processes = [FORKS.Process(target=run_process, args=(k, 2, port, queue)) for k in range(2)]
     for process in processes:
         process.start()
     results = [queue.get() for _ in range(4)]

@@ -1,10 +1,6 @@
 import copy
 import io
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +9,7 @@ from torch import nn
 from ghostify import GhostifyError, deploy, ghostify, load, report, save
 from ghostify.graph.inputs import tensor_leaves
 from tests import nets
+from tests.command import run_code
 
 
 def converted(ratio=2, **options):
@@ -158,11 +155,8 @@ def test_a_pickle_is_read_in_a_fresh_process(tmp_path):
         "import torch; made, deployed, x, y, z = torch.load('made.pt', weights_only=False);"
         "assert torch.equal(made(x), y) and torch.equal(deployed(x), z)"
     )
-    root = str(Path(__file__).parents[1])
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}, capture_output=True
-    )
-    assert done.returncode == 0, done.stderr.decode()
+    done = run_code(code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_method_goes_with_the_marks_that_it_was_made_of():
