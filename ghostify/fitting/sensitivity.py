@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from ghostify.errors import GhostifyError
 from ghostify.fitting import patches
 from ghostify.fitting.batch_checks import an_iterable
-from ghostify.fitting.calibration import CalibrationBatches, bind_calibration, count_images, split
+from ghostify.fitting.calibration import CalibrationBatches, bind_calibration, first_images
 from ghostify.fitting.distributed import all_reduce_sum
-from ghostify.graph.batches import run_batch
+from ghostify.fitting.output_scale import OutputScale, finite_outputs, output_scale
 from ghostify.graph.batchnorm import BatchNorm, gamma_beta
-from ghostify.graph.inputs import CallInputs, tensor_leaves
 from ghostify.graph.model_copy import copy_module
 from ghostify.graph.observation import intercept_convs
 from ghostify.graph.program import Program
 from ghostify.numerics import derive_seed
-from ghostify.user_warnings import warn_user
 
 IMAGE_DIVISOR = 8
 MIN_IMAGES = 16
 MAX_IMAGES = 256
 DEFAULT_PROBES = 2
-DEVIATION_IMAGES = 8
-IMAGES_PER_PASS = 8
 MAX_POSITIONS = 256
 OFF_DIAGONAL_SHRINKAGE = 0.1
 MIN_RELATIVE_DIAGONAL = 1e-3
@@ -41,11 +36,13 @@ Sensitivity = dict[str, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class PreparedCalibration:
-    """Calibration batches, the sensitivity of the outputs on them by convolution, and the seconds for computing it."""
+    """Calibration batches, the sensitivity of the outputs on them by convolution, the seconds for computing it, and the
+    scale of the outputs."""
 
     batches: CalibrationBatches
     sensitivity: Sensitivity
     seconds: float
+    output_scale: OutputScale
 
 
 def a_calibration(name: str, value: Any) -> Any:
@@ -60,24 +57,26 @@ def prepare_calibration(
     if isinstance(calibration, PreparedCalibration):
         return calibration
     batches, started = bind_calibration(program.module, calibration, program.example), time.perf_counter()
-    sensitivity = output_sensitivity(program, batches, seed=seed)
-    return PreparedCalibration(batches, sensitivity, time.perf_counter() - started)
+    scale = output_scale(program.module, batches)
+    sensitivity = output_sensitivity(program, batches, scale, seed=seed)
+    return PreparedCalibration(batches, sensitivity, time.perf_counter() - started, scale)
 
 
 def output_sensitivity(
     program: Program,
     batches: CalibrationBatches,
+    scale: OutputScale,
     *,
     images: int | None = None,
     probes: int = DEFAULT_PROBES,
     seed: int = 0,
 ) -> Sensitivity:
-    """Sensitivity of the model's relative squared output error to errors of the channels (n x n), by convolution.
+    """Sensitivity of the model's output error to errors of the channels (n x n), by convolution.
 
-    Errors with covariance E between channels at every position increase the outputs' squared error, relative to their
-    variance over images, by about trace(G E). G is the sum over positions of g g', where g is the gradient of a random
-    combination of the outputs, averaged over `probes` combinations and the first `images` images (default: an eighth of
-    them, 16 to 256). This is Hutchinson's estimator; errors are assumed to be independent of gradients and of errors at
+    Errors with covariance E between channels at every position increase the outputs' error (see `OutputScale.error`) by
+    about trace(G E). G is the sum over positions of g g', where g is the gradient of a random combination of the
+    outputs, averaged over `probes` combinations and the first `images` images (default: an eighth of them, 16 to 256).
+    This is Hutchinson's estimator; errors are assumed to be independent of gradients and of errors at
     other positions (as in K-FAC, Martens and Grosse 2015). Large maps are sampled at `MAX_POSITIONS` positions. Values
     of the outputs that are not finite do not count; warns of NaN. Empty where the outputs have no values, another
     number of tensors for other images, or no gradient, and where the model overwrites values that the gradient needs.
@@ -86,25 +85,26 @@ def output_sensitivity(
     convs = [c for c in program.convolutions if c.unsupported_reason is None and c.groups == 1]
     names = {(c.subgraph_path, call.node): c.name for c in convs for call in c.calls}
     module = copy_module(program.module).eval().requires_grad_(False)
-    deviations = _output_deviations(module, _first_images(batches, min(images, DEVIATION_IMAGES)))
     sums = {c.name: torch.zeros(c.outputs, c.outputs, dtype=torch.float64) for c in convs}
     failed = torch.zeros(())
-    for few in _first_images(batches, images):
+    for few in first_images(batches, images):
         probe_zeros: list[tuple[str, Tensor]] = []
         with (
             torch.enable_grad(),
             intercept_convs(module, program.subgraphs, partial(_add_gradient_probe, names, probe_zeros)),
         ):
-            outputs = _float_outputs(module, few)
-        if not outputs or len(outputs) != len(deviations):
+            outputs = finite_outputs(module, few)
+        if not outputs or len(outputs) != len(scale.deviations):
             failed += 1
             break
         for probe in range(probes if probe_zeros else 0):
-            directions = [_random_direction(o, derive_seed(seed * probes + probe, few.first)) for o in outputs]
+            random_seed = derive_seed(seed * probes + probe, few.first)
             try:
-                total = torch.stack(
-                    [(d * o).sum() / s for d, o, s in zip(directions, outputs, deviations, strict=True)]
-                ).sum()
+                directions = [
+                    _random_direction(o, random_seed) / s.to(o.device)
+                    for o, s in zip(outputs, scale.deviations, strict=True)
+                ]
+                total = torch.stack([(d * o).sum() for d, o in zip(directions, outputs, strict=True)]).sum()
                 gradients = torch.autograd.grad(
                     total, [zero for _, zero in probe_zeros], retain_graph=probe < probes - 1, allow_unused=True
                 )
@@ -165,72 +165,6 @@ def _add_gradient_probe(
     zero = torch.zeros_like(output, requires_grad=True)
     probe_zeros.append((names[path, node.name], zero))
     return output + zero
-
-
-@dataclass(frozen=True, eq=False)
-class _FewImages:
-    """Some images of calibration batch `number`, from image `first` of the calibration set on."""
-
-    number: int
-    first: int
-    inputs: CallInputs
-    weight: float = 1.0
-
-
-def _first_images(batches: CalibrationBatches, images: int) -> Iterator[_FewImages]:
-    """This process's share of the first `images` images, few at a time.
-
-    A process without any of them yields another image with weight 0, so that all processes compute the same sums.
-    """
-    local_batches = [batch for batch in batches.local_batches if batch.first < images]
-    if not local_batches:
-        batch = batches.local_batches[0]
-        yield _FewImages(batch.number, batch.first, split(batch.inputs, 1)[0], 0.0)
-    for batch in local_batches:
-        first, batch_inputs = batch.first, split(batch.inputs, images - batch.first)[0]
-        for inputs in split(batch_inputs, IMAGES_PER_PASS):
-            yield _FewImages(batch.number, first, inputs)
-            first += count_images(inputs)
-
-
-def _float_outputs(module: nn.Module, few: _FewImages) -> list[Tensor]:
-    """The outputs with fractions, 0 where they are not finite; none where the model does not run on few images."""
-    try:
-        outputs = run_batch(module, few.inputs, few.number)
-    except GhostifyError:
-        return []
-    tensors = [o for o in tensor_leaves(outputs) if o.is_floating_point()]
-    return [o if o.isfinite().all() else _finite_values(o, few) for o in tensors]
-
-
-def _finite_values(output: Tensor, few: _FewImages) -> Tensor:
-    if output.isnan().any():
-        warn_user(
-            f"calibration batch {few.number}: the model's outputs have NaN values. They do not count for the "
-            "sensitivity of the outputs."
-        )
-    return torch.where(output.isfinite(), output, 0)
-
-
-def _output_deviations(module: nn.Module, batches: Iterable[_FewImages]) -> list[Tensor]:
-    """The standard deviation of each output over images, of all its values together; for one image, its norm."""
-    count, sums, squares = torch.zeros(()), [], []
-    for few in batches:
-        with torch.no_grad():
-            outputs = _float_outputs(module, few)
-        count += few.weight * count_images(few.inputs)
-        sums.append([few.weight * (o.double().sum(0) if o.dim() else o.double()) for o in outputs])
-        squares.append([few.weight * o.double().square().sum() for o in outputs])
-    count = all_reduce_sum(count)[0]
-    if len({len(batch_sums) for batch_sums in sums}) > 1:
-        return []
-    deviations = []
-    for output_sums, output_squares in zip(zip(*sums, strict=True), zip(*squares, strict=True), strict=True):
-        has_mean = count > 1 and len({s.shape for s in output_sums}) == 1
-        mean = all_reduce_sum(torch.stack(output_sums).sum(0))[0] / count if has_mean else torch.zeros(())
-        power = all_reduce_sum(torch.stack(output_squares).sum())[0] / count
-        deviations.append((power - mean.square().sum()).clamp_min(1e-6 * power + 1e-30).sqrt().float())
-    return deviations
 
 
 def _random_direction(output: Tensor, seed: int) -> Tensor:
