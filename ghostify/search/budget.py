@@ -32,6 +32,7 @@ from ghostify.search.costs import COSTS
 from ghostify.search.group_statistics import GroupStatistics, compute_group_statistics
 from ghostify.search.layer_statistics import compute_layer_statistics
 from ghostify.search.solver import GroupConstraint, choose_candidates
+from ghostify.search.untouched import find_untouched
 from ghostify.timing.timer import LatencyTimer
 
 MAX_REVISIONS = 6
@@ -316,8 +317,10 @@ def _solve(space: SearchSpace, limits: Sequence[float]) -> BudgetPlan | None:
     kept = {group: candidate.kept for group, candidate in of_groups if candidate.kept is not None}
     sums = [rest + sum(c.costs[k] for c in picked) for k, rest in enumerate(fixed)]
     decisions = [_with_layout(t, layouts) for t in space.targets]
+    plan = build_plan(space.program, decisions, kept)
+    notes = (*space.notes, *map(str, find_untouched(space.program, plan.skips)))
     return BudgetPlan(
-        replace(build_plan(space.program, decisions, kept), notes=space.notes),
+        replace(plan, notes=notes),
         {key: of_plan / total for (key, total), of_plan in zip(space.totals.items(), sums, strict=True)},
         sum(c.loss for c in picked),
     )
@@ -350,10 +353,18 @@ def _raise_infeasible(space: SearchSpace, budget: Mapping[str, float], limits: S
             share = math.ceil(1000 * minimum) / 1000
             raise InfeasibleBudgetError(
                 f"budget {key} {budget[key]:g}: is infeasible: the minimum is {share:g} of the original's. "
-                f"Raise it to at least {share:g}, or target more layers."
+                f"Raise it to at least {share:g}, or target more layers.{_what_else(space)}"
             )
     minima = ", ".join(f"{key} {math.ceil(1000 * minimum) / 1000:g}" for key, minimum in space.minimum_shares.items())
     raise InfeasibleBudgetError(
         f"budget: its limits are infeasible together; the minimum of each, whatever the others, is {minima} of the "
         "original's. Raise one of them, or target more layers."
     )
+
+
+def _what_else(space: SearchSpace) -> str:
+    """What the budget cannot touch, as the end of a message: what most would be saved by, first."""
+    members = {member.conv.name for group in space.groups for member in group.members}
+    skips = [t for t in space.targets if isinstance(t, Skip) and t.conv.name not in members]
+    allowed = [untouched for untouched in find_untouched(space.program, skips) if untouched.gain]
+    return f" The {max(allowed, key=lambda u: u.gain)}." if allowed else ""
