@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import ghostify.fitting.output_scale as module
-from ghostify import fit, plan, rewrite, trace
+from ghostify import GhostifyError, fit, ghostify, plan, plan_for_budget, rewrite, trace
 from ghostify.fitting.calibration import bind_calibration
 from ghostify.fitting.output_scale import OutputScale, output_scale
 from ghostify.fitting.sensitivity import output_sensitivity, prepare_calibration
@@ -148,6 +148,45 @@ def test_scores_beside_boxes_in_pixels_keep_their_values():
         scores, wanted = (m(x)[:, 4:].detach() for m in (converted, model))
         errors.append(((scores - wanted).square().sum() / wanted.var(0).sum()).item() / len(x))
     assert errors[1] < 0.5 * errors[0]
+
+
+def test_errors_of_outputs_that_are_not_important_are_irrelevant():
+    torch.manual_seed(0)
+    model, x = Detector().eval(), nets.images(16)
+    program = trace(model, x[:1])
+    prepared = prepare_calibration(program, [x], importance=lambda y: {"scores": y[:, 4:]})
+    sensitivity = prepared.sensitivity["features"]
+    assert not sensitivity[:4].any()
+    assert sensitivity[4:, 4:].diagonal().min() > 0
+    assert set(prepared.sensitivity) == {"features", "scores"}
+    expected = model(x)
+    disturbed = expected + torch.tensor([9.0, 9, 9, 9, 0, 0])[:, None]
+    assert prepared.output_scale.error(expected, disturbed, 16) == 0
+    assert prepared.output_scale.error(expected, expected + 0.1, 16) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("importance", "message"),
+    [
+        (lambda outputs: outputs.argmax(1), "importance: returns no floating-point tensors. Return those"),
+        (lambda outputs: outputs["boxes"], r"importance: the function failed \(\w+Error: .*Correct it"),
+    ],
+)
+def test_importance_that_returns_nothing_is_an_error(importance, message):
+    model, x = Detector().eval(), nets.images(2)
+    program, planned = trace(model, x), plan(trace(model, x))
+    for convert in (
+        lambda: ghostify(model, calibration=[x], importance=importance),
+        lambda: fit(program, planned, [x], importance=importance),
+        lambda: plan_for_budget(program, Policy(), {"macs": 0.9}, [x], importance=importance),
+    ):
+        with pytest.raises(GhostifyError, match=message):
+            convert()
+
+
+def test_importance_needs_images():
+    with pytest.raises(GhostifyError, match="importance: needs calibration images"):
+        ghostify(Detector().eval(), importance=lambda outputs: outputs)
 
 
 def test_the_dimension_of_many_values_is_smoothed_in_parts(monkeypatch):

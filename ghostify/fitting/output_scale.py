@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ghostify.arguments import call_function
 from ghostify.errors import GhostifyError
 from ghostify.fitting.calibration import CalibrationBatches, FewImages, count_images, first_images
 from ghostify.fitting.distributed import all_gather_rows, all_reduce_sum
@@ -28,18 +29,24 @@ MIN_ROWS = 3
 CHANNELS_AT_A_TIME = 1024
 
 
+Importance = Callable[[Any], Any]
+Run = Callable[[FewImages], list[Tensor]]
+
+
 @dataclass(frozen=True, eq=False)
 class OutputScale:
     """The deviation of each output tensor that counts; it broadcasts against the tensor for any number of images.
 
-    Infinite where a tensor is 0 on all images: its errors do not count. Empty where nothing of the outputs counts.
+    Infinite where a tensor is 0 on all images: its errors do not count. Empty where nothing of the outputs counts. With
+    `importance`, the tensors are those that it returns for the outputs.
     """
 
     deviations: tuple[Tensor, ...]
+    importance: Importance | None = None
 
     def counted(self, outputs: Any) -> list[Tensor]:
         """The tensors of nested `outputs` that count; raises `GhostifyError` where they are not as many as usual."""
-        tensors = counted_tensors(outputs)
+        tensors = counted_tensors(outputs, self.importance)
         if len(tensors) != len(self.deviations):
             raise GhostifyError(
                 f"outputs: have {len(tensors)} floating-point tensors in one forward and {len(self.deviations)} in "
@@ -58,22 +65,45 @@ class OutputScale:
         return torch.stack([(_difference(o, a) / s.to(o.device)).square().sum() for o, a, s in pairs]).sum() / images
 
 
-def counted_tensors(outputs: Any) -> list[Tensor]:
-    """The floating-point tensors of nested outputs, in order."""
-    return [o for o in tensor_leaves(outputs) if o.is_floating_point()]
+def counted_tensors(outputs: Any, importance: Importance | None = None) -> list[Tensor]:
+    """The floating-point tensors of nested outputs, in order, or of what `importance` returns for the outputs."""
+    if importance is None:
+        return [o for o in tensor_leaves(outputs) if o.is_floating_point()]
+    tensors = counted_tensors(call_function("importance", importance, outputs))
+    if not tensors:
+        raise GhostifyError("importance: returns no floating-point tensors. Return those of the outputs that count.")
+    return tensors
 
 
-def finite_outputs(module: nn.Module, few: FewImages) -> list[Tensor]:
+def finite_outputs(module: nn.Module, few: FewImages, importance: Importance | None = None) -> list[Tensor]:
     """The outputs that count, 0 where they are not finite; none where the model does not run on few images."""
     try:
         outputs = run_batch(module, few.inputs, few.number)
     except GhostifyError:
         return []
-    return [o if o.isfinite().all() else _finite_values(o, few) for o in counted_tensors(outputs)]
+    tensors = counted_tensors(outputs, importance)
+    if any(o.isnan().any() for o in tensors):
+        warn_user(
+            f"calibration batch {few.number}: the model's outputs have NaN values. They do not count for the "
+            "sensitivity of the outputs."
+        )
+    return [finite(o) for o in tensors]
 
 
-def output_scale(module: nn.Module, batches: CalibrationBatches) -> OutputScale:
-    """The scale of the outputs of `module` in evaluation mode, from the first `DEVIATION_IMAGES` images.
+def finite(output: Tensor) -> Tensor:
+    """The output with 0 for values that are not finite."""
+    return output if output.isfinite().all() else torch.where(output.isfinite(), output, 0)
+
+
+def output_scale(module: nn.Module, batches: CalibrationBatches, importance: Importance | None = None) -> OutputScale:
+    """The scale of the outputs of `module` in evaluation mode, from the first `DEVIATION_IMAGES` images."""
+    with eval_mode(module):
+        deviations = output_deviations(partial(finite_outputs, module, importance=importance), batches)
+    return OutputScale(deviations, importance)
+
+
+def output_deviations(run: Run, batches: CalibrationBatches) -> tuple[Tensor, ...]:
+    """The deviation of each tensor of the outputs that `run` gives, from the first `DEVIATION_IMAGES` images.
 
     The squared deviation of a tensor is its variance over images, summed over its values. Where channels differ in
     scale, such as boxes in pixels and scores, each has its own, so that all channels count the same; channels whose
@@ -82,31 +112,25 @@ def output_scale(module: nn.Module, batches: CalibrationBatches) -> OutputScale:
     images, no image gives more than all others together; a deviation is at least `MIN_RELATIVE_DEVIATION` times the
     channel's root mean square. Outputs that vary in shape, or of one image, are measured from 0.
     """
-    with eval_mode(module), torch.no_grad():
-        return _output_scale(module, partial(first_images, batches, DEVIATION_IMAGES))
-
-
-def _output_scale(module: nn.Module, pieces: Callable[[], Iterable[FewImages]]) -> OutputScale:
+    pieces = partial(first_images, batches, DEVIATION_IMAGES)
     facts, sums, count = list[Tensor](), list[list[Tensor]](), torch.zeros(())
     for few in pieces():
-        tensors = finite_outputs(module, few)
+        tensors = run(few)
         facts.append(_facts(tensors, count_images(few.inputs)))
         sums.append([few.weight * o.double().sum(0) if o.dim() else o.double() for o in tensors])
         count += few.weight * count_images(few.inputs)
     layouts, count = _layouts(facts), all_reduce_sum(count)[0]
     if not layouts:
-        return OutputScale(())
+        return ()
     means = [
         all_reduce_sum(torch.stack(of_pieces).sum(0))[0] / count
         if layout.has_fixed_shape and count > 1
         else torch.zeros((), dtype=torch.float64)
         for layout, of_pieces in zip(layouts, zip(*sums, strict=True), strict=True)
     ]
-    energies = _energies(module, pieces(), layouts, means)
-    freedom = int(count) - 1
-    return OutputScale(
-        tuple(_deviation(*of_output, freedom) for of_output in zip(layouts, means, energies, strict=True))
-    )
+    outputs = zip(layouts, means, _energies(run, pieces(), layouts, means), strict=True)
+    deviations = tuple(_deviation(*output, freedom=int(count) - 1) for output in outputs)
+    return deviations if any(s.isfinite().any() for s in deviations) else ()
 
 
 @dataclass(frozen=True)
@@ -153,13 +177,13 @@ def _layouts(facts: Sequence[Tensor]) -> list[_Layout]:
 
 
 def _energies(
-    module: nn.Module, pieces: Iterable[FewImages], layouts: Sequence[_Layout], means: Sequence[Tensor]
+    run: Run, pieces: Iterable[FewImages], layouts: Sequence[_Layout], means: Sequence[Tensor]
 ) -> list[list[Tensor]]:
     """For each output and each of its dimensions, after one for all its values together: the squared distances from
     the mean, summed by channel (rows x channels, float64)."""
     energies: list[list[list[Tensor]]] = [[[] for _ in (0, *layout.dims)] for layout in layouts]
     for few in pieces:
-        for layout, mean, of_output, output in zip(layouts, means, energies, finite_outputs(module, few), strict=True):
+        for layout, mean, of_output, output in zip(layouts, means, energies, run(few), strict=True):
             squares = few.weight * (output.double() - mean.to(output.device)).square()
             for rows, dim in zip(of_output, (0, *layout.dims), strict=True):
                 rows.append(layout.sums(squares, dim).cpu())
@@ -223,12 +247,3 @@ def _difference(expected: Tensor, actual: Tensor) -> Tensor:
 def _padded(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     missing = [size - present for size, present in zip(shape, tensor.shape, strict=True)]
     return F.pad(tensor, [pad for size in reversed(missing) for pad in (0, size)])
-
-
-def _finite_values(output: Tensor, few: FewImages) -> Tensor:
-    if output.isnan().any():
-        warn_user(
-            f"calibration batch {few.number}: the model's outputs have NaN values. They do not count for the "
-            "sensitivity of the outputs."
-        )
-    return torch.where(output.isfinite(), output, 0)

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from ghostify import skip_reasons
-from ghostify.arguments import a_mapping, a_number, a_seed, optional, public
+from ghostify.arguments import a_function, a_mapping, a_number, a_seed, optional, public
 from ghostify.errors import GhostifyError, InfeasibleBudgetError
 from ghostify.fitting.initialization import untrained_weights
-from ghostify.fitting.sensitivity import PreparedCalibration, a_calibration, prepare_calibration
+from ghostify.fitting.output_scale import Importance
+from ghostify.fitting.sensitivity import PreparedCalibration, a_calibration, prepare_calibration, prepare_optional
 from ghostify.graph.program import Program, a_program
 from ghostify.modules.layout import GhostLayout
 from ghostify.planning.planner import (
@@ -113,6 +114,7 @@ def a_budget(name: str, value: Any) -> dict[str, float]:
     calibration=optional(a_calibration),
     seed=a_seed,
     runtime=a_runtime,
+    importance=optional(a_function("outputs")),
 )
 def plan_for_budget(
     program: Program,
@@ -121,6 +123,7 @@ def plan_for_budget(
     calibration: Iterable[Any] | PreparedCalibration | None = None,
     seed: int = 0,
     runtime: str = "eager",
+    importance: Importance | None = None,
 ) -> Plan:
     """The plan under `policy` within `budget` that has the smallest predicted error of the model's outputs.
 
@@ -128,11 +131,13 @@ def plan_for_budget(
     as a number, of milliseconds for one forward of the example inputs. A rule's ratio holds for its layers, and the
     rest is planned around them; rules without a ratio leave it to the budget. Latencies are those of the inference form
     in `runtime` (see `ghostify`), layer by layer, measured on this machine (see `timing.latency`); with a latency
-    budget, layers that do not get faster are not rewritten, except at the ratio of their rule. `program` needs shapes.
-    Raises `InfeasibleBudgetError`, with the minimum, for a budget that no plan meets.
+    budget, layers that do not get faster are not rewritten, except at the ratio of their rule. `importance` is that of
+    `ghostify`. `program` needs shapes. Raises `InfeasibleBudgetError`, with the minimum, where no plan meets the budget.
     """
     check_budget(budget)
     rules = as_policy("policy", policy)
+    if importance is not None:
+        calibration = prepare_optional(program, calibration, seed, importance)
     with LatencyTimer(runtime) as timer:
         return select_plan(build_search_space(program, rules, tuple(budget), calibration, seed, timer), budget).plan
 
