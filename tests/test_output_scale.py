@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-import ghostify.fitting.output_scale as module
+import ghostify.fitting.output_scale as scale_module
 from ghostify import GhostifyError, fit, ghostify, plan, plan_for_budget, rewrite, trace
 from ghostify.fitting.calibration import bind_calibration
 from ghostify.fitting.output_scale import OutputScale, output_scale
@@ -113,6 +113,26 @@ def test_rows_of_which_the_number_varies_are_compared_in_order():
     assert scale.error(rows, rows[:-1], 16) == scale.error(rows[-1:], rows[:0], 16) > 0
 
 
+def test_a_dict_for_each_image_counts_like_a_batch():
+    """Whatever the number of images in a batch; what an image lacks counts as 0."""
+    x = normal(10, 6, 5) * torch.tensor([200, 200, 200, 200, 0.3])
+    kept = x[..., 0] > -50
+
+    def answer(x):
+        rows = [image[image[:, 0] > -50] for image in x.flatten(2)]
+        return [{"boxes": r[:, :4], "scores": r[:, 4], "labels": r[:, 4].long()} for r in rows]
+
+    module = Answering(answer)
+    scale = output_scale(module, bind_calibration(module, x[..., None].split(4)))
+    assert [s.shape for s in scale.deviations] == [(4,), (1,)]
+    zeros = x * kept[..., None]
+    batch = {"boxes": zeros[..., :4], "scores": zeros[..., 4]}
+    nothing = [{key: values[:0] for key, values in image.items()} for image in answer(x)]
+    wanted = sum((batch[k] / s).square().sum().item() / 10 for k, s in zip(batch, scale.deviations, strict=True))
+    assert scale.error(answer(x), nothing, 10).item() == pytest.approx(wanted)
+    assert wanted == pytest.approx(2, rel=0.2)
+
+
 def test_values_that_are_not_finite_count_only_in_the_converted_model():
     x = normal(8, 4)
     scale, infinite = scale_of(x), x.clone()
@@ -192,5 +212,5 @@ def test_importance_needs_images():
 def test_the_dimension_of_many_values_is_smoothed_in_parts(monkeypatch):
     x = normal(16, 50) * torch.logspace(-2, 2, 50)
     whole = scale_of(x).deviations[0]
-    monkeypatch.setattr(module, "CHANNELS_AT_A_TIME", 7)
+    monkeypatch.setattr(scale_module, "CHANNELS_AT_A_TIME", 7)
     torch.testing.assert_close(scale_of(x).deviations[0], whole)

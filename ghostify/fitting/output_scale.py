@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -66,13 +66,27 @@ class OutputScale:
 
 
 def counted_tensors(outputs: Any, importance: Importance | None = None) -> list[Tensor]:
-    """The floating-point tensors of nested outputs, in order, or of what `importance` returns for the outputs."""
+    """The floating-point tensors of nested outputs, in order, or of what `importance` returns for the outputs.
+
+    Those of a list of dicts, as detectors return one for each image, become one tensor by key, with a row for each
+    dict; tensors that differ in size are filled up with 0.
+    """
     if importance is None:
-        return [o for o in tensor_leaves(outputs) if o.is_floating_point()]
+        return [o for o in tensor_leaves(_joined(outputs)) if o.is_floating_point()]
     tensors = counted_tensors(call_function("importance", importance, outputs))
     if not tensors:
         raise GhostifyError("importance: returns no floating-point tensors. Return those of the outputs that count.")
     return tensors
+
+
+def _joined(outputs: Any) -> Any:
+    """A list of dicts of tensors as one dict of tensors; any other outputs as they are."""
+    if not (isinstance(outputs, list) and outputs and all(isinstance(o, Mapping) for o in outputs)):
+        return outputs
+    by_key = {key: [o.get(key) for o in outputs] for key in outputs[0]}
+    if not all(isinstance(v, Tensor) and v.dim() == values[0].dim() for values in by_key.values() for v in values):
+        return outputs
+    return {key: torch.stack(_of_one_shape(values)) for key, values in by_key.items()}
 
 
 def finite_outputs(module: nn.Module, few: FewImages, importance: Importance | None = None) -> list[Tensor]:
@@ -238,12 +252,13 @@ def _shared_scale(variances: Tensor, freedom: int) -> Tensor:
 
 def _difference(expected: Tensor, actual: Tensor) -> Tensor:
     """`actual` - `expected` where `expected` is finite; rows that one of them lacks are 0 there."""
-    if expected.shape != actual.shape:
-        shape = [max(sizes) for sizes in zip(expected.shape, actual.shape, strict=True)]
-        expected, actual = (_padded(tensor, shape) for tensor in (expected, actual))
+    expected, actual = _of_one_shape([expected, actual])
     return torch.where(expected.isfinite(), actual - expected, 0)
 
 
-def _padded(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    missing = [size - present for size, present in zip(shape, tensor.shape, strict=True)]
-    return F.pad(tensor, [pad for size in reversed(missing) for pad in (0, size)])
+def _of_one_shape(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors of equally many dimensions, filled up with 0 to the largest sizes."""
+    shape = [max(sizes) for sizes in zip(*(t.shape for t in tensors), strict=True)]
+    missing = [[size - present for size, present in zip(shape, t.shape, strict=True)] for t in tensors]
+    pads = [[pad for size in reversed(sizes) for pad in (0, size)] for sizes in missing]
+    return [F.pad(t, pad) if any(pad) else t for t, pad in zip(tensors, pads, strict=True)]

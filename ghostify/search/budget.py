@@ -132,7 +132,7 @@ def plan_for_budget(
     rest is planned around them; rules without a ratio leave it to the budget. Latencies are those of the inference form
     in `runtime` (see `ghostify`), layer by layer, measured on this machine (see `timing.latency`); with a latency
     budget, layers that do not get faster are not rewritten, except at the ratio of their rule. `importance` is that of
-    `ghostify`. `program` needs shapes. Raises `InfeasibleBudgetError`, with the minimum, where no plan meets the budget.
+    `ghostify`. `program` needs shapes. Raises `InfeasibleBudgetError`, with the minimum, where no plan meets it.
     """
     check_budget(budget)
     rules = as_policy("policy", policy)
