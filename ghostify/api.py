@@ -12,7 +12,8 @@ from ghostify.arguments import a_flag, a_function, a_model, a_seed, anything, op
 from ghostify.deprecation import renamed_keywords
 from ghostify.errors import GhostifyError
 from ghostify.fitting.driver import ProgressCallback, fit
-from ghostify.fitting.sensitivity import a_calibration, prepare_calibration
+from ghostify.fitting.output_scale import Importance
+from ghostify.fitting.sensitivity import a_calibration, prepare_optional
 from ghostify.graph.tracing import trace
 from ghostify.planning.planner import plan, warn_if_unchanged
 from ghostify.planning.policy import DEFAULT_RATIO, Pattern, Policy, Rule, as_policy
@@ -39,6 +40,7 @@ from ghostify.summary import attach_report, build_report
     example_inputs=anything,
     calibration=optional(a_calibration),
     evaluate=optional(a_function("model")),
+    importance=optional(a_function("outputs")),
     runtime=a_runtime,
     reconstruct=a_flag,
     seed=a_seed,
@@ -59,6 +61,7 @@ def ghostify(
     example_inputs: Any = None,
     calibration: Iterable[Any] | None = None,
     evaluate: Evaluate | None = None,
+    importance: Importance | None = None,
     runtime: str = "eager",
     reconstruct: bool = False,
     seed: int = 0,
@@ -79,7 +82,9 @@ def ghostify(
     `calibration` yields batches: tensors, tuples or dicts for the arguments that `example_inputs` fills (without it,
     those without default); further elements of a tuple, such as labels, are dropped. Each layer is fitted to the
     original's outputs on them; without them, the fit is data-free. With `reconstruct`, gradient steps on the same
-    batches follow, block by block. `example_inputs` adds shapes and MACs to the report. `on_progress(done, total,
+    batches follow, block by block. `importance(outputs)` returns the tensor of the model's outputs, or several, whose
+    errors count (default: all, each channel relative to its own variance over images); gradients must flow through it.
+    `example_inputs` adds shapes and MACs to the report. `on_progress(done, total,
     text)` is called during the fit. The same inputs and `seed` give the same result, whatever modes, defaults and
     random states the caller has set (see `neutral_context`); only `evaluate` runs in the caller's modes. Raises
     `GhostifyError`, also where a function that was passed fails, except for `on_progress`: what it raises ends the
@@ -99,7 +104,7 @@ def ghostify(
     if reconstruct and any(rule.prune for rule in policy.rules):
         raise GhostifyError("reconstruct: does not support pruned channels. Pass either reconstruct or prune.")
     program = trace(model, example_inputs)
-    prepared = None if calibration is None else prepare_calibration(program, calibration, seed)
+    prepared = prepare_optional(program, calibration, seed, importance)
     if budget is not None and "max_drop" in budget:
         if evaluate is None:
             raise GhostifyError("budget max_drop: needs the model's score. Pass evaluate (--validation FOLDER).")

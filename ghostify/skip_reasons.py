@@ -30,6 +30,9 @@ DEPTHWISE = "depthwise convolution"
 RATIO_ONE = "ratio 1"
 NOT_NEEDED = "not needed for the budget"
 
+NO_MACS_SAVED = "no MACs saved"
+CHOSEN_BY_PLAN = (RATIO_ONE, NOT_NEEDED, NO_MACS_SAVED)
+
 NO_GROUP_PRUNED = "no channel group can be pruned"
 CONSUMERS_NOT_REACHED = "no calibration image reaches all convolutions that read them"
 
@@ -56,7 +59,7 @@ def no_ghost_maps(ratio: float, outputs: int) -> str:
 
 def no_macs_saved(macs_before: int, macs_after: int) -> str:
     """The ghost module needs as many MACs per output position as the convolution, or more."""
-    return f"no MACs saved: {macs_before} per output position before, {macs_after} after"
+    return f"{NO_MACS_SAVED}: {macs_before} per output position before, {macs_after} after"
 
 
 def not_prunable(conv: str) -> str:

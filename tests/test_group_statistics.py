@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -76,7 +77,7 @@ def test_a_constant_is_free_only_where_something_takes_it_up(bias):
 def test_without_sensitivities_the_consumers_outputs_count_alike():
     program, x = trace(nets.settle(nets.Inverted()), nets.images(1)), nets.images(16)
     calibration = prepare_calibration(program, x)
-    without_sensitivity = type(calibration)(calibration.batches, {}, 0.0)
+    without_sensitivity = replace(calibration, sensitivity={})
     (statistics,) = compute_group_statistics(program, groups_of(program), without_sensitivity, 0)
     assert 0 < statistics.loss(2) < 1
     assert torch.isfinite(statistics.consumers[0].importance).all()

@@ -77,6 +77,7 @@ ACCEPTED = {
         "example_inputs": {"None", "image"},
         "calibration": {"None", "image"},
         "evaluate": {"None"},
+        "importance": CALLBACKS,
         "runtime": set(),
         "reconstruct": set(),
         "seed": SEEDS,
@@ -91,6 +92,7 @@ ACCEPTED = {
         "seed": SEEDS,
         "on_progress": CALLBACKS,
         "method": set(),
+        "importance": CALLBACKS,
     },
     "rewrite": {"program": set(), "plan": set(), "weights": set()},
     "deploy": {"model": {"module"}, "example_inputs": {"image"}},
@@ -115,6 +117,7 @@ ACCEPTED = {
         "seed": SEEDS,
         "runtime": set(),
         "points": COUNTS,
+        "importance": CALLBACKS,
     },
     "plan_for_budget": {
         "program": set(),
@@ -123,6 +126,7 @@ ACCEPTED = {
         "calibration": {"None", "image"},
         "seed": SEEDS,
         "runtime": set(),
+        "importance": CALLBACKS,
     },
     "write_report": {
         "module": set(),

@@ -7,13 +7,15 @@ from torch import nn
 import ghostify.fitting.sensitivity as module
 from ghostify import ghostify, report, trace
 from ghostify.fitting.calibration import bind_calibration
+from ghostify.fitting.output_scale import output_scale
 from ghostify.fitting.sensitivity import error_metric, output_sensitivity
 from tests import nets
 
 
 def sensitivity(model, batches, **options):
     program = trace(model)
-    return output_sensitivity(program, bind_calibration(program.module, batches), **options)
+    bound = bind_calibration(program.module, batches)
+    return output_sensitivity(program, bound, output_scale(program.module, bound), **options)
 
 
 def test_it_predicts_the_output_error_of_small_noise():
@@ -61,8 +63,11 @@ def test_the_sensitivity_to_an_unused_channel_is_zero():
 
 def test_images_are_limited_and_parameters_stay_frozen():
     model, x = nets.settle(nets.Residual()), nets.images(16)
-    few = sensitivity(model, x.split(4), images=6)
-    same = sensitivity(model, [x[:4], x[4:6]], images=99)
+    program = trace(model)
+    all_images, six = (bind_calibration(program.module, batches) for batches in (x.split(4), [x[:4], x[4:6]]))
+    scale = output_scale(program.module, all_images)
+    few = output_sensitivity(program, all_images, scale, images=6)
+    same = output_sensitivity(program, six, scale, images=99)
     assert all(torch.equal(few[k], same[k]) for k in few)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 

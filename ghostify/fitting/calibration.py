@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Any
@@ -23,6 +23,7 @@ from ghostify.numerics import outputs_match
 INPUT_MEMORY_BYTES = 1 << 26
 MAX_BATCH_VALUES = 16 * 3 * 224**2
 HOLDOUT_EVERY = 8
+IMAGES_PER_PASS = 8
 MEMORY_FORMAT_TOLERANCE = 1e-2
 
 
@@ -108,6 +109,32 @@ def split(inputs: CallInputs, images: int) -> list[CallInputs]:
         return [inputs]
     pieces = [v.split(images) if isinstance(v, Tensor) else repeat(v) for v in inputs.values]
     return [PlaceholderValues(values) for values in zip(*pieces, strict=False)]
+
+
+@dataclass(frozen=True, eq=False)
+class FewImages:
+    """Some images of calibration batch `number`, from image `first` of the calibration set on."""
+
+    number: int
+    first: int
+    inputs: CallInputs
+    weight: float = 1.0
+
+
+def first_images(batches: CalibrationBatches, images: int) -> Iterator[FewImages]:
+    """This process's share of the first `images` images, few at a time.
+
+    A process without any of them yields another image with weight 0, so that all processes compute the same sums.
+    """
+    local_batches = [batch for batch in batches.local_batches if batch.first < images]
+    if not local_batches:
+        batch = batches.local_batches[0]
+        yield FewImages(batch.number, batch.first, split(batch.inputs, 1)[0], 0.0)
+    for batch in local_batches:
+        first, batch_inputs = batch.first, split(batch.inputs, images - batch.first)[0]
+        for inputs in split(batch_inputs, IMAGES_PER_PASS):
+            yield FewImages(batch.number, first, inputs)
+            first += count_images(inputs)
 
 
 def _copied(stored: CallInputs, memory_format: torch.memory_format) -> CallInputs:

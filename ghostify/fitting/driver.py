@@ -22,6 +22,7 @@ from ghostify.fitting.depthwise_statistics import AssignedStatistics, PerMapStat
 from ghostify.fitting.ghost_fit import GhostFit, has_many_maps, to_ghost_weights
 from ghostify.fitting.lockstep import LockstepRun
 from ghostify.fitting.lstsq import DEFAULT_METHOD, FitMethod, JointStatistics
+from ghostify.fitting.output_scale import Importance
 from ghostify.fitting.pruned_fit import PrunedConvFit
 from ghostify.fitting.row_sample import MAX_MOMENT_FEATURES, needs_rows, sampled_rows_for
 from ghostify.fitting.sensitivity import (
@@ -29,7 +30,7 @@ from ghostify.fitting.sensitivity import (
     Sensitivity,
     a_calibration,
     channel_weights,
-    prepare_calibration,
+    prepare_optional,
 )
 from ghostify.fitting.stage_timer import StageTimer
 from ghostify.fitting.subgraph_inputs import collect_subgraph_inputs
@@ -53,7 +54,8 @@ ProgressCallback = Callable[[int, int, str], None]
 class FitResult:
     """Weights by convolution name, the number of calibration images (0: data-free), and the seconds by stage.
 
-    `notes` name the layers that are fitted to fewer rows than others, with the reason.
+    `notes` name the layers that are fitted to fewer rows than others, with the reason, and say where errors are not
+    weighed by the outputs.
     """
 
     weights: Mapping[str, FittedWeights]
@@ -76,6 +78,7 @@ class FitResult:
     seed=a_seed,
     on_progress=optional(a_function("done", "total", "text")),
     method=instance_of(FitMethod, "Leave it out."),
+    importance=optional(a_function("outputs")),
 )
 def fit(
     program: Program,
@@ -85,6 +88,7 @@ def fit(
     seed: int = 0,
     on_progress: ProgressCallback | None = None,
     method: FitMethod = DEFAULT_METHOD,
+    importance: Importance | None = None,
 ) -> FitResult:
     """Fit every rewrite of `plan`: data-free without `calibration`, else to the original's outputs on its batches.
 
@@ -92,23 +96,23 @@ def fit(
     default); further elements of a tuple, such as labels, are dropped. In a `torch.distributed` process group every
     process passes the whole set, computes its share, and returns the same weights. Raises `GhostifyError` for an empty
     calibration set, or one with values that are not finite; warns where the error on the holdout is much larger than on
-    the other images. `method` replaces steps of the fit in ablations.
+    the other images. `method` replaces steps of the fit in ablations; `importance` is that of `ghostify`.
     """
     check_plan(program, plan)
     run = _FitRun(program, plan, seed, on_progress, method)
-    if calibration is None:
+    prepared = prepare_optional(program, calibration, seed, importance)
+    if prepared is None:
         for name in plan.pruned:
             raise GhostifyError(f"{name}: pruning needs calibration images. Pass calibration (--calibration FOLDER).")
         with run.timer("solving"):
             weights = {e.conv.name: run.fit_data_free(e) for e in plan.rewrites}
         return FitResult(weights, 0, run.timer.seconds)
-    calibration = prepare_calibration(program, calibration, seed)
-    run.timer.seconds["sensitivity"] = calibration.seconds
+    run.timer.seconds["sensitivity"] = prepared.seconds
     with torch.no_grad():
-        run.fit_subgraphs(calibration)
-    _warn_if_overfit(run.weights, calibration.batches)
-    notes = tuple(_note_on_rows(e) for e in run.fitted if needs_rows(_features(e)))
-    return FitResult(run.weights, calibration.batches.images, run.timer.seconds, notes)
+        run.fit_subgraphs(prepared)
+    _warn_if_overfit(run.weights, prepared.batches)
+    notes = (*prepared.notes, *(_note_on_rows(e) for e in run.fitted if needs_rows(_features(e))))
+    return FitResult(run.weights, prepared.batches.images, run.timer.seconds, notes)
 
 
 class _FitRun:

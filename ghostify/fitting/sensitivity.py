@@ -3,49 +3,57 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from ghostify.errors import GhostifyError
 from ghostify.fitting import patches
 from ghostify.fitting.batch_checks import an_iterable
-from ghostify.fitting.calibration import CalibrationBatches, bind_calibration, count_images, split
+from ghostify.fitting.calibration import CalibrationBatches, FewImages, bind_calibration, first_images
 from ghostify.fitting.distributed import all_reduce_sum
-from ghostify.graph.batches import run_batch
+from ghostify.fitting.last_convolutions import ConvOutput, followed_convolutions
+from ghostify.fitting.output_scale import (
+    Importance,
+    OutputScale,
+    finite,
+    finite_outputs,
+    output_deviations,
+    output_scale,
+)
 from ghostify.graph.batchnorm import BatchNorm, gamma_beta
-from ghostify.graph.inputs import CallInputs, tensor_leaves
 from ghostify.graph.model_copy import copy_module
 from ghostify.graph.observation import intercept_convs
 from ghostify.graph.program import Program
 from ghostify.numerics import derive_seed
-from ghostify.user_warnings import warn_user
 
 IMAGE_DIVISOR = 8
 MIN_IMAGES = 16
 MAX_IMAGES = 256
 DEFAULT_PROBES = 2
-DEVIATION_IMAGES = 8
-IMAGES_PER_PASS = 8
 MAX_POSITIONS = 256
 OFF_DIAGONAL_SHRINKAGE = 0.1
 MIN_RELATIVE_DIAGONAL = 1e-3
 MIN_RELATIVE_WEIGHT = 1e-6
+MAX_NAMES = 3
 
 Sensitivity = dict[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class PreparedCalibration:
-    """Calibration batches, the sensitivity of the outputs on them by convolution, and the seconds for computing it."""
+    """Calibration batches, the sensitivity of the outputs on them by convolution, the seconds for computing it, and the
+    scale of the outputs. `notes` say where the outputs are not what errors are weighed by."""
 
     batches: CalibrationBatches
     sensitivity: Sensitivity
     seconds: float
+    output_scale: OutputScale
+    notes: tuple[str, ...] = ()
 
 
 def a_calibration(name: str, value: Any) -> Any:
@@ -54,71 +62,161 @@ def a_calibration(name: str, value: Any) -> Any:
 
 
 def prepare_calibration(
-    program: Program, calibration: Iterable[Any] | PreparedCalibration, seed: int = 0
+    program: Program,
+    calibration: Iterable[Any] | PreparedCalibration,
+    seed: int = 0,
+    importance: Importance | None = None,
 ) -> PreparedCalibration:
-    """The batches of `calibration` and the sensitivities of the outputs on them, for planning and fitting."""
+    """The batches of `calibration` and the sensitivities of the outputs on them, for planning and fitting.
+
+    Where the outputs say nothing, as those of a detector that finds nothing, errors are weighed by their effect on the
+    outputs of the last convolutions, or else equally. `importance` returns the tensors of the outputs that count.
+    """
     if isinstance(calibration, PreparedCalibration):
+        if importance is not None:
+            raise GhostifyError("importance: is that of the prepared calibration. Pass it to prepare_calibration.")
         return calibration
     batches, started = bind_calibration(program.module, calibration, program.example), time.perf_counter()
-    sensitivity = output_sensitivity(program, batches, seed=seed)
-    return PreparedCalibration(batches, sensitivity, time.perf_counter() - started)
+    scale = output_scale(program.module, batches, importance)
+    sensitivity = output_sensitivity(program, batches, scale, seed=seed)
+    notes: tuple[str, ...] = ()
+    if not sensitivity and program.convolutions:
+        sensitivity, last = last_sensitivity(program, batches, seed)
+        notes = (_note_on_outputs(last if sensitivity else ()),)
+    return PreparedCalibration(batches, sensitivity, time.perf_counter() - started, scale, notes)
+
+
+def prepare_optional(
+    program: Program,
+    calibration: Iterable[Any] | PreparedCalibration | None,
+    seed: int,
+    importance: Importance | None = None,
+) -> PreparedCalibration | None:
+    """`prepare_calibration` where there are images, None without; raises `GhostifyError` for importance without."""
+    if calibration is None and importance is not None:
+        raise GhostifyError("importance: needs calibration images. Pass calibration (--calibration FOLDER).")
+    return None if calibration is None else prepare_calibration(program, calibration, seed, importance)
 
 
 def output_sensitivity(
     program: Program,
     batches: CalibrationBatches,
+    scale: OutputScale,
     *,
     images: int | None = None,
     probes: int = DEFAULT_PROBES,
     seed: int = 0,
 ) -> Sensitivity:
-    """Sensitivity of the model's relative squared output error to errors of the channels (n x n), by convolution.
+    """Sensitivity of the model's output error to errors of the channels (n x n), by convolution.
 
-    Errors with covariance E between channels at every position increase the outputs' squared error, relative to their
-    variance over images, by about trace(G E). G is the sum over positions of g g', where g is the gradient of a random
-    combination of the outputs, averaged over `probes` combinations and the first `images` images (default: an eighth of
-    them, 16 to 256). This is Hutchinson's estimator; errors are assumed to be independent of gradients and of errors at
-    other positions (as in K-FAC, Martens and Grosse 2015). Large maps are sampled at `MAX_POSITIONS` positions. Values
-    of the outputs that are not finite do not count; warns of NaN. Empty where the outputs have no values, another
-    number of tensors for other images, or no gradient, and where the model overwrites values that the gradient needs.
+    Errors with covariance E between channels at every position increase the outputs' error (see `OutputScale.error`) by
+    about trace(G E). G is the sum over positions of g g', where g is the gradient of a random combination of the
+    outputs, averaged over `probes` combinations and the first `images` images (default: an eighth of them, 16 to 256).
+    This is Hutchinson's estimator; errors are assumed to be independent of gradients and of errors at other positions
+    (as in K-FAC, Martens and Grosse 2015). Large maps are sampled at `MAX_POSITIONS` positions. Values of the outputs
+    that are not finite do not count; warns of NaN. Empty where the outputs have no values, another number of tensors
+    for other images, or no gradient, and where the model overwrites values that the gradient needs.
     """
+    model = _ModelWithProbes(program)
+    run = partial(model.run, importance=scale.importance)
+    return _sensitivity(model, run, batches, scale.deviations, images, probes, seed) if scale.deviations else {}
+
+
+def last_sensitivity(program: Program, batches: CalibrationBatches, seed: int) -> tuple[Sensitivity, tuple[str, ...]]:
+    """As `output_sensitivity`, of the outputs of the last convolutions: those that reach no other; and their names."""
+    model = _ModelWithProbes(program)
+    followed, called = torch.zeros(len(model.convs)), torch.zeros(len(model.convs))
+    numbers = {conv.name: k for k, conv in enumerate(model.convs)}
+    for few in first_images(batches, 1):
+        _, calls = model.run(few)
+        followed[[numbers[name] for name in followed_convolutions(calls)]] = 1
+        called[[numbers[call.name] for call in calls]] = 1
+    is_last = (all_reduce_sum(called)[0] > 0) & (all_reduce_sum(followed)[0] == 0)
+    last = tuple(conv.name for conv, chosen in zip(model.convs, is_last.tolist(), strict=True) if chosen)
+
+    def run(few: FewImages) -> tuple[list[Tensor], list[ConvOutput]]:
+        _, calls = model.run(few)
+        return [finite(call.after) for call in calls if call.name in last], calls
+
+    with torch.no_grad():
+        deviations = output_deviations(lambda few: [o.detach() for o in run(few)[0]], batches)
+    return _sensitivity(model, run, batches, deviations, None, DEFAULT_PROBES, seed) if deviations else {}, last
+
+
+def _sensitivity(
+    model: _ModelWithProbes,
+    run: Callable[[FewImages], tuple[list[Tensor], list[ConvOutput]]],
+    batches: CalibrationBatches,
+    deviations: Sequence[Tensor],
+    images: int | None,
+    probes: int,
+    seed: int,
+) -> Sensitivity:
+    """The sensitivity of the outputs that `run` gives, whose errors are relative to `deviations`."""
     images = min(max(-(-batches.images // IMAGE_DIVISOR), MIN_IMAGES), MAX_IMAGES) if images is None else images
-    convs = [c for c in program.convolutions if c.unsupported_reason is None and c.groups == 1]
-    names = {(c.subgraph_path, call.node): c.name for c in convs for call in c.calls}
-    module = copy_module(program.module).eval().requires_grad_(False)
-    deviations = _output_deviations(module, _first_images(batches, min(images, DEVIATION_IMAGES)))
-    sums = {c.name: torch.zeros(c.outputs, c.outputs, dtype=torch.float64) for c in convs}
+    sums = {c.name: torch.zeros(c.outputs, c.outputs, dtype=torch.float64) for c in model.convs}
     failed = torch.zeros(())
-    for few in _first_images(batches, images):
-        probe_zeros: list[tuple[str, Tensor]] = []
-        with (
-            torch.enable_grad(),
-            intercept_convs(module, program.subgraphs, partial(_add_gradient_probe, names, probe_zeros)),
-        ):
-            outputs = _float_outputs(module, few)
+    for few in first_images(batches, images):
+        outputs, calls = run(few)
         if not outputs or len(outputs) != len(deviations):
             failed += 1
             break
-        for probe in range(probes if probe_zeros else 0):
-            directions = [_random_direction(o, derive_seed(seed * probes + probe, few.first)) for o in outputs]
+        for probe in range(probes if calls else 0):
+            random_seed = derive_seed(seed * probes + probe, few.first)
             try:
-                total = torch.stack(
-                    [(d * o).sum() / s for d, o, s in zip(directions, outputs, deviations, strict=True)]
-                ).sum()
+                directions = [
+                    _random_direction(o, random_seed) / s.to(o.device) for o, s in zip(outputs, deviations, strict=True)
+                ]
+                total = torch.stack([(d * o).sum() for d, o in zip(directions, outputs, strict=True)]).sum()
                 gradients = torch.autograd.grad(
-                    total, [zero for _, zero in probe_zeros], retain_graph=probe < probes - 1, allow_unused=True
+                    total, [call.zero for call in calls], retain_graph=probe < probes - 1, allow_unused=True
                 )
             except RuntimeError:
                 failed += 1
                 break
-            for (name, _), gradient in zip(probe_zeros, gradients, strict=True):
+            for call, gradient in zip(calls, gradients, strict=True):
                 if gradient is not None:
-                    sums[name] += few.weight * _channel_products(gradient, seed)
+                    sums[call.name] += few.weight * _channel_products(gradient, seed)
     if all_reduce_sum(failed)[0]:
         return {}
     gradient_count = probes * min(images, batches.images)
     means = {name: (all_reduce_sum(total)[0] / gradient_count).float() for name, total in sums.items()}
     return {name: mean for name, mean in means.items() if mean.any() and mean.isfinite().all()}
+
+
+class _ModelWithProbes:
+    """A copy of a program's model whose forwards also give the outputs of its convolutions, with gradients."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.module = copy_module(program.module).eval().requires_grad_(False)
+        self.convs = [c for c in program.convolutions if c.unsupported_reason is None and c.groups == 1]
+        self.names = {(c.subgraph_path, call.node): c.name for c in self.convs for call in c.calls}
+
+    def run(self, few: FewImages, importance: Importance | None = None) -> tuple[list[Tensor], list[ConvOutput]]:
+        """The outputs that count and the outputs of convolutions, on few images."""
+        calls: list[ConvOutput] = []
+        on_conv = partial(self._add_zero, calls)
+        with torch.enable_grad(), intercept_convs(self.module, self.program.subgraphs, on_conv):
+            return finite_outputs(self.module, few, importance), calls
+
+    def _add_zero(self, calls: list[ConvOutput], path: str, node: fx.Node, _: Tensor, output: Tensor) -> Tensor:
+        """The output plus zeros, with respect to which gradients are taken."""
+        if (path, node.name) not in self.names:
+            return output
+        zero = torch.zeros_like(output, requires_grad=True)
+        calls.append(ConvOutput(self.names[path, node.name], output, zero, output + zero))
+        return calls[-1].after
+
+
+def _note_on_outputs(last: Sequence[str]) -> str:
+    """What errors are weighed by where the outputs say nothing."""
+    names = ", ".join(last[:MAX_NAMES]) + (f" and {len(last) - MAX_NAMES} more" if len(last) > MAX_NAMES else "")
+    return "the model's outputs have no values that vary, or no gradient, on the calibration images: errors count " + (
+        f"by their effect on the outputs of the last convolutions ({names})"
+        if last
+        else "relative to the variance of each layer's own outputs"
+    )
 
 
 def error_metric(sensitivity: Tensor) -> Tensor:
@@ -149,88 +247,6 @@ def _channel_products(gradient: Tensor, seed: int) -> Tensor:
     _, rows, columns = patches.sample_positions(gradient[:1].shape, MAX_POSITIONS, seed)
     samples = gradient[:, :, rows, columns].transpose(0, 1).flatten(1)
     return (samples @ samples.T).double().cpu() * (gradient[0, 0].numel() / len(rows))
-
-
-def _add_gradient_probe(
-    names: Mapping[tuple[str, str], str],
-    probe_zeros: list[tuple[str, Tensor]],
-    path: str,
-    node: fx.Node,
-    _: Tensor,
-    output: Tensor,
-) -> Tensor:
-    """The output plus zeros, with respect to which gradients are taken."""
-    if (path, node.name) not in names:
-        return output
-    zero = torch.zeros_like(output, requires_grad=True)
-    probe_zeros.append((names[path, node.name], zero))
-    return output + zero
-
-
-@dataclass(frozen=True, eq=False)
-class _FewImages:
-    """Some images of calibration batch `number`, from image `first` of the calibration set on."""
-
-    number: int
-    first: int
-    inputs: CallInputs
-    weight: float = 1.0
-
-
-def _first_images(batches: CalibrationBatches, images: int) -> Iterator[_FewImages]:
-    """This process's share of the first `images` images, few at a time.
-
-    A process without any of them yields another image with weight 0, so that all processes compute the same sums.
-    """
-    local_batches = [batch for batch in batches.local_batches if batch.first < images]
-    if not local_batches:
-        batch = batches.local_batches[0]
-        yield _FewImages(batch.number, batch.first, split(batch.inputs, 1)[0], 0.0)
-    for batch in local_batches:
-        first, batch_inputs = batch.first, split(batch.inputs, images - batch.first)[0]
-        for inputs in split(batch_inputs, IMAGES_PER_PASS):
-            yield _FewImages(batch.number, first, inputs)
-            first += count_images(inputs)
-
-
-def _float_outputs(module: nn.Module, few: _FewImages) -> list[Tensor]:
-    """The outputs with fractions, 0 where they are not finite; none where the model does not run on few images."""
-    try:
-        outputs = run_batch(module, few.inputs, few.number)
-    except GhostifyError:
-        return []
-    tensors = [o for o in tensor_leaves(outputs) if o.is_floating_point()]
-    return [o if o.isfinite().all() else _finite_values(o, few) for o in tensors]
-
-
-def _finite_values(output: Tensor, few: _FewImages) -> Tensor:
-    if output.isnan().any():
-        warn_user(
-            f"calibration batch {few.number}: the model's outputs have NaN values. They do not count for the "
-            "sensitivity of the outputs."
-        )
-    return torch.where(output.isfinite(), output, 0)
-
-
-def _output_deviations(module: nn.Module, batches: Iterable[_FewImages]) -> list[Tensor]:
-    """The standard deviation of each output over images, of all its values together; for one image, its norm."""
-    count, sums, squares = torch.zeros(()), [], []
-    for few in batches:
-        with torch.no_grad():
-            outputs = _float_outputs(module, few)
-        count += few.weight * count_images(few.inputs)
-        sums.append([few.weight * (o.double().sum(0) if o.dim() else o.double()) for o in outputs])
-        squares.append([few.weight * o.double().square().sum() for o in outputs])
-    count = all_reduce_sum(count)[0]
-    if len({len(batch_sums) for batch_sums in sums}) > 1:
-        return []
-    deviations = []
-    for output_sums, output_squares in zip(zip(*sums, strict=True), zip(*squares, strict=True), strict=True):
-        has_mean = count > 1 and len({s.shape for s in output_sums}) == 1
-        mean = all_reduce_sum(torch.stack(output_sums).sum(0))[0] / count if has_mean else torch.zeros(())
-        power = all_reduce_sum(torch.stack(output_squares).sum())[0] / count
-        deviations.append((power - mean.square().sum()).clamp_min(1e-6 * power + 1e-30).sqrt().float())
-    return deviations
 
 
 def _random_direction(output: Tensor, seed: int) -> Tensor:

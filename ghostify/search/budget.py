@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from ghostify import skip_reasons
-from ghostify.arguments import a_mapping, a_number, a_seed, optional, public
+from ghostify.arguments import a_function, a_mapping, a_number, a_seed, optional, public
 from ghostify.errors import GhostifyError, InfeasibleBudgetError
 from ghostify.fitting.initialization import untrained_weights
-from ghostify.fitting.sensitivity import PreparedCalibration, a_calibration, prepare_calibration
+from ghostify.fitting.output_scale import Importance
+from ghostify.fitting.sensitivity import PreparedCalibration, a_calibration, prepare_calibration, prepare_optional
 from ghostify.graph.program import Program, a_program
 from ghostify.modules.layout import GhostLayout
 from ghostify.planning.planner import (
@@ -32,6 +33,7 @@ from ghostify.search.costs import COSTS
 from ghostify.search.group_statistics import GroupStatistics, compute_group_statistics
 from ghostify.search.layer_statistics import compute_layer_statistics
 from ghostify.search.solver import GroupConstraint, choose_candidates
+from ghostify.search.untouched import find_untouched
 from ghostify.timing.timer import LatencyTimer
 
 MAX_REVISIONS = 6
@@ -112,6 +114,7 @@ def a_budget(name: str, value: Any) -> dict[str, float]:
     calibration=optional(a_calibration),
     seed=a_seed,
     runtime=a_runtime,
+    importance=optional(a_function("outputs")),
 )
 def plan_for_budget(
     program: Program,
@@ -120,6 +123,7 @@ def plan_for_budget(
     calibration: Iterable[Any] | PreparedCalibration | None = None,
     seed: int = 0,
     runtime: str = "eager",
+    importance: Importance | None = None,
 ) -> Plan:
     """The plan under `policy` within `budget` that has the smallest predicted error of the model's outputs.
 
@@ -127,11 +131,13 @@ def plan_for_budget(
     as a number, of milliseconds for one forward of the example inputs. A rule's ratio holds for its layers, and the
     rest is planned around them; rules without a ratio leave it to the budget. Latencies are those of the inference form
     in `runtime` (see `ghostify`), layer by layer, measured on this machine (see `timing.latency`); with a latency
-    budget, layers that do not get faster are not rewritten, except at the ratio of their rule. `program` needs shapes.
-    Raises `InfeasibleBudgetError`, with the minimum, for a budget that no plan meets.
+    budget, layers that do not get faster are not rewritten, except at the ratio of their rule. `importance` is that of
+    `ghostify`. `program` needs shapes. Raises `InfeasibleBudgetError`, with the minimum, where no plan meets it.
     """
     check_budget(budget)
     rules = as_policy("policy", policy)
+    if importance is not None:
+        calibration = prepare_optional(program, calibration, seed, importance)
     with LatencyTimer(runtime) as timer:
         return select_plan(build_search_space(program, rules, tuple(budget), calibration, seed, timer), budget).plan
 
@@ -316,8 +322,10 @@ def _solve(space: SearchSpace, limits: Sequence[float]) -> BudgetPlan | None:
     kept = {group: candidate.kept for group, candidate in of_groups if candidate.kept is not None}
     sums = [rest + sum(c.costs[k] for c in picked) for k, rest in enumerate(fixed)]
     decisions = [_with_layout(t, layouts) for t in space.targets]
+    plan = build_plan(space.program, decisions, kept)
+    notes = (*space.notes, *map(str, find_untouched(space.program, plan.skips)))
     return BudgetPlan(
-        replace(build_plan(space.program, decisions, kept), notes=space.notes),
+        replace(plan, notes=notes),
         {key: of_plan / total for (key, total), of_plan in zip(space.totals.items(), sums, strict=True)},
         sum(c.loss for c in picked),
     )
@@ -350,10 +358,18 @@ def _raise_infeasible(space: SearchSpace, budget: Mapping[str, float], limits: S
             share = math.ceil(1000 * minimum) / 1000
             raise InfeasibleBudgetError(
                 f"budget {key} {budget[key]:g}: is infeasible: the minimum is {share:g} of the original's. "
-                f"Raise it to at least {share:g}, or target more layers."
+                f"Raise it to at least {share:g}, or target more layers.{_what_else(space)}"
             )
     minima = ", ".join(f"{key} {math.ceil(1000 * minimum) / 1000:g}" for key, minimum in space.minimum_shares.items())
     raise InfeasibleBudgetError(
         f"budget: its limits are infeasible together; the minimum of each, whatever the others, is {minima} of the "
         "original's. Raise one of them, or target more layers."
     )
+
+
+def _what_else(space: SearchSpace) -> str:
+    """What the budget cannot touch, as the end of a message: what most would be saved by, first."""
+    members = {member.conv.name for group in space.groups for member in group.members}
+    skips = [t for t in space.targets if isinstance(t, Skip) and t.conv.name not in members]
+    allowed = [untouched for untouched in find_untouched(space.program, skips) if untouched.gain]
+    return f" The {max(allowed, key=lambda u: u.gain)}." if allowed else ""

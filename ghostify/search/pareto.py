@@ -18,7 +18,8 @@ from ghostify.arguments import a_choice, a_function, a_number, a_seed, an_intege
 from ghostify.errors import GhostifyError, InfeasibleBudgetError
 from ghostify.files import read_json
 from ghostify.fitting.driver import FitResult, ProgressCallback, fit
-from ghostify.fitting.sensitivity import PreparedCalibration, a_calibration, prepare_calibration
+from ghostify.fitting.output_scale import Importance
+from ghostify.fitting.sensitivity import PreparedCalibration, a_calibration, prepare_optional
 from ghostify.graph.program import Program, a_program
 from ghostify.io.atomic import write_text_atomic
 from ghostify.io.output import writing_to
@@ -72,6 +73,7 @@ class FrontierPoint:
     seed=a_seed,
     runtime=a_runtime,
     points=an_integer(1),
+    importance=optional(a_function("outputs")),
 )
 def frontier(
     program: Program,
@@ -83,14 +85,16 @@ def frontier(
     seed: int = 0,
     runtime: str = "eager",
     points: int = POINTS,
+    importance: Importance | None = None,
 ) -> list[FrontierPoint]:
     """Plans of the smallest predicted error at `points` costs, evenly spaced from the original's to the minimum.
 
     `key` names the cost: "macs", "params" or "latency", in `runtime`. `evaluate` scores a model, higher is better; with
-    it, every plan is fitted and its drop below the original's score is measured. Raises `GhostifyError`.
+    it, every plan is fitted and its drop below the original's score is measured. `importance` is that of `ghostify`.
+    Raises `GhostifyError`.
     """
     rules = as_policy("policy", policy)
-    prepared = None if calibration is None else prepare_calibration(program, calibration, seed)
+    prepared = prepare_optional(program, calibration, seed, importance)
     counted = [cost.name for cost in COSTS.values() if not cost.is_measured]
     original_score = None if evaluate is None else _score(evaluate, program.module)
     curve = []
@@ -147,7 +151,7 @@ def plan_for_drop(
     max_drop = limits.pop("max_drop")
     limits = limits or {"macs": 1.0}
     key = next(iter(limits))
-    prepared = None if calibration is None else prepare_calibration(program, calibration, seed)
+    prepared = prepare_optional(program, calibration, seed)
     original_score = _score(evaluate, program.module)
 
     def evaluated(plan: Plan) -> tuple[float, tuple[Plan, FitResult]]:
