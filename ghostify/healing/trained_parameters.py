@@ -28,11 +28,12 @@ def trained_parameters(model: nn.Module, run: Callable[[nn.Module], Any], rate: 
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_floating_point():
                 rates.setdefault(parameter, rate * _size(module, name, parameter))
-    total, used, trained = sum(p.numel() for p in rates), 0, []
-    for parameter, parameter_rate in rates.items():
-        if used >= FROZEN_SHARE * total and parameter_rate > 0:
-            trained.append((parameter, parameter_rate))
-        used += parameter.numel()
+    total, used = sum(p.numel() for p in rates), 0
+    trained = list[tuple[Tensor, float]]()
+    for values, values_rate in rates.items():
+        if used >= FROZEN_SHARE * total and values_rate > 0:
+            trained.append((values, values_rate))
+        used += values.numel()
     return trained
 
 
