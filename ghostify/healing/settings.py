@@ -24,7 +24,7 @@ class Healing:
 
     seconds: float | None = None
     steps: int | None = None
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     batch: int = 32
     augment: bool = True
     precision: str = "auto"
