@@ -22,6 +22,7 @@ from ghostify.deprecation import warn_renamed
 from ghostify.errors import GhostifyError
 from ghostify.fitting.driver import fit
 from ghostify.graph.tracing import trace
+from ghostify.healing.settings import Healing
 from ghostify.io.checkpoint import load, load_weights, save
 from ghostify.modules.ghost import GhostModule
 from ghostify.planning.planner import plan
@@ -44,6 +45,7 @@ __all__ = [
     "GhostModule",
     "GhostifyError",
     "GhostifyWarning",
+    "Healing",
     "Policy",
     "Recipe",
     "Rule",

@@ -15,6 +15,8 @@ from ghostify.fitting.driver import ProgressCallback, fit
 from ghostify.fitting.output_scale import Importance
 from ghostify.fitting.sensitivity import a_calibration, prepare_optional
 from ghostify.graph.tracing import trace
+from ghostify.healing.distillation import heal as heal_model
+from ghostify.healing.settings import Healing, a_healing
 from ghostify.planning.planner import plan, warn_if_unchanged
 from ghostify.planning.policy import DEFAULT_RATIO, Pattern, Policy, Rule, as_policy
 from ghostify.reconstruction.blockwise import reconstruct_blocks
@@ -43,6 +45,7 @@ from ghostify.summary import attach_report, build_report
     importance=optional(a_function("outputs")),
     runtime=a_runtime,
     reconstruct=a_flag,
+    heal=optional(a_healing),
     seed=a_seed,
     on_progress=optional(a_function("done", "total", "text")),
 )
@@ -64,6 +67,7 @@ def ghostify(
     importance: Importance | None = None,
     runtime: str = "eager",
     reconstruct: bool = False,
+    heal: float | Healing | None = None,
     seed: int = 0,
     on_progress: ProgressCallback | None = None,
 ) -> nn.Module:
@@ -79,19 +83,22 @@ def ghostify(
     "aotinductor"). {"max_drop": 0.5} selects the cheapest model whose score by `evaluate(model)` is at most 0.5 below
     that of the original (see `plan_for_drop`).
 
-    `calibration` yields batches: tensors, tuples or dicts for the arguments that `example_inputs` fills (without it,
-    those without default); further elements of a tuple, such as labels, are dropped. Each layer is fitted to the
-    original's outputs on them; without them, the fit is data-free. With `reconstruct`, gradient steps on the same
-    batches follow, block by block. `importance(outputs)` returns the tensor of the model's outputs, or several, whose
-    errors count (default: all, each channel relative to its own variance over images); gradients must flow through it.
-    `example_inputs` adds shapes and MACs to the report. `on_progress(done, total,
-    text)` is called during the fit. The same inputs and `seed` give the same result, whatever modes, defaults and
-    random states the caller has set (see `neutral_context`); only `evaluate` runs in the caller's modes. Raises
-    `GhostifyError`, also where a function that was passed fails, except for `on_progress`: what it raises ends the
-    conversion.
+    `calibration` yields batches: tensors, tuples or dicts for the arguments that `example_inputs` fills (without
+    it, those without default); further elements of a tuple, such as labels, are dropped. Each layer is fitted to
+    the original's outputs on them; without them, the fit is data-free. With `reconstruct`, gradient steps on the
+    same batches follow, block by block. `heal` takes gradient steps on the whole result, for so many seconds or as
+    a `Healing` says; they are kept where they lower the error of the outputs on the holdout. `importance(outputs)`
+    returns the tensor of the model's outputs, or several, whose errors count (default: all, each channel relative
+    to its own variance over images); gradients must flow through it. `example_inputs` adds shapes and MACs to the
+    report. `on_progress(done, total, text)` is called during the fit. The same inputs and `seed` give the same
+    result, whatever modes, defaults and random states the caller has set (see `neutral_context`); only `evaluate`
+    runs in the caller's modes. Raises `GhostifyError`, also where a function that was passed fails, except for
+    `on_progress`: what it raises ends the conversion.
     """
     if reconstruct and calibration is None:
         raise GhostifyError("reconstruct: needs images. Pass calibration (--calibration FOLDER).")
+    if heal is not None and calibration is None:
+        raise GhostifyError("heal: needs images. Pass calibration (--calibration FOLDER).")
     selected, ignored = ("*" if targets is None else targets), (() if ignore is None else ignore)
     rule = Rule(selected, ignored, ratio, dw_size, cheap, activated, prune)  # type: ignore[arg-type]
     is_default = rule == Rule(ratio=DEFAULT_RATIO) and targets is None
@@ -124,7 +131,9 @@ def ghostify(
         fits, reconstruction = reconstruct_blocks(
             program, planned, fits, prepared.batches, seed=seed, on_progress=on_progress
         )
+    converted, healing = rewrite(program, planned, fits.weights), None
+    if isinstance(heal, Healing) and prepared is not None:
+        healing = heal_model(program.module, converted, prepared, heal, seed=seed, on_progress=on_progress)
     return attach_report(
-        rewrite(program, planned, fits.weights),
-        build_report(planned, fits, reconstruction, program.missing_attributes),
+        converted, build_report(planned, fits, reconstruction, program.missing_attributes, healing=healing)
     )

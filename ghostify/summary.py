@@ -12,6 +12,7 @@ from ghostify.deprecation import LAYER_FIELDS, REPORT_FIELDS, renamed_attributes
 from ghostify.errors import GhostifyError
 from ghostify.fitting.driver import FitResult
 from ghostify.graph.program import Convolution
+from ghostify.healing.distillation import HealingResult
 from ghostify.modules.layout import GhostForm, GhostLayout, form_of
 from ghostify.planning import cost
 from ghostify.planning.planner import GhostRewrite, Plan, PruneRewrite, Skip
@@ -84,9 +85,9 @@ class LayerReport:
 class Report:
     """All convolutions in order of first use, the model's MACs where known, calibration images and seconds by stage.
 
-    Errors of layers are those of the closed-form fit, before any `reconstruction`. `missing_attributes` names methods
-    and attributes of the original that the result lacks. `notes` are those of the plan and of the fit, `macs_limit` the
-    number of MACs that a budget permitted.
+    Errors of layers are those of the closed-form fit, before any `reconstruction` and `healing`. `missing_attributes`
+    names methods and attributes of the original that the result lacks. `notes` are those of the plan and of the fit,
+    `macs_limit` the number of MACs that a budget permitted.
     """
 
     layers: tuple[LayerReport, ...]
@@ -98,6 +99,7 @@ class Report:
     missing_attributes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     macs_limit: int | None = None
+    healing: HealingResult | None = None
 
     @property
     def rewritten(self) -> int:
@@ -165,8 +167,9 @@ def build_report(
     fits: FitResult | None = None,
     reconstruction: Reconstruction | None = None,
     missing_attributes: tuple[str, ...] = (),
+    healing: HealingResult | None = None,
 ) -> Report:
-    """The report of a plan, with the errors of its fits and of its reconstruction where there are any."""
+    """The report of a plan, with the errors of its fits, its reconstruction and its healing where there are any."""
     layers = tuple(_layer_report(entry, fits) for entry in plan.entries)
     images, seconds = (0, {}) if fits is None else (fits.images, fits.seconds)
     notes = plan.notes if fits is None else (*plan.notes, *fits.notes)
@@ -180,6 +183,7 @@ def build_report(
         missing_attributes,
         notes,
         plan.macs_limit,
+        healing,
     )
 
 

@@ -86,6 +86,7 @@ WRONG = {
     "--prune": NOT_FLAGS,
     "--narrow": NOT_FLAGS,
     "--reconstruct": NOT_FLAGS,
+    "--heal": NOT_LENGTHS,
     "--json": NOT_FLAGS,
     "--version": NOT_FLAGS,
     "--target": NOT_PATTERNS,

@@ -80,6 +80,7 @@ ACCEPTED = {
         "importance": CALLBACKS,
         "runtime": set(),
         "reconstruct": set(),
+        "heal": {"None"},
         "seed": SEEDS,
         "on_progress": CALLBACKS,
     },
@@ -170,6 +171,14 @@ ACCEPTED = {
         "activated": FLAGS,
         "prune": FLAGS,
     },
+    "Healing": {
+        "seconds": {"None", "fraction", *NUMBERS},
+        "steps": {"None", *COUNTS},
+        "learning_rate": POSITIVE,
+        "batch": COUNTS,
+        "augment": FLAGS,
+        "precision": set(),
+    },
     "Recipe": {
         "epochs": POSITIVE - {"huge"},
         **dict.fromkeys(("learning_rate", "temperature", "evaluate_every"), POSITIVE),
@@ -245,6 +254,7 @@ def right_arguments(name, folder):
         "Policy": dict,
         "Policy.from_toml": dict,
         "Rule": dict,
+        "Healing": lambda: {"seconds": 60.0, "steps": 1},
         "Recipe": lambda: {"features": 1.0},
     }[name]()
 

@@ -13,6 +13,7 @@ from ghostify.cli.exit_codes import print_notice
 from ghostify.cli.parsing import parse_arguments, parse_budget, parse_cheap, parse_settings, parse_size
 from ghostify.data.array_files import ARRAY_SUFFIXES
 from ghostify.errors import GhostifyError
+from ghostify.healing.settings import Healing
 from ghostify.planning.policy import Rule
 from ghostify.runtimes.registry import EXPORT_FORMATS, RUNTIMES
 from ghostify.training.recipe import Recipe
@@ -43,7 +44,7 @@ def as_field_of(factory: Callable[..., object], key: str, option: str) -> Callba
         try:
             factory(**{key: value})
         except GhostifyError as error:
-            text = str(error).removeprefix("recipe: ")
+            text = str(error).removeprefix("recipe: ").removeprefix("heal: ")
             raise GhostifyError(text.replace(key, option, 1)) from error
 
     return _checked(check)
@@ -102,6 +103,7 @@ cheap = _checked(parse_cheap)
 targets = as_field_of(Rule, "targets", "--target")
 ignore = as_field_of(Rule, "ignore", "--ignore")
 epochs = as_field_of(Recipe, "epochs", "--epochs")
+heal = as_field_of(Healing, "seconds", "--heal")
 learning_rate = as_field_of(Recipe, "learning_rate", "--lr")
 budget = _checked(parse_budget)
 arguments = _checked(parse_arguments)

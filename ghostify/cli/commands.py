@@ -197,6 +197,13 @@ def convert_command(
         bool,
         typer.Option("--reconstruct", help="after the fit, take gradient steps block by block on the same images"),
     ] = False,
+    heal: Annotated[
+        float | None,
+        typer.Option(
+            callback=checks.heal,
+            help="after the fit, take gradient steps on the whole model for so many seconds, on the same images",
+        ),
+    ] = None,
     arg: Arguments = None,
     input_size: Size = None,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="seed of the sampled positions")] = 0,
@@ -226,6 +233,7 @@ def convert_command(
             evaluate=None if validation is None else top1_evaluator(validation, prepared, batch, network),
             runtime=runtime,
             reconstruct=reconstruct,
+            heal=heal,
             seed=seed,
             on_progress=on_progress,
         )

@@ -69,6 +69,9 @@ def show_report(report: Report, title: str, as_json: bool) -> None:
         improved = sum(block.steps > 0 for block in reconstruction.blocks)
         errors = f"{reconstruction.error_before:.4f} -> {reconstruction.error_after:.4f}"
         print_line(f"{improved} of {len(reconstruction.blocks)} blocks reconstructed, output error on holdout {errors}")
+    if (healing := report.healing) is not None:
+        errors = f"{healing.error_before:.4f} -> {healing.error_after:.4f}"
+        print_line(f"healed in {healing.steps} steps, {healing.seconds:.0f} s: output error on holdout {errors}")
 
 
 def show_facts(facts: Mapping[str, str | int | float], labels: Mapping[str, str], as_json: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,6 +18,7 @@ from ghostify.reconstruction.blocks import Block
 IMAGES_PER_BATCH = 16
 
 Values = dict[str, Any]
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 @dataclass(eq=False)
@@ -44,7 +45,7 @@ class BlockRunner:
         return {name: env[self.nodes[name]] for name in block.live}
 
 
-def eval_copy(module: fx.GraphModule) -> fx.GraphModule:
+def eval_copy(module: ModuleT) -> ModuleT:
     """A copy in evaluation mode without gradients; inference tensors, which cannot have any, become normal ones."""
     copied = copy.deepcopy(module).eval()
     for inner in copied.modules():

@@ -31,7 +31,7 @@ from ghostify.reconstruction.block_runner import (
     split_images,
 )
 from ghostify.reconstruction.blocks import Block, split_into_blocks
-from ghostify.reconstruction.optimizer import adam_steps
+from ghostify.reconstruction.optimizer import adam_steps, cosine_schedule
 from ghostify.rewriting.apply import ghost_path, insert_ghost, rewrite_subgraph
 
 DEFAULT_STEPS = 200
@@ -241,7 +241,7 @@ def _reconstruct_block(
 
     error_before = best_error = holdout_error()
     best_step, best_values = 0, [p.clone() for p, _ in learning_rates]
-    for step in adam_steps(training_loss, learning_rates, steps):
+    for step in adam_steps(training_loss, learning_rates, cosine_schedule(steps)):
         if step % CHECK_EVERY_STEPS == 0 or step == steps:
             error = holdout_error()
             if error < best_error:

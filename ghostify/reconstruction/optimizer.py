@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 
-def adam_steps(loss: Callable[[], Tensor], learning_rates: list[tuple[Tensor, float]], steps: int) -> Iterator[int]:
-    """Adam with cosine schedule on float32 copies of tensors with learning rates.
+def adam_steps(
+    loss: Callable[[], Tensor], learning_rates: list[tuple[Tensor, float]], rate_factor: Callable[[int], float | None]
+) -> Iterator[int]:
+    """Adam on float32 copies of tensors with learning rates, which `rate_factor` multiplies for each step.
 
-    Yields the number of each step after it; stops where `loss` has no gradient.
+    Yields the number of each step after it; stops where the factor is None or `loss` has no gradient.
     """
     parameters = [p for p, _ in learning_rates]
     masters = [p.detach().float().clone() for p in parameters]
     optimizer = torch.optim.Adam(
         [{"params": [m], "lr": rate} for m, (_, rate) in zip(masters, learning_rates, strict=True)], betas=(0.9, 0.99)
     )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for step in range(steps):
+    for step in itertools.count():
+        factor = rate_factor(step)
+        if factor is None:
+            return
+        for group, (_, rate) in zip(optimizer.param_groups, learning_rates, strict=True):
+            group["lr"] = factor * rate
         gradients = _gradients(loss, parameters)
         if gradients is None:
             return
         for master, gradient in zip(masters, gradients, strict=True):
             master.grad = None if gradient is None else gradient.float()
         optimizer.step()
-        schedule.step()
         for parameter, master in zip(parameters, masters, strict=True):
             parameter.copy_(master)
         yield step + 1
+
+
+def cosine_schedule(steps: int) -> Callable[[int], float | None]:
+    """The factor for each of so many steps: from 1 towards 0 along a cosine (Loshchilov and Hutter, 2017)."""
+    return lambda step: (1 + math.cos(math.pi * step / steps)) / 2 if step < steps else None
 
 
 def _gradients(loss: Callable[[], Tensor], parameters: list[Tensor]) -> tuple[Tensor | None, ...] | None:

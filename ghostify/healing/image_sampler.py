@@ -1,0 +1,95 @@
+"""Random batches of calibration images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map, tree_map_only
+
+from ghostify.fitting.activation_store import restore
+from ghostify.fitting.calibration import CalibrationBatch, CalibrationBatches, holdout_mask, split, to_memory_format
+from ghostify.graph.inputs import CallInputs, cloned, tensor_leaves
+
+PIECE = 8
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSample:
+    """Inputs of some images, which a forward may overwrite; `number` is that of their first calibration batch."""
+
+    number: int
+    inputs: CallInputs
+    images: int
+
+    def with_tensor(self, tensor: Tensor) -> ImageSample:
+        """The sample with another value of its only tensor."""
+        return replace(self, inputs=tree_map_only(Tensor, lambda _: tensor, self.inputs))
+
+
+def holdout_pieces(batches: CalibrationBatches) -> list[ImageSample]:
+    """The images of the holdout, few at a time; batches that cannot be split are in it whole, by their number."""
+    pieces = []
+    for batch in batches.local_batches:
+        rows = holdout_mask(_numbers(batch)).nonzero()[:, 0]
+        pieces += [_piece(batch, some) for some in rows.split(PIECE) if len(some)]
+    return pieces
+
+
+def training_samples(batches: CalibrationBatches, size: int, seed: int) -> Iterator[ImageSample]:
+    """Samples of up to `size` images outside the holdout, without end; each pass has another order.
+
+    A sample joins pieces of a few batches whose images have one shape. None where all images are in the holdout.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        pieces = [
+            (batch, rows)
+            for batch in batches.local_batches
+            for rows in _training_rows(batch, generator).split(min(size, PIECE))
+            if len(rows)
+        ]
+        if not pieces:
+            return
+        order = torch.randperm(len(pieces), generator=generator).tolist()
+        shuffled, count = [pieces[k] for k in order], max(1, size // PIECE)
+        for k in range(0, len(shuffled), count):
+            yield _joined([_piece(*piece) for piece in shuffled[k : k + count]])
+
+
+def _training_rows(batch: CalibrationBatch, generator: torch.Generator) -> Tensor:
+    rows = (~holdout_mask(_numbers(batch))).nonzero()[:, 0]
+    return rows[torch.randperm(len(rows), generator=generator)]
+
+
+def _numbers(batch: CalibrationBatch) -> Tensor:
+    """The numbers of the batch's images; of a batch that is taken whole, one number."""
+    if batch.size == 1:
+        return torch.tensor([batch.first])
+    return torch.arange(batch.first, batch.first + batch.size) if _is_split(batch) else torch.tensor([batch.number])
+
+
+def _is_split(batch: CalibrationBatch) -> bool:
+    return batch.size > 1 and len(split(batch.stored, 1)) == batch.size
+
+
+def _piece(batch: CalibrationBatch, rows: Tensor) -> ImageSample:
+    stored = tree_map(restore, batch.stored)
+    if not _is_split(batch):
+        return ImageSample(batch.number, to_memory_format(cloned(stored), batch.memory_format), batch.size)
+    selected = tree_map_only(Tensor, lambda v: v[rows.to(v.device)], stored)
+    return ImageSample(batch.number, to_memory_format(selected, batch.memory_format), len(rows))
+
+
+def _joined(pieces: list[ImageSample]) -> ImageSample:
+    """The pieces whose tensors have the shapes of the first's, as one."""
+    shapes = [[v.shape[1:] for v in tensor_leaves(piece.inputs)] for piece in pieces]
+    same = [piece for piece, shape in zip(pieces, shapes, strict=True) if shape == shapes[0]]
+    if len(same) == 1:
+        return same[0]
+    values = zip(*(tensor_leaves(piece.inputs) for piece in same), strict=True)
+    joined = iter([torch.cat(tensors) for tensors in values])
+    inputs = tree_map_only(Tensor, lambda _: next(joined), same[0].inputs)
+    return ImageSample(same[0].number, inputs, sum(piece.images for piece in same))
