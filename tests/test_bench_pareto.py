@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.experiments import compare, pareto
-from benchmarks.lib.catalogue import label
+from benchmarks.lib.cells import label
 from benchmarks.lib.figures import family, shape
 
 

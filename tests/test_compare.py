@@ -8,6 +8,7 @@ from torch.utils.data import TensorDataset
 
 from benchmarks.experiments import compare
 from benchmarks.lib import rivals
+from benchmarks.lib.bn_statistics import with_better_statistics
 from ghostify.cli.demo_network import ResidualNet
 from ghostify.data.training_data import TrainingData
 from ghostify.evaluation.metrics import predict
@@ -70,4 +71,4 @@ def test_old_statistics_are_kept_where_they_are_better(changed):
     compressed = copy.deepcopy(model)
     if changed:
         compressed.load_state_dict({k: v * 9 if "running_var" in k else v for k, v in compressed.state_dict().items()})
-    assert (compare.with_better_statistics(compressed, model, few) is compressed) is not changed
+    assert (with_better_statistics(compressed, model, few) is compressed) is not changed

@@ -8,7 +8,8 @@ import pytest
 
 from benchmarks.experiments import pages
 from benchmarks.lib import tables
-from benchmarks.lib.catalogue import CATALOGUE, label, spread
+from benchmarks.lib.catalogue import CATALOGUE
+from benchmarks.lib.cells import label, spread
 
 BENCHMARKS = tables.ROOT / "benchmarks"
 
@@ -24,6 +25,20 @@ def test_a_result_is_written_as_table_and_as_json(tmp_path, monkeypatch):
     table = (tmp_path / "new.md").read_text()
     assert "| auto with pruning | 0.5 |\n| original |  |" in table
     assert content["command"] in table
+
+
+def test_appended_rows_stand_beside_those_of_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(BENCHMARKS / "experiments/paper.py")])
+
+    def append(*rows):
+        tables.publish("new", rows, {"error": lambda row: f"{row['error']:g}"}, append=True)
+
+    append({"how": "a", "error": 1}, {"how": "b", "error": 2})
+    append({"how": "c", "error": 3}, {"how": "a", "error": 4})
+    assert {row["how"]: row["error"] for row in tables.recorded("new")} == {"a": 4, "b": 2, "c": 3}
+    append()
+    assert len(tables.recorded("new")) == 3
 
 
 def test_a_missing_result_has_no_rows(tmp_path, monkeypatch):

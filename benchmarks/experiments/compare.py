@@ -37,15 +37,14 @@ from torch.utils.data import TensorDataset
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.lib import networks, rivals
+from benchmarks.lib.bn_statistics import Compressor, renormalised
 from benchmarks.lib.catalogue import LIMITS, comparison
-from benchmarks.lib.rivals import CalibrationImages, Compression
+from benchmarks.lib.rivals import CalibrationImages
 from benchmarks.lib.tables import Row, options, publish, recorded
 from ghostify import GhostifyError, Policy, Recipe, Rule, finetune, fit, rewrite, trace
 from ghostify.data.training_data import TrainingData
 from ghostify.evaluation.metrics import predict
 from ghostify.fitting.sensitivity import prepare_calibration
-from ghostify.graph.inputs import tensor_leaves
-from ghostify.graph.modes import eval_mode
 from ghostify.planning.cost import count_macs
 from ghostify.search.budget import plan_for_budget
 from ghostify.timing.latency import interleaved_latency
@@ -71,7 +70,6 @@ class Subject:
 
 
 Limit = tuple[str, float]
-Compressor = Callable[[nn.Module, CalibrationImages], Compression]
 Method = Callable[[Subject, CalibrationImages, Limit, int], nn.Module | None]
 
 
@@ -116,28 +114,6 @@ def compressed(
     if ratio is None:
         return None
     return final(subject.model, calibration)(ratio)
-
-
-def renormalised(compressor: Compressor) -> Compressor:
-    """A compressor whose models have the better BatchNorm statistics."""
-
-    def build(model: nn.Module, calibration: CalibrationImages) -> Compression:
-        compress = compressor(model, calibration)
-        return lambda ratio: with_better_statistics(compress(ratio), model, calibration)
-
-    return build
-
-
-def with_better_statistics(small: nn.Module, model: nn.Module, calibration: CalibrationImages) -> nn.Module:
-    """The model as it is or with re-estimated statistics: the one nearer to the original on the calibration images."""
-
-    def outputs(m: nn.Module) -> Tensor:
-        with eval_mode(m):
-            return torch.cat([tensor_leaves(m(batch))[0] for batch in calibration.batches])
-
-    reference = outputs(model)
-    candidates = networks.reestimated(small, calibration.batches), small
-    return min(candidates, key=lambda m: float((outputs(m) - reference).square().sum()))
 
 
 METHODS: dict[str, Method] = {

@@ -11,7 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.lib.catalogue import CATALOGUE, section
+from benchmarks.lib.catalogue import CATALOGUE
+from benchmarks.lib.cells import section
 from benchmarks.lib.tables import FIGURES, RESULTS, ROOT, load_result, options
 
 PAGE = ROOT / "docs/results.md"

@@ -19,7 +19,7 @@ import vl_convert
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.lib.catalogue import label
+from benchmarks.lib.cells import label
 from benchmarks.lib.figures import FAMILIES, family, shape
 from benchmarks.lib.tables import FIGURES, RESULTS, Row, options, recorded
 

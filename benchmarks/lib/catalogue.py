@@ -3,62 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
-Row = dict[str, Any]
-Cells = Mapping[str, Callable[[Row], str]]
-Summary = Callable[[list[Row]], str]
-Columns = Cells | Summary
+from benchmarks.lib.bars import real
+from benchmarks.lib.cells import Columns, Row, by_kernel_size, label, number, spread
 
 LIMITS = (("macs", 0.5), ("macs", 0.25), ("latency", 0.6))  # of compare.py
 EPOCHS, SCHEDULE = (0, 0.25, 0.6, 1, 4), 6  # of initialisation.py
-LABELS = {
-    "auto and narrow": "auto with pruning",
-    "ghost, first filters kept": "unfitted ghosts, first filters kept",
-    "ghost, random": "unfitted ghosts, random",
-    "channels, least squares": "channel pruning, least squares",
-}
-
-
-def label(name: str) -> str:
-    """The label in tables and figures of `name` in a result file."""
-    for recorded, shown in LABELS.items():
-        name = name.replace(recorded, shown)
-    return name
-
-
-def number(key: str, digits: int, scale: float = 1.0) -> Callable[[Row], str]:
-    """Cells with a number; empty where a row has none."""
-    return lambda row: "" if row.get(key) is None else f"{scale * row[key]:.{digits}f}"
-
-
-def by_kernel_size(key: str, form: str) -> Callable[[Row], str]:
-    """Cells with one number for each kernel size."""
-    return lambda row: " / ".join(form.format(row[key][d]) for d in ("1", "3", "5", "7"))
-
-
-def spread(values: Iterable[float | None]) -> str:
-    """Mean and standard deviation of the values that are present; of one value itself."""
-    present = [v for v in values if v is not None]
-    if len(present) < 2:
-        return "".join(f"{v:.2f}" for v in present)
-    return f"{statistics.mean(present):.2f} ± {statistics.pstdev(present):.2f}"
-
-
-def table(rows: list[Row], columns: Columns) -> str:
-    """The rows as a table in Markdown."""
-    if not isinstance(columns, Mapping):
-        return columns(rows)
-    head = ["", *columns]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    lines += ["| " + " | ".join([label(row["how"]), *(cell(row) for cell in columns.values())]) + " |" for row in rows]
-    return "\n".join(lines)
-
-
-def section(title: str, content: Row, columns: Columns) -> str:
-    """A heading, the command and the table of a result's content."""
-    return f"## {title}\n\n`{content['command']}`\n\n{table(content['rows'], columns)}\n"
 
 
 def comparison(rows: list[Row]) -> str:
@@ -182,6 +132,7 @@ CATALOGUE: dict[str, tuple[str, Columns]] = {
             "images": number("images", 0),
         },
     ),
+    "real": ("Real networks: how far they keep their answers", real),
     "redundancy": (
         "How redundant feature maps are: each predicted from another by one d x d kernel, relative error",
         {

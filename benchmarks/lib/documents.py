@@ -9,6 +9,7 @@ a page, so that small calibration pages represent large test pages.
 from __future__ import annotations
 
 import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from benchmarks.lib.photographs import CALIBRATION, SCANS, TEST, photographs, random_crop
 
-FONTS = Path("/usr/share/fonts")
+FONTS = Path(os.environ.get("GHOSTIFY_FONTS", "/usr/share/fonts"))
 CALIBRATION_FONTS = {
     "fonts-dejavu-core": ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSerif", "DejaVuSerif-Bold"),
     "fonts-freefont-ttf": ("FreeMonoBold", "FreeSans", "FreeSansBoldOblique", "FreeSerif", "FreeSerifItalic"),

@@ -10,7 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.lib.catalogue import CATALOGUE, Columns, Row, section
+from benchmarks.lib.catalogue import CATALOGUE
+from benchmarks.lib.cells import Columns, Row, section
+from ghostify.io.atomic import write_text_atomic
 from ghostify.io.checkpoint import versions
 
 ROOT = Path(__file__).parents[2]
@@ -36,22 +38,26 @@ def recorded(name: str) -> list[Row]:
     return load_result(name)["rows"]
 
 
-def publish(name: str, rows: Iterable[Row], columns: Columns | None = None, **facts: Any) -> None:
+def publish(
+    name: str, rows: Iterable[Row], columns: Columns | None = None, *, append: bool = False, **facts: Any
+) -> None:
     """Print each row once it is measured, and keep results/`name`.json and results/`name`.md up to date.
 
     The JSON file holds the rows, `facts`, the command and the versions. The table has the columns of the catalogue's
-    entry `name`, or `columns` where it has none.
+    entry `name`, or `columns` where it has none. With `append`, the rows that the file has already stay, those of
+    another process too; a row replaces one that has its name.
     """
     if name not in CATALOGUE:
         assert columns is not None, f"{name} has no entry in the catalogue"
     title, columns = CATALOGUE.get(name, (name, columns))
     RESULTS.mkdir(exist_ok=True)
     written: list[Row] = []
-    content = {"command": _command(), **facts, "versions": versions(), "rows": written}
     for row in rows:
-        written.append(row)
-        (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
-        (RESULTS / f"{name}.md").write_text(section(title, content, columns))
+        before = [r for r in recorded(name) if r["how"] != row["how"]] if append else written
+        written = [*before, row]
+        content = {"command": _command(), **facts, "versions": versions(), "rows": written}
+        write_text_atomic(RESULTS / f"{name}.json", json.dumps(content, indent=1) + "\n")
+        write_text_atomic(RESULTS / f"{name}.md", section(title, content, columns))
         cells = [f"{key} {cell(row)}" for key, cell in columns.items()] if isinstance(columns, dict) else [str(row)]
         print(f"{row['how']}: {', '.join(cells)}", flush=True)
     print(RESULTS / f"{name}.md")
