@@ -11,6 +11,7 @@ from torch import Tensor
 MIN_VARIANCE = 1e-30
 MIN_SHARE_OF_POWER = 1e-6  # a smaller variance may be rounding of float32 values, or of their squares
 MIN_SHARE_OF_VARIANCES = 1e-10
+MIN_SHARE_OF_COSTS = 0.05
 SEED_STRIDE = 1_000_003
 RUNNING_STATISTICS = ("running_mean", "running_var")
 
@@ -20,14 +21,17 @@ def relative_to_variance(squared_error: Tensor, variance: Tensor, minimum: float
     return squared_error / variance.clamp_min(minimum)
 
 
-def relative_by_channel(squared_error: Tensor, variance: Tensor, mean_square: Tensor) -> Tensor:
-    """Squared errors of a layer's channels (n) relative to their variances.
+def error_scales(variance: Tensor, mean_square: Tensor, weights: Tensor) -> Tensor:
+    """What squared errors of a layer's channels (n) are relative to: their variances, bounded from below.
 
     The variance of a channel that always has nearly the same value is rounding error. It counts as a small share of the
-    channel's mean square, or of the mean variance of the channels if that is larger.
+    channel's mean square, or of the mean variance of the channels if that is larger. `weights` (n) are the costs of
+    squared errors: a channel whose variance costs far less than the others' counts as if it cost
+    `MIN_SHARE_OF_COSTS` of their mean, so that its errors do not rule a mean over channels.
     """
-    floor = torch.maximum(MIN_SHARE_OF_POWER * mean_square, MIN_SHARE_OF_VARIANCES * variance.mean())
-    return squared_error / torch.maximum(variance, floor.clamp_min(MIN_VARIANCE))
+    rounding = torch.maximum(MIN_SHARE_OF_POWER * mean_square, MIN_SHARE_OF_VARIANCES * variance.mean())
+    unfelt = MIN_SHARE_OF_COSTS * (weights * variance).mean() / weights
+    return torch.maximum(variance, torch.maximum(rounding, unfelt)).clamp_min(MIN_VARIANCE)
 
 
 def relative_squared_error(

@@ -29,9 +29,9 @@ class LayerReport:
     """One convolution; MACs are for the example inputs where `output_size` (H, W) is known, else for one position.
 
     `fit_error` and `holdout_error` are relative reconstruction errors, averaged over channels, on the fitted
-    calibration images and on the holdout; `output_error` is the relative squared error of the model's outputs that the
-    holdout error predicts. `channels` are the original's channel indices in the order of the ghost module, intrinsic
-    ones first.
+    calibration images and on the holdout; channels that the model's outputs hardly feel count less. `output_error` is
+    the relative squared error of the model's outputs that the holdout error predicts. `channels` are the original's channel
+    indices in the order of the ghost module, intrinsic ones first.
     `reorders_output` says that a gather restores the channel order of the output, `activated` that the ghosts read
     activated maps. Where channels are pruned, `kept_out_count` and `kept_in_count` count the kept outputs and inputs. A
     convolution that is pruned only, or skipped, has no `form`: its `width` and `dw_size` are 0, and `intrinsic` is the
@@ -68,6 +68,11 @@ class LayerReport:
     def layout(self) -> GhostLayout | None:
         """The layout of its ghost module, or None."""
         return None if self.form is None else GhostLayout(self.outputs, self.intrinsic, self.form)
+
+    @property
+    def is_data_free(self) -> bool:
+        """Whether its weights are those without images, although there were some: the fit to them was worse."""
+        return self.fit_error is None and self.holdout_error is not None
 
     @property
     def is_pruned(self) -> bool:

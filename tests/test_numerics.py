@@ -6,12 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ghostify.numerics import (
+    MIN_SHARE_OF_COSTS,
     Mismatch,
     derive_seed,
+    error_scales,
     find_mismatch,
     first_not_finite,
     outputs_match,
-    relative_by_channel,
     relative_squared_error,
     relative_to_variance,
 )
@@ -88,7 +89,16 @@ def test_the_first_tensor_that_is_not_finite_is_named(name, value, is_refused, d
 def test_errors_of_channels_without_variance_are_not_divided_by_rounding():
     variance = torch.tensor([2.0, 1e-17, 0.0], dtype=torch.float64)
     mean_square = torch.tensor([3.0, 0.16, 0.0], dtype=torch.float64)
-    errors = relative_by_channel(torch.full((3,), 1e-15, dtype=torch.float64), variance, mean_square)
+    errors = 1e-15 / error_scales(variance, mean_square, torch.ones(3))
     assert errors[0] == 1e-15 / 2
     assert errors.max() < 1e-4
-    assert relative_by_channel(*torch.zeros(3, 2)).tolist() == [0, 0]
+    assert (error_scales(torch.zeros(2), torch.zeros(2), torch.ones(2)) > 0).all()
+
+
+@given(st.lists(st.floats(1e-9, 1e3), min_size=6, max_size=6), st.lists(st.floats(1e-3, 1e3), min_size=6, max_size=6))
+def test_channels_whose_errors_cost_little_count_little_in_the_mean(costs, weights):
+    costs, weights = (torch.tensor(values, dtype=torch.float64) for values in (costs, weights))
+    variance = costs / weights
+    relative = variance / error_scales(variance, variance, weights)  # of an error as large as the variance
+    assert (relative <= 1 + 1e-9).all()
+    assert (relative <= costs / (MIN_SHARE_OF_COSTS * costs.mean()) + 1e-9).all()

@@ -23,6 +23,12 @@ PRUNED_GHOSTS = replace(GHOSTS, kept_out_count=6, kept_in_count=2)
             "4 + 4, d=3, activated, reordered",
             "depthwise ghosts, activated, reordered",
         ),
+        (
+            replace(GHOSTS, holdout_error=0.4),
+            "depthwise ghosts",
+            "4 + 4, d=3, fitted without images",
+            "depthwise ghosts, fitted without images",
+        ),
         (SKIPPED, "skipped", "no rule targets it", "no rule targets it"),
         (PRUNED, "pruned", "3 maps to 5", "pruned: 3 to 5"),
         (PRUNED_GHOSTS, "depthwise ghosts", "2 maps to 4 + 2, d=3", "depthwise ghosts: 2 to 6"),

@@ -36,8 +36,8 @@ def test_rows_answer_as_their_moments_do(free_mean):
     ):
         torch.testing.assert_close(actual, expected, **close)
     for actual, expected in zip(
-        rows.errors_of(filters, every, free_mean=free_mean),
-        moments.errors_of(filters, every, free_mean=free_mean),
+        (rows.errors_of(filters, every, free_mean=free_mean), rows.target_variances(free_mean=free_mean)),
+        (moments.errors_of(filters, every, free_mean=free_mean), moments.target_variances(free_mean=free_mean)),
         strict=True,
     ):
         torch.testing.assert_close(actual, expected, **close)

@@ -47,10 +47,16 @@ def test_large_maps_are_sampled(monkeypatch):
 
 def test_a_metric_is_positive_definite_and_keeps_sensitivities():
     matrix = torch.tensor([[4.0, 2.0, 0.0], [2.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
-    metric = error_metric(matrix)
+    metric = error_metric(matrix, torch.ones(3))
     torch.testing.assert_close(metric.diagonal()[:2], torch.tensor([4.0, 1.0], dtype=torch.float64))
     assert torch.linalg.eigvalsh(metric).min() > 0
     assert metric[0, 1] == pytest.approx(1.8)
+
+
+def test_a_channel_of_large_variance_that_the_outputs_do_not_feel_costs_little():
+    sensitivity, variances = torch.diag(torch.tensor([2.0, 1.0, 0.0, 0.0])), torch.tensor([1.0, 1.0, 1e9, 1e-9])
+    costs = error_metric(sensitivity, variances).diagonal() * variances
+    assert (costs[2:] < 0.02 * costs[:2].mean()).all()
 
 
 def test_the_sensitivity_to_an_unused_channel_is_zero():

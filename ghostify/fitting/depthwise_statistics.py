@@ -11,7 +11,6 @@ from ghostify.fitting.assignment import GhostAssignment
 from ghostify.fitting.ghost_statistics import Solution
 from ghostify.fitting.linear_solvers import damping_for, explained_variance, solve_damped
 from ghostify.fitting.moments import AssignedMoments, PerMapMoments, rank_in_group
-from ghostify.numerics import relative_by_channel
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,9 +164,9 @@ def solve_kernels(auto: Tensor, cross: Tensor, source: Tensor, rows: float) -> T
 
 
 def fit_assigned_kernels(moments: AssignedMoments, source: Tensor, free_mean: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Kernels (k x D), constants and relative errors (k) of targets that are each predicted from one map."""
+    """Kernels (k x D), constants and squared errors (k) of targets that are each predicted from one map."""
     auto, cross, var, v, y = _centred(moments, source, free_mean)
     kernels = solve_kernels(auto, cross, source, float(moments.count))
     power = torch.einsum("kd,kde,ke->k", kernels, auto[source], kernels)
     error = (var - 2 * (cross * kernels).sum(1) + power).clamp_min(0)
-    return kernels, y - (v[source] * kernels).sum(1), relative_by_channel(error, var, var + y.square())
+    return kernels, y - (v[source] * kernels).sum(1), error

@@ -38,6 +38,7 @@ from ghostify.graph.batchnorm import BatchNorm, batchnorm_at
 from ghostify.graph.program import Program, a_program, get_subgraph
 from ghostify.modules.ghost import GhostWeights
 from ghostify.modules.hooks import has_hooks
+from ghostify.numerics import error_scales
 from ghostify.planning.planner import GhostRewrite, Plan, PruneRewrite, a_plan, check_plan
 from ghostify.pruning.pruning_groups import conv_after_pruning
 from ghostify.pruning.slicing import slice_conv, slice_norm
@@ -54,8 +55,8 @@ ProgressCallback = Callable[[int, int, str], None]
 class FitResult:
     """Weights by convolution name, the number of calibration images (0: data-free), and the seconds by stage.
 
-    `notes` name the layers that are fitted to fewer rows than others, with the reason, and say where errors are not
-    weighed by the outputs.
+    `notes` name the layers that are fitted to fewer rows than others, and those whose weights come from the filters
+    alone since the fit to the images was worse, with the reason, and say where errors are not weighed by the outputs.
     """
 
     weights: Mapping[str, FittedWeights]
@@ -111,8 +112,13 @@ def fit(
     with torch.no_grad():
         run.fit_subgraphs(prepared)
     _warn_if_overfit(run.weights, prepared.batches)
-    notes = (*prepared.notes, *(_note_on_rows(e) for e in run.fitted if needs_rows(_features(e))))
-    return FitResult(run.weights, prepared.batches.images, run.timer.seconds, notes)
+    notes = [*prepared.notes, *(_note_on_rows(e) for e in run.fitted if needs_rows(_features(e)))]
+    notes += [
+        f"{name}: its weights are those without images: fitted to the images, it has a larger error on the holdout"
+        for name, w in run.weights.items()
+        if w.fit_error is None and w.holdout_error is not None
+    ]
+    return FitResult(run.weights, prepared.batches.images, run.timer.seconds, tuple(notes))
 
 
 class _FitRun:
@@ -252,7 +258,8 @@ def fit_data_free(
     else:
         stats = white_stats
     solution = lstsq.solve_ghosts(stats, layout, torch.diag(weights), method)
-    unbiased = to_ghost_weights(conv, entry, stats, solution)
+    scales = error_scales(stats.var, stats.mean_square, weights)
+    unbiased = to_ghost_weights(conv, entry, stats, solution, scales)
     if conv.bias is None:
         return unbiased
     bias, m = conv.bias.detach().double().cpu()[unbiased.channels], layout.intrinsic

@@ -21,6 +21,7 @@ from ghostify.fitting.depthwise_statistics import (
     sources_of,
     to_original_order,
 )
+from ghostify.fitting.error_measure import ErrorMeasure, error_measure, usable_sensitivity
 from ghostify.fitting.ghost_statistics import GhostStatistics, Solution
 from ghostify.fitting.holdout import HoldoutSums
 from ghostify.fitting.layer_samples import LayerSamples, inverse_norm_scale, rows_for
@@ -30,13 +31,12 @@ from ghostify.fitting.lstsq import DEFAULT_METHOD, FitMethod, JointStatistics
 from ghostify.fitting.moments import AssignedMoments, Moments, PerMapMoments
 from ghostify.fitting.patches import Crop
 from ghostify.fitting.row_sample import Rows
-from ghostify.fitting.sensitivity import channel_weights, error_metric
+from ghostify.fitting.sensitivity import channel_weights
 from ghostify.fitting.stage_timer import StageTimer
 from ghostify.graph.batchnorm import batchnorm_at
 from ghostify.graph.program import conv_module
 from ghostify.modules.ghost import GhostWeights
 from ghostify.modules.layout import Depthwise, GhostLayout, Grouped, Pointwise
-from ghostify.numerics import relative_by_channel
 from ghostify.planning.planner import GhostRewrite
 from ghostify.rewriting.activation_chain import copy_activation_chain, slice_chain
 
@@ -70,15 +70,8 @@ class GhostFit:
         self.samples = LayerSamples(entry, lockstep, self.conv, gain, images, seed)
         kept_out = self.samples.kept_out
         self.is_shared = len(entry.conv.calls) > 1
-        self.sensitivity = (
-            sensitivity if sensitivity is not None and sensitivity.isfinite().all() and sensitivity.any() else None
-        )
-        if self.sensitivity is not None:
-            self.sensitivity = self.sensitivity[kept_out][:, kept_out]
-            self.metric = error_metric(self.sensitivity)
-        else:
-            self.metric = torch.diag(channel_weights(norm, entry.conv.outputs)[kept_out])
-        self.weights = self.metric.diagonal()
+        self.sensitivity = usable_sensitivity(sensitivity, kept_out)
+        self.norm_weights = channel_weights(norm, entry.conv.outputs)[kept_out]
         self.free_mean = self.conv.bias is not None or norm is not None
         layout = entry.layout
         self.has_many_maps = has_many_maps(layout) and layout.kernel_size > 1
@@ -103,39 +96,43 @@ class GhostFit:
     def fit(self, timer: StageTimer, data_free: Callable[[], GhostWeights]) -> GhostWeights:
         """Ghost weights from all batches, or those of `data_free` if their error on the holdout is smaller."""
         moments, filters = self.samples.moments.all_reduced(), patches.flatten_filters(self.conv).T
+        all_rows = moments.all_rows
+        measure = error_measure(all_rows, self.sensitivity, self.norm_weights, free_mean=self.free_mean)
         if not self.is_shared:
             with timer("solving"):
-                filters = self.method.refit_filters(moments, filters, self.weights, free_mean=self.free_mean)
-        all_rows = moments.all_rows
+                filters = self.method.refit_filters(moments, filters, measure.weights, free_mean=self.free_mean)
         bias = None if self.conv.bias is None else all_rows.mean_y - filters.T @ all_rows.mean_u
-        joint = self._joint_statistics(all_rows, filters, bias, timer)
+        joint = self._joint_statistics(all_rows, filters, bias, measure.weights, timer)
         stats: JointStatistics | AssignedStatistics = joint
         if self.has_many_maps:
             with timer("solving"):
-                assignment = self.method.assign_ghosts(lstsq.pair_costs(joint, self.weights), self.entry.layout)
+                assignment = self.method.assign_ghosts(lstsq.pair_costs(joint, measure.weights), self.entry.layout)
             with timer("moments"):
                 stats = self._assigned_statistics(assignment, filters, bias)
         with timer("solving"):
-            solution = lstsq.solve_ghosts(stats, self.entry.layout, self.metric, self.method)
-            linear = to_ghost_weights(self.conv, self.entry, stats, solution)
+            solution = lstsq.solve_ghosts(stats, self.entry.layout, measure.metric, self.method)
+            linear = to_ghost_weights(self.conv, self.entry, stats, solution, measure.scales)
         if not moments.holdout.count:
             return linear
         forms = (
             [linear]
             if self.activation_chain is None
-            else [linear, self._fit_activated(self.activation_chain, all_rows, filters, timer)]
+            else [linear, self._fit_activated(self.activation_chain, all_rows, filters, measure, timer)]
         )
-        return self._select_on_holdout(forms, data_free)
+        return self._select_on_holdout(forms, measure, data_free)
 
     def _joint_statistics(
-        self, moments: Moments | Rows, filters: Tensor, bias: Tensor | None, timer: StageTimer
+        self, moments: Moments | Rows, filters: Tensor, bias: Tensor | None, weights: Tensor, timer: StageTimer
     ) -> JointStatistics:
         """Joint statistics of the refitted maps, or of their principal maps."""
         d = self.entry.layout.kernel_size
         constant = bias is not None and d > 1
         with timer("solving"):
             basis, initial_coordinates = self._basis(
-                moments, filters, (MAX_COARSE_FEATURES if self.has_many_maps else MAX_JOINT_FEATURES) // d**2 - constant
+                moments,
+                filters,
+                weights,
+                (MAX_COARSE_FEATURES if self.has_many_maps else MAX_JOINT_FEATURES) // d**2 - constant,
             )
         with timer("moments"):
             basis_moments = moments.projected(basis) if d == 1 else self._neighbourhood_moments(basis, d, constant)
@@ -162,7 +159,12 @@ class GhostFit:
         return assigned_statistics(moments.all_reduced(), assignment, basis, intrinsic_bias, self.free_mean)
 
     def _fit_activated(
-        self, activation_chain: nn.Sequential, moments: Moments | Rows, filters: Tensor, timer: StageTimer
+        self,
+        activation_chain: nn.Sequential,
+        moments: Moments | Rows,
+        filters: Tensor,
+        measure: ErrorMeasure,
+        timer: StageTimer,
     ) -> GhostWeights:
         """The activated form: refitted filters, and ghosts fitted to the normalised and activated intrinsic maps."""
         layout, taps = self.entry.layout, self.entry.layout.kernel_size**2
@@ -180,7 +182,7 @@ class GhostFit:
                 map_moments.add(neighbours, patches.flatten_positions(crop.target))
             stats = map_statistics(map_moments.all_reduced(), self.free_mean)
         with timer("solving"):
-            assignment = self.method.assign_ghosts(stats.pair_errors(self.weights), layout)
+            assignment = self.method.assign_ghosts(stats.pair_errors(measure.weights), layout)
         intrinsic, source = assignment.intrinsic[:, 0], assignment.sources[:, 0]
         with timer("moments"):
             ghost_moments = AssignedMoments.zero(len(intrinsic), taps, len(source))
@@ -192,8 +194,8 @@ class GhostFit:
                 ghost_moments.all_reduced(), source, self.free_mean
             )
             intrinsic_filters = filters[:, intrinsic]
-            errors, var = moments.errors_of(intrinsic_filters, intrinsic, free_mean=self.free_mean)
-            intrinsic_errors = relative_by_channel(errors.clamp_min(0), var, moments.mean_square_y[intrinsic])
+            intrinsic_errors = moments.errors_of(intrinsic_filters, intrinsic, free_mean=self.free_mean)
+            errors = to_original_order(torch.cat((intrinsic_errors, ghost_errors)), assignment)
         has_bias = self.conv.bias is not None
         return GhostWeights(
             channels=assignment.channels,
@@ -204,24 +206,27 @@ class GhostFit:
             norm_shift=to_original_order(torch.cat((constants[intrinsic], ghost_constants)), assignment)
             if self.entry.norm and not has_bias
             else None,
-            fit_error=to_original_order(torch.cat((intrinsic_errors, ghost_errors)), assignment),
+            fit_error=measure.relative(errors),
             activated=True,
         )
 
-    def _select_on_holdout(self, forms: list[GhostWeights], data_free: Callable[[], GhostWeights]) -> GhostWeights:
+    def _select_on_holdout(
+        self, forms: list[GhostWeights], measure: ErrorMeasure, data_free: Callable[[], GhostWeights]
+    ) -> GhostWeights:
         """The form with the smallest error on the holdout; the data-free fit if these overfit and it is better."""
-        best = min((self._with_holdout_error(form) for form in forms), key=self._weighted_holdout_error)
+
+        def holdout_cost(weights: GhostWeights) -> float:
+            assert weights.holdout_error is not None
+            return measure.cost(weights.holdout_error)
+
+        best = min((self._with_holdout_error(form, measure) for form in forms), key=holdout_cost)
         assert best.fit_error is not None
-        if self._weighted_holdout_error(best) > OVERFIT_TOLERANCE * float((self.weights * best.fit_error).sum()):
-            fallback = self._with_holdout_error(replace(data_free(), fit_error=None))
-            return min(best, fallback, key=self._weighted_holdout_error)
+        if holdout_cost(best) > OVERFIT_TOLERANCE * measure.cost(best.fit_error):
+            fallback = self._with_holdout_error(replace(data_free(), fit_error=None), measure)
+            return min(best, fallback, key=holdout_cost)
         return best
 
-    def _weighted_holdout_error(self, weights: GhostWeights) -> float:
-        assert weights.holdout_error is not None
-        return float((self.weights * weights.holdout_error).sum())
-
-    def _with_holdout_error(self, weights: GhostWeights) -> GhostWeights:
+    def _with_holdout_error(self, weights: GhostWeights, measure: ErrorMeasure) -> GhostWeights:
         """The weights with the relative error of each output channel on the holdout, where the layer is run, and the
         predicted error of the model's outputs: trace(G E), see `output_sensitivity`."""
         sums = HoldoutSums(self.conv.out_channels)
@@ -231,7 +236,7 @@ class GhostFit:
                 patches.flatten_positions(self._run(holdout_crop, weights)).double(),
                 patches.flatten_positions(holdout_crop.target).double(),
             )
-        errors = sums.errors(self.sensitivity, free_mean=self.free_mean)
+        errors = sums.errors(self.sensitivity, measure)
         assert errors is not None
         return replace(weights, holdout_error=errors.relative, output_error=errors.output_error)
 
@@ -258,12 +263,12 @@ class GhostFit:
         maps = maps[:, torch.argsort(weights.channels)]
         return maps if weights.norm_shift is None else maps + weights.norm_shift.float()[:, None, None]
 
-    def _basis(self, moments: Moments | Rows, filters: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    def _basis(self, moments: Moments | Rows, filters: Tensor, weights: Tensor, limit: int) -> tuple[Tensor, Tensor]:
         """Basis filters (b x kh kw c) and the refitted maps in that basis (n x b): themselves, or principal maps."""
         n, limit = filters.shape[1], min(limit, len(filters))
         if n <= limit or self.is_shared:
             return filters.T, torch.eye(n, dtype=torch.float64)
-        scale = self.weights.sqrt()
+        scale = weights.sqrt()
         scaled = filters * scale
         covariance = moments.covariance_of(scaled, free_mean=self.free_mean)
         vectors = leading_vectors(covariance, limit)
@@ -295,8 +300,13 @@ def has_many_maps(layout: GhostLayout) -> bool:
             assert_never(layout.form)
 
 
-def to_ghost_weights(conv: nn.Conv2d, entry: GhostRewrite, stats: GhostStatistics, solution: Solution) -> GhostWeights:
-    """Filters, kernels and biases of a solution; constants go to the following norm where the layer has no bias."""
+def to_ghost_weights(
+    conv: nn.Conv2d, entry: GhostRewrite, stats: GhostStatistics, solution: Solution, scales: Tensor
+) -> GhostWeights:
+    """Filters, kernels and biases of a solution, and its errors relative to `scales` (n).
+
+    Constants go to the following norm where the layer has no bias.
+    """
     coordinates, assignment, m = solution.intrinsic, solution.assignment, entry.layout.intrinsic
     channels, residuals = assignment.channels, stats.mean_residuals(solution)
     primary_bias = cheap_bias = shift = None
@@ -316,5 +326,5 @@ def to_ghost_weights(conv: nn.Conv2d, entry: GhostRewrite, stats: GhostStatistic
         cheap_weight=solution.kernels.reshape(len(channels) - m, *entry.layout.kernel_shape),
         cheap_bias=cheap_bias,
         norm_shift=shift,
-        fit_error=relative_by_channel(stats.squared_errors(solution), stats.var, stats.mean_square),
+        fit_error=stats.squared_errors(solution) / scales,
     )

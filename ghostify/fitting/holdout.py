@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ghostify.fitting.distributed import all_reduce_sum
-from ghostify.numerics import relative_by_channel
+from ghostify.fitting.error_measure import ErrorMeasure
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,28 +24,23 @@ class HoldoutErrors:
 
 
 class HoldoutSums:
-    """Sums over holdout positions: products of the errors of n channels, the targets, and their squares."""
+    """Sums over holdout positions of the products of the errors of n channels."""
 
     def __init__(self, channels: int) -> None:
-        self._sums = torch.zeros(channels + 2, channels, dtype=torch.float64)
+        self._sums = torch.zeros(channels, channels, dtype=torch.float64)
         self._count = torch.zeros((), dtype=torch.float64)
 
     def add(self, estimate: Tensor, target: Tensor) -> None:
         """Add the positions of one batch (P x n, float64)."""
         error = estimate - target
-        self._sums += torch.cat((error.T @ error, torch.stack((target.sum(0), target.square().sum(0)))))
+        self._sums += error.T @ error
         self._count += len(target)
 
-    def errors(self, sensitivity: Tensor | None, *, free_mean: bool) -> HoldoutErrors | None:
-        """Errors over all processes, relative to the targets' variance, or to their mean square without a free mean.
-
-        None without holdout positions.
-        """
+    def errors(self, sensitivity: Tensor | None, measure: ErrorMeasure) -> HoldoutErrors | None:
+        """Errors over all processes, relative to the scales of `measure`; None without holdout positions."""
         sums, count = all_reduce_sum(self._sums, self._count)
         if not count:
             return None
-        n = sums.shape[1]
-        products, (mean, power) = sums[:n] / count, sums[n:] / count
-        variance = power - mean.square() if free_mean else power
+        products = sums / count
         output_error = None if sensitivity is None else float((sensitivity * products).sum())
-        return HoldoutErrors(relative_by_channel(products.diagonal(), variance, power), output_error)
+        return HoldoutErrors(measure.relative(products.diagonal()), output_error)

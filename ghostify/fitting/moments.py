@@ -98,11 +98,15 @@ class Moments(TargetSums):
         """The covariance (b x b) of the maps of `filters` (a x b), or their mean products without a free mean."""
         return filters.T @ (self.centred() if free_mean else self.raw())[0] @ filters
 
-    def errors_of(self, filters: Tensor, channels: Tensor, *, free_mean: bool) -> tuple[Tensor, Tensor]:
-        """Squared errors of the targets `channels` as predicted by `filters` (a x b), and their variances (b each)."""
+    def target_variances(self, *, free_mean: bool) -> Tensor:
+        """The variance of each target (n), or its mean square without a free mean."""
+        return (self.mean_square_y - float(free_mean) * self.mean_y.square()).clamp_min(0)
+
+    def errors_of(self, filters: Tensor, channels: Tensor, *, free_mean: bool) -> Tensor:
+        """Squared errors (b) of the targets `channels` as predicted by `filters` (a x b)."""
         uu, uy, yy = self.centred() if free_mean else self.raw()
         uy, yy = uy[:, channels], yy[channels]
-        return yy - 2 * (filters * uy).sum(0) + (filters * (uu @ filters)).sum(0), yy
+        return yy - 2 * (filters * uy).sum(0) + (filters * (uu @ filters)).sum(0)
 
     def centred(self) -> tuple[Tensor, Tensor, Tensor]:
         """Covariances (uu, uy) and variances (y) of the rows so far."""

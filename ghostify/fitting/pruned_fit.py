@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, fx
 
 from ghostify.fitting import patches
+from ghostify.fitting.error_measure import ErrorMeasure, error_measure, usable_sensitivity
 from ghostify.fitting.holdout import HoldoutErrors, HoldoutSums
 from ghostify.fitting.layer_samples import LayerSamples, inverse_norm_scale
 from ghostify.fitting.lockstep import BatchState, LockstepRun
@@ -14,7 +15,6 @@ from ghostify.fitting.sensitivity import channel_weights
 from ghostify.fitting.stage_timer import StageTimer
 from ghostify.graph.batchnorm import batchnorm_at
 from ghostify.graph.program import conv_module
-from ghostify.numerics import relative_by_channel
 from ghostify.planning.planner import PruneRewrite
 from ghostify.pruning.slicing import PrunedConvWeights
 
@@ -37,8 +37,8 @@ class PrunedConvFit:
         gain = inverse_norm_scale(norm, entry.conv.outputs)
         self.samples = LayerSamples(entry, lockstep, self.conv, gain, images, seed)
         kept_out = self.samples.kept_out
-        self.weights = channel_weights(norm, entry.conv.outputs)[kept_out]
-        self.sensitivity = None if sensitivity is None else sensitivity.double()[kept_out][:, kept_out]
+        self.norm_weights = channel_weights(norm, entry.conv.outputs)[kept_out]
+        self.sensitivity = usable_sensitivity(sensitivity, kept_out)
         self.free_mean = self.conv.bias is not None or norm is not None
         self.holdout: list[tuple[Tensor, Tensor]] = []
 
@@ -50,25 +50,25 @@ class PrunedConvFit:
     def fit(self, timer: StageTimer) -> PrunedConvWeights:
         """Least-squares filters with a ridge towards the original's kept ones, and their errors."""
         moments, prior = self.samples.moments.all_reduced(), patches.flatten_filters(self.conv).T
+        all_rows = moments.all_rows
+        measure = error_measure(all_rows, self.sensitivity, self.norm_weights, free_mean=self.free_mean)
         with timer("solving"):
-            filters = self.method.refit_filters(moments, prior, self.weights, free_mean=self.free_mean)
-            all_rows = moments.all_rows
-            every_channel = torch.arange(filters.shape[1])
-            error, variance = all_rows.errors_of(filters, every_channel, free_mean=self.free_mean)
+            filters = self.method.refit_filters(moments, prior, measure.weights, free_mean=self.free_mean)
+            squared_errors = all_rows.errors_of(filters, torch.arange(filters.shape[1]), free_mean=self.free_mean)
             constants = all_rows.mean_y - filters.T @ all_rows.mean_u
-            holdout_errors = self._holdout_errors(filters, constants * self.free_mean)
+            holdout_errors = self._holdout_errors(filters, constants * self.free_mean, measure)
         has_bias = self.conv.bias is not None
         return PrunedConvWeights(
             weight=patches.unflatten_filters(filters.T, self.conv),
             bias=constants if has_bias else None,
             shift=constants if not has_bias and self.entry.norm is not None else None,
-            fit_error=relative_by_channel(error.clamp_min(0), variance, all_rows.mean_square_y),
+            fit_error=measure.relative(squared_errors),
             holdout_error=None if holdout_errors is None else holdout_errors.relative,
             output_error=None if holdout_errors is None else holdout_errors.output_error,
         )
 
-    def _holdout_errors(self, filters: Tensor, constants: Tensor) -> HoldoutErrors | None:
+    def _holdout_errors(self, filters: Tensor, constants: Tensor, measure: ErrorMeasure) -> HoldoutErrors | None:
         sums = HoldoutSums(len(constants))
         for u, y in self.holdout:
             sums.add(u.double() @ filters + constants, y.double())
-        return sums.errors(self.sensitivity, free_mean=self.free_mean)
+        return sums.errors(self.sensitivity, measure)

@@ -66,13 +66,15 @@ class Rows:
         maps = maps - maps.mean(0) if free_mean else maps
         return maps.T @ maps / max(len(maps), 1)
 
-    def errors_of(self, filters: Tensor, channels: Tensor, *, free_mean: bool) -> tuple[Tensor, Tensor]:
+    def target_variances(self, *, free_mean: bool) -> Tensor:
+        """See `Moments`."""
+        return (self.mean_square_y - float(free_mean) * self.mean_y.square()).clamp_min(0)
+
+    def errors_of(self, filters: Tensor, channels: Tensor, *, free_mean: bool) -> Tensor:
         """See `Moments`."""
         targets = self.y[:, channels].double()
         errors = (self.u @ filters.to(self.u.dtype)).double() - targets
-        if free_mean:
-            errors, targets = errors - errors.mean(0), targets - targets.mean(0)
-        return errors.square().mean(0), targets.square().mean(0)
+        return (errors - errors.mean(0) if free_mean else errors).square().mean(0)
 
 
 class SplitRows:
@@ -127,7 +129,7 @@ def refit_on_rows(
         for candidate in ridges:
             filters = _ridge(fitted, prior, candidate, free_mean=free_mean)
             every = torch.arange(prior.shape[1])
-            losses.append(float((weights * holdout.errors_of(filters, every, free_mean=free_mean)[0]).sum()))
+            losses.append(float((weights * holdout.errors_of(filters, every, free_mean=free_mean)).sum()))
         ridge = ridges[losses.index(min(losses))]
     return _ridge(rows.all_rows, prior, ridge, free_mean=free_mean)
 

@@ -219,15 +219,19 @@ def _note_on_outputs(last: Sequence[str]) -> str:
     )
 
 
-def error_metric(sensitivity: Tensor) -> Tensor:
-    """A positive definite metric for errors from a sensitivity (n x n, float64).
+def error_metric(sensitivity: Tensor, variances: Tensor) -> Tensor:
+    """A positive definite metric for errors from a sensitivity (n x n, float64) and the variances of the channels (n).
 
     The elements off the diagonal, which are estimated on few images, are shrunk; those on it are at least
-    `MIN_RELATIVE_DIAGONAL` times their mean.
+    `MIN_RELATIVE_DIAGONAL` times their mean, but no more than makes the channel's variance cost that share of the mean:
+    channels of large variance that the outputs do not feel would otherwise cost more than all others.
     """
     sensitivity = sensitivity.double()
     diagonal = sensitivity.diagonal()
-    floored = diagonal.clamp_min(MIN_RELATIVE_DIAGONAL * diagonal.mean() + torch.finfo(torch.float32).tiny)
+    tiny = torch.finfo(torch.float32).tiny
+    mean_cost = (diagonal * variances).mean() / variances.clamp_min(tiny)
+    floor = MIN_RELATIVE_DIAGONAL * torch.minimum(diagonal.mean(), mean_cost)
+    floored = torch.maximum(diagonal, floor + tiny)
     factor = 1 - OFF_DIAGONAL_SHRINKAGE
     return factor * sensitivity + torch.diag(floored - factor * diagonal)
 
@@ -239,7 +243,8 @@ def channel_weights(norm: BatchNorm | None, outputs: int) -> Tensor:
         return torch.ones(outputs, dtype=torch.float64)
     gamma, _ = gamma_beta(norm)
     weight = 1 / (norm.running_var.double().cpu() + norm.eps) * gamma.double().cpu().square()
-    return weight.clamp_min(MIN_RELATIVE_WEIGHT * weight.mean()) if weight.any() else torch.ones_like(weight)
+    used = weight[weight > 0]  # the median: one norm without variance has a weight of any size
+    return weight.clamp_min(MIN_RELATIVE_WEIGHT * used.median()) if len(used) else torch.ones_like(weight)
 
 
 def _channel_products(gradient: Tensor, seed: int) -> Tensor:

@@ -42,9 +42,9 @@ class GhostWeights:
 
     `channels` is the original output channel of each computed map, m intrinsic ones before the ghosts. `norm_shift` (by
     original channel) are the constants that the following BatchNorm absorbs. `fit_error` is the relative reconstruction
-    error per original channel on the calibration images, `holdout_error` the same on the holdout images, and
-    `output_error` the relative squared error of the model's outputs that follows from it. Ghosts that are `activated`
-    read the intrinsic maps after norm and activation.
+    error per original channel on the calibration images (None for weights without images), `holdout_error` the same on
+    the holdout images, and `output_error` the relative squared error of the model's outputs that follows from it.
+    Ghosts that are `activated` read the intrinsic maps after norm and activation.
     """
 
     channels: Tensor

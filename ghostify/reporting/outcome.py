@@ -33,8 +33,9 @@ def describe_outcome(layer: LayerReport, *, counts: bool = True) -> str:
     if layer.skip_reason is not None:
         return layer.skip_reason
     activated = ", activated" if layer.activated else ""
+    data_free = ", fitted without images" if layer.is_data_free else ""
     reordered = ", reordered" if layer.reorders_output else ""
-    return _shape(layer, counts) + _width(layer) + activated + reordered
+    return _shape(layer, counts) + _width(layer) + activated + reordered + data_free
 
 
 def _shape(layer: LayerReport, counts: bool) -> str:

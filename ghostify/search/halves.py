@@ -80,7 +80,7 @@ def conv_error_metric(calibration: PreparedCalibration, name: str, covariance: T
     """The metric of errors of a convolution's outputs (n x n): from its sensitivity, else equal weights relative to the
     sum of the outputs' variances."""
     if name in calibration.sensitivity:
-        return error_metric(calibration.sensitivity[name])
+        return error_metric(calibration.sensitivity[name], covariance.diagonal())
     total = covariance.diagonal().clamp_min(1e-30).sum()
     return torch.eye(len(covariance), dtype=torch.float64) / total
 
