@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ghostify.arguments import a_module, public
 from ghostify.deprecation import LAYER_FIELDS, REPORT_FIELDS, renamed_attributes
 from ghostify.errors import GhostifyError
+from ghostify.evaluation.output_comparison import OutputComparison
 from ghostify.fitting.driver import FitResult
 from ghostify.graph.program import Convolution
 from ghostify.modules.layout import GhostForm, GhostLayout, form_of
@@ -86,7 +87,9 @@ class Report:
 
     Errors of layers are those of the closed-form fit, before any `reconstruction`. `missing_attributes` names methods
     and attributes of the original that the result lacks. `notes` are those of the plan and of the fit, `macs_limit` the
-    number of MACs that a budget permitted.
+    number of MACs that a budget permitted. `forecast` compares the outputs of the simulated plan with the original's
+    before the fit, `measured` those of the result after it, both on images that nothing was fitted to; `measurements`
+    counts the candidates that were simulated to choose the plan.
     """
 
     layers: tuple[LayerReport, ...]
@@ -98,6 +101,9 @@ class Report:
     missing_attributes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     macs_limit: int | None = None
+    forecast: OutputComparison | None = None
+    measured: OutputComparison | None = None
+    measurements: int = 0
 
     @property
     def rewritten(self) -> int:
@@ -165,8 +171,9 @@ def build_report(
     fits: FitResult | None = None,
     reconstruction: Reconstruction | None = None,
     missing_attributes: tuple[str, ...] = (),
+    measured: OutputComparison | None = None,
 ) -> Report:
-    """The report of a plan, with the errors of its fits and of its reconstruction where there are any."""
+    """The report of a plan, with the errors of its fits, of its reconstruction and of its outputs, if any."""
     layers = tuple(_layer_report(entry, fits) for entry in plan.entries)
     images, seconds = (0, {}) if fits is None else (fits.images, fits.seconds)
     notes = plan.notes if fits is None else (*plan.notes, *fits.notes)
@@ -180,6 +187,9 @@ def build_report(
         missing_attributes,
         notes,
         plan.macs_limit,
+        plan.forecast,
+        measured,
+        plan.measurements,
     )
 
 

@@ -86,10 +86,10 @@ def output_sensitivity(
     convs = [c for c in program.convolutions if c.unsupported_reason is None and c.groups == 1]
     names = {(c.subgraph_path, call.node): c.name for c in convs for call in c.calls}
     module = copy_module(program.module).eval().requires_grad_(False)
-    deviations = _output_deviations(module, _first_images(batches, min(images, DEVIATION_IMAGES)))
+    deviations = output_deviations(module, first_images(batches, min(images, DEVIATION_IMAGES)))
     sums = {c.name: torch.zeros(c.outputs, c.outputs, dtype=torch.float64) for c in convs}
     failed = torch.zeros(())
-    for few in _first_images(batches, images):
+    for few in first_images(batches, images):
         probe_zeros: list[tuple[str, Tensor]] = []
         with (
             torch.enable_grad(),
@@ -168,7 +168,7 @@ def _add_gradient_probe(
 
 
 @dataclass(frozen=True, eq=False)
-class _FewImages:
+class FewImages:
     """Some images of calibration batch `number`, from image `first` of the calibration set on."""
 
     number: int
@@ -177,7 +177,7 @@ class _FewImages:
     weight: float = 1.0
 
 
-def _first_images(batches: CalibrationBatches, images: int) -> Iterator[_FewImages]:
+def first_images(batches: CalibrationBatches, images: int) -> Iterator[FewImages]:
     """This process's share of the first `images` images, few at a time.
 
     A process without any of them yields another image with weight 0, so that all processes compute the same sums.
@@ -185,15 +185,15 @@ def _first_images(batches: CalibrationBatches, images: int) -> Iterator[_FewImag
     local_batches = [batch for batch in batches.local_batches if batch.first < images]
     if not local_batches:
         batch = batches.local_batches[0]
-        yield _FewImages(batch.number, batch.first, split(batch.inputs, 1)[0], 0.0)
+        yield FewImages(batch.number, batch.first, split(batch.inputs, 1)[0], 0.0)
     for batch in local_batches:
         first, batch_inputs = batch.first, split(batch.inputs, images - batch.first)[0]
         for inputs in split(batch_inputs, IMAGES_PER_PASS):
-            yield _FewImages(batch.number, first, inputs)
+            yield FewImages(batch.number, first, inputs)
             first += count_images(inputs)
 
 
-def _float_outputs(module: nn.Module, few: _FewImages) -> list[Tensor]:
+def _float_outputs(module: nn.Module, few: FewImages) -> list[Tensor]:
     """The outputs with fractions, 0 where they are not finite; none where the model does not run on few images."""
     try:
         outputs = run_batch(module, few.inputs, few.number)
@@ -203,7 +203,7 @@ def _float_outputs(module: nn.Module, few: _FewImages) -> list[Tensor]:
     return [o if o.isfinite().all() else _finite_values(o, few) for o in tensors]
 
 
-def _finite_values(output: Tensor, few: _FewImages) -> Tensor:
+def _finite_values(output: Tensor, few: FewImages) -> Tensor:
     if output.isnan().any():
         warn_user(
             f"calibration batch {few.number}: the model's outputs have NaN values. They do not count for the "
@@ -212,7 +212,7 @@ def _finite_values(output: Tensor, few: _FewImages) -> Tensor:
     return torch.where(output.isfinite(), output, 0)
 
 
-def _output_deviations(module: nn.Module, batches: Iterable[_FewImages]) -> list[Tensor]:
+def output_deviations(module: nn.Module, batches: Iterable[FewImages]) -> list[Tensor]:
     """The standard deviation of each output over images, of all its values together; for one image, its norm."""
     count, sums, squares = torch.zeros(()), [], []
     for few in batches:
