@@ -59,11 +59,11 @@ def even_images(numbers: Tensor) -> Tensor:
 
 
 def odd_images(images: int, limit: int) -> ImageChoice:
-    """At most about `limit` of the odd image numbers below `images`, evenly spaced; the only image, if it is one."""
+    """At most `limit` of the odd image numbers below `images`, evenly spaced."""
     step = max(1, -(-(images // 2) // limit))
-    return lambda numbers: ((numbers % 2 == 1) & (numbers // 2 % step == 0)) | (images == 1)
+    return lambda numbers: (numbers % 2 == 1) & (numbers // 2 % step == 0)
 
 
 def holdout_images(images: int) -> ImageChoice:
-    """The images of the holdout; of a single image, that image."""
-    return lambda numbers: holdout_mask(numbers, min(HOLDOUT_EVERY, images)) | (images == 1)
+    """The images of the holdout of a set of so many images."""
+    return lambda numbers: holdout_mask(numbers, min(HOLDOUT_EVERY, images))

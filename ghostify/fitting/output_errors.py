@@ -26,8 +26,9 @@ def compare_outputs(
     Over all processes. None where the outputs have no values that correspond. Raises `GhostifyError` where a model does
     not run.
     """
-    deviations = calibrated_deviations(original, batches)
-    sums = OutputSums()
+    deviations, sums = calibrated_deviations(original, batches), OutputSums()
+    if not deviations:
+        return None
     for images in choose_images(batches, holdout_images(batches.images) if choice is None else choice):
         expected, outputs = (outputs_of(model, images) for model in (original, converted))
         sums.add(outputs, expected, deviations, images.size)

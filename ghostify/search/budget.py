@@ -82,7 +82,8 @@ def plan_for_budget(
     seed: int = 0,
     runtime: str = "eager",
 ) -> Plan:
-    """The plan under `policy` within `budget` that has the smallest predicted error of the model's outputs.
+    """The plan under `policy` within `budget` with the smallest error of the model's outputs: measured by simulation
+    where there is a calibration, else predicted. Warns where the model's answers are not expected to stay.
 
     `budget` limits "macs", "params" and "latency", alone or together: as a share of the original's if at most 1, else
     as a number, of milliseconds for one forward of the example inputs. A rule's ratio holds for its layers, and the
@@ -107,7 +108,8 @@ def _warn_of_lost_answers(space: SearchSpace, budget: Mapping[str, float], forec
         return
     text = ", ".join(f"{key} {limit:g}" for key, limit in budget.items())
     message = f"budget {text}: expect {describe_expectation(forecast)}."
-    for step in LARGER_BUDGETS if all(limit < 1 for limit in budget.values()) else ():
+    are_counted = all(limit < 1 and not COSTS[key].is_measured for key, limit in budget.items())
+    for step in LARGER_BUDGETS if are_counted else ():
         larger = {key: round(limit + step * (1 - limit), 3) for key, limit in budget.items()}
         alternative = select_plan(space, larger).plan.forecast
         if alternative is not None and (keeps_answers(alternative) or step == LARGER_BUDGETS[-1]):

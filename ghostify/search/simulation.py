@@ -38,6 +38,7 @@ class Simulator:
         self._fits = ChangeFits(program, calibration, seed)
         self._names = {(c.subgraph_path, call.node): c.name for c in program.convolutions for call in c.calls}
 
+    @torch.no_grad()
     def compare(self, models: Sequence[ModelChange]) -> list[OutputComparison | None]:
         """The outputs of each changed model against the original's; None where they do not correspond."""
         if not models or not self.deviations:
