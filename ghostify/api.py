@@ -12,6 +12,7 @@ from ghostify.arguments import a_flag, a_function, a_model, a_seed, anything, op
 from ghostify.deprecation import renamed_keywords
 from ghostify.errors import GhostifyError
 from ghostify.fitting.driver import ProgressCallback, fit
+from ghostify.fitting.output_errors import compare_outputs
 from ghostify.fitting.output_scale import Importance
 from ghostify.fitting.sensitivity import a_calibration, prepare_optional
 from ghostify.graph.tracing import trace
@@ -23,6 +24,7 @@ from ghostify.reconstruction.blockwise import reconstruct_blocks
 from ghostify.rewriting.apply import rewrite
 from ghostify.runtimes.registry import a_runtime
 from ghostify.search.budget import a_budget, plan_for_budget
+from ghostify.search.forecast import with_forecast
 from ghostify.search.pareto import Evaluate, plan_for_drop
 from ghostify.summary import attach_report, build_report
 
@@ -124,6 +126,7 @@ def ghostify(
             if budget is None
             else plan_for_budget(program, policy, budget, prepared, seed, runtime)
         )
+        planned = planned if prepared is None else with_forecast(program, planned, prepared, seed)
         fits = fit(program, planned, prepared, seed=seed, on_progress=on_progress)
     warn_if_unchanged(planned, policy)
     reconstruction = None
@@ -134,6 +137,7 @@ def ghostify(
     converted, healing = rewrite(program, planned, fits.weights), None
     if isinstance(heal, Healing) and prepared is not None:
         healing = heal_model(program.module, converted, prepared, heal, seed=seed, on_progress=on_progress)
+    measured = None if prepared is None else compare_outputs(program.module, converted, prepared)
     return attach_report(
-        converted, build_report(planned, fits, reconstruction, program.missing_attributes, healing=healing)
+        converted, build_report(planned, fits, reconstruction, program.missing_attributes, measured, healing)
     )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ghostify.arguments import a_module, public
 from ghostify.deprecation import LAYER_FIELDS, REPORT_FIELDS, renamed_attributes
 from ghostify.errors import GhostifyError
+from ghostify.evaluation.output_comparison import OutputComparison
 from ghostify.fitting.driver import FitResult
 from ghostify.graph.program import Convolution
 from ghostify.healing.distillation import HealingResult
@@ -30,8 +31,8 @@ class LayerReport:
 
     `fit_error` and `holdout_error` are relative reconstruction errors, averaged over channels, on the fitted
     calibration images and on the holdout; channels that the model's outputs hardly feel count less. `output_error` is
-    the relative squared error of the model's outputs that the holdout error predicts. `channels` are the original's channel
-    indices in the order of the ghost module, intrinsic ones first.
+    the relative squared error of the model's outputs that the holdout error predicts. `channels` are the original's
+    channel indices in the order of the ghost module, intrinsic ones first.
     `reorders_output` says that a gather restores the channel order of the output, `activated` that the ghosts read
     activated maps. Where channels are pruned, `kept_out_count` and `kept_in_count` count the kept outputs and inputs. A
     convolution that is pruned only, or skipped, has no `form`: its `width` and `dw_size` are 0, and `intrinsic` is the
@@ -92,7 +93,9 @@ class Report:
 
     Errors of layers are those of the closed-form fit, before any `reconstruction` and `healing`. `missing_attributes`
     names methods and attributes of the original that the result lacks. `notes` are those of the plan and of the fit,
-    `macs_limit` the number of MACs that a budget permitted.
+    `macs_limit` the number of MACs that a budget permitted. `forecast` compares the outputs of the simulated plan with
+    the original's before the fit, `measured` those of the result, both on images that nothing was fitted to;
+    `measurements` counts the candidates that were simulated to choose the plan.
     """
 
     layers: tuple[LayerReport, ...]
@@ -104,6 +107,9 @@ class Report:
     missing_attributes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     macs_limit: int | None = None
+    forecast: OutputComparison | None = None
+    measured: OutputComparison | None = None
+    measurements: int = 0
     healing: HealingResult | None = None
 
     @property
@@ -172,9 +178,10 @@ def build_report(
     fits: FitResult | None = None,
     reconstruction: Reconstruction | None = None,
     missing_attributes: tuple[str, ...] = (),
+    measured: OutputComparison | None = None,
     healing: HealingResult | None = None,
 ) -> Report:
-    """The report of a plan, with the errors of its fits, its reconstruction and its healing where there are any."""
+    """The report of a plan, with the errors of its fits, its reconstruction, its healing and its outputs, if any."""
     layers = tuple(_layer_report(entry, fits) for entry in plan.entries)
     images, seconds = (0, {}) if fits is None else (fits.images, fits.seconds)
     notes = plan.notes if fits is None else (*plan.notes, *fits.notes)
@@ -188,6 +195,9 @@ def build_report(
         missing_attributes,
         notes,
         plan.macs_limit,
+        plan.forecast,
+        measured,
+        plan.measurements,
         healing,
     )
 

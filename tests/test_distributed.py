@@ -1,3 +1,4 @@
+import pytest
 import torch
 from torch import distributed
 
@@ -25,7 +26,7 @@ def run_process(rank, processes, port, queue):
     distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=processes)
     for budget in (False, True):
         model = converted(budget)
-        queue.put((budget, {k: v.numpy() for k, v in model.state_dict().items()}, report(model).images))
+        queue.put((budget, {k: v.numpy() for k, v in model.state_dict().items()}, report(model)))
     distributed.destroy_process_group()
 
 
@@ -37,9 +38,13 @@ def test_two_processes_give_the_result_of_one():
     results = [queue.get() for _ in range(4)]
     for process in processes:
         process.join()
-    expected = {budget: converted(budget).state_dict() for budget in (False, True)}
+    expected = {budget: converted(budget) for budget in (False, True)}
     assert sorted(budget for budget, *_ in results) == [False, False, True, True]
-    for budget, state, images in results:
-        assert images == 32
-        for name, value in expected[budget].items():
+    for budget, state, summary in results:
+        assert summary.images == 32
+        for key in ("forecast", "measured"):
+            one, several = (getattr(r, key) for r in (report(expected[budget]), summary))
+            assert several.images == one.images
+            assert several.error == pytest.approx(one.error, rel=1e-2)
+        for name, value in expected[budget].state_dict().items():
             torch.testing.assert_close(torch.from_numpy(state[name]), value, rtol=1e-3, atol=1e-4, msg=name)

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor, fx
 
 from ghostify import trace
-from ghostify.graph.executor import execute, last_uses
+from ghostify.graph.executor import execute, last_uses, resume
 from ghostify.graph.inputs import bind_inputs
 from tests import nets
 
@@ -52,3 +52,20 @@ def test_starred_inputs_are_passed_to_their_placeholders():
 
     module, x = fx.symbolic_trace(Several()), torch.ones(2)
     assert torch.equal(execute(module, [x, (2 * x,), {"scale": 3 * x}]), 7 * x)
+
+
+def test_a_run_that_resumes_with_another_value_leaves_the_others_as_they_are():
+    """Activations and sum of this network write in place."""
+    module, x, outputs = trace(nets.settle(nets.Residual())).module, nets.images(2), {}
+
+    def on_node(node, value, values):
+        outputs[node.name] = resume(module, node, value if node.op == "output" else value * 2, values)
+        return value
+
+    def doubled(changed):
+        return lambda node, value, _: value * 2 if node.name == changed and node.op != "output" else value
+
+    with torch.no_grad():
+        assert torch.equal(execute(module, [x.clone()], on_node), module(x))
+        for name, output in outputs.items():
+            assert torch.equal(output, execute(module, [x.clone()], doubled(name))), name

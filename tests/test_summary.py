@@ -19,6 +19,13 @@ def test_a_report_survives_json():
     assert Report.from_dict(json.loads(json.dumps(summary.to_dict()))) == summary
 
 
+def test_a_report_of_an_earlier_version_has_no_forecast():
+    data = report(converted()).to_dict()
+    earlier = {key: value for key, value in data.items() if key not in ("forecast", "measured", "measurements")}
+    read = Report.from_dict(earlier)
+    assert (read.forecast, read.measured, read.measurements) == (None, None, 0)
+
+
 def test_layers_add_up_to_the_totals():
     model = converted()
     summary = report(model)

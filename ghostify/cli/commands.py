@@ -71,6 +71,7 @@ from ghostify.reporting.html import is_page
 from ghostify.reporting.redundancy import study_layer, study_table, write_study
 from ghostify.runtimes.registry import RUNTIMES
 from ghostify.search.budget import plan_for_budget
+from ghostify.search.forecast import with_forecast
 from ghostify.search.pareto import POINTS, frontier_table, is_frontier, read_frontier, write_frontier
 from ghostify.search.pareto import frontier as compute_frontier
 from ghostify.summary import build_report, conversion_info, report
@@ -157,6 +158,7 @@ def plan_command(
         planned = (
             plan(program, rules) if limits is None else plan_for_budget(program, rules, limits, batches, 0, runtime)
         )
+        planned = planned if batches is None else with_forecast(program, planned, batches)
         show_report(build_report(planned), title, as_json)
         return
     evaluate = None if validation is None else top1_evaluator(validation, prepared, batch, network)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -38,12 +39,28 @@ def execute(module: fx.GraphModule, inputs: Sequence[Any], on_node: NodeCallback
     `on_node(node, value, values)` is called for every node with its value and the live values; it returns the value
     that later nodes read.
     """
-    remaining_inputs, last_used = iter(inputs), last_uses(module.graph)
-    values: dict[fx.Node, Any] = {}
-    value = None
-    for node in module.graph.nodes:
-        if node.op == "placeholder":
-            values[node] = next(remaining_inputs)
+    nodes = list(module.graph.nodes)
+    placeholders = (node for node in nodes if node.op == "placeholder")
+    return _run(module, nodes, dict(zip(placeholders, inputs, strict=False)), on_node)
+
+
+def resume(module: fx.GraphModule, node: fx.Node, value: Any, live: Values, on_node: NodeCallback | None = None) -> Any:
+    """The output of a traced module from `node` on, whose value is `value`; `live` are the values at that node, which
+    stay as they are. `on_node` as in `execute`, for the nodes that follow."""
+    nodes = list(module.graph.nodes)
+    following = nodes[nodes.index(node) + 1 :]
+    read = {source for later in following for source in later.all_input_nodes}
+    values = {n: v for n, v in {**live, node: value}.items() if n in read}
+    copies = copy.deepcopy(list(values.values()))  # which share memory where the values do
+    return _run(module, following, dict(zip(values, copies, strict=True)), on_node) if following else value
+
+
+def _run(
+    module: fx.GraphModule, nodes: Sequence[fx.Node], values: dict[fx.Node, Any], on_node: NodeCallback | None
+) -> Any:
+    """The value of the last of `nodes`, from the values that they read."""
+    last_used, value = last_uses(module.graph), None
+    for node in nodes:
         value = run_node(module, node, values)
         if on_node is not None:
             value = on_node(node, value, values)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ghostify import skip_reasons
 from ghostify.arguments import instance_of, optional, public
 from ghostify.errors import GhostifyError
+from ghostify.evaluation.output_comparison import OutputComparison
 from ghostify.graph.neighbours import GraphIndex, find_residual_operand, following_activation, following_norm
 from ghostify.graph.program import Convolution, Program, a_program
 from ghostify.modules.layout import NAMED_FORMS, GhostLayout, intrinsic_count, make_layout, may_read_activated
@@ -77,7 +78,8 @@ class Plan:
     """Every convolution of the program once, in order of first use. `macs_*` are totals of the model, where known.
 
     `macs_limit` is the number of MACs that a budget permits, which the inference form keeps as well. `notes` name what
-    the rules allow and the plan does not contain, with the reason.
+    the rules allow and the plan does not contain, with the reason. `forecast` is the output error of the plan simulated
+    on calibration images, before any fit; `measurements` counts the candidates that were simulated to choose it.
     """
 
     entries: tuple[GhostRewrite | PruneRewrite | Skip, ...]
@@ -85,6 +87,8 @@ class Plan:
     macs_after: int | None = None
     notes: tuple[str, ...] = ()
     macs_limit: int | None = None
+    forecast: OutputComparison | None = None
+    measurements: int = 0
 
     @property
     def rewrites(self) -> tuple[GhostRewrite, ...]:

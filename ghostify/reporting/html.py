@@ -17,7 +17,7 @@ from ghostify.io.output import writing_to
 from ghostify.reporting.analysis import LatencyPairs, layer_costs, skipped_by_reason, suggestions
 from ghostify.reporting.charts import error_chart, frontier_chart, layers_chart, require_altair
 from ghostify.reporting.ghost_pictures import LayerPictures
-from ghostify.reporting.outcome import describe_outcome
+from ghostify.reporting.outcome import describe_outcome, describe_outputs
 from ghostify.summary import Report
 from ghostify.text import format_count, format_shape
 
@@ -77,6 +77,7 @@ def render(page: Page) -> str:
         .render(
             page=page,
             report=page.report,
+            outputs=describe_outputs(page.report),
             skipped=skipped_by_reason(page.report),
             largest_errors=[cost for cost in layer_costs(page.report) if cost.error_share > 0][:LAYERS_LISTED],
             has_output_errors=any(layer.output_error is not None for layer in page.report.layers),

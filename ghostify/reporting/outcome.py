@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing_extensions import assert_never
 
+from ghostify.evaluation.output_comparison import OutputComparison
 from ghostify.modules.layout import Depthwise, Grouped, Pointwise
-from ghostify.summary import LayerReport
+from ghostify.summary import LayerReport, Report
 
 SKIPPED, DEPTHWISE, WIDER, PRUNED = "skipped", "depthwise ghosts", "wider ghosts", "pruned"
 
@@ -58,3 +59,20 @@ def _width(layer: LayerReport) -> str:
             return f", w={layer.width}"
         case _:
             assert_never(layer.form)
+
+
+def describe_outputs(report: Report) -> list[str]:
+    """The forecast and the measured error of the outputs, a line each where they are known."""
+    lines = []
+    if report.forecast is not None:
+        count = report.measurements
+        how = f", {count} candidate{'s' * (count != 1)} measured" if count else ""
+        lines.append(f"forecast before the fit: {_outputs(report.forecast)}{how}")
+    if report.measured is not None:
+        lines.append(f"measured after the fit: {_outputs(report.measured)}")
+    return lines
+
+
+def _outputs(comparison: OutputComparison) -> str:
+    agreement = "" if comparison.agreement is None else f", {comparison.agreement:.0f} % of the answers unchanged"
+    return f"output error {comparison.error:.3g}{agreement} on {comparison.images} images"

@@ -6,7 +6,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from ghostify.reporting.outcome import describe_outcome
+from ghostify.reporting.outcome import describe_outcome, describe_outputs
 from ghostify.summary import LayerReport, Report
 from ghostify.text import format_count, format_shape, printable
 
@@ -14,12 +14,14 @@ MAX_NAME_WIDTH = 22
 
 
 def report_table(report: Report, title: str = "") -> Table:
-    """A row for each convolution, the model's MACs as a footer, and the report's notes as a caption."""
+    """A row for each convolution, the model's MACs as a footer; forecast and measured error of the outputs and the
+    report's notes as a caption."""
+    caption = "\n".join((*describe_outputs(report), *report.notes))
     longest_name = max((len(layer.name) for layer in report.layers), default=0)
     has_errors = any(layer.fit_error is not None for layer in report.layers)
     table = Table(
         title=Text(printable(title)) if title else None,
-        caption=Text(printable("\n".join(report.notes))) if report.notes else None,
+        caption=Text(printable(caption)) if caption else None,
         box=box.SIMPLE_HEAD,
         show_footer=report.macs_before is not None,
         footer_style="bold",

@@ -10,9 +10,10 @@ from typing import Any, NoReturn
 from ghostify import skip_reasons
 from ghostify.arguments import a_function, a_mapping, a_number, a_seed, optional, public
 from ghostify.errors import GhostifyError, InfeasibleBudgetError
+from ghostify.evaluation.output_comparison import OutputComparison
 from ghostify.fitting.initialization import untrained_weights
 from ghostify.fitting.output_scale import Importance
-from ghostify.fitting.sensitivity import PreparedCalibration, a_calibration, prepare_calibration, prepare_optional
+from ghostify.fitting.sensitivity import PreparedCalibration, a_calibration, prepare_optional
 from ghostify.graph.program import Program, a_program
 from ghostify.modules.layout import GhostLayout
 from ghostify.planning.planner import (
@@ -20,76 +21,36 @@ from ghostify.planning.planner import (
     PlanTarget,
     Skip,
     build_plan,
-    may_prune,
-    resolve_targets,
     why_not_at_ratio,
 )
 from ghostify.planning.policy import Policy, Rule, as_policy
-from ghostify.pruning.pruning_groups import PruningGroup, Unprunable, find_pruning_groups
 from ghostify.rewriting.apply import rewrite
 from ghostify.runtimes.registry import a_runtime
-from ghostify.search.candidates import Candidate, group_candidates, layer_candidates
 from ghostify.search.costs import COSTS
-from ghostify.search.group_statistics import GroupStatistics, compute_group_statistics
-from ghostify.search.layer_statistics import compute_layer_statistics
-from ghostify.search.solver import GroupConstraint, choose_candidates
+from ghostify.search.forecast import describe_expectation, keeps_answers
+from ghostify.search.measured_losses import MeasuredLosses
+from ghostify.search.model_changes import change_of_plan
+from ghostify.search.search_space import SearchSpace, build_search_space
+from ghostify.search.solver import choose_candidates
 from ghostify.search.untouched import find_untouched
 from ghostify.timing.timer import LatencyTimer
+from ghostify.user_warnings import warn_user
 
 MAX_REVISIONS = 6
-MAX_REASONS = 5
+MAX_ROUNDS = 4
+LARGER_BUDGETS = (0.4, 0.7)  # as shares of the way from a budget to the original's costs
 MEASURED_SLACK = 1.01
-
-
-@dataclass(frozen=True, eq=False)
-class SearchSpace:
-    """The candidates of each targeted convolution, then of each channel group; `totals` are the original's costs, and
-    `original_costs` the part of them that each list of candidates replaces.
-
-    `targets` holds every convolution: its target, or why it is skipped. By `constraints`, the outputs or inputs of a
-    convolution are as many as its group keeps. `notes` go to the plan.
-    """
-
-    program: Program
-    targets: tuple[PlanTarget | Skip, ...]
-    candidates: tuple[list[Candidate], ...]
-    totals: Mapping[str, float]
-    original_costs: tuple[tuple[float, ...], ...]
-    timer: LatencyTimer
-    groups: tuple[PruningGroup, ...] = ()
-    constraints: tuple[GroupConstraint, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    @property
-    def fixed(self) -> list[float]:
-        """The costs of everything that has no candidates."""
-        searched = [sum(costs[k] for costs in self.original_costs) for k in range(len(self.totals))]
-        return [total - part for total, part in zip(self.totals.values(), searched, strict=True)]
-
-    @property
-    def minimum_shares(self) -> dict[str, float]:
-        """The minimum share of each cost, whatever the other costs."""
-        minima = [self._minimum(k) for k in range(len(self.totals))]
-        rows = zip(self.totals.items(), minima, self.fixed, strict=True)
-        return {key: (minimum + fixed) / total for (key, total), minimum, fixed in rows}
-
-    def _minimum(self, k: int) -> float:
-        """The minimum sum of one cost over the candidates."""
-        if not self.constraints:
-            return sum(min(c.costs[k] for c in candidates) for candidates in self.candidates)
-        priced = [[replace(c, loss=c.costs[k]) for c in candidates] for candidates in self.candidates]
-        picks = choose_candidates(priced, [math.inf] * len(self.totals), self.constraints)
-        assert picks is not None
-        return sum(candidates[pick].loss for candidates, pick in zip(priced, picks, strict=True))
 
 
 @dataclass(frozen=True)
 class BudgetPlan:
-    """A plan, its shares of the original's costs, and the output error that it is predicted to add."""
+    """A plan, its shares of the original's costs, and the output error that it is predicted to add: of the simulated
+    plan, or without images a sum over layers. `picks` are the numbers of the chosen candidates."""
 
     plan: Plan
     shares: Mapping[str, float]
     loss: float
+    picks: tuple[int, ...] = ()
 
 
 def a_budget(name: str, value: Any) -> dict[str, float]:
@@ -125,7 +86,8 @@ def plan_for_budget(
     runtime: str = "eager",
     importance: Importance | None = None,
 ) -> Plan:
-    """The plan under `policy` within `budget` that has the smallest predicted error of the model's outputs.
+    """The plan under `policy` within `budget` with the smallest error of the model's outputs: measured by simulation
+    where there is a calibration, else predicted. Warns where the model's answers are not expected to stay.
 
     `budget` limits "macs", "params" and "latency", alone or together: as a share of the original's if at most 1, else
     as a number, of milliseconds for one forward of the example inputs. A rule's ratio holds for its layers, and the
@@ -139,7 +101,28 @@ def plan_for_budget(
     if importance is not None:
         calibration = prepare_optional(program, calibration, seed, importance)
     with LatencyTimer(runtime) as timer:
-        return select_plan(build_search_space(program, rules, tuple(budget), calibration, seed, timer), budget).plan
+        space = build_search_space(program, rules, tuple(budget), calibration, seed, timer)
+        selected = select_plan(space, budget)
+        _warn_of_lost_answers(space, budget, selected.plan.forecast)
+        return selected.plan
+
+
+def _warn_of_lost_answers(space: SearchSpace, budget: Mapping[str, float], forecast: OutputComparison | None) -> None:
+    """Warn where the model's answers are not expected to stay, with the smallest larger budget tried at which they are,
+    or the largest."""
+    if forecast is None or keeps_answers(forecast):
+        return
+    text = ", ".join(f"{key} {limit:g}" for key, limit in budget.items())
+    message = f"budget {text}: expect {describe_expectation(forecast)}."
+    are_counted = all(limit < 1 and not COSTS[key].is_measured for key, limit in budget.items())
+    for step in LARGER_BUDGETS if are_counted else ():
+        larger = {key: round(limit + step * (1 - limit), 3) for key, limit in budget.items()}
+        alternative = select_plan(space, larger).plan.forecast
+        if alternative is not None and (keeps_answers(alternative) or step == LARGER_BUDGETS[-1]):
+            text = ", ".join(f"{limit:g}" for limit in larger.values())
+            message = f"{message} With {text}: {describe_expectation(alternative)}."
+            break
+    warn_user(message)
 
 
 def check_budget(budget: Mapping[str, float]) -> None:
@@ -149,129 +132,6 @@ def check_budget(budget: Mapping[str, float]) -> None:
             "budget max_drop: needs fitted models. Use `ghostify convert` with --validation, or "
             "ghostify(..., evaluate=...)."
         )
-
-
-def build_search_space(
-    program: Program,
-    policy: Policy,
-    keys: tuple[str, ...],
-    calibration: Iterable[Any] | PreparedCalibration | None,
-    seed: int,
-    timer: LatencyTimer,
-) -> SearchSpace:
-    """The candidates of all targets, and of channel groups where rules allow pruning, with the costs named by `keys`.
-
-    Raises `GhostifyError` where the program has no shapes, or pruning no calibration images.
-    """
-    prunes = any(rule.prune for rule in policy.rules)
-    if program.macs is None:
-        raise GhostifyError("budget: needs the model's shapes. Pass example_inputs.")
-    for rule in policy.rules:
-        if isinstance(rule.cheap, int) and rule.ratio is None:
-            raise GhostifyError(
-                f"cheap {rule.cheap}: does not work with a budget. Use auto, depthwise or pointwise, or give its rule "
-                "a ratio."
-            )
-    if prunes and calibration is None:
-        raise GhostifyError("prune: needs calibration images. Pass calibration (--calibration FOLDER).")
-    decisions = resolve_targets(program, policy)
-    targets = [t for t in decisions if isinstance(t, PlanTarget)]
-    totals = {key: COSTS[key].of_program(program, timer) for key in keys}
-    prepared = None if calibration is None else prepare_calibration(program, calibration, seed)
-    groups, unprunable = _prunable_groups(program, policy, targets) if prunes else ([], [])
-    group_statistics = [] if prepared is None else compute_group_statistics(program, groups, prepared, seed)
-    of_groups, constraints = _group_lists(program, targets, group_statistics, keys, timer)
-    of_layers = _layer_lists(program, targets, of_groups, constraints, prepared, seed, keys, timer)
-    pruned_groups = tuple(statistics.group for statistics in group_statistics)
-    notes = (_why_unpruned(groups, unprunable),) if prunes and not group_statistics else ()
-    original_costs = tuple(candidates[0].costs for candidates in (*of_layers, *of_groups))
-    lists = (*map(_without_dense, targets, of_layers), *of_groups)
-    return SearchSpace(
-        program, tuple(decisions), lists, totals, original_costs, timer, pruned_groups, tuple(constraints), notes
-    )
-
-
-def _without_dense(target: PlanTarget, candidates: list[Candidate]) -> list[Candidate]:
-    """The candidates with ghosts where the rule has a ratio that leaves any, else all."""
-    with_ghosts = [c for c in candidates if c.layout is not None]
-    return with_ghosts if target.rule.ratio is not None and with_ghosts else candidates
-
-
-def _group_lists(
-    program: Program,
-    targets: Sequence[PlanTarget],
-    group_statistics: Sequence[GroupStatistics],
-    keys: tuple[str, ...],
-    timer: LatencyTimer,
-) -> tuple[list[list[Candidate]], list[GroupConstraint]]:
-    """The candidates of each group, whose lists follow those of the targets, and the constraints with the targets."""
-    numbers = {target.conv.name: k for k, target in enumerate(targets)}
-    lists, constraints = list[list[Candidate]](), list[GroupConstraint]()
-    for number, statistics in enumerate(group_statistics, len(targets)):
-        searched = [m for m in statistics.group.members if m.conv.name in numbers]
-        fixed = [m for m in statistics.group.members if m not in searched]
-        lists.append(group_candidates(program, statistics, fixed, keys, timer))
-        producers = [numbers[m.conv.name] for m in searched if m.prunes_outputs]
-        consumers = [numbers[m.conv.name] for m in searched if m.prunes_inputs]
-        constraints += [GroupConstraint(conv, number, "kept_out_count") for conv in producers]
-        constraints += [GroupConstraint(conv, number, "kept_in_count") for conv in consumers]
-    return lists, constraints
-
-
-def _layer_lists(
-    program: Program,
-    targets: Sequence[PlanTarget],
-    of_groups: Sequence[list[Candidate]],
-    constraints: Sequence[GroupConstraint],
-    calibration: PreparedCalibration | None,
-    seed: int,
-    keys: tuple[str, ...],
-    timer: LatencyTimer,
-) -> list[list[Candidate]]:
-    """The candidates of each target, for all channels that its groups may keep."""
-    lists = []
-    statistics_of_all = compute_layer_statistics(program, list(targets), calibration, seed)
-    for k, (target, statistics) in enumerate(zip(targets, statistics_of_all, strict=True)):
-        kept_out, kept_in = (
-            [
-                candidate.kept
-                for constraint in constraints
-                if (constraint.conv, constraint.key) == (k, key)
-                for candidate in of_groups[constraint.group - len(targets)]
-                if candidate.kept
-            ]
-            for key in ("kept_out_count", "kept_in_count")
-        )
-        kept_in_counts = [len(kept) for kept in kept_in]
-        lists.append(layer_candidates(program, target, statistics, keys, timer, kept_out, kept_in_counts))
-    return lists
-
-
-def _prunable_groups(
-    program: Program, policy: Policy, targets: Sequence[PlanTarget]
-) -> tuple[list[PruningGroup], list[Unprunable]]:
-    """Channel groups whose convolutions may all lose channels, and the other groups with their reasons."""
-    names, groups, unprunable = {target.conv.name for target in targets}, list[PruningGroup](), list[Unprunable]()
-    for group in find_pruning_groups(program):
-        if isinstance(group, Unprunable):
-            unprunable.append(group)
-            continue
-        fixed = [conv for conv in group.dense if conv.name not in names]
-        fixed += [member.conv for member in group.members if not may_prune(program, policy, member.conv)]
-        if fixed:
-            reason = skip_reasons.not_prunable(fixed[0].name)
-            unprunable.append(Unprunable(group.members[0].conv.name, reason))
-        else:
-            groups.append(group)
-    return groups, unprunable
-
-
-def _why_unpruned(groups: Sequence[PruningGroup], unprunable: Sequence[Unprunable]) -> str:
-    """Why no channel group is pruned, by the first groups."""
-    unreached = [Unprunable(g.members[0].conv.name, skip_reasons.CONSUMERS_NOT_REACHED) for g in groups]
-    reasons = [f"channels of {group.name}: {group.reason}" for group in (*unreached, *unprunable)]
-    more = [f"and {len(reasons) - MAX_REASONS} more"] if len(reasons) > MAX_REASONS else []
-    return "; ".join([skip_reasons.NO_GROUP_PRUNED, *reasons[:MAX_REASONS], *more])
 
 
 def select_plan(space: SearchSpace, budget: Mapping[str, float]) -> BudgetPlan:
@@ -298,6 +158,7 @@ def select_plan(space: SearchSpace, budget: Mapping[str, float]) -> BudgetPlan:
                 replace(selected.plan, macs_limit=int(limits[names.index("macs")]) if "macs" in budget else None),
                 {**selected.shares, **{names[k]: shares[k] for k in measured}},
                 selected.loss,
+                selected.picks,
             )
         for k in (k for k in measured if shares[k] > goals[k] * MEASURED_SLACK):
             tightened[k] *= goals[k] / shares[k]
@@ -309,18 +170,49 @@ def select_plan(space: SearchSpace, budget: Mapping[str, float]) -> BudgetPlan:
 
 
 def _solve(space: SearchSpace, limits: Sequence[float]) -> BudgetPlan | None:
-    """The plan of least predicted error whose sums over layers keep within `limits`, or None."""
-    fixed = space.fixed
-    remaining = [limit - rest for limit, rest in zip(limits, fixed, strict=True)]
-    picks = choose_candidates(space.candidates, remaining, space.constraints)
-    if picks is None:
-        return None
+    """The plan of least error whose sums over layers keep within `limits`, or None.
+
+    With calibration images, the losses of the chosen candidates are measured and the choice is repeated, up to
+    `MAX_ROUNDS` times. Of the choices, that whose simulated plan has the least error as a whole is taken.
+    """
+    measured, choices = space.measured, list[BudgetPlan]()
+    for _ in range(1 if measured is None else MAX_ROUNDS):
+        candidates = space.candidates if measured is None else measured.corrected(space.candidates)
+        remaining = [limit - rest for limit, rest in zip(limits, space.fixed, strict=True)]
+        picks = choose_candidates(candidates, remaining, space.constraints)
+        if picks is None:
+            return None
+        chosen = _plan_of(space, picks)
+        if measured is None:
+            return chosen
+        if any(chosen.picks == former.picks for former in choices):
+            break
+        choices.append(chosen)
+        if not measured.measure({key: space.change_of(*key) for key in enumerate(picks)}):
+            break
+    assert measured is not None
+    return _best_choice(space, measured, choices)
+
+
+def _best_choice(space: SearchSpace, measured: MeasuredLosses, choices: Sequence[BudgetPlan]) -> BudgetPlan:
+    """The choice with the least error as a whole, and that error as its loss; the last one where none is known."""
+    changes = [change_of_plan(choice.plan, space.assignments(choice.picks)) for choice in choices]
+    forecasts = measured.simulator.compare(changes)
+    errors = [math.inf if forecast is None else forecast.error for forecast in forecasts]
+    best = min(range(len(choices)), key=lambda k: (errors[k], -k))
+    forecast, choice = forecasts[best], choices[best]
+    loss = choice.loss if forecast is None else forecast.error
+    return replace(choice, loss=loss, plan=replace(choice.plan, forecast=forecast, measurements=len(measured.losses)))
+
+
+def _plan_of(space: SearchSpace, picks: Sequence[int]) -> BudgetPlan:
+    """The plan of one candidate of each list, with the sums of costs and of predicted losses."""
     picked = [candidates[pick] for candidates, pick in zip(space.candidates, picks, strict=True)]
-    targets = [t for t in space.targets if isinstance(t, PlanTarget)]
-    layouts = {t.conv.name: c.layout for t, c in zip(targets, picked[: len(targets)], strict=True)}
-    of_groups = zip(space.groups, picked[len(targets) :], strict=True)
+    layers = space.layers
+    layouts = {t.conv.name: c.layout for t, c in zip(layers, picked[: len(layers)], strict=True)}
+    of_groups = zip(space.groups, picked[len(layers) :], strict=True)
     kept = {group: candidate.kept for group, candidate in of_groups if candidate.kept is not None}
-    sums = [rest + sum(c.costs[k] for c in picked) for k, rest in enumerate(fixed)]
+    sums = [rest + sum(c.costs[k] for c in picked) for k, rest in enumerate(space.fixed)]
     decisions = [_with_layout(t, layouts) for t in space.targets]
     plan = build_plan(space.program, decisions, kept)
     notes = (*space.notes, *map(str, find_untouched(space.program, plan.skips)))
@@ -328,6 +220,7 @@ def _solve(space: SearchSpace, limits: Sequence[float]) -> BudgetPlan | None:
         replace(plan, notes=notes),
         {key: of_plan / total for (key, total), of_plan in zip(space.totals.items(), sums, strict=True)},
         sum(c.loss for c in picked),
+        tuple(picks),
     )
 
 

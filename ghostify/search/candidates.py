@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 
 from typing_extensions import assert_never
 
+from ghostify.fitting.assignment import GhostAssignment
 from ghostify.graph.program import Convolution, Program
 from ghostify.modules.layout import (
     Depthwise,
@@ -39,7 +40,8 @@ MAX_MEASURED_RATIO = 0.97
 class Candidate:
     """One alternative for a convolution or a channel group, its costs, and the output error that it adds as predicted.
 
-    For a convolution: its layout (None: dense), and its numbers of outputs and inputs where channel groups prune them.
+    For a convolution: its layout (None: dense) with the assignment of ghosts where it has one, and its numbers of
+    outputs and inputs where channel groups prune them.
     For a group: the kept channels (None: all), and the costs beyond those of convolutions with candidates of their own.
     """
 
@@ -49,6 +51,7 @@ class Candidate:
     kept_out_count: int | None = None
     kept_in_count: int | None = None
     kept: tuple[int, ...] | None = None
+    assignment: GhostAssignment | None = field(default=None, compare=False, repr=False)
 
 
 def layer_candidates(
@@ -152,7 +155,7 @@ def _non_dominated(
     if target.rule.ratio is not None:
         rows_of_ratio = zip(layouts, rewritten, strict=True)
         return candidates + [
-            Candidate(layout, layout_costs, losses.of(layout), kept_out_count, kept_in_count)
+            _ghost_candidate(layout, layout_costs, losses, kept_out_count, kept_in_count)
             for layout, layout_costs in rows_of_ratio
         ]
     for layout, layout_costs in zip(layouts, rewritten, strict=True):
@@ -161,9 +164,20 @@ def _non_dominated(
             continue
         bound = Candidate(layout, layout_costs, losses.lower_bound(layout))
         if not any(_dominates(other, bound) for other in candidates):
-            candidates.append(Candidate(layout, layout_costs, losses.of(layout), kept_out_count, kept_in_count))
+            candidates.append(_ghost_candidate(layout, layout_costs, losses, kept_out_count, kept_in_count))
     ghosts = (c for c in candidates[1:] if not any(_dominates(other, c) for other in candidates))
     return [candidates[0], *ghosts]
+
+
+def _ghost_candidate(
+    layout: GhostLayout,
+    costs: tuple[float, ...],
+    losses: LossEstimator,
+    kept_out_count: int | None,
+    kept_in_count: int | None,
+) -> Candidate:
+    assignment = None if isinstance(layout.form, Pointwise) else losses.assignment(layout)
+    return Candidate(layout, costs, losses.of(layout), kept_out_count, kept_in_count, assignment=assignment)
 
 
 def _layout_costs(

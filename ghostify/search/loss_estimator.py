@@ -24,6 +24,7 @@ class LossEstimator:
     def __init__(self, statistics: LayerStatistics, dw_size: int) -> None:
         self.statistics, self.dw_size = statistics, dw_size
         self._losses: dict[GhostLayout, float] = {}
+        self._assignments: dict[GhostLayout, GhostAssignment] = {}
 
     def of(self, layout: GhostLayout) -> float:
         """The predicted error: of the best directions for pointwise ghosts, of the assigned pairs for depthwise ghosts;
@@ -40,14 +41,27 @@ class LossEstimator:
             case Pointwise():
                 return float(self._truncation_losses[layout.ghosts])
             case Depthwise(d):
-                if layout.is_low_rank and not self._has_pairs(d):
+                assignment = self.assignment(layout)
+                if assignment is None:
                     return float(self._truncation_losses[layout.ghosts])
-                pairs = self._pairs(d)
-                return assign_ghosts(pairs, layout).total(pairs)
+                return assignment.total(self._pairs(d))
             case Grouped(_, d):
-                return self._within_groups(assign_ghosts(self._pairs(d), layout), d)
+                assignment = self.assignment(layout)
+                assert assignment is not None
+                return self._within_groups(assignment, d)
             case _:
                 assert_never(layout.form)
+
+    def assignment(self, layout: GhostLayout) -> GhostAssignment | None:
+        """The intrinsic maps and their ghosts; None where every ghost reads all intrinsic maps.
+
+        Raises `GhostifyError` for a kernel size without pair statistics.
+        """
+        if layout.is_low_rank and not self._has_pairs(layout.kernel_size):
+            return None
+        if layout not in self._assignments:
+            self._assignments[layout] = assign_ghosts(self._pairs(layout.kernel_size), layout)
+        return self._assignments[layout]
 
     def lower_bound(self, layout: GhostLayout) -> float:
         """At most the predicted error. It is quicker for depthwise ghosts: as if every map could be a source, and the

@@ -28,8 +28,9 @@ from ghostify.planning.planner import Plan
 from ghostify.planning.policy import Policy, Rule, as_policy
 from ghostify.rewriting.apply import rewrite
 from ghostify.runtimes.registry import a_runtime
-from ghostify.search.budget import BudgetPlan, SearchSpace, a_budget, build_search_space, select_plan
+from ghostify.search.budget import BudgetPlan, a_budget, select_plan
 from ghostify.search.costs import COSTS
+from ghostify.search.search_space import SearchSpace, build_search_space
 from ghostify.text import printable
 from ghostify.timing.timer import LatencyTimer
 
@@ -46,14 +47,16 @@ Evaluate = Callable[[nn.Module], float]
 class FrontierPoint:
     """One plan of the frontier, and its shares of the original's costs: MACs, parameters and, where timed, latency.
 
-    `error` is the squared error of the outputs that it is predicted to add, relative to their variance (without
-    calibration images: the sum of the layers' relative errors). `drop` is the measured loss of an evaluation.
+    `error` is the squared error of the outputs relative to their variance, and `agreement` the percentage of images
+    whose answer stays, both of the simulated plan (without calibration images: the sum of the layers' relative errors,
+    and None). `drop` is the measured loss of an evaluation.
     """
 
     shares: Mapping[str, float]
     error: float
     plan: Plan
     drop: float | None = None
+    agreement: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON data; `layers` has the fields of `GhostLayout` for ghosts, and for pruned convolutions kept_out_count
@@ -61,7 +64,8 @@ class FrontierPoint:
         layers: dict[str, Any] = {e.conv.name: e.layout.to_dict() for e in self.plan.rewrites}
         for name, kept in self.plan.pruned.items():
             layers[name] = {**layers.get(name, {}), **_kept_counts(kept.kept_out, kept.kept_in)}
-        return {"shares": dict(self.shares), "error": self.error, "drop": self.drop, "layers": layers}
+        errors = {"error": self.error, "agreement": self.agreement, "drop": self.drop}
+        return {"shares": dict(self.shares), **errors, "layers": layers}
 
 
 @public(
@@ -109,7 +113,9 @@ def frontier(
             drop = None
             if evaluate is not None and original_score is not None:
                 drop = original_score - _fit_and_evaluate(program, selected.plan, prepared, evaluate, seed)[0]
-            curve.append(FrontierPoint(selected.shares, selected.loss, selected.plan, drop))
+            forecast = selected.plan.forecast
+            agreement = None if forecast is None else forecast.agreement
+            curve.append(FrontierPoint(selected.shares, selected.loss, selected.plan, drop, agreement))
     return curve
 
 
@@ -120,6 +126,9 @@ def frontier_table(curve: Sequence[FrontierPoint], title: str = "") -> Table:
     for key in keys:
         table.add_column(f"{key} %", justify="right")
     table.add_column("predicted error", justify="right")
+    has_agreements = any(point.agreement is not None for point in curve)
+    if has_agreements:
+        table.add_column("unchanged answers %", justify="right")
     has_drops = any(point.drop is not None for point in curve)
     if has_drops:
         table.add_column("drop", justify="right")
@@ -127,7 +136,8 @@ def frontier_table(curve: Sequence[FrontierPoint], title: str = "") -> Table:
     for point in curve:
         drop = [] if not has_drops else ["" if point.drop is None else f"{point.drop:.2f}"]
         shares = [f"{100 * point.shares[key]:.1f}" for key in keys]
-        table.add_row(*shares, f"{point.error:.4f}", *drop, str(len(point.plan.changes)))
+        agreement = [] if not has_agreements else ["" if point.agreement is None else f"{point.agreement:.0f}"]
+        table.add_row(*shares, f"{point.error:.4f}", *agreement, *drop, str(len(point.plan.changes)))
     return table
 
 
