@@ -353,7 +353,7 @@ def test_a_fixed_ratio_holds_under_a_latency_budget():
 
 
 @pytest.mark.parametrize("prune", [False, True])
-@pytest.mark.parametrize("value", [1e18, 1e20])
+@pytest.mark.parametrize("value", [1e19, 1e20])
 def test_values_near_overflow_are_an_error(value, prune):
     model, x = nets.settle(nets.Straight()), torch.full((4, 3, 12, 12), value)
     with pytest.raises(GhostifyError, match=r"^calibration.* 0.* not finite"):

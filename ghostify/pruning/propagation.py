@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 
-import timm.layers
 from torch import Tensor, fx, nn
 
 from ghostify.graph.functional_conv import as_conv_module, weight_path
+from ghostify.graph.linear_layers import is_linear
 from ghostify.graph.methods import method_marks
 from ghostify.graph.op_queries import (
     channel_parameters,
@@ -36,8 +36,6 @@ from ghostify.pruning.channel_layout import (
     reads_channel_count,
 )
 from ghostify.pruning.channel_runs import ChannelRun, join_runs, pieces_of
-
-STANDARD_LINEARS = (nn.Linear, timm.layers.Linear)
 
 
 class Role(Enum):
@@ -129,7 +127,7 @@ class Propagation:
         source = self.values.get(node.all_input_nodes[0])
         if source is None:
             return None
-        if node.op == "call_module" and type(called_module(self.module, node)) in STANDARD_LINEARS:
+        if is_linear(self.module, node):
             return self._linear(node, source)
         if (layout := layout_after_reshape(self.module, node, source.layout, self.shapes)) is not None:
             if has_constant_channel_count(node):
