@@ -136,6 +136,20 @@ class DenselyConnected(nn.Module):
         return self.fc(F.relu(self.d(F.relu(self.norm3(x)))).mean((2, 3)))
 
 
+class Halves(nn.Module):
+    """Halves of a convolution's maps that are used apart, as in YOLO's C2f; a slice, as in ReXNet."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.stem, self.a, self.b = conv_norm(3, width), conv_norm(width, 2 * width), conv_norm(width, width)
+        self.c, self.head = nn.Conv2d(3 * width, width, 3, padding=1), nn.Conv2d(width, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.a(self.stem(x)).chunk(2, 1)
+        x = self.c(torch.cat((left, right, right + self.b(right)), 1))
+        return self.head(torch.cat((F.relu(x[:, :3]), x[:, 3:]), 1)).mean((2, 3))
+
+
 class Shared(nn.Module):
     """A convolution that two nodes call."""
 

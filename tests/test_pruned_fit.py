@@ -63,9 +63,10 @@ def test_the_result_saves_loads_deploys_and_trains(tmp_path, squeeze):
     [
         (nets.Classifier, "params", {"fc2", "fc3"}),
         (nets.DenselyConnected, "macs", {"c", "d"}),
+        (nets.Halves, "macs", {"c"}),
     ],
 )
-def test_linear_layers_and_readers_of_concatenations_are_refitted(make, cost, reads_fewer, tmp_path):
+def test_linear_layers_and_readers_of_several_groups_are_refitted(make, cost, reads_fewer, tmp_path):
     model, x, test = nets.settle(make()), nets.images(128), nets.images(64, seed=9)
     options = {"prune": True, "cheap": "auto", "budget": {cost: 0.6}, "example_inputs": x[:1]}
     converted = ghostify(model, **options, calibration=x)

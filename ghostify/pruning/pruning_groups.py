@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from ghostify.graph.program import Convolution, Program
 from ghostify.pruning import obstacles
 from ghostify.pruning.channel_groups import ChannelGroup, Member, find_channel_groups
-from ghostify.pruning.kept_channels import KeptChannels, kept_by_path
+from ghostify.pruning.kept_channels import KeptChannels, kept_by_path, kept_parts
 
 
 @dataclass(frozen=True)
@@ -119,12 +119,15 @@ def _members(channels: ChannelGroup, convs: Mapping[str, Convolution]) -> Iterat
 def kept_by_conv(program: Program, kept: Mapping[PruningGroup, tuple[int, ...]]) -> dict[str, KeptChannels]:
     """The channels that the members of groups keep, by name, when the groups keep these; a member may be in several.
 
-    The other tensors of groups are listed once, with the first member of the first group that they belong to.
+    The other tensors of groups are listed once, with the first member of the first group that they belong to, and nodes
+    that divide channels with the first member of all.
     """
     by_conv: dict[str, KeptChannels] = {}
     for path, subgraph in program.subgraphs.items():
         groups = [group for group in kept if group.subgraph_path == path]
-        by_path = kept_by_path(subgraph, {group.channels: kept[group] for group in groups})
+        kept_of_path = {group.channels: kept[group] for group in groups}
+        by_path = kept_by_path(subgraph, kept_of_path)
+        parts = tuple(kept_parts(find_channel_groups(subgraph), kept_of_path).items()) if groups else ()
         listed = set[str]()
         for group in groups:
             for conv in (member.conv for member in group.members):
@@ -135,8 +138,9 @@ def kept_by_conv(program: Program, kept: Mapping[PruningGroup, tuple[int, ...]])
             first, conv_paths = group.members[0].conv.name, {m.conv.local_path for m in group.members}
             tensor_paths = dict.fromkeys(m.path for m in group.channels.parameters if m.path not in conv_paths | listed)
             tensors = tuple((path, by_path[path].kept_out or ()) for path in tensor_paths)
-            by_conv[first] = replace(by_conv[first], tensors=by_conv[first].tensors + tensors)
-            listed |= tensor_paths.keys()
+            channels = by_conv[first]
+            by_conv[first] = replace(channels, tensors=channels.tensors + tensors, parts=channels.parts + parts)
+            listed, parts = listed | tensor_paths.keys(), ()
     return by_conv
 
 

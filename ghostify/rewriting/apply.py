@@ -16,7 +16,7 @@ from ghostify.graph.program import Program, a_program, conv_module, get_subgraph
 from ghostify.modules.ghost import GhostModule, GhostWeights, build_ghost_module
 from ghostify.modules.layout import GhostLayout
 from ghostify.planning.planner import GhostRewrite, Plan, PruneRewrite, a_plan, check_plan
-from ghostify.pruning.kept_channels import KeptChannels, prune_channels
+from ghostify.pruning.kept_channels import KeptChannels, prune_channels, resize_divisions
 from ghostify.pruning.permutation_target import push_permutation
 from ghostify.pruning.slicing import PrunedConvWeights
 from ghostify.rewriting.activation_chain import copy_activation_chain, slice_chain
@@ -100,6 +100,7 @@ def insert_pruned(module: fx.GraphModule, entry: GhostRewrite | PruneRewrite) ->
     if entry.kept_channels is not None:
         tensors = {path: KeptChannels(kept) for path, kept in entry.kept_channels.tensors}
         prune_channels(module, {entry.conv.local_path: entry.kept_channels, **tensors})
+        resize_divisions(module, dict(entry.kept_channels.parts))
 
 
 @torch.no_grad()
