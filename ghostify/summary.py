@@ -27,7 +27,9 @@ REPORT_KEY = "ghostify"
 @renamed_attributes(LAYER_FIELDS)
 @dataclass(frozen=True)
 class LayerReport:
-    """One convolution; MACs are for the example inputs where `output_size` (H, W) is known, else for one position.
+    """One convolution, or one pruned linear layer as a 1 x 1 convolution.
+
+    MACs are for the example inputs where `output_size` (H, W) is known, else for one position.
 
     `fit_error` and `holdout_error` are relative reconstruction errors, averaged over channels, on the fitted
     calibration images and on the holdout; channels that the model's outputs hardly feel count less. `output_error` is
@@ -89,7 +91,8 @@ class LayerReport:
 @renamed_attributes(REPORT_FIELDS)
 @dataclass(frozen=True)
 class Report:
-    """All convolutions in order of first use, the model's MACs where known, calibration images and seconds by stage.
+    """All convolutions in order of first use, then the pruned linear layers; the model's MACs where known, calibration
+    images and seconds by stage.
 
     Errors of layers are those of the closed-form fit, before any `reconstruction` and `healing`. `missing_attributes`
     names methods and attributes of the original that the result lacks. `notes` are those of the plan and of the fit,
@@ -114,7 +117,7 @@ class Report:
 
     @property
     def rewritten(self) -> int:
-        """The number of convolutions that became ghost modules or were pruned."""
+        """The number of layers that became ghost modules or were pruned."""
         return sum(layer.skip_reason is None for layer in self.layers)
 
     @property

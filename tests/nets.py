@@ -104,6 +104,52 @@ class Branches(nn.Module):
         return F.dropout(self.last(y), 0.5, training=self.training)
 
 
+class Classifier(nn.Module):
+    """Flattened maps and three linear layers, as in VGG; images of 12 x 12."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv_norm(3, 8), conv_norm(8, 16)
+        self.fc1, self.fc2, self.fc3 = nn.Linear(144, 32), nn.Linear(32, 24), nn.Linear(24, 5)
+        self.dropout = nn.Dropout()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(self.b(self.a(x)), 4).flatten(1)
+        return self.fc3(self.dropout(F.relu(self.fc2(F.relu(self.fc1(x))))))
+
+
+class DenselyConnected(nn.Module):
+    """Each layer reads the concatenation of all maps before it, normalised together, as in DenseNet."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, width, 3, padding=1)
+        self.norm1, self.b = nn.BatchNorm2d(width), nn.Conv2d(width, width, 3, padding=1)
+        self.norm2, self.c = nn.BatchNorm2d(2 * width), nn.Conv2d(2 * width, width, 3, padding=1)
+        self.norm3, self.d = nn.BatchNorm2d(3 * width), nn.Conv2d(3 * width, width, 1)
+        self.fc = nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        x = torch.cat((x, self.b(F.relu(self.norm1(x)))), 1)
+        x = torch.cat((x, self.c(F.relu(self.norm2(x)))), 1)
+        return self.fc(F.relu(self.d(F.relu(self.norm3(x)))).mean((2, 3)))
+
+
+class Halves(nn.Module):
+    """Halves of a convolution's maps that are used apart, as in YOLO's C2f; a slice, as in ReXNet."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.stem, self.a, self.b = conv_norm(3, width), conv_norm(width, 2 * width), conv_norm(width, width)
+        self.c, self.head = nn.Conv2d(3 * width, width, 3, padding=1), nn.Conv2d(width, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.a(self.stem(x)).chunk(2, 1)
+        x = self.c(torch.cat((left, right, right + self.b(right)), 1))
+        return self.head(torch.cat((F.relu(x[:, :3]), x[:, 3:]), 1)).mean((2, 3))
+
+
 class Shared(nn.Module):
     """A convolution that two nodes call."""
 

@@ -11,7 +11,7 @@ from torchvision.ops import SqueezeExcitation, StochasticDepth
 
 from ghostify import trace
 from ghostify.pruning.channel_groups import find_channel_groups
-from ghostify.pruning.kept_channels import kept_by_path, prune_channels
+from ghostify.pruning.kept_channels import kept_by_path, kept_parts, prune_channels, resize_divisions
 from ghostify.pruning.permutation import permute_group
 from tests import nets
 from tests.test_apply import random_network
@@ -100,6 +100,11 @@ CHANNELWISE = {
     "concatenation plus whole": between(
         lambda m, x: torch.cat((x, m.b(x)), 1) + m.c(x), 11, b=conv(6, 5), c=conv(6, 11)
     ),
+    "chunk": between(lambda m, x: torch.cat((x.chunk(2, 1)[0], m.b(x.chunk(2, 1)[1])), 1), 7, b=conv(3, 4)),
+    "split": between(lambda m, x: m.b(torch.split(x, [4, 2], dim=1)[0]), 5, b=conv(4, 5)),
+    "split in equal parts": between(lambda m, x: torch.cat((x, m.b(x.split(4, -3)[1])), 1), 9, b=conv(2, 3)),
+    "slices": between(lambda m, x: torch.cat((x[:, :4] + m.b(x), x[:, 4:]), 1), b=conv(6, 4)),
+    "slice before the last": between(lambda _, x: x[:, 1:-1, :], 4),
     "flatten": lambda: FlattenedHead(lambda x: torch.flatten(x, 1)),
     "flatten module": lambda: FlattenedHead(nn.Flatten()),
     "view": lambda: FlattenedHead(lambda x: x.view(x.shape[0], -1)),
@@ -132,10 +137,11 @@ def assert_permutable(model, seed=0):
 
 def assert_prunable(model, seed=0):
     """Pruning channels is the same as multiplying them by zero where they are read."""
-    module, groups = groups_of(nets.settle(model).double())
+    module = trace(nets.settle(model).double().eval()).module
+    channel_groups = find_channel_groups(module)
     generator = torch.Generator().manual_seed(seed)
     kept = {}
-    for group in groups:
+    for group in channel_groups.groups:
         if group.pruning_obstacle is None and group.size > 1:
             count = int(torch.randint(1, group.size, (), generator=generator))
             kept[group] = torch.randperm(group.size, generator=generator)[:count].sort().values.tolist()
@@ -146,6 +152,8 @@ def assert_prunable(model, seed=0):
             weight = zeroed.get_submodule(member.path).weight.data
             weight.unflatten(1, (-1, member.width))[:, [member.start + k for k in removed]] = 0
     prune_channels(pruned, kept_by_path(module, kept))
+    resize_divisions(pruned, kept_parts(channel_groups, kept))
+    pruned.recompile()
     torch.testing.assert_close(pruned(x), zeroed(x))
     return kept
 

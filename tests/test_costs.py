@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from ghostify import Policy, Rule, fit, rewrite, trace
+from ghostify.fitting.initialization import untrained_weights
 from ghostify.planning.planner import PlanTarget, resolve_targets
 from ghostify.search.budget import build_search_space, check_budget, select_plan
 from ghostify.search.costs import COSTS, CountedCost, budget_help
@@ -18,6 +19,18 @@ def test_sums_over_layers_are_the_cost_of_the_model(name, cheap):
     module = rewrite(program, selected.plan, fit(program, selected.plan).weights)
     assert COSTS[name].share_of_model(program, module, timer) == pytest.approx(selected.shares[name])
     assert COSTS[name].share_of_model(program, program.module, timer) == 1
+
+
+@pytest.mark.parametrize(("make", "is_exact"), [(nets.Classifier, True), (nets.DenselyConnected, False)])
+def test_sums_over_pruned_layers_are_the_cost_of_the_model_or_an_upper_bound(make, is_exact):
+    """Exact but where a layer reads several groups, of whose sum only some values are candidates."""
+    program, timer, x = trace(nets.settle(make()), nets.images(1)), LatencyTimer(), nets.images(16)
+    space = build_search_space(program, Policy((Rule(cheap="auto", prune=True),)), ("macs", "params"), x, 0, timer)
+    selected = select_plan(space, {"params": 0.6, "macs": 0.7})
+    module = rewrite(program, selected.plan, untrained_weights(program, selected.plan))
+    for name in ("macs", "params"):
+        share = COSTS[name].share_of_model(program, module, timer)
+        assert share == pytest.approx(selected.shares[name]) if is_exact else share <= selected.shares[name]
 
 
 def test_a_pruned_layer_costs_as_much_in_the_grid_as_on_its_own():

@@ -16,12 +16,13 @@ def test_features_are_compared_in_one_order():
     ghosted(x), model(x)
     assert len(student) == 2
     assert all(relative_map_error(s, t) < 0.05 for s, t in zip(student, teacher, strict=True))
-    model = nets.settle(nets.Inverted())
     pruning = {"prune": True, "cheap": "auto", "budget": {"macs": 0.6}, "example_inputs": x[:1]}
-    ghosted = ghostify(model, **pruning, calibration=[x])
-    student, teacher = collect_features(ghosted, model)
-    ghosted(x), model(x)
-    assert [s.shape for s in student] == [t.shape for t in teacher]
+    for model in (nets.settle(nets.Inverted()), nets.settle(nets.Straight())):
+        ghosted = ghostify(model, **pruning, calibration=[x])
+        student, teacher = collect_features(ghosted, model)
+        ghosted(x), model(x)
+        assert [s.shape for s in student] == [t.shape for t in teacher]
+        assert all(s.dim() == 4 for s in student)
 
 
 def test_a_teacher_without_the_layer_is_refused_by_name():

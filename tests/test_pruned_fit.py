@@ -4,9 +4,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from ghostify import GhostifyError, Policy, Rule, deploy, fit, ghostify, load, report, rewrite, save, trace
+from ghostify.deployment.exporter import export
 from ghostify.evaluation.metrics import predict, relative_error
+from ghostify.planning.cost import count_macs
 from ghostify.planning.planner import GhostRewrite
+from ghostify.runtimes.registry import load_runner
 from ghostify.search.budget import plan_for_budget
+from ghostify.search.costs import COSTS
+from ghostify.timing.timer import LatencyTimer
 from tests import nets
 
 
@@ -51,6 +56,33 @@ def test_the_result_saves_loads_deploys_and_trains(tmp_path, squeeze):
     torch.testing.assert_close(deploy(converted, x[:1])(x), converted(x), atol=1e-4, rtol=1e-3)
     converted.train()(x).sum().backward()
     assert all(p.grad is not None for p in converted.parameters())
+
+
+@pytest.mark.parametrize(
+    ("make", "cost", "reads_fewer"),
+    [
+        (nets.Classifier, "params", {"fc2", "fc3"}),
+        (nets.DenselyConnected, "macs", {"c", "d"}),
+        (nets.Halves, "macs", {"c"}),
+    ],
+)
+def test_linear_layers_and_readers_of_several_groups_are_refitted(make, cost, reads_fewer, tmp_path):
+    model, x, test = nets.settle(make()), nets.images(128), nets.images(64, seed=9)
+    options = {"prune": True, "cheap": "auto", "budget": {cost: 0.6}, "example_inputs": x[:1]}
+    converted = ghostify(model, **options, calibration=x)
+    layers = {line.name: line for line in report(converted).layers}
+    inputs = {name: line.weight_shape[1] for name, line in layers.items()}
+    assert {n for n, line in layers.items() if (line.kept_in_count or inputs[n]) < inputs[n]} >= reads_fewer
+    assert {type(converted.get_submodule(n)).__name__ for n in reads_fewer} <= {"Linear", "Conv2d", "GhostModule"}
+    assert count_macs(converted, x[:1]) == report(converted).macs_after
+    assert COSTS[cost].share_of_model(trace(model, x[:1]), converted, LatencyTimer()) <= 0.6
+    assert relative_error(predict(converted, [test]), predict(model, [test])) < 0.2
+    again = load(save(converted, tmp_path / "out"))
+    assert torch.equal(again(x), converted(x))
+    assert report(again) == report(converted)
+    torch.testing.assert_close(deploy(converted, x[:1])(x), converted(x), atol=1e-4, rtol=1e-3)
+    run = load_runner(export(converted, tmp_path / "exported", format="pt2", example_inputs=x[:1]))
+    torch.testing.assert_close(run(test)[0], converted(test), atol=1e-4, rtol=1e-3)
 
 
 def test_pruned_layers_need_images():

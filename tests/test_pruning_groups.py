@@ -34,9 +34,9 @@ def test_an_inverted_residual_is_one_group_with_its_norms():
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
-        (nets.Straight, [("stem.0", "a.0"), ("a.0", "b.0")]),
+        (nets.Straight, [("stem.0", "a.0"), ("a.0", "b.0"), ("b.0", "fc")]),
         (nets.Residual, [("stem.0", "conv1", "conv2", "head"), ("conv1", "conv2")]),
-        (nets.Branches, [("stem.0", "left.0", "right")]),
+        (nets.Branches, [("stem.0", "left.0", "right"), ("left.0", "last.0"), ("right", "last.0")]),
         (nets.Functional, []),
         (nets.Shared, []),
     ],
@@ -48,9 +48,8 @@ def test_groups_of_tiny_networks(make, expected):
 @pytest.mark.parametrize(
     ("make", "name", "reason"),
     [
-        (nets.Straight, "b.0", "fc is a linear layer, and pruning refits convolutions only"),
+        (nets.Straight, "fc", "the channels reach the output"),
         (nets.Residual, "head", "the channels reach the output"),
-        (nets.Branches, "right", "last.0 reads or computes other channels as well"),
         (nets.Functional, "stem", "the function conv2d reads the channels"),
         (nets.Shared, "stem.0", "again is called several times"),
     ],
@@ -122,7 +121,7 @@ def test_squeeze_excite_is_part_of_a_group(name):
         reduce, expand = (member for member in group.members if member.gate)
         assert [(m.prunes_outputs, m.prunes_inputs) for m in (reduce, expand)] == [(False, True), (True, False)]
         assert reduce.conv.inputs == expand.conv.outputs == group.size
-        assert len(group.consumers) == 1
+        assert len(group.refitted) == 1
 
 
 def test_the_kept_channels_of_each_convolution():

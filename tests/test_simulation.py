@@ -37,7 +37,7 @@ def test_a_simulated_pruned_group_equals_the_network_with_absorbed_filters():
     model, x = Pair(), nets.images(24)
     simulator = simulator_of(model, x)
     program = simulator.program
-    (group,) = (g for g in find_pruning_groups(program) if isinstance(g, PruningGroup))
+    group = next(g for g in find_pruning_groups(program) if isinstance(g, PruningGroup))
     kept = (0, 3, 4, 8, 11)
     plan = build_plan(program, [Skip(c, "") for c in program.convolutions], {group: kept})
     assert [c.name for c in change_of_plan(plan, {})] == [c.name for c in change_of_group(program, group, kept)]

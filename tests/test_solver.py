@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ghostify import GhostifyError
 from ghostify.search import solver as solving
 from ghostify.search.candidates import Candidate
-from ghostify.search.solver import GroupConstraint, choose_candidates
+from ghostify.search.solver import GroupConstraint, GroupRange, SumConstraint, choose_candidates
 
 KEPT = ((0,), (0, 2))
 
@@ -62,6 +62,17 @@ def test_the_choice_is_the_best_of_all(layers, seed, share, grouped):
     assert agree(picks)
     assert all(sum(c.costs[k] for c in picks) <= limit * (1 + 1e-6) + 1e-9 for k, limit in enumerate(limits))
     assert sum(c.loss for c in picks) <= min(possible, default=float("inf")) + 1e-3
+
+
+def test_a_layer_that_reads_several_groups_costs_at_least_what_they_leave():
+    reader = [Candidate(None, (float(n or 9),), 0.0, kept_in_count=n) for n in (None, 4, 6, 8)]
+    left = [Candidate(None, (0.0,), loss, kept=kept) for kept, loss in ((None, 0.0), ((0,), 1.0), ((0, 1), 0.4))]
+    right = [Candidate(None, (0.0,), loss, kept=kept) for kept, loss in ((None, 0.0), ((0,), 0.9))]
+    ranges = (GroupRange(1, 1, 3), GroupRange(2, 2, 3))
+    limits = {9: [0, 0, 0], 8: [3, 2, 0], 7: [2, 0, 1], 4: [1, 2, 1], 3: None}
+    for limit, expected in limits.items():
+        constraint = SumConstraint(0, "kept_in_count", 9, ranges)
+        assert choose_candidates([reader, left, right], [float(limit)], [constraint]) == expected
 
 
 def test_a_timeout_is_not_infeasibility(monkeypatch):

@@ -15,6 +15,7 @@ from ghostify.fitting.lockstep import BatchState, LockstepRun
 from ghostify.fitting.moments import SplitMoments
 from ghostify.fitting.row_sample import SplitRows, needs_rows, sampled_rows_for
 from ghostify.graph.batchnorm import BatchNorm, batchnorm_affine
+from ghostify.graph.linear_layers import as_maps
 from ghostify.numerics import derive_seed
 from ghostify.planning.planner import GhostRewrite, PruneRewrite
 
@@ -72,7 +73,7 @@ class LayerSamples:
 
     def take(self, node: fx.Node, state: BatchState) -> Sample:
         """The sample of one batch; adds its moments. Raises `GhostifyError` for values that are not finite."""
-        image = state.value(node.all_input_nodes[0]).float().cpu()
+        image = as_maps(state.value(node.all_input_nodes[0]).float().cpu())
         target = regression_target(node, state, self.residual, self.gain, self.kept_out)
         holdout = holdout_mask(torch.arange(len(target)) + state.batch.first, min(HOLDOUT_EVERY, self.images))
         seed = derive_seed(self.seed, state.batch.first)
@@ -103,10 +104,10 @@ def regression_target(
     residual operand's error by the scale of the following norm. Only the channels `kept_out` are returned.
     """
     kept = slice(None) if len(kept_out) == state.original[node].shape[1] else kept_out
-    output = state.original[node][:, kept].float().cpu()
+    output = as_maps(state.original[node][:, kept].float().cpu())
     if residual is None or residual not in state.converted:
         return output
-    residual_error = (state.original[residual][:, kept] - state.converted[residual]).float().cpu()
+    residual_error = as_maps((state.original[residual][:, kept] - state.converted[residual]).float().cpu())
     return torch.addcmul(output, residual_error, gain[kept, None, None])
 
 

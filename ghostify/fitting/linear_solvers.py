@@ -39,13 +39,14 @@ def explained_variance(matrix: Tensor, right: Tensor, damping: Tensor) -> Tensor
 def factor_damped(matrix: Tensor, damping: Tensor) -> Tensor:
     """The lower triangular factor of matrix + damping I, batched; damped more where needed."""
     damping = torch.as_tensor(damping, dtype=matrix.dtype)[..., None]
+    rounding = torch.finfo(matrix.dtype).eps * matrix.abs().amax((-2, -1)).clamp_min(1)[..., None]
     for _ in range(MAX_ATTEMPTS):
         damped = matrix.clone()
         damped.diagonal(dim1=-2, dim2=-1).add_(damping)
         factor, failed = torch.linalg.cholesky_ex(damped)
         if not failed.any():
             return factor
-        damping = damping.clamp_min(torch.finfo(matrix.dtype).eps) * 100
+        damping = damping.clamp_min(rounding) * 100
     return torch.linalg.cholesky(damped)  # raises with the reason
 
 

@@ -17,6 +17,7 @@ from ghostify.graph.call_hooks import on_calls
 from ghostify.graph.executor import Values, execute
 from ghostify.graph.functional_conv import Conv2dCall, Conv2dRecorder
 from ghostify.graph.inputs import CallInputs, bind_inputs, run_example
+from ghostify.graph.linear_layers import FEATURES_RANK, as_maps, is_linear
 from ghostify.graph.modes import eval_mode
 from ghostify.graph.op_queries import is_conv2d
 from ghostify.graph.program import FUNCTIONAL_CONV, SINGLE_CONV_NAME, ConvCall, Convolution
@@ -27,7 +28,8 @@ ConvCallback = Callable[[str, fx.Node, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class ForwardRecord:
-    """Convolution calls by subgraph path and node name, and the MACs of the forward, as `MacCounter` counts them.
+    """Calls of convolutions and linear layers by subgraph path and node name, and the MACs of the forward, as
+    `MacCounter` counts them.
 
     `untraced_convs` are the functional convolutions that ran in forwards without a graph.
     """
@@ -121,7 +123,8 @@ def intercept_convs(
     """While active, call `on_conv` at every convolution call in the subgraphs of `module`, a copy of a program's.
 
     `on_conv(path, node, input, output)` gets the subgraph's path, the node, and the convolution's input and output; its
-    result replaces the output. It runs with gradients if they are enabled now, whatever the forward sets.
+    result replaces the output. It runs with gradients if they are enabled now, whatever the forward sets. Linear layers
+    of N x features count as convolutions of N x features x 1 x 1.
     """
     on_conv = _in_grad_mode(on_conv, enabled=torch.is_grad_enabled())
     undo: list[Callable[[], None]] = []
@@ -180,6 +183,9 @@ def _intercepted_forward(on_conv: ConvCallback, path: str, subgraph: fx.GraphMod
     def on_node(node: fx.Node, value: Any, values: Values) -> Any:
         if is_conv2d(subgraph, node):
             return _call_on_tensors(on_conv, path, node, values[node.all_input_nodes[0]], value)
+        if is_linear(subgraph, node) and value.dim() == FEATURES_RANK:
+            image = as_maps(values[node.all_input_nodes[0]])
+            return _call_on_tensors(on_conv, path, node, image, as_maps(value)).flatten(1)
         return value
 
     def forward(*args: Any, **kwargs: Any) -> Any:

@@ -11,6 +11,7 @@ from torch import fx, nn
 from ghostify.arguments import instance_of
 from ghostify.graph.conv_types import to_standard_conv
 from ghostify.graph.functional_conv import as_conv_module, weight_path
+from ghostify.graph.linear_layers import linear_as_conv
 
 Shape = tuple[int, ...]
 SINGLE_CONV_NAME = "conv"
@@ -32,7 +33,7 @@ class ConvCall:
 
 @dataclass(frozen=True)
 class Convolution:
-    """A two-dimensional convolution of the model, with all its calls.
+    """A two-dimensional convolution of the model, or a linear layer as a 1 x 1 convolution, with all its calls.
 
     `name` is the module's path, or the path of the weight for `torch.nn.functional.conv2d`; `subgraph_path` is the path
     of the subgraph that calls it. `conv_class` is the class name, or "conv2d" for the function. `unsupported_reason`
@@ -76,6 +77,7 @@ class Program:
     methods of the model that the copy lacks. `subgraphs` maps module paths to traced modules, inner ones before outer
     ones. Where the whole model traces, the last one is `module` itself, with the path ""; else `module` keeps the
     model's class and contains the subgraphs. A convolution called by a forward without a graph is a subgraph by itself.
+    `linear_layers` are those that the subgraphs call, as 1 x 1 convolutions of maps with one position.
     """
 
     module: nn.Module
@@ -84,10 +86,11 @@ class Program:
     macs: int | None = None
     missing_attributes: tuple[str, ...] = ()
     example: Any = None
+    linear_layers: tuple[Convolution, ...] = ()
 
     def conv(self, name: str) -> nn.Conv2d:
-        """The convolution `name` as a standard module, which shares its parameters with the program where possible."""
-        conv = next(c for c in self.convolutions if c.name == name)
+        """The convolution or linear layer `name` as a standard convolution; shares its parameters where possible."""
+        conv = next(c for c in (*self.convolutions, *self.linear_layers) if c.name == name)
         return conv_module(self.subgraphs[conv.subgraph_path], conv.local_path)
 
 
@@ -98,12 +101,14 @@ def conv_module(module: fx.GraphModule, name: str) -> nn.Conv2d:
     """The convolution `name` of a traced module as a standard module.
 
     It is the convolution itself, the standard equivalent of its class, or a `Conv2d` with the parameters of a
-    functional call.
+    functional call or of a linear layer.
     """
     try:
         conv = module.get_submodule(name)
     except AttributeError:
         return as_conv_module(module, next(n for n in module.graph.nodes if weight_path(module, n) == name))
+    if isinstance(conv, nn.Linear):
+        return linear_as_conv(conv)
     assert isinstance(conv, nn.Conv2d)
     standard = to_standard_conv(conv)
     assert isinstance(standard, nn.Conv2d)

@@ -16,6 +16,7 @@ from ghostify.graph.attributes import copy_attributes, missing_attributes, missi
 from ghostify.graph.conv_types import to_standard_conv
 from ghostify.graph.functional_conv import as_conv_module, call_settings_key, weight_path
 from ghostify.graph.inputs import bind_example
+from ghostify.graph.linear_layers import is_linear, linear_as_conv
 from ghostify.graph.model_copy import copy_model, unwrapped_model
 from ghostify.graph.observation import ForwardRecord, record_forward
 from ghostify.graph.op_queries import is_conv2d, is_standard_conv
@@ -63,7 +64,8 @@ def trace(model: nn.Module, example_inputs: Any = None) -> Program:
         copy_attributes(module, model)
     missing = (*missing_attributes(module, model), *missing_hooks(module, model))
     subgraphs = _in_call_order(subgraphs, list(record.calls))
-    return Program(module, subgraphs, convolutions, record.macs, missing, example_inputs)
+    linear_layers = tuple(_linear_layers(subgraphs, record.calls, has_example=has_example))
+    return Program(module, subgraphs, convolutions, record.macs, missing, example_inputs, linear_layers)
 
 
 def _trace_with_fallback(model: nn.Module, root: nn.Module, example: Any) -> tuple[nn.Module, Subgraphs, str]:
@@ -115,6 +117,25 @@ def _called_convs(
     return tuple(
         sorted(convs, key=lambda c: min(order.get((c.subgraph_path, call.node), len(order)) for call in c.calls))
     )
+
+
+def _linear_layers(
+    subgraphs: Subgraphs, calls: Mapping[tuple[str, str], ConvCall], *, has_example: bool
+) -> Iterator[Convolution]:
+    """Every linear layer that a subgraph calls, as a 1 x 1 convolution."""
+    for path, subgraph in subgraphs.items():
+        nodes_by_target: dict[str, list[fx.Node]] = defaultdict(list)
+        for node in subgraph.graph.nodes:
+            if is_linear(subgraph, node):
+                nodes_by_target[str(node.target)].append(node)
+        for target, nodes in nodes_by_target.items():
+            layer = subgraph.get_submodule(target)
+            assert isinstance(layer, nn.Linear)
+            layer_calls = tuple(calls.get((path, n.name), ConvCall(n.name)) for n in nodes)
+            is_executed = not has_example or any(c.output_positions for c in layer_calls)
+            reason = None if is_executed else skip_reasons.NOT_EXECUTED
+            conv_class = type(layer).__name__
+            yield _of_module(join_path(path, target), linear_as_conv(layer), layer_calls, reason, path, conv_class)
 
 
 def _in_call_order(subgraphs: Subgraphs, calls: list[tuple[str, str]]) -> Subgraphs:

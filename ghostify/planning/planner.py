@@ -46,7 +46,7 @@ class GhostRewrite:
 
 @dataclass(frozen=True)
 class PruneRewrite:
-    """A convolution of a `PruningGroup` that stays dense or depthwise with fewer channels; other fields as in
+    """A convolution or linear layer of a `PruningGroup` that stays as it is but for fewer channels; other fields as in
     `GhostRewrite`."""
 
     conv: Convolution
@@ -75,7 +75,9 @@ class PlanTarget:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every convolution of the program once, in order of first use. `macs_*` are totals of the model, where known.
+    """Every convolution of the program once, in order of first use, then the linear layers that are pruned.
+
+    `macs_*` are totals of the model, where known.
 
     `macs_limit` is the number of MACs that a budget permits, which the inference form keeps as well. `notes` name what
     the rules allow and the plan does not contain, with the reason. `forecast` is the output error of the plan simulated
@@ -96,7 +98,7 @@ class Plan:
 
     @property
     def pruned(self) -> dict[str, KeptChannels]:
-        """The kept channels of pruned convolutions, by name."""
+        """The kept channels of pruned convolutions and linear layers, by name."""
         return {e.conv.name: e.kept_channels for e in self.changes if e.kept_channels is not None}
 
     @property
@@ -141,6 +143,11 @@ def build_plan(
     }
     kept_channels = kept_by_conv(program, kept or {})
     entries = [_entry(subgraphs, decision, kept_channels) for decision in decisions]
+    entries += [
+        _prune(subgraphs[layer.subgraph_path].index, layer, kept_channels[layer.name])
+        for layer in program.linear_layers
+        if layer.name in kept_channels
+    ]
     saved = [_saved_macs(e) for e in entries if not isinstance(e, Skip)]
     before = program.macs
     after = None if before is None or None in saved else before - sum(s for s in saved if s is not None)
@@ -149,7 +156,8 @@ def build_plan(
 
 def check_plan(program: Program, plan: Plan) -> None:
     """Raises `GhostifyError` where the convolutions of a plan are not those of the program."""
-    if tuple(entry.conv for entry in plan.entries) != program.convolutions:
+    convs = tuple(entry.conv for entry in plan.entries if entry.conv not in program.linear_layers)
+    if convs != program.convolutions:
         raise GhostifyError("plan: is that of another program. Pass plan(program) of this one.")
 
 
@@ -293,11 +301,13 @@ def _saved_macs(entry: GhostRewrite | PruneRewrite) -> int | None:
 
 def _check_patterns_match(program: Program, policy: Policy) -> None:
     convs = [(c, program.conv(c.name)) for c in program.convolutions if not c.unsupported_reason]
+    linear_layers = [(c, program.conv(c.name)) for c in program.linear_layers if not c.unsupported_reason]
     for rule in policy.rules:
+        layers = [*convs, *linear_layers] if rule.prune else convs
         for key in ("targets", "ignore"):
             for pattern in getattr(rule, key):
                 single = Rule(targets=(pattern,))
-                if pattern == "*" or any(single.matches(c.name, m, c.conv_class) for c, m in convs):
+                if pattern == "*" or any(single.matches(c.name, m, c.conv_class) for c, m in layers):
                     continue
                 if isinstance(pattern, str) and any(pattern == c.name for c in program.convolutions):
                     continue

@@ -61,10 +61,14 @@ class ChannelGroup:
 
 @dataclass(frozen=True)
 class ChannelGroups:
-    """The groups of a graph, and for every node whose channels are known the indices of their groups, in order."""
+    """The groups of a graph, and for every node whose channels are known the indices of their groups, in order.
+
+    `of_parts` holds the same for each part of every node that divides channels (see `divisions`).
+    """
 
     groups: tuple[ChannelGroup, ...]
     of_node: Mapping[str, tuple[int, ...]]
+    of_parts: Mapping[str, tuple[tuple[int, ...], ...]]
 
 
 def find_channel_groups(
@@ -79,7 +83,9 @@ def find_channel_groups(
     """
     propagation = Propagation(module, sources or {}, shapes or {})
     values = propagation.values
-    pieces = dict.fromkeys(pieces_of(run for value in values.values() for run in value.runs))
+    runs = [run for value in values.values() for run in value.runs]
+    runs += [run for parts in propagation.parts.values() for part in parts for run in part.runs]
+    pieces = dict.fromkeys(pieces_of(runs))
     indices = {piece: k for k, piece in enumerate(pieces)}
     members: list[list[tuple[Role, Member]]] = [[] for _ in pieces]
     for use in propagation.uses:
@@ -88,7 +94,11 @@ def find_channel_groups(
     nodes = {node.name: node for node in module.graph.nodes}
     groups = tuple(_group(piece, piece_members, nodes) for piece, piece_members in zip(pieces, members, strict=True))
     of_node = {node.name: tuple(indices[p] for p in pieces_of(value.runs)) for node, value in values.items()}
-    return ChannelGroups(groups, of_node)
+    of_parts = {
+        node.name: tuple(tuple(indices[p] for p in pieces_of(part.runs)) for part in parts)
+        for node, parts in propagation.parts.items()
+    }
+    return ChannelGroups(groups, of_node, of_parts)
 
 
 def _members(use: ChannelUse) -> Iterator[tuple[ChannelRun, Member]]:

@@ -6,10 +6,11 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ghostify.graph.paths import resolve_attribute
-from ghostify.pruning.channel_groups import ChannelGroup
+from ghostify.pruning.channel_groups import ChannelGroup, ChannelGroups
+from ghostify.pruning.divisions import resize_parts
 from ghostify.pruning.slicing import slice_conv, slice_linear, slice_tensor
 
 
@@ -17,12 +18,14 @@ from ghostify.pruning.slicing import slice_conv, slice_linear, slice_tensor
 class KeptChannels:
     """The indices of kept outputs, or entries of a tensor, and of kept inputs; None where all are kept.
 
-    `tensors` are the paths of tensors that a plan prunes together with a convolution, and their kept entries.
+    `tensors` are the paths of tensors that a plan prunes together with a convolution, and their kept entries; `parts`
+    the names of nodes that divide pruned channels, and the new sizes of their parts (see `divisions`).
     """
 
     kept_out: tuple[int, ...] | None = None
     kept_in: tuple[int, ...] | None = None
     tensors: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    parts: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
 
 def kept_by_path(module: nn.Module, kept: Mapping[ChannelGroup, Sequence[int]]) -> dict[str, KeptChannels]:
@@ -44,6 +47,23 @@ def kept_by_path(module: nn.Module, kept: Mapping[ChannelGroup, Sequence[int]]) 
         path: KeptChannels(_without(outputs, pruned_out.get(path)), _without(inputs, pruned_in.get(path)))
         for path, (outputs, inputs) in sizes.items()
     }
+
+
+def kept_parts(groups: ChannelGroups, kept: Mapping[ChannelGroup, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    """The sizes of the parts of every node that divides channels of groups that keep some of their channels."""
+    counts = [len(kept.get(group, range(group.size))) for group in groups.groups]
+    return {
+        node: tuple(sum(counts[k] for k in part) for part in parts)
+        for node, parts in groups.of_parts.items()
+        if any(groups.groups[k] in kept for part in parts for k in part)
+    }
+
+
+def resize_divisions(module: fx.GraphModule, sizes: Mapping[str, tuple[int, ...]]) -> None:
+    """Change the sizes of the parts of the nodes of these names, in place, without a new compilation of the graph."""
+    for node in module.graph.nodes:
+        if node.name in sizes:
+            resize_parts(node, sizes[node.name])
 
 
 def prune_channels(module: nn.Module, kept: Mapping[str, KeptChannels]) -> None:

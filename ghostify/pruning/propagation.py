@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 
-import timm.layers
 from torch import Tensor, fx, nn
 
 from ghostify.graph.functional_conv import as_conv_module, weight_path
+from ghostify.graph.linear_layers import is_linear
 from ghostify.graph.methods import method_marks
 from ghostify.graph.op_queries import (
     channel_parameters,
@@ -36,8 +37,7 @@ from ghostify.pruning.channel_layout import (
     reads_channel_count,
 )
 from ghostify.pruning.channel_runs import ChannelRun, join_runs, pieces_of
-
-STANDARD_LINEARS = (nn.Linear, timm.layers.Linear)
+from ghostify.pruning.divisions import is_channel_slice, part_sizes
 
 
 class Role(Enum):
@@ -75,7 +75,7 @@ class ChannelUse:
 class Propagation:
     """The `values` of all nodes whose channels are known, and the `uses` of these channels, in graph order.
 
-    See `find_channel_groups` for the arguments.
+    `parts` are those of nodes that divide channels (see `divisions`). `find_channel_groups` explains the arguments.
     """
 
     def __init__(
@@ -83,6 +83,7 @@ class Propagation:
     ) -> None:
         self.module, self.sources, self.shapes = module, sources, shapes
         self.values: dict[fx.Node, NodeChannels] = {}
+        self.parts: dict[fx.Node, tuple[NodeChannels, ...]] = {}
         self.uses: list[ChannelUse] = []
         nodes = list(module.graph.nodes)
         self.call_counts = Counter(id(called_module(module, n)) for n in nodes if n.op == "call_module")
@@ -94,12 +95,14 @@ class Propagation:
             channels = self._visit(node)
             if channels is not None:
                 self.values[node] = channels
-                for method, _ in sorted(method_marks(node)):
-                    self._fix_order([node], obstacles.METHOD_BOUNDARY.format(method))
+            for method, _ in sorted(method_marks(node)) if node in self.values or node in self.parts else ():
+                self._fix_order([node], obstacles.METHOD_BOUNDARY.format(method))
 
     def _visit(self, node: fx.Node) -> NodeChannels | None:
         """The channels of a node's output, where they are known; records the node's uses and obstacles."""
         known = [n for n in node.all_input_nodes if n in self.values]
+        if any(n in self.parts and n not in self.values for n in node.all_input_nodes):
+            return self._part(node)
         if node.name in self.sources:
             self._fix_order(known, obstacles.ORIGINAL_ORDER.format(_target_name(node)))
             return NodeChannels((ChannelRun(self.sources[node.name]),), ChannelLayout())
@@ -112,6 +115,8 @@ class Propagation:
             if any(reads_channel_count(node, self.values[n].layout) for n in known):
                 self._fix_count(known, obstacles.COUNT_READ)
             return None
+        if (sizes := self._part_sizes(node)) is not None:
+            return self._division(node, sizes)
         channels = self._channelwise(node) if known else None
         if channels is None:
             module = called_module(self.module, node) if node.op == "call_module" else None
@@ -129,7 +134,7 @@ class Propagation:
         source = self.values.get(node.all_input_nodes[0])
         if source is None:
             return None
-        if node.op == "call_module" and type(called_module(self.module, node)) in STANDARD_LINEARS:
+        if is_linear(self.module, node):
             return self._linear(node, source)
         if (layout := layout_after_reshape(self.module, node, source.layout, self.shapes)) is not None:
             if has_constant_channel_count(node):
@@ -142,6 +147,32 @@ class Propagation:
         paths = channel_parameters(self.module, node)
         all_own = all(self._use_channel_tensor(node, path, source) for path in paths)
         return NodeChannels(source.runs, layout) if all_own else None
+
+    def _part_sizes(self, node: fx.Node) -> tuple[int, ...] | None:
+        """The sizes of the parts that a node divides known channels into, None for any other node."""
+        source = self.values.get(node.all_input_nodes[0]) if len(node.all_input_nodes) == 1 else None
+        if source is None or source.layout.width != 1:
+            return None
+        return part_sizes(node, source.size, source.layout.rank)
+
+    def _division(self, node: fx.Node, sizes: tuple[int, ...]) -> NodeChannels | None:
+        """Record the parts that a node divides channels into; returns the selected part of a slice."""
+        source = self.values[node.all_input_nodes[0]]
+        parts = [NodeChannels((ChannelRun(size),) if size else (), source.layout) for size in sizes]
+        join_runs(source.runs, tuple(run for part in parts for run in part.runs))
+        self.parts[node] = tuple(parts)
+        return parts[1] if is_channel_slice(node) else None
+
+    def _part(self, node: fx.Node) -> NodeChannels | None:
+        """The part that a node selects of a divided tensor; any other use of the parts may mix them."""
+        index = node.args[1] if node.target is operator.getitem else None
+        if isinstance(index, int):
+            return self.parts[node.all_input_nodes[0]][index]
+        used = [n for n in node.all_input_nodes if n in self.values or n in self.parts]
+        self._fix_order(
+            used, obstacles.REACH_OUTPUT if node.op == "output" else obstacles.MIXED.format(_target_name(node))
+        )
+        return None
 
     def _use_channel_tensor(self, node: fx.Node, path: str, channels: NodeChannels) -> bool:
         """Record a tensor as parameter of channels; False if it has no entry per channel or is used elsewhere too."""
@@ -252,8 +283,14 @@ class Propagation:
         return obstacles.SHARED_WEIGHTS.format(path) if shared else None
 
     def _fix_order(self, nodes: Iterable[fx.Node], reason: str) -> None:
-        for piece in pieces_of(run for node in nodes for run in self.values[node].runs):
+        for piece in pieces_of(run for node in nodes for run in self._runs_of(node)):
             piece.order_obstacle = piece.order_obstacle or reason
+
+    def _runs_of(self, node: fx.Node) -> tuple[ChannelRun, ...]:
+        """The channels of a node, or of all its parts."""
+        if node in self.values:
+            return self.values[node].runs
+        return tuple(run for part in self.parts[node] for run in part.runs)
 
     def _fix_count(self, nodes: Iterable[fx.Node], reason: str) -> None:
         for piece in pieces_of(run for node in nodes for run in self.values[node].runs):

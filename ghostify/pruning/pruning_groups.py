@@ -2,31 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from ghostify.graph.program import Convolution, Program
 from ghostify.pruning import obstacles
 from ghostify.pruning.channel_groups import ChannelGroup, Member, find_channel_groups
-from ghostify.pruning.kept_channels import KeptChannels, kept_by_path
+from ghostify.pruning.kept_channels import KeptChannels, kept_by_path, kept_parts
 
 
 @dataclass(frozen=True)
 class GroupMember:
-    """A convolution of a group, and whether pruning removes its outputs or inputs; `gate` as in `Member`."""
+    """A convolution or linear layer of a group, and how many outputs and inputs it loses with each pruned channel.
+
+    `gate` as in `Member`.
+    """
 
     conv: Convolution
-    prunes_outputs: bool
-    prunes_inputs: bool
+    outputs_per_channel: int
+    inputs_per_channel: int
     gate: bool = False
+
+    @property
+    def prunes_outputs(self) -> bool:
+        """Whether it loses outputs."""
+        return self.outputs_per_channel > 0
+
+    @property
+    def prunes_inputs(self) -> bool:
+        """Whether it loses inputs."""
+        return self.inputs_per_channel > 0
+
+    def kept_counts(self, pruned: int) -> tuple[int | None, int | None]:
+        """Its numbers of outputs and inputs without so many channels of the group; None: all."""
+        outputs = self.conv.outputs - pruned * self.outputs_per_channel if self.prunes_outputs else None
+        return outputs, self.conv.inputs - pruned * self.inputs_per_channel if self.prunes_inputs else None
 
 
 @dataclass(frozen=True)
 class PruningGroup:
-    """A channel group of the subgraph at a path whose members can all be pruned and whose consumers are convolutions.
+    """A channel group of the subgraph at a path whose members can all be pruned.
 
-    Pruning suits channels that are nearly linear combinations of others where they are read: the consumers' filters
-    absorb them.
+    Pruning suits channels that are nearly linear combinations of others where they are read: the filters of the
+    consumers, convolutions and linear layers, absorb them.
     """
 
     subgraph_path: str
@@ -39,13 +58,15 @@ class PruningGroup:
 
     @property
     def dense(self) -> tuple[Convolution, ...]:
-        """The convolutions of the group except depthwise ones and gates."""
+        """The members of the group except depthwise convolutions and gates."""
         return tuple(m.conv for m in self.members if m.conv.groups == 1 and not m.gate)
 
     @property
-    def consumers(self) -> tuple[Convolution, ...]:
-        """The convolutions that are refitted to fewer inputs; gates are not."""
-        return tuple(m.conv for m in self.members if m.prunes_inputs and m.conv.groups == 1 and not m.gate)
+    def refitted(self) -> tuple[tuple[Convolution, Member], ...]:
+        """The members that are refitted to fewer inputs, each with a range of its inputs that are the group's channels;
+        gates are not refitted."""
+        convs = {member.conv.calls[0].node: member.conv for member in self.members}
+        return tuple((convs[member.node], member) for member in self.channels.consumers if not member.gate)
 
 
 @dataclass(frozen=True)
@@ -57,9 +78,10 @@ class Unprunable:
 
 
 def find_pruning_groups(program: Program) -> Iterator[PruningGroup | Unprunable]:
-    """Every channel group with a producer among the program's convolutions, by subgraph, in order of first use."""
+    """Every channel group with a producer among the program's layers, by subgraph, in order of first use."""
     for path, subgraph in program.subgraphs.items():
-        convs = {call.node: c for c in program.convolutions if c.subgraph_path == path for call in c.calls}
+        layers = (*program.convolutions, *program.linear_layers)
+        convs = {call.node: c for c in layers if c.subgraph_path == path for call in c.calls}
         for channels in find_channel_groups(subgraph).groups:
             producers = [convs[m.node] for m in channels.producers if m.node in convs]
             if not producers:
@@ -74,42 +96,39 @@ def find_pruning_groups(program: Program) -> Iterator[PruningGroup | Unprunable]
 def _unsupported_reason(channels: ChannelGroup, convs: Mapping[str, Convolution]) -> str | None:
     """The reason why members cannot be pruned, or their consumers not refitted; None if they can."""
     for member in (*channels.producers, *channels.consumers):
-        conv = convs.get(member.node)
-        if conv is None:
-            return obstacles.LINEAR.format(member.path)
+        conv = convs[member.node]
         if conv.unsupported_reason is not None:
             return f"{conv.name}: {conv.unsupported_reason}"
-    totals = [(m, convs[m.node].outputs) for m in channels.producers]
-    totals += [(m, convs[m.node].inputs) for m in channels.consumers]
-    partial = next((member for member, total in totals if member.count != total), None)
-    if partial is not None:
-        return obstacles.OTHER_CHANNELS.format(partial.path)
     return None if channels.consumers else obstacles.NO_CONSUMER
 
 
 def _members(channels: ChannelGroup, convs: Mapping[str, Convolution]) -> Iterator[GroupMember]:
-    """The convolutions of a group, each once, in the order of their first calls, gates last."""
+    """The convolutions and linear layers of a group, each once, in the order of their first calls, gates last."""
     depthwise = [m for m in channels.parameters if m.node in convs]
-    producers, consumers = _nodes(channels.producers, depthwise), _nodes(channels.consumers, depthwise)
+    outputs, inputs = Counter[str](), Counter[str]()
+    for member in (*channels.producers, *depthwise):
+        outputs[member.node] += 1
+    for member in (*channels.consumers, *depthwise):
+        inputs[member.node] += member.width
     gates = {m.node for m in (*channels.producers, *channels.consumers) if m.gate}
     for node, conv in sorted(convs.items(), key=lambda item: item[0] in gates):
-        if node in producers | consumers:
-            yield GroupMember(conv, node in producers, node in consumers, node in gates)
-
-
-def _nodes(*member_lists: Iterable[Member]) -> set[str]:
-    return {member.node for members in member_lists for member in members}
+        if node in outputs or node in inputs:
+            yield GroupMember(conv, outputs[node], inputs[node], node in gates)
 
 
 def kept_by_conv(program: Program, kept: Mapping[PruningGroup, tuple[int, ...]]) -> dict[str, KeptChannels]:
-    """The channels that convolutions keep, by name, when groups keep these; a convolution may be in two groups.
+    """The channels that the members of groups keep, by name, when the groups keep these; a member may be in several.
 
-    The other tensors of a group are listed with its first convolution.
+    The other tensors of groups are listed once, with the first member of the first group that they belong to, and nodes
+    that divide channels with the first member of all.
     """
     by_conv: dict[str, KeptChannels] = {}
     for path, subgraph in program.subgraphs.items():
         groups = [group for group in kept if group.subgraph_path == path]
-        by_path = kept_by_path(subgraph, {group.channels: kept[group] for group in groups})
+        kept_of_path = {group.channels: kept[group] for group in groups}
+        by_path = kept_by_path(subgraph, kept_of_path)
+        parts = tuple(kept_parts(find_channel_groups(subgraph), kept_of_path).items()) if groups else ()
+        listed = set[str]()
         for group in groups:
             for conv in (member.conv for member in group.members):
                 channels = by_path[conv.local_path]
@@ -117,9 +136,11 @@ def kept_by_conv(program: Program, kept: Mapping[PruningGroup, tuple[int, ...]])
                     channels = replace(channels, kept_in=channels.kept_out)
                 by_conv.setdefault(conv.name, channels)
             first, conv_paths = group.members[0].conv.name, {m.conv.local_path for m in group.members}
-            tensor_paths = (m.path for m in group.channels.parameters if m.path not in conv_paths)
+            tensor_paths = dict.fromkeys(m.path for m in group.channels.parameters if m.path not in conv_paths | listed)
             tensors = tuple((path, by_path[path].kept_out or ()) for path in tensor_paths)
-            by_conv[first] = replace(by_conv[first], tensors=by_conv[first].tensors + tensors)
+            channels = by_conv[first]
+            by_conv[first] = replace(channels, tensors=channels.tensors + tensors, parts=channels.parts + parts)
+            listed, parts = listed | tensor_paths.keys(), ()
     return by_conv
 
 

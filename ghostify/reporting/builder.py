@@ -25,6 +25,7 @@ from ghostify.arguments import (
 from ghostify.errors import GhostifyError
 from ghostify.evaluation.comparison import Comparison, compare_models, has_tensor_output
 from ghostify.graph.inputs import bind_example, run_example
+from ghostify.graph.linear_layers import as_maps
 from ghostify.graph.model_copy import unwrapped_model
 from ghostify.graph.modes import eval_mode
 from ghostify.graph.paths import resolve_attribute
@@ -152,7 +153,7 @@ def _check_original(original: nn.Module, summary: Report) -> None:
         except AttributeError as error:
             raise GhostifyError(f"original: has no layer {layer.name}. Pass the model that was converted.") from error
         weight = getattr(holder, "weight", holder)
-        if isinstance(weight, Tensor) and tuple(weight.shape) != layer.weight_shape:
+        if isinstance(weight, Tensor) and tuple(as_maps(weight).shape) != layer.weight_shape:
             shapes = format_shape(weight.shape), format_shape(layer.weight_shape)
             raise GhostifyError(
                 f"original: the weight of {layer.name} is {shapes[0]}, in the report {shapes[1]}. "

@@ -16,9 +16,9 @@ from ghostify.graph.program import Program, a_program, conv_module, get_subgraph
 from ghostify.modules.ghost import GhostModule, GhostWeights, build_ghost_module
 from ghostify.modules.layout import GhostLayout
 from ghostify.planning.planner import GhostRewrite, Plan, PruneRewrite, a_plan, check_plan
-from ghostify.pruning.kept_channels import KeptChannels, prune_channels
+from ghostify.pruning.kept_channels import KeptChannels, prune_channels, resize_divisions
 from ghostify.pruning.permutation_target import push_permutation
-from ghostify.pruning.slicing import PrunedConvWeights, slice_conv
+from ghostify.pruning.slicing import PrunedConvWeights
 from ghostify.rewriting.activation_chain import copy_activation_chain, slice_chain
 
 FittedWeights = GhostWeights | PrunedConvWeights
@@ -96,21 +96,17 @@ def insert_fitted(module: fx.GraphModule, entry: GhostRewrite | PruneRewrite, we
 
 
 def insert_pruned(module: fx.GraphModule, entry: GhostRewrite | PruneRewrite) -> None:
-    """Prune the convolution of `entry`, and the tensors that its kept channels name, in place; the rest keeps its
-    weights."""
-    if entry.kept_channels is None:
-        return
-    conv: Any = module.get_submodule(entry.conv.local_path)
-    module.set_submodule(
-        entry.conv.local_path, slice_conv(conv, entry.kept_channels.kept_out, entry.kept_channels.kept_in)
-    )
-    prune_channels(module, {path: KeptChannels(kept) for path, kept in entry.kept_channels.tensors})
+    """Prune the layer of `entry`, and the tensors that its kept channels name, in place; the rest keeps its weights."""
+    if entry.kept_channels is not None:
+        tensors = {path: KeptChannels(kept) for path, kept in entry.kept_channels.tensors}
+        prune_channels(module, {entry.conv.local_path: entry.kept_channels, **tensors})
+        resize_divisions(module, dict(entry.kept_channels.parts))
 
 
 @torch.no_grad()
 def _load_pruned_weights(module: fx.GraphModule, entry: PruneRewrite, weights: PrunedConvWeights) -> None:
     conv: Any = module.get_submodule(entry.conv.local_path)
-    conv.weight.copy_(weights.weight)
+    conv.weight.copy_(weights.weight.reshape(conv.weight.shape))
     if weights.bias is not None:
         conv.bias.copy_(weights.bias)
     if weights.shift is not None:

@@ -210,7 +210,7 @@ def _plan_of(space: SearchSpace, picks: Sequence[int]) -> BudgetPlan:
     picked = [candidates[pick] for candidates, pick in zip(space.candidates, picks, strict=True)]
     layers = space.layers
     layouts = {t.conv.name: c.layout for t, c in zip(layers, picked[: len(layers)], strict=True)}
-    of_groups = zip(space.groups, picked[len(layers) :], strict=True)
+    of_groups = zip(space.groups, picked[space.first_group :], strict=True)
     kept = {group: candidate.kept for group, candidate in of_groups if candidate.kept is not None}
     sums = [rest + sum(c.costs[k] for c in picked) for k, rest in enumerate(space.fixed)]
     decisions = [_with_layout(t, layouts) for t in space.targets]

@@ -84,6 +84,20 @@ def layer_candidates(
     ]
 
 
+def dense_candidates(
+    program: Program,
+    conv: Convolution,
+    keys: tuple[str, ...],
+    timer: LatencyTimer,
+    out_counts: Sequence[int] = (),
+    in_counts: Sequence[int] = (),
+) -> list[Candidate]:
+    """A convolution or linear layer as it is, first, and with each other pair of numbers of outputs and inputs."""
+    costs = [COSTS[key] for key in keys]
+    unpruned = Candidate(None, tuple(c.of_layouts(program, conv, [None], timer)[0] for c in costs), 0.0)
+    return [unpruned, *_dense_pruned(program, conv, unpruned, costs, timer, out_counts, in_counts)]
+
+
 def group_candidates(
     program: Program,
     statistics: GroupStatistics,
@@ -101,7 +115,7 @@ def group_candidates(
         counts = _fill_registers(counts)
     alternatives = [statistics.kept(count) for count in sorted(counts) if count < group.size]
     for measured in (c for c in costs if c.is_measured):
-        unpruned, *pruned = _members_cost(program, group.members, alternatives, measured, timer)
+        unpruned, *pruned = _members_cost(program, group.members, group.size, alternatives, measured, timer)
         alternatives = [
             kept
             for kept, member_cost in zip(alternatives, pruned, strict=True)
@@ -111,7 +125,7 @@ def group_candidates(
     totals = []
     for one_cost in costs:
         per_channel = one_cost.per_channel(program, group)
-        of_members = _members_cost(program, fixed_members, alternatives, one_cost, timer)
+        of_members = _members_cost(program, fixed_members, group.size, alternatives, one_cost, timer)
         totals.append([total + per_channel * size for total, size in zip(of_members, sizes, strict=True)])
     relative = [tuple(total[k] - total[0] for total in totals) for k in range(len(sizes))]
     losses = [0.0, *(statistics.loss(len(kept)) for kept in alternatives)]
@@ -219,17 +233,16 @@ def _dense_pruned(
 def _members_cost(
     program: Program,
     members: Sequence[GroupMember],
+    size: int,
     alternatives: Sequence[tuple[int, ...]],
     one_cost: Cost,
     timer: LatencyTimer,
 ) -> list[float]:
-    """The sum of one cost over members of a group: unpruned, first, then for each alternative of kept channels."""
+    """The sum of one cost over members of a group of that size: unpruned, first, then for each alternative of kept
+    channels."""
     total = [0.0] * (len(alternatives) + 1)
     for member in members:
-        counts: list[Counts] = [
-            (len(kept) if member.prunes_outputs else None, len(kept) if member.prunes_inputs else None)
-            for kept in alternatives
-        ]
+        counts: list[Counts] = [member.kept_counts(size - len(kept)) for kept in alternatives]
         member_costs = one_cost.of_pruned(program, member.conv, counts, timer)
         total = [total_cost + more for total_cost, more in zip(total, member_costs, strict=True)]
     return total

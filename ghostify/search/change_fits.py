@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,6 +21,7 @@ from ghostify.graph.neighbours import following_norm_of
 from ghostify.graph.observation import intercept_convs
 from ghostify.graph.program import Program
 from ghostify.modules.layout import GhostLayout
+from ghostify.pruning.pruning_groups import PruningGroup, find_pruning_groups
 from ghostify.search.halves import POSITIONS, check_range, conv_error_metric
 from ghostify.search.model_changes import ConvChange
 from ghostify.search.replacements import (
@@ -67,8 +68,8 @@ class ChangeFits:
 
     def __init__(self, program: Program, calibration: PreparedCalibration, seed: int) -> None:
         self.program, self.calibration, self.seed = program, calibration, seed
-        self._convs = {conv.name: conv for conv in program.convolutions}
-        self._names = {(c.subgraph_path, call.node): c.name for c in program.convolutions for call in c.calls}
+        self._convs = {conv.name: conv for conv in (*program.convolutions, *program.linear_layers)}
+        self._names = {(c.subgraph_path, call.node): c.name for c in self._convs.values() for call in c.calls}
         self._moments = _Moments()
         half = -(-calibration.batches.images // 2)
         self._step = -(-half // MAX_FITTED_IMAGES)
@@ -83,7 +84,7 @@ class ChangeFits:
         def on_call(images: ChosenImages, path: str, node: fx.Node, image: Tensor, output: Tensor) -> Tensor:
             name, seed = self._names.get((path, node.name), ""), self.seed + images.first
             if name in missing.inputs:
-                self._add_positions(missing.inputs[name], images.of(image), images.first)
+                self._add_positions(missing.inputs[name], self._channels(name, images.of(image)), images.first)
             if name in missing.outputs:
                 self._add_positions(missing.outputs[name], images.of(output), images.first)
             for assignment, moments in missing.ghosts.get(name, {}).values():
@@ -105,7 +106,7 @@ class ChangeFits:
         for change in changes:
             conv, layout = self._convs[change.name], change.layout
             if change.kept_in is not None and conv.name not in known.inputs:
-                missing.inputs[conv.name] = Moments.zero(conv.inputs, 0)
+                missing.inputs[conv.name] = Moments.zero(conv.inputs // self._width(conv.name), 0)
             if change.has_kernels and layout not in known.ghosts.get(conv.name, {}):
                 assert layout is not None
                 assert change.assignment is not None
@@ -114,6 +115,20 @@ class ChangeFits:
             elif layout is not None and not change.has_kernels and conv.name not in known.outputs:
                 missing.outputs[conv.name] = Moments.zero(conv.outputs, 0)
         return missing
+
+    def _width(self, name: str) -> int:
+        """The number of inputs that are one channel: more than one where maps are flattened before a linear layer."""
+        return self._widths.get(name, 1) if self._convs[name] in self.program.linear_layers else 1
+
+    @cached_property
+    def _widths(self) -> dict[str, int]:
+        groups = [g for g in find_pruning_groups(self.program) if isinstance(g, PruningGroup)]
+        return {conv.name: read.width for group in groups for conv, read in group.refitted}
+
+    def _channels(self, name: str, image: Tensor) -> Tensor:
+        """The inputs of a convolution or linear layer as maps, a channel each."""
+        width = self._width(name)
+        return image if width == 1 else image.reshape(len(image), -1, width, 1)
 
     def _add_positions(self, moments: Moments, maps: Tensor, first: int) -> None:
         """Add maps at sampled positions."""
@@ -149,7 +164,8 @@ class ChangeFits:
         if change.kept_in is None or moments is None or not moments.count:
             return None
         conv = self.program.conv(change.name)
-        return without_pruned_inputs(conv, change.kept_in, moments, free_mean=self._has_free_mean(change.name))
+        width, free_mean = self._width(change.name), self._has_free_mean(change.name)
+        return without_pruned_inputs(conv, change.kept_in, moments, free_mean=free_mean, width=width)
 
     def _maps(self, change: ConvChange) -> LinearMaps | KeptMaps | DepthwiseGhosts | None:
         """How the outputs in a layout follow from those of the original; None where no image reaches them."""

@@ -19,7 +19,7 @@ from ghostify.search.halves import add_by_halves, conv_error_metric, covariances
 
 @dataclass(frozen=True, eq=False)
 class ConsumerStatistics:
-    """The n channels of a group as inputs of one consumer.
+    """Statistics of n inputs of one consumer: of all, or of those that are a group's channels.
 
     `whole` is their covariance (n x n) on all images, `covariances` those on either half; `importance` weighs their
     errors (n x n); `rows` counts the samples.
@@ -29,6 +29,12 @@ class ConsumerStatistics:
     covariances: tuple[Tensor, ...]
     importance: Tensor
     rows: float
+
+    def of_range(self, start: int, count: int) -> ConsumerStatistics:
+        """The statistics of `count` inputs from `start` on."""
+        inputs = slice(start, start + count)
+        covariances = tuple(c[inputs, inputs] for c in self.covariances)
+        return ConsumerStatistics(self.whole[inputs, inputs], covariances, self.importance[inputs, inputs], self.rows)
 
     def loss(self, kept: Sequence[int]) -> float:
         """The error of the model's outputs that a consumer adds with only the `kept` inputs: fitted to one half of the
@@ -62,24 +68,33 @@ def compute_group_statistics(
 ) -> list[GroupStatistics]:
     """The statistics of the groups whose consumers are all reached by calibration images; runs one forward of them."""
     groups = list(groups)
-    consumers = {(g.subgraph_path, conv.calls[0].node): conv for g in groups for conv in g.consumers}
-    inputs = {key: [Moments.zero(conv.inputs, 0) for _ in range(2)] for key, conv in consumers.items()}
-    outputs = {key: Moments.zero(conv.outputs, 0) for key, conv in consumers.items()}
+    consumers = {(g.subgraph_path, read.node): (conv, read.width) for g in groups for conv, read in g.refitted}
+    inputs = {
+        key: [Moments.zero(conv.inputs // width, 0) for _ in range(2)] for key, (conv, width) in consumers.items()
+    }
+    outputs = {key: Moments.zero(conv.outputs, 0) for key, (conv, _) in consumers.items()}
 
     def on_call(first: int, part: str, node: fx.Node, image: Tensor, output: Tensor) -> None:
         key = part, node.name
         if key in consumers:
+            conv, width = consumers[key]
+            image = image if width == 1 else image.reshape(len(image), conv.inputs // width, width, 1)
             add_by_halves(inputs[key], image, first, calibration.batches.images, seed)
             add_by_halves([outputs[key]] * 2, output, first, calibration.batches.images, seed)
 
     visit_convs(program, calibration, on_call)
     statistics = {}
-    for key, conv in consumers.items():
+    for key, (conv, _) in consumers.items():
         halves, output_moments = [m.all_reduced() for m in inputs[key]], outputs[key].all_reduced()
         if output_moments.count:
             statistics[conv.name] = _consumer_statistics(program, conv, halves, output_moments, calibration)
-    reached = [group for group in groups if all(conv.name in statistics for conv in group.consumers)]
-    return [_group_statistics(group, tuple(statistics[conv.name] for conv in group.consumers)) for group in reached]
+    reached = [group for group in groups if all(conv.name in statistics for conv, _ in group.refitted)]
+    return [
+        _group_statistics(
+            group, tuple(statistics[conv.name].of_range(read.start, read.count) for conv, read in group.refitted)
+        )
+        for group in reached
+    ]
 
 
 def _group_statistics(group: PruningGroup, consumers: tuple[ConsumerStatistics, ...]) -> GroupStatistics:
@@ -96,14 +111,15 @@ def _consumer_statistics(
 ) -> ConsumerStatistics:
     """Errors of an input are weighed by the filters that read it and by the sensitivity to the filters' outputs.
 
-    The taps of a kernel are treated as independent; a common factor then matches the actual variance of the outputs.
+    `halves` count the inputs of a linear layer that are one channel as one. The taps of a kernel are treated as
+    independent; a common factor then matches the actual variance of the outputs.
     """
     conv = program.conv(consumer.name)
     free_mean = consumer.bias or following_norm_of(program, consumer) is not None  # absorbs the means of pruned inputs
     whole, covariances = covariances_of(halves, free_mean=free_mean)
     output_covariance = (output_moments.centred() if free_mean else output_moments.raw())[0]
     metric = conv_error_metric(calibration, consumer.name, output_covariance)
-    filters = conv.weight.detach().double().cpu().flatten(2)
+    filters = conv.weight.detach().double().cpu().reshape(conv.out_channels, len(whole), -1)
     importance = torch.einsum("oit,op,pjt->ij", filters, metric, filters)
     independent = float((importance * whole).sum())
     importance *= float((metric * output_covariance).sum()) / max(independent, 1e-300)

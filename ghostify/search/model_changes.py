@@ -15,8 +15,8 @@ from ghostify.pruning.pruning_groups import PruningGroup, kept_by_conv
 
 @dataclass(frozen=True, eq=False)
 class ConvChange:
-    """The simulated change of one convolution: the inputs that are kept (None: all), and the layout of its outputs
-    `kept_out` (None: all). Forms that assign ghosts to maps need the `assignment`."""
+    """The simulated change of one convolution or linear layer: the inputs that are kept (None: all), and the layout of
+    its outputs `kept_out` (None: all). Forms that assign ghosts to maps need the `assignment`."""
 
     name: str
     kept_in: tuple[int, ...] | None = None
@@ -34,8 +34,8 @@ ModelChange = tuple[ConvChange, ...]
 
 
 def change_of_group(program: Program, group: PruningGroup, kept: tuple[int, ...]) -> ModelChange:
-    """The change of every convolution that reads the channels of a group which keeps these."""
-    names = {conv.name for conv in program.convolutions if conv.groups == 1}
+    """The change of every convolution and linear layer that reads the channels of a group which keeps these."""
+    names = {conv.name for conv in (*program.convolutions, *program.linear_layers) if conv.groups == 1}
     pruned = kept_by_conv(program, {group: kept})
     return tuple(ConvChange(name, k.kept_in) for name, k in pruned.items() if name in names and k.kept_in is not None)
 

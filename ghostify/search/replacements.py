@@ -26,16 +26,21 @@ def covariance_of(moments: Moments, *, free_mean: bool) -> Tensor:
 
 
 @torch.no_grad()
-def without_pruned_inputs(conv: nn.Conv2d, kept: Sequence[int], inputs: Moments, *, free_mean: bool) -> nn.Conv2d:
+def without_pruned_inputs(
+    conv: nn.Conv2d, kept: Sequence[int], inputs: Moments, *, free_mean: bool, width: int = 1
+) -> nn.Conv2d:
     """A convolution of the `kept` inputs whose filters absorb the prediction of the others.
 
-    `inputs` are moments of all inputs. The constants of the prediction go to a bias, where the means are free.
+    `inputs` are moments of all channels, each of which is `width` consecutive inputs. The constants of the prediction
+    go to a bias, where the means are free.
     """
-    index = torch.tensor(kept)
-    predictors = predictors_from(kept, covariance_of(inputs, free_mean=free_mean), float(inputs.count))
+    channels = sorted({k // width for k in kept})
+    index = torch.tensor(channels)
+    predictors = predictors_from(channels, covariance_of(inputs, free_mean=free_mean), float(inputs.count))
     sliced = slice_conv(conv, None, kept)
-    filters = conv.weight.double().cpu()
-    sliced.weight.copy_(torch.einsum("oikl,ji->ojkl", filters, predictors))
+    filters = conv.weight.double().cpu().unflatten(1, (-1, width)).flatten(2, 3)
+    absorbed = torch.einsum("oikl,ji->ojkl", filters, predictors)
+    sliced.weight.copy_(absorbed.reshape(sliced.weight.shape))
     if free_mean:
         constants = inputs.mean_u - inputs.mean_u[index] @ predictors
         bias = torch.einsum("oikl,i->o", filters, constants).to(conv.weight)

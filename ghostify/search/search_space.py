@@ -12,22 +12,17 @@ from ghostify.errors import GhostifyError
 from ghostify.fitting.assignment import GhostAssignment
 from ghostify.fitting.sensitivity import PreparedCalibration, prepare_calibration
 from ghostify.graph.program import Program
-from ghostify.planning.planner import (
-    PlanTarget,
-    Skip,
-    may_prune,
-    resolve_targets,
-)
+from ghostify.planning.planner import PlanTarget, Skip, may_prune, resolve_targets
 from ghostify.planning.policy import Policy
 from ghostify.pruning.pruning_groups import PruningGroup, Unprunable, find_pruning_groups
-from ghostify.search.candidates import Candidate, group_candidates, layer_candidates
+from ghostify.search.candidate_lists import KEPT_OUT, group_lists, layer_lists
+from ghostify.search.candidates import Candidate
 from ghostify.search.costs import COSTS
-from ghostify.search.group_statistics import GroupStatistics, compute_group_statistics
-from ghostify.search.layer_statistics import compute_layer_statistics
+from ghostify.search.group_statistics import compute_group_statistics
 from ghostify.search.measured_losses import MeasuredLosses
 from ghostify.search.model_changes import ConvChange, ModelChange, change_of_group
 from ghostify.search.simulation import Simulator
-from ghostify.search.solver import GroupConstraint, choose_candidates
+from ghostify.search.solver import Constraint, GroupConstraint, choose_candidates
 from ghostify.timing.timer import LatencyTimer
 
 MAX_REASONS = 5
@@ -35,11 +30,12 @@ MAX_REASONS = 5
 
 @dataclass(frozen=True, eq=False)
 class SearchSpace:
-    """The candidates of each targeted convolution, then of each channel group; `totals` are the original's costs, and
-    `original_costs` the part of them that each list of candidates replaces.
+    """The candidates of each targeted convolution, then of each linear layer that groups prune, then of each channel
+    group; `totals` are the original's costs, and `original_costs` the part of them that each list of candidates
+    replaces.
 
     `targets` holds every convolution: its target, or why it is skipped. By `constraints`, the outputs or inputs of a
-    convolution are as many as its group keeps. `notes` go to the plan. With calibration images, `measured` are the
+    layer are as many as its groups keep. `notes` go to the plan. With calibration images, `measured` are the
     losses that simulations have measured so far.
     """
 
@@ -50,7 +46,7 @@ class SearchSpace:
     original_costs: tuple[tuple[float, ...], ...]
     timer: LatencyTimer
     groups: tuple[PruningGroup, ...] = ()
-    constraints: tuple[GroupConstraint, ...] = ()
+    constraints: tuple[Constraint, ...] = ()
     notes: tuple[str, ...] = ()
     measured: MeasuredLosses | None = None
 
@@ -59,13 +55,18 @@ class SearchSpace:
         """The convolutions with candidates, whose lists come first."""
         return [target for target in self.targets if isinstance(target, PlanTarget)]
 
+    @property
+    def first_group(self) -> int:
+        """The number of the first group's list."""
+        return len(self.candidates) - len(self.groups)
+
     def change_of(self, number: int, pick: int) -> ModelChange:
         """The simulated change of one candidate alone: of ghosts in pruned layers, that of the kept maps."""
         candidate, layers = self.candidates[number][pick], self.layers
-        if number >= len(layers):
-            group = self.groups[number - len(layers)]
+        if number >= self.first_group:
+            group = self.groups[number - self.first_group]
             return () if candidate.kept is None else change_of_group(self.program, group, candidate.kept)
-        if candidate.layout is None:
+        if candidate.layout is None:  # as that of every linear layer
             return ()
         name, kept_out = layers[number].conv.name, self._kept_out(number, candidate)
         return (ConvChange(name, None, candidate.layout, kept_out, candidate.assignment),)
@@ -79,7 +80,8 @@ class SearchSpace:
         """The kept outputs of a candidate of a convolution."""
         if candidate.kept_out_count is None:
             return None
-        groups = [c.group for c in self.constraints if (c.conv, c.key) == (number, "kept_out_count")]
+        of_one_group = (c for c in self.constraints if isinstance(c, GroupConstraint))
+        groups = [c.group for c in of_one_group if (c.conv, c.key) == (number, KEPT_OUT)]
         alternatives = (c.kept for group in groups for c in self.candidates[group] if c.kept is not None)
         return next(kept for kept in alternatives if len(kept) == candidate.kept_out_count)
 
@@ -135,12 +137,15 @@ def build_search_space(
     prepared = None if calibration is None else prepare_calibration(program, calibration, seed)
     groups, unprunable = _prunable_groups(program, policy, targets) if prunes else ([], [])
     group_statistics = [] if prepared is None else compute_group_statistics(program, groups, prepared, seed)
-    of_groups, constraints = _group_lists(program, targets, group_statistics, keys, timer)
-    of_layers = _layer_lists(program, targets, of_groups, constraints, prepared, seed, keys, timer)
+    members = {member.conv for statistics in group_statistics for member in statistics.group.members}
+    layers = [*(target.conv for target in targets), *(layer for layer in program.linear_layers if layer in members)]
+    of_groups, constraints = group_lists(program, layers, group_statistics, keys, timer)
+    of_layers = layer_lists(program, targets, layers, of_groups, constraints, prepared, seed, keys, timer)
     pruned_groups = tuple(statistics.group for statistics in group_statistics)
     notes = (_why_unpruned(groups, unprunable),) if prunes and not group_statistics else ()
     original_costs = tuple(candidates[0].costs for candidates in (*of_layers, *of_groups))
-    lists = (*map(_without_dense, targets, of_layers), *of_groups)
+    of_targets = map(_without_dense, targets, of_layers)
+    lists = (*of_targets, *of_layers[len(targets) :], *of_groups)
     measured = None if prepared is None else MeasuredLosses(Simulator(program, prepared, seed))
     return SearchSpace(
         program=program,
@@ -150,7 +155,7 @@ def build_search_space(
         original_costs=original_costs,
         timer=timer,
         groups=pruned_groups,
-        constraints=tuple(constraints),
+        constraints=tuple(constraints.values()),
         notes=notes,
         measured=measured,
     )
@@ -162,67 +167,21 @@ def _without_dense(target: PlanTarget, candidates: list[Candidate]) -> list[Cand
     return with_ghosts if target.rule.ratio is not None and with_ghosts else candidates
 
 
-def _group_lists(
-    program: Program,
-    targets: Sequence[PlanTarget],
-    group_statistics: Sequence[GroupStatistics],
-    keys: tuple[str, ...],
-    timer: LatencyTimer,
-) -> tuple[list[list[Candidate]], list[GroupConstraint]]:
-    """The candidates of each group, whose lists follow those of the targets, and the constraints with the targets."""
-    numbers = {target.conv.name: k for k, target in enumerate(targets)}
-    lists, constraints = list[list[Candidate]](), list[GroupConstraint]()
-    for number, statistics in enumerate(group_statistics, len(targets)):
-        searched = [m for m in statistics.group.members if m.conv.name in numbers]
-        fixed = [m for m in statistics.group.members if m not in searched]
-        lists.append(group_candidates(program, statistics, fixed, keys, timer))
-        producers = [numbers[m.conv.name] for m in searched if m.prunes_outputs]
-        consumers = [numbers[m.conv.name] for m in searched if m.prunes_inputs]
-        constraints += [GroupConstraint(conv, number, "kept_out_count") for conv in producers]
-        constraints += [GroupConstraint(conv, number, "kept_in_count") for conv in consumers]
-    return lists, constraints
-
-
-def _layer_lists(
-    program: Program,
-    targets: Sequence[PlanTarget],
-    of_groups: Sequence[list[Candidate]],
-    constraints: Sequence[GroupConstraint],
-    calibration: PreparedCalibration | None,
-    seed: int,
-    keys: tuple[str, ...],
-    timer: LatencyTimer,
-) -> list[list[Candidate]]:
-    """The candidates of each target, for all channels that its groups may keep."""
-    lists = []
-    statistics_of_all = compute_layer_statistics(program, list(targets), calibration, seed)
-    for k, (target, statistics) in enumerate(zip(targets, statistics_of_all, strict=True)):
-        kept_out, kept_in = (
-            [
-                candidate.kept
-                for constraint in constraints
-                if (constraint.conv, constraint.key) == (k, key)
-                for candidate in of_groups[constraint.group - len(targets)]
-                if candidate.kept
-            ]
-            for key in ("kept_out_count", "kept_in_count")
-        )
-        kept_in_counts = [len(kept) for kept in kept_in]
-        lists.append(layer_candidates(program, target, statistics, keys, timer, kept_out, kept_in_counts))
-    return lists
-
-
 def _prunable_groups(
     program: Program, policy: Policy, targets: Sequence[PlanTarget]
 ) -> tuple[list[PruningGroup], list[Unprunable]]:
     """Channel groups whose convolutions may all lose channels, and the other groups with their reasons."""
-    names, groups, unprunable = {target.conv.name for target in targets}, list[PruningGroup](), list[Unprunable]()
+    names = {conv.name for conv in (*(target.conv for target in targets), *program.linear_layers)}
+    ratios = {target.conv.name: target.rule.ratio for target in targets}
+    groups, unprunable = list[PruningGroup](), list[Unprunable]()
     for group in find_pruning_groups(program):
         if isinstance(group, Unprunable):
             unprunable.append(group)
             continue
         fixed = [conv for conv in group.dense if conv.name not in names]
         fixed += [member.conv for member in group.members if not may_prune(program, policy, member.conv)]
+        partial = [m.conv for m in group.members if m.prunes_outputs and m.conv.outputs != group.size]
+        fixed += [conv for conv in partial if ratios.get(conv.name) is not None]
         if fixed:
             reason = skip_reasons.not_prunable(fixed[0].name)
             unprunable.append(Unprunable(group.members[0].conv.name, reason))

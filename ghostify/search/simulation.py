@@ -16,6 +16,7 @@ from ghostify.fitting.output_errors import chosen_outputs, outputs_of
 from ghostify.fitting.sensitivity import PreparedCalibration
 from ghostify.graph.executor import Values, execute, resume
 from ghostify.graph.inputs import cloned, values_of
+from ghostify.graph.linear_layers import FEATURES_RANK, as_maps
 from ghostify.graph.modes import eval_mode
 from ghostify.graph.observation import intercept_convs
 from ghostify.graph.program import Program
@@ -36,7 +37,8 @@ class Simulator:
         self.program, self.batches = program, calibration.batches
         self.scale = calibration.output_scale
         self._fits = ChangeFits(program, calibration, seed)
-        self._names = {(c.subgraph_path, call.node): c.name for c in program.convolutions for call in c.calls}
+        layers = (*program.convolutions, *program.linear_layers)
+        self._names = {(c.subgraph_path, call.node): c.name for c in layers for call in c.calls}
 
     @torch.no_grad()
     def compare(self, models: Sequence[ModelChange]) -> list[OutputComparison | None]:
@@ -85,7 +87,10 @@ class Simulator:
 
         def replaced(replacements: Mapping[str, Replacement], node: fx.Node, value: Any, values: Values) -> Any:
             replacement = replacements.get(self._names.get(("", node.name), ""))
-            return value if replacement is None else replacement(values[node.all_input_nodes[0]], value)
+            if replacement is None:
+                return value
+            result = replacement(as_maps(values[node.all_input_nodes[0]]), as_maps(value))
+            return result.flatten(1) if value.dim() == FEATURES_RANK else result
 
         def on_node(node: fx.Node, value: Any, values: Values) -> Any:
             for start, replacements, model_sums in zip(starts, models, sums, strict=True):

@@ -23,16 +23,42 @@ TIMED_OUT = 1  # scipy's status
 
 @dataclass(frozen=True)
 class GroupConstraint:
-    """The `key` ("kept_out_count" or "kept_in_count") of the candidate of list `conv` is the number of channels that
-    the candidate of list `group` keeps."""
+    """The `key` ("kept_out_count" or "kept_in_count") of the candidate of list `conv` is `others`, plus `per_channel`
+    for each channel that the candidate of list `group` keeps."""
 
     conv: int
     group: int
     key: str
+    per_channel: int = 1
+    others: int = 0
+
+
+@dataclass(frozen=True)
+class GroupRange:
+    """The channels of the group of list `group`, of which there are `size`, as `per_channel` channels each of a
+    convolution."""
+
+    group: int
+    per_channel: int
+    size: int
+
+
+@dataclass(frozen=True)
+class SumConstraint:
+    """The `key` of the candidate of list `conv` is at least the number of channels that remain of `total` when each
+    group keeps those of its candidate: the convolution's cost is an upper bound."""
+
+    conv: int
+    key: str
+    total: int
+    ranges: tuple[GroupRange, ...]
+
+
+Constraint = GroupConstraint | SumConstraint
 
 
 def choose_candidates(
-    candidates: Sequence[Sequence[Candidate]], limits: Sequence[float], constraints: Sequence[GroupConstraint] = ()
+    candidates: Sequence[Sequence[Candidate]], limits: Sequence[float], constraints: Sequence[Constraint] = ()
 ) -> list[int] | None:
     """The index in each list of the candidates of least total loss whose total costs keep within `limits`, or None.
 
@@ -52,7 +78,12 @@ def choose_candidates(
     losses, costs = np.where(is_known, losses, 0), np.where(is_known, costs, 0)
     scale = costs.max(axis=1, initial=1)
     within = LinearConstraint(costs / scale[:, None], -np.inf, np.array(limits) / scale)
-    agreements = [LinearConstraint(_agreement(candidates, starts, c), 0, 0) for c in constraints]
+    agreements = [
+        LinearConstraint(_agreement(candidates, starts, c), 0, 0)
+        if isinstance(c, GroupConstraint)
+        else LinearConstraint(_pruned_sum(candidates, starts, c), 0, np.inf)
+        for c in constraints
+    ]
     with _silence_stdout():
         result = milp(
             losses / max(losses.max(), 1e-300),
@@ -75,7 +106,10 @@ def _agreement(
 ) -> csr_array:
     """A row for each number of channels that the group may keep: 1 for the convolution's candidates with that number,
     -1 for the group's candidate."""
-    kept_counts = [None if c.kept is None else len(c.kept) for c in candidates[constraint.group]]
+    kept_counts = [
+        None if c.kept is None else constraint.others + constraint.per_channel * len(c.kept)
+        for c in candidates[constraint.group]
+    ]
     rows = {count: row for row, count in enumerate(kept_counts[1:])}
     conv_counts = [getattr(c, constraint.key) for c in candidates[constraint.conv]]
     matrix = lil_array((len(rows), starts[-1]))
@@ -84,6 +118,20 @@ def _agreement(
             if count is not None:
                 matrix[rows[count], column] = sign
     return matrix.tocsr()
+
+
+def _pruned_sum(
+    candidates: Sequence[Sequence[Candidate]], starts: npt.NDArray[np.int64], constraint: SumConstraint
+) -> csr_array:
+    """One row: the channels that the groups' candidates prune, less those that the convolution's candidate lacks."""
+    row = lil_array((1, starts[-1]))
+    for column, candidate in enumerate(candidates[constraint.conv], starts[constraint.conv]):
+        count = getattr(candidate, constraint.key)
+        row[0, column] = 0 if count is None else count - constraint.total
+    for part in constraint.ranges:
+        for column, candidate in enumerate(candidates[part.group], starts[part.group]):
+            row[0, column] = 0 if candidate.kept is None else part.per_channel * (part.size - len(candidate.kept))
+    return row.tocsr()
 
 
 @contextmanager

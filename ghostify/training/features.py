@@ -15,7 +15,8 @@ from ghostify.summary import report
 def collect_features(student: nn.Module, teacher: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     """Two lists that fill with the maps of the rewritten layers as the models run, in the student's channel order.
 
-    Hooks that stay append the maps, N x C x H x W each; clear the lists after each run. Pruned layers are left out.
+    Hooks that stay append the maps, N x C x H x W each; clear the lists after each run. Layers with pruned outputs
+    and linear layers are left out.
     Raises `GhostifyError` for a layer that the teacher does not have.
     """
     student_maps: list[Tensor] = []
@@ -24,6 +25,8 @@ def collect_features(student: nn.Module, teacher: nn.Module) -> tuple[list[Tenso
         if layer.skip_reason is not None or layer.outputs < layer.weight_shape[0]:
             continue
         ghost: Any = _submodule(student, layer.name)
+        if isinstance(ghost, nn.Linear):
+            continue
         is_reordered = isinstance(ghost, GhostModule) and ghost.order is None and bool(layer.channels)
         channels = list(layer.channels) if is_reordered else slice(None)
         on_calls([ghost], after=lambda _, output: student_maps.append(output))
