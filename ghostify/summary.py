@@ -208,8 +208,8 @@ def build_report(
 def _layer_report(entry: GhostRewrite | PruneRewrite | Skip, fits: FitResult | None) -> LayerReport:
     conv = entry.conv
     positions = cost.total_positions(conv.calls) or 1
-    macs_per_position, bias_count = cost.conv_macs(conv), conv.outputs * conv.bias
-    macs_before, params_before = macs_per_position * positions, macs_per_position + bias_count
+    macs_per_position = cost.conv_macs(conv)
+    macs_before, params_before = macs_per_position * positions, cost.layer_parameters(macs_per_position, conv)
     unchanged = LayerReport(
         name=conv.name,
         conv_class=conv.conv_class,
@@ -241,7 +241,7 @@ def _with_costs_and_errors(
         layer,
         intrinsic=pruned.outputs,
         macs_after=entry.macs_after * positions,
-        params_after=entry.macs_after + pruned.outputs * conv.bias,
+        params_after=cost.layer_parameters(entry.macs_after, pruned),
         fit_error=None if weights is None else _mean(weights.fit_error),
         holdout_error=None if weights is None else _mean(weights.holdout_error),
         output_error=None if weights is None else weights.output_error,

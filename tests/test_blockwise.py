@@ -148,7 +148,9 @@ def test_every_structure_works_and_no_error_on_the_holdout_increases(make):
 
 
 def test_dense_connections_are_split_into_several_blocks():
-    result = report(ghostify(Dense().eval(), calibration=nets.images(32), reconstruct=True)).reconstruction
+    program, x = trace(Dense().eval()), nets.images(32)
+    chosen_plan = plan(program)
+    _, result = reconstruct_blocks(program, chosen_plan, fit(program, chosen_plan, x), x, steps=20)
     assert len(result.blocks) > 2
     assert [n for b in result.blocks for n in b.layers] == [f"layers.{k}" for k in range(9)]
     assert any(b.error_after < b.error_before for b in result.blocks)

@@ -1,10 +1,10 @@
 """Where the commands write: places are checked before any work, and the user's files stay."""
 
 import json
-import os
 import signal
-import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +12,9 @@ import pytest
 from safetensors.torch import save_file
 
 from ghostify import load
+from ghostify.cli import exit_codes
 from tests import nets
-from tests.command import run_command
+from tests.command import FORKS, run_command
 
 ROOT = Path(__file__).parent.parent
 NET, SIZE = "tests.nets:Straight", ("--input-size", "3,12,12")
@@ -114,24 +115,22 @@ def test_a_page_and_a_frontier_are_replaced_by_themselves_alone(files, tmp_path)
     assert run(*writers(files, page)["plan"], "--overwrite").returncode == 0
 
 
-WAITING = """
-import sys, tempfile, time
-from ghostify.cli import exit_codes
+def wait_with_a_temporary_folder(sender):
+    def work(**_):
+        with tempfile.TemporaryDirectory() as folder:
+            sender.send(folder)
+            time.sleep(60)
 
-def work(**_):
-    with tempfile.TemporaryDirectory() as folder:
-        print(folder, flush=True)
-        time.sleep(60)
-
-sys.exit(exit_codes.run(work))
-"""
+    sys.exit(exit_codes.run(work))
 
 
 def test_a_terminated_command_removes_its_temporary_files():
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen([sys.executable, "-c", WAITING], stdout=subprocess.PIPE, env=environment) as process:
-        folder = Path(process.stdout.readline().decode().strip())
-        assert folder.exists()
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 128 + signal.SIGTERM
+    receiver, sender = FORKS.Pipe(duplex=False)
+    process = FORKS.Process(target=wait_with_a_temporary_folder, args=(sender,))
+    process.start()
+    folder = Path(receiver.recv())
+    assert folder.exists()
+    process.terminate()
+    process.join(30)
+    assert process.exitcode == 128 + signal.SIGTERM
     assert not folder.exists()

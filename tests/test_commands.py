@@ -15,22 +15,16 @@ import ghostify
 from ghostify import load
 from ghostify.runtimes.registry import EXPORT_FORMATS, RUNTIMES
 from tests import nets
-from tests.command import run_command
+from tests.command import run_code, run_command
 
 ROOT = Path(__file__).parent.parent
 NET = "tests.nets:Straight"
 SIZE = ("--input-size", "3,12,12")
-SCRIPT = "import sys; sys.path.pop(0); from ghostify.cli.commands import main; main()"  # as a console script
+CONSOLE_SCRIPT = "import sys; sys.path.pop(0); from ghostify.cli.commands import main; main()"
 
 
 def run(*arguments, cwd=ROOT):
     return run_command(*arguments, cwd=cwd)
-
-
-def run_alone(*arguments, cwd=ROOT):
-    """In a new interpreter, with the import path of a console script."""
-    command = [sys.executable, "-c", SCRIPT, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -129,11 +123,19 @@ def test_convert_then_eval(files, tmp_path):
     assert load(tmp_path / "out")(torch.zeros(2, 3, 12, 12)).shape == (2, 5)
 
 
+SHORT_DEMO = """
+from ghostify.cli import commands, demo
+from ghostify.data import datasets
+train = demo.train
+demo.train = lambda *given, **options: train(*given, **{**options, "epochs": 1})
+datasets.FASHION_MNIST = ()
+commands.main()
+"""
+
+
 def test_demo(tmp_path):
-    code = "import ghostify.data.datasets as d; d.FASHION_MNIST = (); from ghostify.cli.commands import main; main()"
-    process = subprocess.run(
-        [sys.executable, "-c", code, "demo"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300
-    )
+    """Of one epoch; `test_demo.py` has the whole training."""
+    process = run_code(SHORT_DEMO, "demo", cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     assert "calibrated" in process.stdout
     assert "bit-equal" in process.stdout
@@ -229,8 +231,9 @@ def test_help_lists_runtimes_and_formats(verb, names):
     assert ",".join(names) in text
 
 
-def test_the_version_is_printed():
-    process = run_alone("--version")
+def test_a_new_interpreter_prints_the_version():
+    command = [sys.executable, "-c", CONSOLE_SCRIPT, "--version"]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert (process.returncode, process.stdout) == (0, f"ghostify {ghostify.__version__}\n")
 
 
@@ -255,7 +258,7 @@ def test_a_class_of_the_users_comes_from_the_present_folder_and_is_allowed_by_na
     np.save(tmp_path / "x.npy", nets.images(4).numpy())
     shapes = {"a.weight": (8, 3, 3, 3), "a.bias": (8,), "b.weight": (8, 8, 3, 3), "b.bias": (8,)}
     save_file({name: torch.randn(shape) for name, shape in shapes.items()}, tmp_path / "w.safetensors")
-    converted = run_alone(
+    converted = run(
         "convert", "ours:Net", *SIZE, "--checkpoint", "w.safetensors", "--target", "b", "--output", "out", cwd=tmp_path
     )
     assert converted.returncode == 0, converted.stderr

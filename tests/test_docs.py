@@ -28,7 +28,8 @@ from tests.nets import settle
 ROOT = Path(__file__).parent.parent
 GENERATED = ("results.md", "zoo.md")
 PAGES = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").rglob("*.md") if p.name not in GENERATED)]
-REPLACEMENTS = {"resnet18": "test_resnet", "pretrained=True": "pretrained=False", "224, 224": "64, 64"}
+REPLACEMENTS = {"resnet18": "tiny_resnet", "pretrained=True": "pretrained=False", "224, 224": "64, 64"}
+REPLACEMENTS |= {"weights_backbone=None)": "weights_backbone=None, num_classes=3)"}
 REPLACEMENTS |= {"mobilenetv2_050": "test_efficientnet", "8, 3, 96, 96": "8, 3, 64, 64"}
 REPLACEMENTS |= {'"latency": 0.95': '"macs": 0.95', "latency=0.95": "macs=0.95"}
 
@@ -56,14 +57,14 @@ def commands(text):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     torch.manual_seed(0)
-    save_file(settle(timm.create_model("test_resnet")).state_dict(), tmp_path / "test_resnet.safetensors")
+    save_file(settle(timm.create_model("tiny_resnet")).state_dict(), tmp_path / "tiny_resnet.safetensors")
     draw = np.random.default_rng(0)
     for dataset in ("photos", "test"):
         for name in ("cat", "dog"):
             (tmp_path / dataset / name).mkdir(parents=True)
             for k in range(8):
                 pixels = draw.integers(0, 256, (6, 6, 3), dtype=np.uint8)
-                Image.fromarray(pixels).resize((160, 160), Image.Resampling.BICUBIC).save(
+                Image.fromarray(pixels).resize((72, 72), Image.Resampling.BICUBIC).save(
                     tmp_path / dataset / name / f"{k}.png"
                 )
     monkeypatch.setenv("COLUMNS", "200")

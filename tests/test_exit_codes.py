@@ -33,6 +33,10 @@ def ending(capsys, raised=None, returned=None):
         (MemoryError("12 TB"), "ghostify: not enough memory (12 TB). Use"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9"), "ghostify: not enough memory (Default"),
         (typer.BadParameter("is bad."), "ghostify: Invalid value: is bad. See ghostify --help.\n"),
+        (
+            typer.BadParameter("Input should be a valid integer, unable to parse string as an integer."),
+            "ghostify: Invalid value: it should be a valid integer. See ghostify --help.\n",
+        ),
         (KeyboardInterrupt(), "ghostify: interrupted.\n"),
         (typer.Abort(), "ghostify: interrupted.\n"),
     ],

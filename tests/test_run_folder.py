@@ -215,6 +215,24 @@ def test_a_disk_that_is_full_while_the_state_is_written_keeps_the_previous_one(t
     assert accelerator.value == 7
 
 
+def test_a_run_that_ends_before_its_first_state_leaves_nothing(tmp_path):
+    run_folder = RunFolder(tmp_path / "t", SETTINGS, is_main=True)
+    run_folder.resume(Accelerator())
+    run_folder.log_metrics(1, {"loss": 1.0})
+    run_folder.save_best({"a": torch.zeros(2)})
+    run_folder.discard_start()
+    run_folder.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_with_a_state_keeps_its_folder(tmp_path):
+    run_folder = RunFolder(tmp_path, SETTINGS, is_main=True)
+    run_folder.save(Accelerator(7), TrainingProgress(2))
+    files = {*tmp_path.rglob("*")}
+    run_folder.discard_start()
+    assert {*tmp_path.rglob("*")} == files
+
+
 def test_other_errors_while_the_state_is_written_are_not_hidden(tmp_path):
     run_folder, accelerator = RunFolder(tmp_path, SETTINGS, is_main=True), Accelerator(7)
 

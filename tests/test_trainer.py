@@ -1,5 +1,6 @@
 """Training with Accelerate, here in one or two processes on the CPU."""
 
+import errno
 import importlib
 import json
 import os
@@ -20,10 +21,11 @@ from torch.utils.data import TensorDataset
 from ghostify import GhostifyError, ghostify
 from ghostify.data.training_data import TrainingData
 from ghostify.evaluation.metrics import predict
-from ghostify.training import optimizer, trainer
+from ghostify.training import optimizer, run_folder, trainer
 from ghostify.training.losses import distillation_loss
 from ghostify.training.trainer import Recipe, finetune
 from tests import nets
+from tests.command import run_code, run_pair
 
 pytest.importorskip("accelerate")
 pytestmark = pytest.mark.filterwarnings("default")  # warnings of Accelerate and TensorBoard
@@ -181,6 +183,17 @@ def test_a_training_that_diverges_ends_with_the_last_good_state(tmp_path):
         assert all(v.isfinite().all() for v in load_file(file).values())
 
 
+def test_a_full_disk_at_the_first_evaluation_leaves_nothing(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    model, converted, data, _ = training_setup()
+    monkeypatch.setattr(run_folder, "write_tensors", fail)
+    with pytest.raises(GhostifyError, match=r"best\.safetensors: cannot be written \(No space left on device\)"):
+        finetune(converted, model, data, tmp_path / "t", Recipe(**{**vars(QUICK), "save_every": 100}))
+    assert not (tmp_path / "t").exists()
+
+
 @pytest.mark.parametrize("broken", ["weight", "metric"])
 def test_results_that_are_not_finite_are_not_saved(tmp_path, monkeypatch, broken):
     model, converted, data, _ = training_setup()
@@ -209,19 +222,17 @@ torch.save(tuned.state_dict(), sys.argv[1] + "/tuned.pt")
 """
 
 
-def start(folder, *launcher, epochs=3, net="Residual"):
+def start(folder, epochs):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    script = folder.parent / "script.py"
-    script.write_text(SCRIPT)
-    command = [sys.executable, *launcher, str(script), str(folder), str(epochs), net]
+    command = [sys.executable, "-c", SCRIPT, str(folder), str(epochs), "Residual"]
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
 
 def test_two_processes_train_as_one_does(tmp_path):
-    for name, launcher in (("one", ()), ("two", ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"))):
-        process = start(tmp_path / name, *launcher, net="Straight")  # without random depth
-        assert process.wait() == 0, process.stderr.read()
-        process.stderr.close()
+    network = "Straight"  # without random depth
+    results = [run_code(SCRIPT, tmp_path / "one", 3, network, cwd=ROOT)]
+    results += run_pair(SCRIPT, tmp_path / "two", 3, network, cwd=ROOT)
+    assert [process.returncode for process in results] == [0, 0, 0], results
     one, two = (metrics(tmp_path / name) for name in ("one", "two"))
     assert [line["step"] for line in one] == [line["step"] for line in two]
     for a, b in zip(one, two, strict=True):

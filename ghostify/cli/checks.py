@@ -11,7 +11,7 @@ from typing import Any
 
 from ghostify.cli.exit_codes import print_notice
 from ghostify.cli.parsing import parse_arguments, parse_budget, parse_cheap, parse_settings, parse_size
-from ghostify.data.array_files import ARRAY_SUFFIXES
+from ghostify.data.array_files import ARRAY_SUFFIXES, is_array_file
 from ghostify.errors import GhostifyError
 from ghostify.healing.settings import Healing
 from ghostify.planning.policy import Rule
@@ -76,7 +76,7 @@ def data_path(option: str, datasets: tuple[str, ...] = ()) -> Callback:
         names = f"{', '.join(datasets)}, " if datasets else ""
         remedy = f"Use {names}a folder of images, or a {' or '.join(ARRAY_SUFFIXES)} file."
         _check_exists(path, option, remedy)
-        if not path.is_dir() and path.suffix.lower() not in ARRAY_SUFFIXES:
+        if not path.is_dir() and not is_array_file(path):
             raise GhostifyError(f"{option} {path}: is neither a folder nor an array file. {remedy}")
 
     return _checked(check)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -22,6 +23,7 @@ from ghostify.user_warnings import GhostifyWarning
 
 MISTAKE, INTERRUPTED, CLOSED_PIPE = 2, 130, 141  # the latter two as of a process that a signal ended
 UsageError: Any = typer.BadParameter.__base__  # of the click that this typer contains or depends on
+PARSER_WORDS = re.compile(r"Input should be (.*?)(, unable to parse .*)?$")  # of values that are no numbers
 OUT_OF_MEMORY = ("not enough memory", "allocate memory")  # in what PyTorch raises as a RuntimeError on the CPU
 
 
@@ -84,7 +86,8 @@ def _describe(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, UsageError):
         command = "ghostify" if error.ctx is None else error.ctx.command_path
-        return f"{error.format_message().rstrip('.')}. See {command} --help."
+        message = PARSER_WORDS.sub(r"it should be \1", error.format_message().rstrip("."))
+        return f"{message}. See {command} --help."
     if isinstance(error, OSError):
         place = "" if error.filename is None else f"{error.filename}: "
         return f"{place}{error.strerror or error}. Check the path, its rights and the free space."

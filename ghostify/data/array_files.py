@@ -97,6 +97,11 @@ READERS: Mapping[str, Callable[[Path], Mapping[str, Array]]] = {
 ARRAY_SUFFIXES = tuple(READERS)
 
 
+def is_array_file(path: Path) -> bool:
+    """Whether a path has a suffix of array files."""
+    return path.suffix.lower() in ARRAY_SUFFIXES
+
+
 def _map_array(stream: BinaryIO) -> Array:
     """The array of an open `.npy` file, on disk."""
     shape, is_fortran, dtype = _read_header(stream, os.fstat(stream.fileno()).st_size)

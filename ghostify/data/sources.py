@@ -17,7 +17,7 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
 from ghostify.arguments import a_module, a_path, a_sequence, an_integer, instance_of, optional, public
-from ghostify.data.array_files import ARRAY_SUFFIXES, read_arrays
+from ghostify.data.array_files import ARRAY_SUFFIXES, is_array_file, read_arrays
 from ghostify.data.image_files import class_of, decode_image, list_images
 from ghostify.errors import GhostifyError
 from ghostify.imports import import_object
@@ -150,7 +150,7 @@ def read_data(path: str | Path, prepared: Preprocessing, *, limit: int | None = 
         files = _sample_evenly(all_files, limit)
         labels = torch.tensor([classes.index(class_of(p, path)) for p in files]) if classes else None
         return ImageData(tuple(_read_batches(files, prepared, batch)), labels)
-    if path.suffix.lower() not in ARRAY_SUFFIXES:
+    if not is_array_file(path):
         raise GhostifyError(
             f"{path}: is neither a folder nor an array file. "
             f"Name a folder of images, or a {' or '.join(ARRAY_SUFFIXES)} file."

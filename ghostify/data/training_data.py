@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, Subset, TensorDataset
 
 from ghostify.arguments import a_path, a_seed, public
-from ghostify.data.array_files import ARRAY_SUFFIXES
+from ghostify.data.array_files import is_array_file
 from ghostify.data.datasets import fashion_mnist
 from ghostify.data.image_files import class_of, list_images
 from ghostify.data.sources import Preprocessing, a_preprocessing, read_data, read_image
@@ -58,7 +58,7 @@ def load_training_data(data: str, prepared: Preprocessing, seed: int = 0) -> Tra
     if data == "cifar10":
         return _cifar10(prepared, seed)
     path = Path(data)
-    if path.suffix.lower() in ARRAY_SUFFIXES:
+    if is_array_file(path):
         arrays = read_data(path, prepared, batch=2**30)
         items, classes = _tensors(torch.cat(arrays.batches), arrays.labels), 0
         if arrays.labels is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import re
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,11 +26,11 @@ from ghostify.io.atomic import check_output_folder, staged_folder
 from ghostify.io.output import check_unicode, is_disk_error
 from ghostify.runtimes.registry import EXPORT_FORMATS, Runtime, check_supported
 from ghostify.runtimes.tensors import ExportInputs
+from ghostify.text import one_line
 from ghostify.user_warnings import warn_user
 
 TOLERANCE = 1e-3
 MAX_REASON = 200
-CONTROL_SEQUENCE = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]")
 
 
 @dataclass(frozen=True)
@@ -206,7 +205,7 @@ def _reason(error: BaseException) -> str:
     """What an exporter or a runtime says first about the cause of its error, as short plain text."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = [line.strip(" -") for line in CONTROL_SEQUENCE.sub("", str(error)).splitlines() if line.strip(" -")]
+    lines = [text for line in str(error).splitlines() if (text := one_line(line).strip(" -"))]
     if len(lines) > 1 and lines[0].startswith("Constraints violated"):
         del lines[0]
     sentence = lines[0].partition(". ")[0] if lines else type(error).__name__

@@ -14,7 +14,7 @@ from ghostify.graph.allowed_ops import check_method_name
 from ghostify.graph.methods import RESULT, Mark
 from ghostify.graph.paths import join_path
 from ghostify.graph.tensor_facts import TensorFacts, parse_facts
-from ghostify.graph.values import MODULE_INTERNALS, is_identifier, names_in, tensor_keys
+from ghostify.graph.values import NOT_SAVED, is_identifier, names_in, tensor_keys
 
 OPS = ("placeholder", "get_attr", "call_function", "call_method", "call_module", "output")
 UNQUOTABLE = frozenset('"\\')
@@ -261,11 +261,7 @@ def _is_within(path: str, owner: str) -> bool:
 
 def _is_path_part(name: str) -> bool:
     return (
-        name.isprintable()
-        and name != ""
-        and "." not in name
-        and name not in MODULE_INTERNALS
-        and not set(name) & UNQUOTABLE
+        name.isprintable() and name != "" and "." not in name and name not in NOT_SAVED and not set(name) & UNQUOTABLE
     )
 
 

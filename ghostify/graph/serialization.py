@@ -11,7 +11,7 @@ from ghostify.errors import GhostifyError
 from ghostify.graph.methods import PRESERVED_KEY, method_marks
 from ghostify.graph.paths import join_path
 from ghostify.graph.tensor_facts import facts_of
-from ghostify.graph.values import MODULE_INTERNALS, encode, is_attribute, saved_name
+from ghostify.graph.values import NOT_SAVED, encode, is_attribute, saved_name
 from ghostify.modules.hooks import has_hooks
 
 DERIVED = ("_flat_weights", "_flat_weight_refs")  # recurrent layers compute these from their parameters
@@ -66,7 +66,7 @@ def _serialize_attributes(
     attributes = {
         key: encode(value, join_path(path, key), tensors)
         for key, value in values.items()
-        if key not in MODULE_INTERNALS and key not in derived
+        if key not in NOT_SAVED and key not in derived
     }
     cls = fx.GraphModule if isinstance(inner, fx.GraphModule) else type(inner)
     for key, value in attributes.items():

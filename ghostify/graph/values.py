@@ -18,10 +18,11 @@ from torch import Tensor, fx, nn
 
 from ghostify.errors import GhostifyError
 from ghostify.graph.allowed_ops import AllowedNames
+from ghostify.graph.module_state import MODULE_INTERNALS
 from ghostify.imports import import_name, is_importable
 
 UNSAVABLE_REMEDY = "Remove the attribute, or make it a submodule or buffer."
-MODULE_INTERNALS = frozenset(nn.Module().__dict__) | {"meta"}
+NOT_SAVED = MODULE_INTERNALS | {"meta"}  # attributes of modules
 MAX_DEPTH = 32
 MAX_INTEGER = 2**64
 NAME_KINDS = ("class", "function")
@@ -169,7 +170,7 @@ def is_attribute(cls: type, name: str, value: Any) -> bool:
 
     None replaces a method, a property or Python's own: where it has the name of one it is a plain constant.
     """
-    if not is_identifier(name) or name.startswith("__") or name in MODULE_INTERNALS or name == "forward":
+    if not is_identifier(name) or name.startswith("__") or name in NOT_SAVED or name == "forward":
         return False
     member = next((vars(c)[name] for c in cls.__mro__ if name in vars(c)), None)
     is_method = hasattr(type(member), "__get__") or (callable(member) and not isinstance(member, type))

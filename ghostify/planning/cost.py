@@ -34,6 +34,12 @@ def ghost_macs(conv: Convolution, layout: GhostLayout) -> int:
     return layout.intrinsic * conv.macs_per_output + layout.macs_per_position
 
 
+def layer_parameters(macs_per_position: int, conv: Convolution) -> int:
+    """Parameters of a convolution or its ghost module with so many MACs for one output position: one weight for each,
+    and the bias."""
+    return macs_per_position + conv.outputs * conv.bias
+
+
 def count_parameters(module: nn.Module) -> int:
     """The number of parameters, each counted once."""
     return sum(p.numel() for p in module.parameters())

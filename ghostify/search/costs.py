@@ -90,15 +90,14 @@ def _channel_parameters(program: Program, group: PruningGroup) -> int:
 
 
 def _layer_macs(conv: Convolution, layout: GhostLayout | None) -> int:
-    return _weights(conv, layout) * (cost.total_positions(conv.calls) or 0)
+    return _macs_per_position(conv, layout) * (cost.total_positions(conv.calls) or 0)
 
 
 def _layer_parameters(conv: Convolution, layout: GhostLayout | None) -> int:
-    return _weights(conv, layout) + conv.outputs * conv.bias
+    return cost.layer_parameters(_macs_per_position(conv, layout), conv)
 
 
-def _weights(conv: Convolution, layout: GhostLayout | None) -> int:
-    """Weights, which are also the MACs for one output position."""
+def _macs_per_position(conv: Convolution, layout: GhostLayout | None) -> int:
     return cost.conv_macs(conv) if layout is None else cost.ghost_macs(conv, layout)
 
 

@@ -8,6 +8,7 @@ import json
 import math
 import pickle
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ from ghostify.records import from_json
 from ghostify.text import first_line
 
 SETTINGS, METRICS, PROGRESS = "training.json", "metrics.jsonl", "progress.json"
-BEST, STATE = "best.safetensors", "state-"
+BEST, STATE, TENSORBOARD = "best.safetensors", "state-", "tensorboard"
 PYTORCH_WRITERS = ("inline_container", "PytorchStreamWriter", "iostream")  # in messages about files it cannot write
 OTHER_OBJECTS = "custom_checkpoint"  # Accelerate's name for the files of registered objects
 NEW_KEYS = {"apart": "distance_to_original", "stale": "evaluations_without_gain"}  # by the key in earlier versions
@@ -142,6 +143,16 @@ class RunFolder:
     def load_best(self) -> dict[str, Tensor]:
         """The weights that were saved last as the best."""
         return read_tensors(self.folder / BEST, remedy=OTHER_FOLDER)
+
+    def discard_start(self) -> None:
+        """Remove what was written before the first state: nothing can resume from it."""
+        if not self.is_main or self._states():
+            return
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        shutil.rmtree(self.folder / TENSORBOARD, ignore_errors=True)
+        for name in (BEST, METRICS, SETTINGS):
+            (self.folder / name).unlink(missing_ok=True)
 
     def close(self) -> None:
         """Flush TensorBoard's log, end its thread, and leave the folder to other processes."""
@@ -251,4 +262,4 @@ def _tensorboard_writer(folder: Path, step: int) -> Any:
         writer_class = importlib.import_module("torch.utils.tensorboard").SummaryWriter
     except ImportError:
         return None
-    return writer_class(str(folder / "tensorboard"), purge_step=step)
+    return writer_class(str(folder / TENSORBOARD), purge_step=step)

@@ -35,7 +35,7 @@ from ghostify.training.recipe import Recipe
 from ghostify.training.run_folder import RunFolder, TrainingProgress
 
 LOG_EVERY = 10
-UNSTABLE = "Lower the learning rate or set clip, and use another folder; this one keeps the last good state."
+UNSTABLE = "Lower the learning rate or set clip, and use another folder; the last good state stays in this one."
 ProgressCallback = Callable[[int, int, str], None]
 
 
@@ -72,7 +72,8 @@ def finetune(
     that a call with the same arguments resumes after an interruption and ends with the same result. It also keeps the
     metrics, as JSON lines and for TensorBoard. Devices, precision and processes are those of Accelerate (`accelerate
     launch`, `torchrun`), or of the given `accelerator`. Raises `GhostifyError` for a folder of another run, and where a
-    loss, a metric or a weight is not finite: the last good state stays in the folder.
+    loss, a metric or a weight is not finite: the last good state stays in the folder. A run that ends before its first
+    state leaves nothing.
     """
     recipe, folder = recipe or Recipe(), Path(folder)
     if recipe.labels and not data.labelled:
@@ -82,6 +83,9 @@ def finetune(
     run_folder = RunFolder(folder, {**asdict(recipe), **training.data_settings}, is_main=accelerator.is_main_process)
     try:
         _train(training, run_folder, on_progress or (lambda *_: None))
+    except BaseException:
+        run_folder.discard_start()
+        raise
     finally:
         run_folder.close()
     result = copy.deepcopy(model)
