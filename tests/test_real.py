@@ -84,11 +84,13 @@ def test_what_the_report_says_is_in_the_row(tiny, monkeypatch):
     assert real.reported(tiny.model) == {"steps": 0}
     calibrated, fallen, sliced = ((0.1, 0.1), (None, 0.1), (None, None))
     layers = [SimpleNamespace(fit_error=fit, holdout_error=holdout) for fit, holdout in (calibrated, fallen, sliced)]
-    told = SimpleNamespace(layers=layers, forecast=0.2, measured=0.3, healing=SimpleNamespace(steps=9))
+    forecast, healing = SimpleNamespace(error=0.2, agreement=80), SimpleNamespace(steps=9)
+    told = SimpleNamespace(layers=layers, forecast=forecast, measured=None, healing=healing)
     monkeypatch.setattr(real, "report", lambda _: told)
-    assert real.reported(tiny.model) == {"forecast": 0.2, "measured": 0.3, "data_free": 1, "steps": 9}
+    expected = {"forecast": 0.2, "forecast_agreement": 80, "measured": None, "measured_agreement": None}
+    assert real.reported(tiny.model) == {**expected, "data_free": 1, "steps": 9}
     del told.forecast, told.healing
-    assert real.reported(tiny.model) == {"forecast": None, "measured": 0.3, "data_free": 1, "steps": 0}
+    assert real.reported(tiny.model) == {**dict.fromkeys(expected), "data_free": 1, "steps": 0}
 
 
 def test_agreement_counts_confident_answers_and_the_best_five():
@@ -123,7 +125,8 @@ def row(share, images, **measures):
 
 def test_bars_stand_beside_the_means_of_the_seeds():
     seeds = [row(0.875, 256, agreement=a, forecast=f, error=0.1) for a, f in ((79, 0.12), (83, 0.08))]
-    table = bars.real([*seeds, row(0.75, 1024, agreement=71.9)])
+    healed = row(0.75, 1024, agreement=71.9, forecast=0.9, error=0.1, steps=5)
+    table = bars.real([*seeds, healed])
     lines = [line for line in table.splitlines() if line.startswith("| MobileNetV2")]
     assert lines[0].endswith("| 45 | 67 | >= 80 | 81.0 ± 2.0 | yes |")
     assert lines[1].endswith("|  |  | >= 86 |  |  |")

@@ -11,7 +11,8 @@ Measures, all against the original: the same top-1, the same where the original 
 the original's answer among the five best; the relative squared error of the outputs, on test and on calibration images;
 the labelled pictures that are right (20 of ImageNet, or the test images of Fashion-MNIST); for CRAFT, F1 of the boxes;
 for the demosaicking network, the PSNR against the true colours, and the layers whose calibrated fit was dropped.
-`forecast` and `measured` are the report's own errors of the outputs, before and after the fit, on holdout images.
+`forecast` and `measured` are the report's own errors of the outputs, before and after the fit, on holdout images; the
+agreement beside them is on the same images.
 Shares of the MACs are by torch's counter. The other methods get the same images and the largest model within the same
 MACs, without training; those with BatchNorm keep the better of the old and the re-estimated statistics.
 
@@ -181,9 +182,10 @@ def reported(module: nn.Module) -> Row:
         told = report(module)
     except GhostifyError:
         return {"steps": 0}
+    compared = {name: getattr(told, name, None) for name in ("forecast", "measured")}  # earlier reports have neither
     return {
-        "forecast": getattr(told, "forecast", None),
-        "measured": getattr(told, "measured", None),
+        **{name: getattr(outputs, "error", None) for name, outputs in compared.items()},
+        **{f"{name}_agreement": getattr(outputs, "agreement", None) for name, outputs in compared.items()},
         "data_free": sum(layer.fit_error is None and layer.holdout_error is not None for layer in told.layers),
         "steps": getattr(getattr(told, "healing", None), "steps", 0),
     }

@@ -63,8 +63,8 @@ BARS = (
     Bar("ResNet-20", 1 / 8, 512, "drop", None),
     Bar("VGG-16-BN", 1 / 4, 512, "drop", 0.5, "0.5"),
     Bar("VGG-16-BN", 1 / 8, 512, "drop", None),
-    Bar("demosaicking", 3 / 4, 256, "data_free", 0, "falls back"),
     Bar("demosaicking", 1 / 2, 256, "data_free", 0, "falls back"),
+    Bar("demosaicking", 1 / 4, 256, "data_free", 0, "falls back"),
 )
 PUBLISHED = (
     ("low rank by SVD", "MobileNetV2, ImageNet", "12.5 % of the MACs", "15"),
@@ -84,8 +84,10 @@ MEASURES: tuple[tuple[str, str, float, int], ...] = (
     ("psnr", "PSNR dB", 1, 2),
     ("error", "error, test", 1, 4),
     ("calibration_error", "error, calibration", 1, 4),
-    ("forecast", "forecast", 1, 4),
-    ("measured", "holdout", 1, 4),
+    ("forecast", "forecast error", 1, 4),
+    ("measured", "error, holdout", 1, 4),
+    ("forecast_agreement", "forecast same top-1 %", 1, 1),
+    ("measured_agreement", "same top-1, holdout %", 1, 1),
     ("right", "right", 1, 1),
     ("drop", "points lost", 1, 2),
     ("data_free", "layers not calibrated", 1, 0),
@@ -103,8 +105,11 @@ def real(rows: list[Row]) -> str:
 
 
 def forecast_factor(row: Row) -> float | None:
-    """The forecast error over that on the test images or its inverse, at least 1; None without a forecast."""
-    forecast, error = row.get("forecast"), row.get("error")
+    """The forecast error over that on the test images or its inverse, at least 1; None without a forecast of it.
+
+    A forecast is made before gradient steps, so healed rows have none.
+    """
+    forecast, error = None if row.get("steps") else row.get("forecast"), row.get("error")
     return max(forecast / error, error / forecast) if forecast and error else None
 
 

@@ -148,7 +148,7 @@ SETTINGS = {
     "CRAFT": Setting(craft, (1 / 2, 1 / 3), (128,), 48, FACTORED),
     "ResNet-20": Setting(partial(fashion, "resnet20"), (1 / 4, 1 / 8), (512,), 10_000, FACTORED),
     "VGG-16-BN": Setting(partial(fashion, "vgg16"), (1 / 4, 1 / 8), (512,), 10_000, FACTORED),
-    "demosaicking": Setting(demosaic, (3 / 4, 1 / 2), (256,), 384, FACTORED),
+    "demosaicking": Setting(demosaic, (1 / 2, 1 / 4), (256,), 384, FACTORED),
 }
 
 
