@@ -11,8 +11,9 @@ from ghostify.evaluation.metrics import predict, relative_error
 from ghostify.planning import cost
 from ghostify.planning.planner import resolve_targets
 from ghostify.pruning.pruning_groups import PruningGroup, find_pruning_groups
-from ghostify.search.budget import SearchSpace, build_search_space, plan_for_budget, select_plan
+from ghostify.search.budget import plan_for_budget, select_plan
 from ghostify.search.candidates import Candidate
+from ghostify.search.search_space import SearchSpace, build_search_space
 from ghostify.timing.timer import LatencyTimer
 from tests import nets
 
@@ -203,9 +204,9 @@ def test_residual_streams_are_pruned_where_that_loses_least(monkeypatch):
     assert converted.get_submodule("bn2").num_features == len(converted.get_submodule("stem.1").running_var) == kept
     assert cost.count_macs(converted, x[:1]) == report(converted).macs_after <= 0.35 * cost.count_macs(model, x[:1])
     torch.testing.assert_close(deploy(converted, x[:1])(x), converted(x), atol=1e-4, rtol=1e-3)
-    budget_module = sys.modules["ghostify.search.search_space"]
+    space_module = sys.modules["ghostify.search.search_space"]
     groups = [g for g in find_pruning_groups(trace(model, x[:1])) if isinstance(g, PruningGroup)]
-    monkeypatch.setattr(budget_module, "find_pruning_groups", lambda _: [g for g in groups if not g.channels.residual])
+    monkeypatch.setattr(space_module, "find_pruning_groups", lambda _: [g for g in groups if not g.channels.residual])
     other = ghostify(model, example_inputs=x[:1], **options)
     expected = predict(model, [test])
     assert relative_error(predict(converted, [test]), expected) < relative_error(predict(other, [test]), expected)

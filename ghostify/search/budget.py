@@ -31,13 +31,14 @@ from ghostify.search.forecast import describe_expectation, keeps_answers
 from ghostify.search.measured_losses import MeasuredLosses
 from ghostify.search.model_changes import change_of_plan
 from ghostify.search.search_space import SearchSpace, build_search_space
-from ghostify.search.solver import choose_candidates
+from ghostify.search.solver import GAP, choose_candidates
 from ghostify.search.untouched import find_untouched
 from ghostify.timing.timer import LatencyTimer
 from ghostify.user_warnings import warn_user
 
 MAX_REVISIONS = 6
 MAX_ROUNDS = 4
+MEASURED_GAP = 0.01  # of losses that are measured on some tens of images
 LARGER_BUDGETS = (0.4, 0.7)  # as shares of the way from a budget to the original's costs
 MEASURED_SLACK = 1.01
 
@@ -176,10 +177,16 @@ def _solve(space: SearchSpace, limits: Sequence[float]) -> BudgetPlan | None:
     `MAX_ROUNDS` times. Of the choices, that whose simulated plan has the least error as a whole is taken.
     """
     measured, choices = space.measured, list[BudgetPlan]()
-    for _ in range(1 if measured is None else MAX_ROUNDS):
+    rounds, gap = (1, GAP) if measured is None else (MAX_ROUNDS, MEASURED_GAP)
+    for _ in range(rounds):
         candidates = space.candidates if measured is None else measured.corrected(space.candidates)
         remaining = [limit - rest for limit, rest in zip(limits, space.fixed, strict=True)]
-        picks = choose_candidates(candidates, remaining, space.constraints)
+        try:
+            picks = choose_candidates(candidates, remaining, space.constraints, gap)
+        except GhostifyError:
+            if choices:  # the solver takes too long for another one
+                break
+            raise
         if picks is None:
             return None
         chosen = _plan_of(space, picks)

@@ -18,6 +18,7 @@ from ghostify.errors import GhostifyError
 from ghostify.search.candidates import Candidate
 
 SECONDS = 60
+GAP = 1e-4
 TIMED_OUT = 1  # scipy's status
 
 
@@ -58,11 +59,14 @@ Constraint = GroupConstraint | SumConstraint
 
 
 def choose_candidates(
-    candidates: Sequence[Sequence[Candidate]], limits: Sequence[float], constraints: Sequence[Constraint] = ()
+    candidates: Sequence[Sequence[Candidate]],
+    limits: Sequence[float],
+    constraints: Sequence[Constraint] = (),
+    gap: float = GAP,
 ) -> list[int] | None:
     """The index in each list of the candidates of least total loss whose total costs keep within `limits`, or None.
 
-    A mixed-integer program, solved to a relative gap of 1e-4. Candidates whose loss or costs are not finite are not
+    A mixed-integer program, solved to a relative `gap`. Candidates whose loss or costs are not finite are not
     chosen. Raises `GhostifyError` where no solution is found within
     `SECONDS`.
     """
@@ -90,7 +94,7 @@ def choose_candidates(
             integrality=np.ones(len(flat)),
             bounds=Bounds(0, is_known.astype(float)),
             constraints=[LinearConstraint(one_each, 1, 1), within, *agreements],
-            options={"mip_rel_gap": 1e-4, "time_limit": SECONDS},
+            options={"mip_rel_gap": gap, "time_limit": SECONDS},
         )
     if result.x is None:
         if result.status != TIMED_OUT:
