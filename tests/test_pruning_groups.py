@@ -77,6 +77,26 @@ def test_channelwise_operators_do_not(between):
     assert names(nn.Sequential(nn.Conv2d(3, 8, 3), between, nn.Conv2d(8, 4, 1))) == [("0", "2")]
 
 
+class Fan(nn.Module):
+    """A convolution that reads the outputs of so many others."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Conv2d(3, 2, 1) for _ in range(count))
+        self.last = nn.Conv2d(2 * count, 4, 1)
+
+    def forward(self, x):
+        return self.last(torch.cat([branch(x) for branch in self.branches], 1))
+
+
+def test_a_convolution_that_reads_very_many_groups_prevents_pruning():
+    assert len(names(Fan(8))) == 8
+    assert set(reasons(Fan(9)).values()) == {
+        "last reads more than 8 groups of channels",
+        "the channels reach the output",
+    }
+
+
 def test_hooks_and_grouped_convolutions_prevent_pruning():
     grouped = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3, groups=8), nn.Conv2d(16, 4, 1))
     assert names(grouped) == []

@@ -11,6 +11,8 @@ from ghostify.pruning import obstacles
 from ghostify.pruning.channel_groups import ChannelGroup, Member, find_channel_groups
 from ghostify.pruning.kept_channels import KeptChannels, kept_by_path, kept_parts
 
+MAX_GROUPS_READ = 8  # with more, as in a DenseNet, a budget's program is not solved in its time
+
 
 @dataclass(frozen=True)
 class GroupMember:
@@ -82,23 +84,30 @@ def find_pruning_groups(program: Program) -> Iterator[PruningGroup | Unprunable]
     for path, subgraph in program.subgraphs.items():
         layers = (*program.convolutions, *program.linear_layers)
         convs = {call.node: c for c in layers if c.subgraph_path == path for call in c.calls}
-        for channels in find_channel_groups(subgraph).groups:
+        all_groups = find_channel_groups(subgraph).groups
+        groups_read = Counter(node for channels in all_groups for node in {m.node for m in channels.consumers})
+        for channels in all_groups:
             producers = [convs[m.node] for m in channels.producers if m.node in convs]
             if not producers:
                 continue
-            obstacle = channels.pruning_obstacle or _unsupported_reason(channels, convs)
+            obstacle = channels.pruning_obstacle or _unsupported_reason(channels, convs, groups_read)
             if obstacle is None:
                 yield PruningGroup(path, channels, tuple(_members(channels, convs)))
             else:
                 yield Unprunable(producers[0].name, obstacle)
 
 
-def _unsupported_reason(channels: ChannelGroup, convs: Mapping[str, Convolution]) -> str | None:
+def _unsupported_reason(
+    channels: ChannelGroup, convs: Mapping[str, Convolution], groups_read: Mapping[str, int]
+) -> str | None:
     """The reason why members cannot be pruned, or their consumers not refitted; None if they can."""
     for member in (*channels.producers, *channels.consumers):
         conv = convs[member.node]
         if conv.unsupported_reason is not None:
             return f"{conv.name}: {conv.unsupported_reason}"
+    for consumer in channels.consumers:
+        if groups_read[consumer.node] > MAX_GROUPS_READ:
+            return obstacles.MANY_GROUPS.format(consumer.path, MAX_GROUPS_READ)
     return None if channels.consumers else obstacles.NO_CONSUMER
 
 

@@ -16,7 +16,7 @@ from ghostify.search.layer_statistics import compute_layer_statistics
 from ghostify.search.solver import Constraint, GroupConstraint, GroupRange, SumConstraint
 from ghostify.timing.timer import LatencyTimer
 
-SUM_STEPS = 16
+SUM_STEPS = 8
 KEPT_OUT, KEPT_IN = "kept_out_count", "kept_in_count"
 
 ListKey = tuple[int, str]  # the number of a layer's list, and the field of its candidates that a constraint limits
