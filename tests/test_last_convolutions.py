@@ -45,19 +45,19 @@ def test_a_detector_that_finds_nothing_is_fitted_to_its_last_convolutions():
     batches = bind_calibration(program.module, [x])
     sensitivity, last = last_sensitivity(program, batches, 0)
     assert last == ("scores", "boxes")
-    found = nn.ModuleDict({"trunk": model.trunk, "scores": model.scores, "boxes": model.boxes})
+    layers = nn.ModuleDict({"trunk": model.trunk, "scores": model.scores, "boxes": model.boxes})
 
     class Ends(nn.Module):
         def __init__(self):
             super().__init__()
-            self.found = found
+            self.layers = layers
 
         def forward(self, x):
-            y = torch.relu(self.found["trunk"](x))
-            return self.found["scores"](y), self.found["boxes"](y)
+            y = torch.relu(self.layers["trunk"](x))
+            return self.layers["scores"](y), self.layers["boxes"](y)
 
     wanted = prepare_calibration(trace(Ends().eval()), [x]).sensitivity
-    torch.testing.assert_close(sensitivity["trunk"], wanted["found.trunk"])
+    torch.testing.assert_close(sensitivity["trunk"], wanted["layers.trunk"])
     (note,) = report(ghostify(model, calibration=[x])).notes
     assert note.endswith("by their effect on the outputs of the last convolutions (scores, boxes)")
     assert report(ghostify(Detector(0.5).eval(), calibration=[x])).notes == ()

@@ -43,8 +43,8 @@ def test_what_the_first_convolution_keeps_is_said_and_what_it_would_save():
 
 def test_convolutions_that_no_rule_can_change_have_no_remedy_and_those_of_few_macs_no_note():
     program = trace(nets.settle(nets.Inverted()), nets.images(1))
-    found = find_untouched(program, [s for s in resolve_targets(program, Policy()) if hasattr(s, "reason")])
-    by_reason = {untouched.reason: untouched for untouched in found}
+    all_untouched = find_untouched(program, [s for s in resolve_targets(program, Policy()) if hasattr(s, "reason")])
+    by_reason = {untouched.reason: untouched for untouched in all_untouched}
     assert by_reason["depthwise convolution"].gain == 0
     assert str(by_reason["depthwise convolution"]).endswith("% of the MACs")
     ignoring = resolve_targets(program, Policy(Rule(ignore=("expand.0", "project.0"))))

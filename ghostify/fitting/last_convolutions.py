@@ -24,12 +24,12 @@ def followed_convolutions(calls: Sequence[ConvOutput]) -> set[str]:
     """The convolutions of which a call's output is among the inputs of another call, by the graph of gradients."""
     names = {call.zero: call.name for call in calls}
     pending: list[Any] = [call.before.grad_fn for call in calls]
-    followed, seen = set[str](), set[Any]()
+    followed, visited = set[str](), set[Any]()
     while pending:
         function = pending.pop()
-        if function is None or function in seen:
+        if function is None or function in visited:
             continue
-        seen.add(function)
+        visited.add(function)
         variable = getattr(function, "variable", None)  # of a leaf
         if variable is not None and variable in names:
             followed.add(names[variable])

@@ -51,14 +51,14 @@ def find_untouched(program: Program, skips: Iterable[Skip]) -> list[Untouched]:
         by_reason[skip_reasons.kind_of(skip.reason)].append(skip.conv)
     for chosen in skip_reasons.CHOSEN_BY_PLAN:
         by_reason.pop(chosen, None)
-    found = []
+    parts = []
     for reason, convs in by_reason.items():
         before, after = sum(map(_macs, convs)), sum(map(_least_macs, convs))
         share = before / program.macs if program.macs else 0.0
         if share >= MIN_SHARE:
             gain = share * (1 - after / before) if reason in REMEDIES else 0.0
-            found.append(Untouched(reason, tuple(conv.name for conv in convs), share, gain))
-    return sorted(found, key=lambda untouched: -untouched.share)
+            parts.append(Untouched(reason, tuple(conv.name for conv in convs), share, gain))
+    return sorted(parts, key=lambda untouched: -untouched.share)
 
 
 def _macs(conv: Convolution) -> int:
