@@ -15,7 +15,7 @@ KINDS = {
     "f1": "box F1, %",
     "drop": "points of top-1 lost",
     "data_free": "layers without a calibrated fit",
-    "forecast": "forecast error over the measured one, or its inverse, the largest",
+    "forecast": "forecast error over that on the test images, or its inverse, the largest",
 }
 
 
