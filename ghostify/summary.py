@@ -29,8 +29,8 @@ class LayerReport:
 
     `fit_error` and `holdout_error` are relative reconstruction errors, averaged over channels, on the fitted
     calibration images and on the holdout; channels that the model's outputs hardly feel count less. `output_error` is
-    the relative squared error of the model's outputs that the holdout error predicts. `channels` are the original's channel
-    indices in the order of the ghost module, intrinsic ones first.
+    the relative squared error of the model's outputs that the holdout error predicts. `channels` are the original's
+    channel indices in the order of the ghost module, intrinsic ones first.
     `reorders_output` says that a gather restores the channel order of the output, `activated` that the ghosts read
     activated maps. Where channels are pruned, `kept_out_count` and `kept_in_count` count the kept outputs and inputs. A
     convolution that is pruned only, or skipped, has no `form`: its `width` and `dw_size` are 0, and `intrinsic` is the
