@@ -1,9 +1,11 @@
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from ghostify import GhostifyError, trace
-from ghostify.fitting.calibration import MAX_BATCH_VALUES, bind_calibration, split
+from ghostify.fitting.calibration import HOLDOUT_RUNS, MAX_BATCH_VALUES, bind_calibration, holdout_mask, split
 from ghostify.graph.inputs import PlaceholderValues
 from tests import nets
 
@@ -71,3 +73,11 @@ def test_images_are_channels_last_where_the_model_supports_it():
         .is_contiguous(memory_format=torch.channels_last)
     )
     assert bind_calibration(trace(Flattening().eval()).module, [x]).local_batches[0].inputs.values[0].is_contiguous()
+
+
+@given(st.integers(1, 3000))
+def test_the_holdout_is_an_eighth_of_the_images_in_few_runs(images):
+    mask = holdout_mask(torch.arange(images), images)
+    runs = int(mask.diff(prepend=torch.zeros(1, dtype=torch.bool)).sum() + 1) // 2
+    assert runs <= 2 * HOLDOUT_RUNS
+    assert mask.sum() == (images > 1 if images < 16 else pytest.approx(images / 8, rel=0.5))

@@ -34,13 +34,13 @@ def test_targets_are_the_outputs_of_the_convolution_for_its_patches():
         torch.testing.assert_close(outputs, sample.y, rtol=1e-3, atol=1e-4)
 
 
-def test_moments_are_those_of_all_rows_and_every_eighth_image_is_in_the_holdout():
+def test_moments_are_those_of_the_rows_and_an_eighth_of_the_images_is_in_the_holdout():
     layer_samples, samples = take_samples(nets.images(24))
-    assert torch.equal(torch.cat([s.holdout for s in samples]), holdout_mask(torch.arange(24)))
+    assert torch.equal(torch.cat([s.holdout for s in samples]), holdout_mask(torch.arange(24), 24))
     rows, holdout_rows = torch.cat([s.y for s in samples]).double(), torch.cat([s.holdout_rows for s in samples])
     assert layer_samples.moments.fitted.count + layer_samples.moments.holdout.count == len(rows)
     assert layer_samples.moments.holdout.count == holdout_rows.sum()
-    torch.testing.assert_close(layer_samples.moments.all_rows.mean_y, rows.mean(0))
+    torch.testing.assert_close(layer_samples.moments.fitted_rows.mean_y, rows[~holdout_rows].mean(0))
 
 
 def test_values_that_are_not_finite_name_batch_and_layer():

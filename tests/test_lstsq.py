@@ -40,11 +40,31 @@ def test_the_filter_refit_uses_the_ridge_with_the_smallest_holdout_error():
     u = torch.randn(300, 6, generator=generator, dtype=torch.float64)
     true = torch.randn(6, 4, generator=generator, dtype=torch.float64)
     fitted, holdout = moments_of(u[:200], u[:200] @ true + 2), moments_of(u[200:], u[200:] @ true + 2)
-    assert lstsq.best_ridge(fitted.centred(), holdout.centred(), torch.zeros_like(true), torch.ones(4), 0.1) == 1e-4
+    assert (
+        lstsq.best_ridge(fitted.centred(), holdout.centred(), torch.zeros_like(true), torch.ones(4), 0.1).ridge == 1e-4
+    )
     filters = lstsq.refit_filters(SplitMoments(fitted, holdout), torch.zeros_like(true), torch.ones(4), free_mean=True)
     torch.testing.assert_close(filters, true, rtol=1e-3, atol=1e-3)
     few = moments_of(u[:8], u[:8] @ true + 3 * torch.randn(8, 4, generator=generator, dtype=torch.float64))
-    assert lstsq.best_ridge(few.centred(), holdout.centred(), true, torch.ones(4), 0.01) == 1.0
+    choice = lstsq.best_ridge(few.centred(), holdout.centred(), true, torch.ones(4), 0.01)
+    assert choice.share < 0.01
+    refitted = lstsq.refit_filters(SplitMoments(few, holdout), true, torch.ones(4), free_mean=True)
+    torch.testing.assert_close(refitted, true, rtol=0.01, atol=0.01)
+
+
+@given(st.integers(0, 99))
+def test_the_share_is_the_best_one_on_the_holdout(seed):
+    generator = torch.Generator().manual_seed(seed)
+    u, y = (torch.randn(60, k, generator=generator, dtype=torch.float64) for k in (6, 4))
+    fitted, holdout, prior = moments_of(u[:20], y[:20]), moments_of(u[20:], y[20:]), torch.zeros(6, 4).double()
+    weights = torch.rand(4, generator=generator, dtype=torch.float64)
+    choice = lstsq.best_ridge(fitted.centred(), holdout.centred(), prior, weights, 0.1)
+    whole = solve_ridge(*fitted.centred()[:2], prior, choice.ridge)
+    errors = [
+        float((weights * holdout.errors_of(s * whole, torch.arange(4), free_mean=True)).sum())
+        for s in (choice.share, 0.0, 0.25, 0.5, 0.75, 1.0)
+    ]
+    assert min(errors) >= errors[0] - 1e-9
 
 
 def maps_statistics(maps, targets, d):

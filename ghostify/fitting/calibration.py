@@ -24,6 +24,7 @@ INPUT_MEMORY_BYTES = 1 << 26
 MAX_BATCH_VALUES = 16 * 3 * 224**2
 HOLDOUT_EVERY = 8
 IMAGES_PER_PASS = 8
+HOLDOUT_RUNS = 8
 MEMORY_FORMAT_TOLERANCE = 1e-2
 
 
@@ -150,9 +151,14 @@ def to_memory_format(inputs: CallInputs, memory_format: torch.memory_format) -> 
     return tree_map(convert, inputs)
 
 
-def holdout_mask(numbers: Tensor, every: int = HOLDOUT_EVERY) -> Tensor:
-    """Which images are in the holdout, by number: the last of every `every`, none of a single one."""
-    return numbers % every == max(every - 1, 1)
+def holdout_mask(numbers: Tensor, images: int) -> Tensor:
+    """Which of a set of `images` images are in the holdout, by number: an eighth, none of a single one.
+
+    Neighbours may be crops of one picture or frames of one video, so that the holdout is up to `HOLDOUT_RUNS` runs of
+    consecutive images, spread over the set.
+    """
+    every, length = min(HOLDOUT_EVERY, images), max(1, images // (HOLDOUT_EVERY * HOLDOUT_RUNS))
+    return numbers % (every * length) >= max(every - 1, 1) * length
 
 
 def count_images(inputs: CallInputs) -> int:

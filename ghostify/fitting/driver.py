@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
@@ -47,6 +47,7 @@ from ghostify.user_warnings import warn_user
 
 OVERFIT_RATIO = 1.5
 OVERFIT_MIN_ERROR = 0.02
+NOTED_RATIO = 1.1
 
 ProgressCallback = Callable[[int, int, str], None]
 
@@ -55,8 +56,9 @@ ProgressCallback = Callable[[int, int, str], None]
 class FitResult:
     """Weights by convolution name, the number of calibration images (0: data-free), and the seconds by stage.
 
-    `notes` name the layers that are fitted to fewer rows than others, and those whose weights come from the filters
-    alone since the fit to the images was worse, with the reason, and say where errors are not weighed by the outputs.
+    `notes` say what more images would bring, and where errors are not weighed by the outputs. They name the layers that
+    are fitted to fewer rows than others, and those whose weights come from the filters alone since the fit to the
+    images was worse.
     """
 
     weights: Mapping[str, FittedWeights]
@@ -112,7 +114,8 @@ def fit(
     with torch.no_grad():
         run.fit_subgraphs(prepared)
     _warn_if_overfit(run.weights, prepared.batches)
-    notes = [*prepared.notes, *(_note_on_rows(e) for e in run.fitted if needs_rows(_features(e)))]
+    notes = [*prepared.notes, *_note_on_images(run.weights)]
+    notes += [_note_on_rows(e) for e in run.fitted if needs_rows(_features(e))]
     notes += [
         f"{name}: its weights are those without images: fitted to the images, it has a larger error on the holdout"
         for name, w in run.weights.items()
@@ -275,6 +278,23 @@ def _warn_if_overfit(weights: Mapping[str, FittedWeights], batches: CalibrationB
             f"fit overfits the calibration images: in {len(overfit)} of {len(weights)} layers (first: {overfit[0]}) "
             f"the error on the holdout is more than {OVERFIT_RATIO:g} times that on the {batches.images} images. "
             "Use more images, or more varied ones."
+        )
+
+
+def _note_on_images(weights: Mapping[str, FittedWeights]) -> Iterator[str]:
+    """What more images would bring, where errors are larger on images that are not fitted.
+
+    Least squares with p unknowns on N rows have errors of about (1 - p / N) times the least possible one on these rows,
+    and (1 + p / N) times on others.
+    """
+    both = [(w.fit_error, w.holdout_error) for w in weights.values()]
+    errors = [(float(f.mean()), float(h.mean())) for f, h in both if f is not None and h is not None]
+    fitted, holdout = (sum(column) / len(errors) for column in zip(*errors, strict=True)) if errors else (0.0, 0.0)
+    if holdout > NOTED_RATIO * fitted:
+        expected = holdout - (holdout - fitted) / 4
+        yield (
+            f"mean error of the layers: {fitted:.3f} on the fitted images, {holdout:.3f} on the holdout; "
+            f"with twice the images expect about {expected:.3f}"
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -96,13 +96,15 @@ class GhostFit:
     def fit(self, timer: StageTimer, data_free: Callable[[], GhostWeights]) -> GhostWeights:
         """Ghost weights from all batches, or those of `data_free` if their error on the holdout is smaller."""
         moments, filters = self.samples.moments.all_reduced(), patches.flatten_filters(self.conv).T
-        all_rows = moments.all_rows
-        measure = error_measure(all_rows, self.sensitivity, self.norm_weights, free_mean=self.free_mean)
+        self.is_split = moments.is_split
+        rows = moments.fitted_rows
+        measure = error_measure(rows, self.sensitivity, self.norm_weights, free_mean=self.free_mean)
         if not self.is_shared:
             with timer("solving"):
-                filters = self.method.refit_filters(moments, filters, measure.weights, free_mean=self.free_mean)
-        bias = None if self.conv.bias is None else all_rows.mean_y - filters.T @ all_rows.mean_u
-        joint = self._joint_statistics(all_rows, filters, bias, measure.weights, timer)
+                prior = self.samples.prior_filters(measure.weights, free_mean=self.free_mean, method=self.method)
+                filters = self.method.refit_filters(moments, prior, measure.weights, free_mean=self.free_mean)
+        bias = None if self.conv.bias is None else rows.mean_y - filters.T @ rows.mean_u
+        joint = self._joint_statistics(rows, filters, bias, measure.weights, timer)
         stats: JointStatistics | AssignedStatistics = joint
         if self.has_many_maps:
             with timer("solving"):
@@ -112,14 +114,18 @@ class GhostFit:
         with timer("solving"):
             solution = lstsq.solve_ghosts(stats, self.entry.layout, measure.metric, self.method)
             linear = to_ghost_weights(self.conv, self.entry, stats, solution, measure.scales)
-        if not moments.holdout.count:
+        if not moments.is_split:
             return linear
         forms = (
             [linear]
             if self.activation_chain is None
-            else [linear, self._fit_activated(self.activation_chain, all_rows, filters, measure, timer)]
+            else [linear, self._fit_activated(self.activation_chain, rows, filters, measure, timer)]
         )
         return self._select_on_holdout(forms, measure, data_free)
+
+    def _fitted_crops(self) -> Iterator[Crop]:
+        """The crops of the images that are fitted."""
+        return (crop[~holdout] if self.is_split else crop for crop, holdout in self.crops)
 
     def _joint_statistics(
         self, moments: Moments | Rows, filters: Tensor, bias: Tensor | None, weights: Tensor, timer: StageTimer
@@ -147,7 +153,7 @@ class GhostFit:
         d, intrinsic, source = self.entry.layout.kernel_size, assignment.intrinsic[:, 0], sources_of(assignment)
         basis, intrinsic_bias = filters.T[intrinsic], None if bias is None else bias[intrinsic]
         moments = AssignedMoments.zero(len(intrinsic), d * d, len(source))
-        for crop, _ in self.crops:
+        for crop in self._fitted_crops():
             maps = crop.maps(self.conv, basis)
             if intrinsic_bias is not None:
                 maps = maps + intrinsic_bias.to(maps.dtype)[:, None, None] * crop.valid_mask
@@ -177,7 +183,7 @@ class GhostFit:
 
         with timer("moments"):
             map_moments = PerMapMoments.zero(layout.outputs, taps)
-            for crop in (crop[::2] for crop, _ in self.crops):
+            for crop in (crop[::2] for crop in self._fitted_crops()):
                 neighbours = activated_neighbours(crop, torch.arange(layout.outputs))
                 map_moments.add(neighbours, patches.flatten_positions(crop.target))
             stats = map_statistics(map_moments.all_reduced(), self.free_mean)
@@ -186,7 +192,7 @@ class GhostFit:
         intrinsic, source = assignment.intrinsic[:, 0], assignment.sources[:, 0]
         with timer("moments"):
             ghost_moments = AssignedMoments.zero(len(intrinsic), taps, len(source))
-            for crop, _ in self.crops:
+            for crop in self._fitted_crops():
                 targets = patches.flatten_positions(crop.target)[:, assignment.ghosts]
                 ghost_moments.add(activated_neighbours(crop, intrinsic), targets, source)
         with timer("solving"):
@@ -278,7 +284,7 @@ class GhostFit:
         """Moments of the basis maps at the taps of the cheap kernel; with `constant`, also of a map that is 1."""
         moments = Moments.zero(d * d * (len(basis) + constant), self.conv.out_channels)
         every = 2 if self.has_many_maps else 1
-        for crop in (crop[::every] for crop, _ in self.crops):
+        for crop in (crop[::every] for crop in self._fitted_crops()):
             maps = crop.maps(self.conv, basis)
             if constant:
                 maps = torch.cat((maps, crop.valid_mask), 1)

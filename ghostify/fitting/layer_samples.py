@@ -10,8 +10,9 @@ from torch import Tensor, fx, nn
 
 from ghostify.errors import GhostifyError
 from ghostify.fitting import patches
-from ghostify.fitting.calibration import HOLDOUT_EVERY, holdout_mask
+from ghostify.fitting.calibration import holdout_mask
 from ghostify.fitting.lockstep import BatchState, LockstepRun
+from ghostify.fitting.lstsq import DEFAULT_METHOD, FitMethod
 from ghostify.fitting.moments import SplitMoments
 from ghostify.fitting.row_sample import SplitRows, needs_rows, sampled_rows_for
 from ghostify.graph.batchnorm import BatchNorm, batchnorm_affine
@@ -20,6 +21,7 @@ from ghostify.numerics import derive_seed
 from ghostify.planning.planner import GhostRewrite, PruneRewrite
 
 MAX_ROWS = 40_000
+MAX_ORIGINAL_FEATURES = 4608
 MIN_PATCH_ROWS = 14_000
 MAX_PRODUCTS = 34e9
 MIN_RELATIVE_SCALE = 0.01
@@ -47,7 +49,8 @@ class LayerSamples:
     fewer rows of both where the moments would be too large.
 
     `gain` is sigma / gamma of the following norm, by channel of the original (see `regression_target`). `conv` is the
-    convolution that reads the patches; its outputs are the channels `kept_out` of the original's.
+    convolution that reads the patches; its outputs are the channels `kept_out` of the original's. Where inputs are
+    pruned, `original_moments` are those of the original's inputs that are kept, with the original's outputs.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class LayerSamples:
     ) -> None:
         self.name, self.conv, self.gain, self.images, self.seed = entry.conv.name, conv, gain, images, seed
         self.kept_out, self.residual = kept_out_of(entry), lockstep.node(entry.residual_operand)
+        self.kept_in = None if entry.kept_channels is None else entry.kept_channels.kept_in
         features = conv.weight[0].numel()
         self.moments: SplitMoments | SplitRows
         if needs_rows(features):
@@ -70,19 +74,36 @@ class LayerSamples:
                 SplitMoments.zero(features, len(self.kept_out)),
                 rows_for(features, MIN_PATCH_ROWS),
             )
+        has_other_inputs = self.kept_in is not None and features <= MAX_ORIGINAL_FEATURES
+        self.original_moments = SplitMoments.zero(features, len(self.kept_out)) if has_other_inputs else None
 
     def take(self, node: fx.Node, state: BatchState) -> Sample:
         """The sample of one batch; adds its moments. Raises `GhostifyError` for values that are not finite."""
         image = as_maps(state.value(node.all_input_nodes[0]).float().cpu())
         target = regression_target(node, state, self.residual, self.gain, self.kept_out)
-        holdout = holdout_mask(torch.arange(len(target)) + state.batch.first, min(HOLDOUT_EVERY, self.images))
+        holdout = holdout_mask(torch.arange(len(target)) + state.batch.first, self.images)
         seed = derive_seed(self.seed, state.batch.first)
         positions = patches.sample_positions(target.shape, self.positions_per_map(state, target, self.rows), seed)
         u, y = patches.extract_patches(self.conv, image, positions), patches.gather_positions(target, positions)
         check_finite((u, y), state, self.name)
         holdout_rows = holdout[positions[0]]
         self.moments.add(u, y, holdout_rows)
+        if self.original_moments is not None:
+            original = state.original[node.all_input_nodes[0]][:, self.kept_in].float().cpu()
+            output = state.original[node][:, self.kept_out].float().cpu()
+            patches_of_original = patches.extract_patches(self.conv, original, positions)
+            self.original_moments.add(patches_of_original, patches.gather_positions(output, positions), holdout_rows)
         return Sample(image, target, holdout, holdout_rows, u, y, seed)
+
+    def prior_filters(self, weights: Tensor, *, free_mean: bool, method: FitMethod = DEFAULT_METHOD) -> Tensor:
+        """The filters (c k^2 x n) for the original's inputs: where some are pruned, the others predict them.
+
+        `weights` (n) are the costs of the outputs' errors.
+        """
+        filters = patches.flatten_filters(self.conv).T
+        if self.original_moments is None:
+            return filters
+        return method.refit_filters(self.original_moments.all_reduced(), filters, weights, free_mean=free_mean)
 
     def positions_per_map(self, state: BatchState, target: Tensor, rows: int) -> int:
         """Number of positions to sample in each map of a batch, for about `rows` rows over all images."""

@@ -18,6 +18,11 @@ def solve_ridge(uu: Tensor, uy: Tensor, prior: Tensor, ridge: float) -> Tensor:
     return prior + solve_damped(uu, uy - uu @ prior, damping)
 
 
+def best_share(slope: float, curvature: float) -> float:
+    """The share s in [0, 1] of a change with the smallest error, which is s^2 `curvature` / 2 - s `slope` and more."""
+    return min(max(slope / curvature, 0.0), 1.0) if curvature > 0 else 0.0
+
+
 def damping_for(grams: Tensor, rows: float) -> Tensor:
     """A share of each matrix's mean diagonal, proportional to the number of unknowns per row."""
     share = max(MIN_RELATIVE_DAMPING, DAMPING_PER_UNKNOWN * grams.shape[-1] / rows)

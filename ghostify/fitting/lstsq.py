@@ -19,7 +19,7 @@ from typing_extensions import assert_never
 from ghostify.fitting.assignment import GhostAssignment, assign_ghosts
 from ghostify.fitting.depthwise_statistics import AssignedStatistics, pair_errors, to_original_order
 from ghostify.fitting.ghost_statistics import Solution
-from ghostify.fitting.linear_solvers import cholesky_root, damping_for, solve_damped, solve_ridge
+from ghostify.fitting.linear_solvers import best_share, cholesky_root, damping_for, solve_damped, solve_ridge
 from ghostify.fitting.moments import Moments, SplitMoments, rank_in_group
 from ghostify.fitting.row_sample import SplitRows, refit_on_rows
 from ghostify.modules.layout import Depthwise, GhostLayout, Grouped, Pointwise
@@ -103,9 +103,9 @@ def joint_statistics(
 def refit_filters(moments: SplitMoments | SplitRows, prior: Tensor, weights: Tensor, *, free_mean: bool) -> Tensor:
     """The filters (c k^2 x n) that best predict the outputs from the layer's present inputs, by ridge regression.
 
-    The ridge shrinks towards the original filters `prior`. It is the one with the smallest error on the holdout,
-    weighted by `weights` (n), and is then used on all rows; without a holdout it is `DEFAULT_RIDGE`. With `free_mean`
-    a constant per output is free.
+    The ridge shrinks towards `prior`, the filters for the original's inputs, and of the change a share is made. Both
+    are those with the smallest error on the holdout, weighted by `weights` (n); the holdout is in no sum that is
+    fitted. Without a holdout, all rows are fitted with `DEFAULT_RIDGE`. With `free_mean` a constant per output is free.
     """
 
     if isinstance(moments, SplitRows):
@@ -114,39 +114,54 @@ def refit_filters(moments: SplitMoments | SplitRows, prior: Tensor, weights: Ten
     def second_moments(moments: Moments) -> tuple[Tensor, Tensor, Tensor]:
         return moments.centred() if free_mean else moments.raw()
 
-    ridge = DEFAULT_RIDGE
-    if moments.holdout.count:
-        is_ample = moments.fitted.count > AMPLE_ROWS_PER_FEATURE * len(prior)
-        initial_ridge = RELATIVE_RIDGES[2] if is_ample else RELATIVE_RIDGES[3]
-        fitted, holdout = second_moments(moments.fitted), second_moments(moments.holdout)
-        ridge = best_ridge(fitted, holdout, prior, weights, initial_ridge)
-    uu, uy, _ = second_moments(moments.all_rows)
-    return solve_ridge(uu, uy, prior, ridge)
+    fitted = second_moments(moments.fitted_rows)
+    if not moments.is_split:
+        return solve_ridge(*fitted[:2], prior, DEFAULT_RIDGE)
+    is_ample = moments.fitted.count > AMPLE_ROWS_PER_FEATURE * len(prior)
+    initial_ridge = RELATIVE_RIDGES[2] if is_ample else RELATIVE_RIDGES[3]
+    choice = best_ridge(fitted, second_moments(moments.holdout), prior, weights, initial_ridge)
+    return prior + choice.share * (solve_ridge(*fitted[:2], prior, choice.ridge) - prior)
+
+
+@dataclass(frozen=True)
+class RidgeChoice:
+    """A ridge relative to the mean diagonal of the moments, and the share of the resulting change that is made."""
+
+    ridge: float
+    share: float
 
 
 def best_ridge(
     fitted: tuple[Tensor, ...], holdout: tuple[Tensor, ...], prior: Tensor, weights: Tensor, initial_ridge: float
-) -> float:
+) -> RidgeChoice:
     """The one of `RELATIVE_RIDGES` with the smallest error of some outputs on `holdout`, by descent from
-    `initial_ridge`."""
+    `initial_ridge`, each with its best share."""
     some = torch.arange(0, prior.shape[1], -(-prior.shape[1] // MAX_HOLDOUT_OUTPUTS))
     dtype = torch.float32 if len(prior) > MAX_HOLDOUT_OUTPUTS else prior.dtype
     uu, uy, prior = fitted[0].to(dtype), fitted[1][:, some].to(dtype), prior[:, some].to(dtype)
     holdout_uu, holdout_uy, weights = holdout[0].to(dtype), holdout[1][:, some].to(dtype), weights[some].to(dtype)
 
+    holdout_residual = holdout_uy - holdout_uu @ prior
+
     @cache
-    def loss(k: int) -> float:
+    def choice(k: int) -> tuple[float, float]:
+        """The change of the holdout error (half of it), and the share."""
         if not 0 <= k < len(RELATIVE_RIDGES):
-            return float("inf")
-        filters = solve_ridge(uu, uy, prior, RELATIVE_RIDGES[k])
-        gain = 2 * (filters * holdout_uy).sum(0) - (filters * (holdout_uu @ filters)).sum(0)
-        return -(weights * gain).sum().item()
+            return float("inf"), 0.0
+        change = solve_ridge(uu, uy, prior, RELATIVE_RIDGES[k]) - prior
+        slope = float((weights * (change * holdout_residual).sum(0)).sum())
+        curvature = float((weights * (change * (holdout_uu @ change)).sum(0)).sum())
+        share = best_share(slope, curvature)
+        return share * (share * curvature / 2 - slope), share
+
+    def loss(k: int) -> float:
+        return choice(k)[0]
 
     k = RELATIVE_RIDGES.index(initial_ridge)
     step = 1 if loss(k + 1) < loss(k) else -1
     while loss(k + step) < loss(k):
         k += step
-    return RELATIVE_RIDGES[k]
+    return RidgeChoice(RELATIVE_RIDGES[k], choice(k)[1])
 
 
 def solve_ghosts(

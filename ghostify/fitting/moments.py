@@ -140,9 +140,15 @@ class SplitMoments:
     def all_reduced(self) -> SplitMoments:
         return SplitMoments(self.fitted.all_reduced(), self.holdout.all_reduced())
 
+    @property
+    def is_split(self) -> bool:
+        """Whether there are rows on both sides."""
+        return bool(self.holdout.count) and bool(self.fitted.count)
+
     @cached_property
-    def all_rows(self) -> Moments:
-        return self.fitted + self.holdout
+    def fitted_rows(self) -> Moments:
+        """The rows that are fitted: all rows where one side is empty."""
+        return self.fitted if self.is_split else self.fitted + self.holdout
 
 
 @dataclass(frozen=True, eq=False)

@@ -48,14 +48,15 @@ class PrunedConvFit:
         self.holdout.append((sample.u[sample.holdout_rows], sample.y[sample.holdout_rows]))
 
     def fit(self, timer: StageTimer) -> PrunedConvWeights:
-        """Least-squares filters with a ridge towards the original's kept ones, and their errors."""
-        moments, prior = self.samples.moments.all_reduced(), patches.flatten_filters(self.conv).T
-        all_rows = moments.all_rows
-        measure = error_measure(all_rows, self.sensitivity, self.norm_weights, free_mean=self.free_mean)
+        """Least-squares filters with a ridge towards those for the original's inputs, and their errors."""
+        moments = self.samples.moments.all_reduced()
+        rows = moments.fitted_rows
+        measure = error_measure(rows, self.sensitivity, self.norm_weights, free_mean=self.free_mean)
         with timer("solving"):
+            prior = self.samples.prior_filters(measure.weights, free_mean=self.free_mean, method=self.method)
             filters = self.method.refit_filters(moments, prior, measure.weights, free_mean=self.free_mean)
-            squared_errors = all_rows.errors_of(filters, torch.arange(filters.shape[1]), free_mean=self.free_mean)
-            constants = all_rows.mean_y - filters.T @ all_rows.mean_u
+            squared_errors = rows.errors_of(filters, torch.arange(filters.shape[1]), free_mean=self.free_mean)
+            constants = rows.mean_y - filters.T @ rows.mean_u
             holdout_errors = self._holdout_errors(filters, constants * self.free_mean, measure)
         has_bias = self.conv.bias is not None
         return PrunedConvWeights(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ghostify.fitting.distributed import all_gather_rows
-from ghostify.fitting.linear_solvers import MIN_RELATIVE_DAMPING, solve_damped
+from ghostify.fitting.linear_solvers import MIN_RELATIVE_DAMPING, best_share, solve_damped
 from ghostify.fitting.moments import Moments
 
 MAX_MOMENT_FEATURES = 12_288
@@ -100,19 +100,20 @@ class SplitRows:
         return tuple(torch.cat(parts) for parts in zip(self._empty, *self._rows, strict=True))
 
     @property
-    def fitted(self) -> Rows:
-        u, y, holdout = self._all
-        return Rows(u[~holdout], y[~holdout])
-
-    @property
     def holdout(self) -> Rows:
         u, y, holdout = self._all
         return Rows(u[holdout], y[holdout])
 
+    @property
+    def is_split(self) -> bool:
+        """Whether there are rows on both sides."""
+        return bool(self._all[2].any()) and not bool(self._all[2].all())
+
     @cached_property
-    def all_rows(self) -> Rows:
-        u, y, _ = self._all
-        return Rows(u, y)
+    def fitted_rows(self) -> Rows:
+        """The rows that are fitted: all rows where one side is empty."""
+        u, y, holdout = self._all
+        return Rows(u[~holdout], y[~holdout]) if self.is_split else Rows(u, y)
 
 
 def refit_on_rows(
@@ -121,17 +122,26 @@ def refit_on_rows(
     """The filters (a x n) of ridge regression on the rows towards `prior`, in its dual form.
 
     The ridge is the one of `ridges` with the smallest error on the holdout, weighted by `weights` (n), or `default`
-    without a holdout; it is relative to the mean diagonal of the features' moments.
+    without a holdout; it is relative to the mean diagonal of the features' moments. As in `lstsq.refit_filters`, the
+    best share of the change is made, and the holdout is not fitted.
     """
-    ridge, fitted, holdout = default, rows.fitted, rows.holdout
-    if len(holdout.u) and len(fitted.u):
-        losses = []
-        for candidate in ridges:
-            filters = _ridge(fitted, prior, candidate, free_mean=free_mean)
-            every = torch.arange(prior.shape[1])
-            losses.append(float((weights * holdout.errors_of(filters, every, free_mean=free_mean)).sum()))
-        ridge = ridges[losses.index(min(losses))]
-    return _ridge(rows.all_rows, prior, ridge, free_mean=free_mean)
+    if not rows.is_split:
+        return _ridge(rows.fitted_rows, prior, default, free_mean=free_mean)
+    best, least_error, every = prior, float("inf"), torch.arange(prior.shape[1])
+
+    def holdout_error(filters: Tensor) -> float:
+        return float((weights * rows.holdout.errors_of(filters, every, free_mean=free_mean)).sum())
+
+    error_of_prior = holdout_error(prior)
+    for ridge in ridges:
+        change = _ridge(rows.fitted_rows, prior, ridge, free_mean=free_mean) - prior
+        whole, opposite = holdout_error(prior + change), holdout_error(prior - change)
+        slope, curvature = (opposite - whole) / 2, whole + opposite - 2 * error_of_prior
+        share = best_share(slope, curvature)
+        error = error_of_prior + share * (share * curvature / 2 - slope)
+        if error < least_error:
+            best, least_error = prior + share * change, error
+    return best
 
 
 def _ridge(rows: Rows, prior: Tensor, ridge: float, *, free_mean: bool) -> Tensor:

@@ -61,19 +61,21 @@ def eval_copy(module: ModuleT) -> ModuleT:
 def split_images(module: fx.GraphModule, batches: Iterable[CalibrationBatch]) -> Iterator[ImageBatch]:
     """Calibration batches split into about IMAGES_PER_BATCH images, with the holdout separate.
 
-    A batch with inputs of several lengths is not split; every eighth of these is in the holdout.
+    A batch with inputs of several lengths is not split; an eighth of these batches is in the holdout.
     """
+    batches = list(batches)
+    image_count, batch_count = sum(batch.size for batch in batches), 1 + max(batch.number for batch in batches)
     names = [n.name for n in placeholders(module)]
     for batch in batches:
         inputs = values_of(batch.inputs)
         is_batched = [isinstance(v, Tensor) and v.dim() > 0 for v in inputs]
         if any(b and len(v) != batch.size for v, b in zip(inputs, is_batched, strict=True)):
             values = dict(zip(names, copy.deepcopy(inputs), strict=True))
-            yield ImageBatch(batch.size, bool(holdout_mask(torch.tensor(batch.number))), values, values)
+            yield ImageBatch(batch.size, bool(holdout_mask(torch.tensor(batch.number), batch_count)), values, values)
             continue
         numbers = torch.arange(batch.first, batch.first + batch.size)
         for holdout in (False, True):
-            selected = (holdout_mask(numbers) == holdout).nonzero()[:, 0]
+            selected = (holdout_mask(numbers, image_count) == holdout).nonzero()[:, 0]
             for index in (
                 selected.tensor_split(max(1, round(len(selected) / IMAGES_PER_BATCH))) if len(selected) else ()
             ):

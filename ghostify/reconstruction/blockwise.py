@@ -72,17 +72,17 @@ def reconstruct_blocks(
     """Fits with improved weights, and the result of each block.
 
     Each block takes `steps` steps of Adam on the squared error of its outputs, with the outputs of the blocks before it
-    as they are then. A block keeps the weights with the smallest error on the holdout (every eighth image), which may
-    be those of its fit; the same holds for the whole model. Raises `GhostifyError` for fewer than eight images, in a
-    group of several processes, and for pruned layers.
+    as they are then. A block keeps the weights with the smallest error on the holdout, an eighth of the images, which
+    may be those of its fit; the same holds for the whole model. Raises `GhostifyError` for fewer than eight images, in
+    a group of several processes, and for pruned layers.
     """
     started, traced = time.perf_counter(), _whole_graph(program, plan)
     with torch.inference_mode(False), torch.no_grad():
         batches = list(split_images(traced, bind_calibration(traced, calibration, program.example).local_batches))
         holdout = [b for b in batches if b.holdout]
-        if not holdout or len(holdout) == len(batches):
+        if sum(b.size for b in batches) < HOLDOUT_EVERY or not holdout or len(holdout) == len(batches):
             raise GhostifyError(
-                f"calibration: reconstruct holds out every {HOLDOUT_EVERY}th image. Pass at least {HOLDOUT_EVERY}."
+                f"calibration: reconstruct holds out one of {HOLDOUT_EVERY} images. Pass at least {HOLDOUT_EVERY}."
             )
         module = eval_copy(traced)
         for path in program.subgraphs:
