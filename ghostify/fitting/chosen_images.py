@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ghostify.fitting.calibration import HOLDOUT_EVERY, CalibrationBatches, holdout_mask, split
+from ghostify.fitting.calibration import CalibrationBatches, holdout_mask, split
 from ghostify.graph.inputs import CallInputs
 
 IMAGES_PER_FORWARD = 16
@@ -66,4 +66,4 @@ def odd_images(images: int, limit: int) -> ImageChoice:
 
 def holdout_images(images: int) -> ImageChoice:
     """The images of the holdout of a set of so many images."""
-    return lambda numbers: holdout_mask(numbers, min(HOLDOUT_EVERY, images))
+    return lambda numbers: holdout_mask(numbers, images)

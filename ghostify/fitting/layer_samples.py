@@ -89,8 +89,8 @@ class LayerSamples:
         holdout_rows = holdout[positions[0]]
         self.moments.add(u, y, holdout_rows)
         if self.original_moments is not None:
-            original = state.original[node.all_input_nodes[0]][:, self.kept_in].float().cpu()
-            output = state.original[node][:, self.kept_out].float().cpu()
+            original = as_maps(state.original[node.all_input_nodes[0]][:, self.kept_in].float().cpu())
+            output = as_maps(state.original[node][:, self.kept_out].float().cpu())
             patches_of_original = patches.extract_patches(self.conv, original, positions)
             self.original_moments.add(patches_of_original, patches.gather_positions(output, positions), holdout_rows)
         return Sample(image, target, holdout, holdout_rows, u, y, seed)

@@ -65,7 +65,7 @@ def heal(
     holdout, samples = holdout_pieces(batches), training_samples(batches, settings.batch, seed)
     first = next(samples, None)
     if not holdout or first is None:
-        raise GhostifyError(f"heal: holds out every {HOLDOUT_EVERY}th image. Pass at least {HOLDOUT_EVERY} images.")
+        raise GhostifyError(f"heal: holds out one of {HOLDOUT_EVERY} images. Pass at least {HOLDOUT_EVERY}.")
     with torch.inference_mode(False), torch.no_grad():
         teacher, student = eval_copy(original), eval_copy(converted)
         if not scale.deviations:

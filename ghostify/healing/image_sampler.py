@@ -33,7 +33,7 @@ def holdout_pieces(batches: CalibrationBatches) -> list[ImageSample]:
     """The images of the holdout, few at a time; batches that cannot be split are in it whole, by their number."""
     pieces = []
     for batch in batches.local_batches:
-        rows = holdout_mask(_numbers(batch)).nonzero()[:, 0]
+        rows = _holdout(batch, batches).nonzero()[:, 0]
         pieces += [_piece(batch, some) for some in rows.split(PIECE) if len(some)]
     return pieces
 
@@ -48,7 +48,7 @@ def training_samples(batches: CalibrationBatches, size: int, seed: int) -> Itera
         pieces = [
             (batch, rows)
             for batch in batches.local_batches
-            for rows in _training_rows(batch, generator).split(min(size, PIECE))
+            for rows in _shuffled(~_holdout(batch, batches), generator).split(min(size, PIECE))
             if len(rows)
         ]
         if not pieces:
@@ -59,16 +59,16 @@ def training_samples(batches: CalibrationBatches, size: int, seed: int) -> Itera
             yield _joined([_piece(*piece) for piece in shuffled[k : k + count]])
 
 
-def _training_rows(batch: CalibrationBatch, generator: torch.Generator) -> Tensor:
-    rows = (~holdout_mask(_numbers(batch))).nonzero()[:, 0]
+def _shuffled(is_chosen: Tensor, generator: torch.Generator) -> Tensor:
+    rows = is_chosen.nonzero()[:, 0]
     return rows[torch.randperm(len(rows), generator=generator)]
 
 
-def _numbers(batch: CalibrationBatch) -> Tensor:
-    """The numbers of the batch's images; of a batch that is taken whole, one number."""
-    if batch.size == 1:
-        return torch.tensor([batch.first])
-    return torch.arange(batch.first, batch.first + batch.size) if _is_split(batch) else torch.tensor([batch.number])
+def _holdout(batch: CalibrationBatch, batches: CalibrationBatches) -> Tensor:
+    """Which images of a batch are in the holdout; of a batch that is taken whole, one value."""
+    if batch.size > 1 and not _is_split(batch):
+        return holdout_mask(torch.tensor([batch.number]), batches.local_batches[-1].number + 1)
+    return holdout_mask(torch.arange(batch.first, batch.first + batch.size), batches.images)
 
 
 def _is_split(batch: CalibrationBatch) -> bool:
