@@ -30,8 +30,8 @@ def error_scales(variance: Tensor, mean_square: Tensor, weights: Tensor) -> Tens
     `MIN_SHARE_OF_COSTS` of their mean, so that its errors do not rule a mean over channels.
     """
     rounding = torch.maximum(MIN_SHARE_OF_POWER * mean_square, MIN_SHARE_OF_VARIANCES * variance.mean())
-    unfelt = MIN_SHARE_OF_COSTS * (weights * variance).mean() / weights
-    return torch.maximum(variance, torch.maximum(rounding, unfelt)).clamp_min(MIN_VARIANCE)
+    negligible = MIN_SHARE_OF_COSTS * (weights * variance).mean() / weights
+    return torch.maximum(variance, torch.maximum(rounding, negligible)).clamp_min(MIN_VARIANCE)
 
 
 def relative_squared_error(

@@ -32,7 +32,7 @@ class LayerReport:
     MACs are for the example inputs where `output_size` (H, W) is known, else for one position.
 
     `fit_error` and `holdout_error` are relative reconstruction errors, averaged over channels, on the fitted
-    calibration images and on the holdout; channels that the model's outputs hardly feel count less. `output_error` is
+    calibration images and on the holdout; channels that hardly change the model's outputs count less. `output_error` is
     the relative squared error of the model's outputs that the holdout error predicts. `channels` are the original's
     channel indices in the order of the ghost module, intrinsic ones first.
     `reorders_output` says that a gather restores the channel order of the output, `activated` that the ghosts read

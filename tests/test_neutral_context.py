@@ -240,7 +240,7 @@ def interrupt(*_):
 @pytest.mark.parametrize("make", [nets.Straight, nets.Wild])
 def test_models_made_and_converted_in_any_context_are_trainable(make, context):
     with CONTEXTS[context]():
-        model, x = nets.settle(make()), nets.images().to(torch.get_default_dtype())
+        model, x = nets.settle(make()), nets.images(32).to(torch.get_default_dtype())
         converted = ghostify(model, calibration=[x])
     converted.train()(x.clone()).float().sum().backward()
     assert all(p.grad is not None and not p.is_inference() for p in converted.parameters())

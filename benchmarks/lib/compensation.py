@@ -112,4 +112,4 @@ def _refit(layer: nn.Conv2d | nn.Linear, inputs: list[Tensor], targets: list[Ten
     filters = refit_filters(split, prior.T, torch.ones(len(prior), dtype=torch.float64), free_mean=True)
     weight = unflatten_filters(filters.T, layer) if isinstance(layer, nn.Conv2d) else filters.T
     layer.weight.copy_(weight)
-    layer.bias = nn.Parameter((split.all_rows.mean_y - split.all_rows.mean_u @ filters).float())
+    layer.bias = nn.Parameter((split.fitted_rows.mean_y - split.fitted_rows.mean_u @ filters).float())

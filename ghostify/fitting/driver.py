@@ -287,8 +287,8 @@ def _note_on_images(weights: Mapping[str, FittedWeights]) -> Iterator[str]:
     Least squares with p unknowns on N rows have errors of about (1 - p / N) times the least possible one on these rows,
     and (1 + p / N) times on others.
     """
-    both = [(w.fit_error, w.holdout_error) for w in weights.values()]
-    errors = [(float(f.mean()), float(h.mean())) for f, h in both if f is not None and h is not None]
+    pairs = [(w.fit_error, w.holdout_error) for w in weights.values()]
+    errors = [(float(f.mean()), float(h.mean())) for f, h in pairs if f is not None and h is not None]
     fitted, holdout = (sum(column) / len(errors) for column in zip(*errors, strict=True)) if errors else (0.0, 0.0)
     if holdout > NOTED_RATIO * fitted:
         expected = holdout - (holdout - fitted) / 4

@@ -1,4 +1,4 @@
-"""How the errors of a layer's outputs are weighed: by what the model's outputs feel of them; tensor maths only."""
+"""How the errors of a layer's outputs are weighed: by how much the model's outputs change; tensor maths only."""
 
 from __future__ import annotations
 

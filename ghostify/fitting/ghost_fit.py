@@ -44,6 +44,7 @@ MIN_CROP_ROWS = 6_000
 MAX_JOINT_FEATURES = 2304
 MAX_COARSE_FEATURES = 1152
 OVERFIT_TOLERANCE = 1.1
+AMPLE_ROWS_PER_VALUE = 20
 
 
 class GhostFit:
@@ -121,7 +122,8 @@ class GhostFit:
             if self.activation_chain is None
             else [linear, self._fit_activated(self.activation_chain, rows, filters, measure, timer)]
         )
-        return self._select_on_holdout(forms, measure, data_free)
+        is_scarce = float(rows.count) < AMPLE_ROWS_PER_VALUE * len(filters)
+        return self._select_on_holdout(forms, measure, data_free, is_scarce=is_scarce)
 
     def _fitted_crops(self) -> Iterator[Crop]:
         """The crops of the images that are fitted."""
@@ -217,9 +219,17 @@ class GhostFit:
         )
 
     def _select_on_holdout(
-        self, forms: list[GhostWeights], measure: ErrorMeasure, data_free: Callable[[], GhostWeights]
+        self,
+        forms: list[GhostWeights],
+        measure: ErrorMeasure,
+        data_free: Callable[[], GhostWeights],
+        *,
+        is_scarce: bool,
     ) -> GhostWeights:
-        """The form with the smallest error on the holdout; the data-free fit if these overfit and it is better."""
+        """The form with the smallest error on the holdout; the data-free fit if it is better.
+
+        That is tried where the forms overfit, or are fitted to few rows (`is_scarce`).
+        """
 
         def holdout_cost(weights: GhostWeights) -> float:
             assert weights.holdout_error is not None
@@ -227,7 +237,8 @@ class GhostFit:
 
         best = min((self._with_holdout_error(form, measure) for form in forms), key=holdout_cost)
         assert best.fit_error is not None
-        if holdout_cost(best) > OVERFIT_TOLERANCE * measure.cost(best.fit_error):
+        is_overfit = holdout_cost(best) > OVERFIT_TOLERANCE * measure.cost(best.fit_error)
+        if is_overfit or is_scarce:
             fallback = self._with_holdout_error(replace(data_free(), fit_error=None), measure)
             return min(best, fallback, key=holdout_cost)
         return best

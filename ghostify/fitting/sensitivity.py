@@ -224,7 +224,7 @@ def error_metric(sensitivity: Tensor, variances: Tensor) -> Tensor:
 
     The elements off the diagonal, which are estimated on few images, are shrunk; those on it are at least
     `MIN_RELATIVE_DIAGONAL` times their mean, but no more than makes the channel's variance cost that share of the mean:
-    channels of large variance that the outputs do not feel would otherwise cost more than all others.
+    channels of large variance that do not change the outputs would otherwise cost more than all others.
     """
     sensitivity = sensitivity.double()
     diagonal = sensitivity.diagonal()
