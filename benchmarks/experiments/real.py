@@ -49,7 +49,7 @@ from ghostify.planning.cost import count_macs
 
 SEEDS = (0, 1, 2)
 HEAL_SECONDS = 600
-AUTO: dict[str, Any] = {"cheap": "auto", "prune": True}
+AUTO: dict[str, Any] = {"cheap": "auto", "prune": True, "targets": "*"}
 MOST_FOR_LEAST_SQUARES = 512  # it holds the activations of all images
 QUICK = {"MobileNetV2": 16, "demosaicking": 32}  # images
 Method = Callable[[Subject, Batches, float, int], nn.Module | None]

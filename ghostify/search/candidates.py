@@ -179,8 +179,25 @@ def _non_dominated(
         bound = Candidate(layout, layout_costs, losses.lower_bound(layout))
         if not any(_dominates(other, bound) for other in candidates):
             candidates.append(_ghost_candidate(layout, layout_costs, losses, kept_out_count, kept_in_count))
-    ghosts = (c for c in candidates[1:] if not any(_dominates(other, c) for other in candidates))
-    return [candidates[0], *ghosts]
+    ghosts = [c for c in candidates[1:] if not any(_dominates(other, c) for other in candidates)]
+    return _lower_hull([candidates[0], *ghosts]) if len(costs) == 1 else [candidates[0], *ghosts]
+
+
+def _lower_hull(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates of one cost that lose less than every mixture of two others: the first, which costs the most and
+    loses nothing, and others in their order (lower convex hull, Andrew 1979)."""
+    hull = [candidates[0]]
+    for candidate in sorted(candidates[1:], key=lambda c: (-c.costs[0], c.loss)):
+        while len(hull) > 1 and not _is_below(hull[-2], hull[-1], candidate):
+            hull.pop()
+        hull.append(candidate)
+    return [c for c in candidates if any(c is kept for kept in hull)]
+
+
+def _is_below(before: Candidate, between: Candidate, after: Candidate) -> bool:
+    """Whether a candidate loses less than the mixture of its neighbours that costs the same."""
+    saved, saved_in_all = before.costs[0] - between.costs[0], before.costs[0] - after.costs[0]
+    return (between.loss - before.loss) * saved_in_all < (after.loss - before.loss) * saved
 
 
 def _ghost_candidate(
