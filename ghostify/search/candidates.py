@@ -180,10 +180,10 @@ def _non_dominated(
         if not any(_dominates(other, bound) for other in candidates):
             candidates.append(_ghost_candidate(layout, layout_costs, losses, kept_out_count, kept_in_count))
     ghosts = [c for c in candidates[1:] if not any(_dominates(other, c) for other in candidates)]
-    return _lower_hull([candidates[0], *ghosts]) if len(costs) == 1 else [candidates[0], *ghosts]
+    return lower_hull([candidates[0], *ghosts]) if len(costs) == 1 else [candidates[0], *ghosts]
 
 
-def _lower_hull(candidates: Sequence[Candidate]) -> list[Candidate]:
+def lower_hull(candidates: Sequence[Candidate]) -> list[Candidate]:
     """The candidates of one cost that lose less than every mixture of two others: the first, which costs the most and
     loses nothing, and others in their order (lower convex hull, Andrew 1979)."""
     hull = [candidates[0]]
