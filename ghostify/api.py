@@ -121,12 +121,11 @@ def ghostify(
             program, policy, budget, evaluate, prepared, seed=seed, runtime=runtime, on_progress=on_progress
         )
     else:
-        planned = (
-            plan(program, policy)
-            if budget is None
-            else plan_for_budget(program, policy, budget, prepared, seed, runtime)
-        )
-        planned = planned if prepared is None else with_forecast(program, planned, prepared, seed)
+        if budget is not None:
+            planned = plan_for_budget(program, policy, budget, prepared, seed, runtime)
+        else:
+            planned = plan(program, policy)
+            planned = planned if prepared is None else with_forecast(program, planned, prepared, seed)
         fits = fit(program, planned, prepared, seed=seed, on_progress=on_progress)
     warn_if_unchanged(planned, policy)
     reconstruction = None

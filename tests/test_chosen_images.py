@@ -22,7 +22,7 @@ def test_every_second_image_is_chosen_from_batches_of_any_size(splits):
     module = trace(nn.Identity()).module if splits else Numbered()
     x = torch.arange(21.0)[:, None, None, None].expand(-1, 1, 2, 2)
     batches = bind_calibration(module, [x[:5], x[5:6], x[6:]])
-    for choice, expected in ((even_images, range(0, 21, 2)), (odd_images(21, 100), range(1, 21, 2))):
+    for choice, expected in ((even_images(21, 100), range(0, 21, 2)), (odd_images(21, 100), range(1, 21, 2))):
         chosen = list(choose_images(batches, choice))
         numbers = [
             images.of((images.inputs.values if splits else images.inputs.args)[0])[:, 0, 0, 0] for images in chosen

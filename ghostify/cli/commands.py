@@ -155,10 +155,11 @@ def plan_command(
     batches = None if calibration is None else read_data(calibration, prepared, limit=images, batch=batch).batches
     title = f"{model} at {format_shape(prepared.size)}"
     if frontier is None:
-        planned = (
-            plan(program, rules) if limits is None else plan_for_budget(program, rules, limits, batches, 0, runtime)
-        )
-        planned = planned if batches is None else with_forecast(program, planned, batches)
+        if limits is not None:
+            planned = plan_for_budget(program, rules, limits, batches, 0, runtime)
+        else:
+            planned = plan(program, rules)
+            planned = planned if batches is None else with_forecast(program, planned, batches)
         show_report(build_report(planned), title, as_json)
         return
     evaluate = None if validation is None else top1_evaluator(validation, prepared, batch, network)

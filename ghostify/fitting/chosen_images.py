@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ghostify.fitting.calibration import CalibrationBatches, holdout_mask, split
+from ghostify.fitting.calibration import CalibrationBatch, CalibrationBatches, holdout_mask, split
 from ghostify.graph.inputs import CallInputs
 
 IMAGES_PER_FORWARD = 16
@@ -39,23 +39,51 @@ class ChosenImages:
 
 def choose_images(batches: CalibrationBatches, choice: ImageChoice) -> Iterator[ChosenImages]:
     """This process's images whose numbers `choice` selects, in inputs for up to `IMAGES_PER_FORWARD` images."""
-    for batch in batches.local_batches:
-        rows = choice(torch.arange(batch.first, batch.first + batch.size))
-        if not rows.any():
+    for batch, rows in _chosen_rows(batches, choice):
+        first, count = batch.first + int(rows.nonzero()[0]), int(rows.sum())
+        if not _can_be_split(batch):
+            yield ChosenImages(batch.number, first, count, batch.inputs, rows)
             continue
-        first = batch.first + int(rows.nonzero()[0])
-        if batch.size > 1 and len(split(batch.stored, 1)) != batch.size:
-            yield ChosenImages(batch.number, first, int(rows.sum()), batch.inputs, rows)
-            continue
-        chosen = tree_map_only(Tensor, lambda v, rows=rows: v[rows.to(v.device)], batch.inputs)
-        for k, inputs in enumerate(split(chosen, IMAGES_PER_FORWARD)):
-            size = min(IMAGES_PER_FORWARD, int(rows.sum()) - k * IMAGES_PER_FORWARD)
+        for k, inputs in enumerate(split(_select(batch, rows), IMAGES_PER_FORWARD)):
+            size = min(IMAGES_PER_FORWARD, count - k * IMAGES_PER_FORWARD)
             yield ChosenImages(batch.number, first + k * IMAGES_PER_FORWARD, size, inputs)
 
 
-def even_images(numbers: Tensor) -> Tensor:
-    """The images with even numbers."""
-    return numbers % 2 == 0
+def selected_batches(batches: CalibrationBatches, choice: ImageChoice) -> CalibrationBatches:
+    """Calibration batches of the images whose numbers `choice` selects; batches that cannot be split stay whole."""
+    chosen = choice(torch.arange(batches.images))
+    positions, pieces = chosen.cumsum(0) - 1, []
+    for batch, rows in _chosen_rows(batches, choice):
+        is_split, first = _can_be_split(batch), int(positions[batch.first + int(rows.nonzero()[0])])
+        size, inputs = (int(rows.sum()), _select(batch, rows)) if is_split else (batch.size, batch.stored)
+        pieces.append(CalibrationBatch(batch.number, first, size, inputs, batch.memory_format))
+    return CalibrationBatches(tuple(pieces), int(chosen.sum()))
+
+
+def _chosen_rows(batches: CalibrationBatches, choice: ImageChoice) -> Iterator[tuple[CalibrationBatch, Tensor]]:
+    """This process's batches with chosen images, and which of their images are chosen."""
+    for batch in batches.local_batches:
+        rows = choice(torch.arange(batch.first, batch.first + batch.size))
+        if rows.any():
+            yield batch, rows
+
+
+def _can_be_split(batch: CalibrationBatch) -> bool:
+    return batch.size == 1 or len(split(batch.stored, 1)) == batch.size
+
+
+def _select(batch: CalibrationBatch, rows: Tensor) -> CallInputs:
+    """The inputs of some images of a batch; those of a single image as they are."""
+    if batch.size == 1:
+        return batch.inputs
+    selected: CallInputs = tree_map_only(Tensor, lambda v: v[rows.to(v.device)], batch.inputs)
+    return selected
+
+
+def even_images(images: int, limit: int) -> ImageChoice:
+    """At most `limit` of the even image numbers below `images`, evenly spaced."""
+    step = max(1, -(-((images + 1) // 2) // limit))
+    return lambda numbers: (numbers % 2 == 0) & (numbers // 2 % step == 0)
 
 
 def odd_images(images: int, limit: int) -> ImageChoice:

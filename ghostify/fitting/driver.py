@@ -73,6 +73,14 @@ class FitResult:
         return weights
 
 
+def fit_weights(program: Program, plan: Plan, calibration: PreparedCalibration, seed: int) -> dict[str, FittedWeights]:
+    """The weights of `fit` on prepared calibration images, without its warnings and notes."""
+    run = _FitRun(program, plan, seed, None, DEFAULT_METHOD)
+    with torch.no_grad():
+        run.fit_subgraphs(calibration)
+    return run.weights
+
+
 @renamed_keywords(progress="on_progress")
 @public(
     program=a_program,

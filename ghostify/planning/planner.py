@@ -80,8 +80,9 @@ class Plan:
     `macs_*` are totals of the model, where known.
 
     `macs_limit` is the number of MACs that a budget permits, which the inference form keeps as well. `notes` name what
-    the rules allow and the plan does not contain, with the reason. `forecast` is the output error of the plan simulated
-    on calibration images, before any fit; `measurements` counts the candidates that were simulated to choose it.
+    the rules allow and the plan does not contain, with the reason. `forecast` is the error of the outputs that is
+    expected, from a fit to a part of the calibration images; `measurements` counts the candidates that were simulated
+    to choose the plan.
     """
 
     entries: tuple[GhostRewrite | PruneRewrite | Skip, ...]

@@ -27,7 +27,7 @@ from ghostify.planning.policy import Policy, Rule, as_policy
 from ghostify.rewriting.apply import rewrite
 from ghostify.runtimes.registry import a_runtime
 from ghostify.search.costs import COSTS
-from ghostify.search.forecast import describe_expectation, keeps_answers
+from ghostify.search.forecast import describe_expectation, forecast_of, keeps_answers
 from ghostify.search.measured_losses import MeasuredLosses
 from ghostify.search.model_changes import change_of_plan
 from ghostify.search.search_space import SearchSpace, build_search_space
@@ -104,8 +104,16 @@ def plan_for_budget(
     with LatencyTimer(runtime) as timer:
         space = build_search_space(program, rules, tuple(budget), calibration, seed, timer)
         selected = select_plan(space, budget)
-        _warn_of_lost_answers(space, budget, selected.plan.forecast)
-        return selected.plan
+        forecast = _forecast_of(space, selected)
+        _warn_of_lost_answers(space, budget, forecast)
+        return replace(selected.plan, forecast=forecast)
+
+
+def _forecast_of(space: SearchSpace, selected: BudgetPlan) -> OutputComparison | None:
+    if space.measured is None:
+        return None
+    simulator = space.measured.simulator
+    return forecast_of(space.program, selected.plan, simulator.calibration, simulator.seed)
 
 
 def _warn_of_lost_answers(space: SearchSpace, budget: Mapping[str, float], forecast: OutputComparison | None) -> None:
@@ -118,7 +126,7 @@ def _warn_of_lost_answers(space: SearchSpace, budget: Mapping[str, float], forec
     are_counted = all(limit < 1 and not COSTS[key].is_measured for key, limit in budget.items())
     for step in LARGER_BUDGETS if are_counted else ():
         larger = {key: round(limit + step * (1 - limit), 3) for key, limit in budget.items()}
-        alternative = select_plan(space, larger).plan.forecast
+        alternative = _forecast_of(space, select_plan(space, larger))
         if alternative is not None and (keeps_answers(alternative) or step == LARGER_BUDGETS[-1]):
             text = ", ".join(f"{limit:g}" for limit in larger.values())
             message = f"{message} With {text}: {describe_expectation(alternative)}."

@@ -71,9 +71,9 @@ class ChangeFits:
         self._convs = {conv.name: conv for conv in (*program.convolutions, *program.linear_layers)}
         self._names = {(c.subgraph_path, call.node): c.name for c in self._convs.values() for call in c.calls}
         self._moments = _Moments()
-        half = -(-calibration.batches.images // 2)
-        self._step = -(-half // MAX_FITTED_IMAGES)
-        self._positions_per_map = patches.positions_per_map(POSITIONS, -(-half // self._step))
+        self._is_fitted = even_images(calibration.batches.images, MAX_FITTED_IMAGES)
+        fitted_images = int(self._is_fitted(torch.arange(calibration.batches.images)).sum())
+        self._positions_per_map = patches.positions_per_map(POSITIONS, fitted_images)
 
     def collect(self, changes: Iterable[ConvChange]) -> None:
         """Add the moments of these changes that are missing, from one forward over the fitted images."""
@@ -96,9 +96,6 @@ class ChangeFits:
             with eval_mode(module), intercept_convs(module, self.program.subgraphs, partial(on_call, images)):
                 run_batch(module, images.inputs, images.number)
         self._moments.add_reduced(missing)
-
-    def _is_fitted(self, numbers: Tensor) -> Tensor:
-        return even_images(numbers) & (numbers // 2 % self._step == 0)
 
     def _missing(self, changes: Iterable[ConvChange]) -> _Moments:
         """Empty moments for those that the changes need and that are not known."""

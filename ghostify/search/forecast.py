@@ -1,24 +1,24 @@
-"""The forecast of a plan: its simulation on calibration images, and a warning where it loses the model's answers."""
+"""The forecast of a plan: a fit to a part of the images, tested on others, and a warning where it loses answers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from ghostify.evaluation.output_comparison import OutputComparison
-from ghostify.fitting.assignment import GhostAssignment
+from ghostify.fitting.chosen_images import even_images, odd_images, selected_batches
+from ghostify.fitting.driver import fit_weights
+from ghostify.fitting.output_errors import compare_outputs
 from ghostify.fitting.sensitivity import PreparedCalibration, prepare_calibration
 from ghostify.graph.program import Program
-from ghostify.modules.layout import Pointwise
-from ghostify.planning.planner import GhostRewrite, Plan, PlanTarget
-from ghostify.planning.policy import Rule
-from ghostify.search.layer_statistics import compute_layer_statistics
-from ghostify.search.loss_estimator import LossEstimator
-from ghostify.search.model_changes import change_of_plan
-from ghostify.search.simulation import Simulator
+from ghostify.planning.planner import Plan
+from ghostify.rewriting.apply import rewrite
 from ghostify.user_warnings import warn_user
 
+MAX_FITTED_IMAGES, MAX_TESTED_IMAGES = 128, 64
 MIN_AGREEMENT = 90.0
 MAX_ERROR = 0.1
 
@@ -26,32 +26,27 @@ MAX_ERROR = 0.1
 def with_forecast(
     program: Program, plan: Plan, calibration: Iterable[Any] | PreparedCalibration, seed: int = 0
 ) -> Plan:
-    """The plan with the output error and the agreement that its simulation measures on calibration images.
-
-    The plan itself where it has a forecast, or changes nothing. Warns where it is expected to lose the model's answers.
-    """
-    if plan.forecast is not None or not plan.changes:
-        return plan
-    prepared = prepare_calibration(program, calibration, seed)
-    assigned = [e for e in plan.rewrites if not isinstance(e.layout.form, Pointwise)]
-    assignments = _assignments(program, assigned, prepared, seed)
-    (forecast,) = Simulator(program, prepared, seed).compare([change_of_plan(plan, assignments)])
+    """The plan with its forecast; warns where it is expected to lose the model's answers."""
+    forecast = forecast_of(program, plan, prepare_calibration(program, calibration, seed), seed)
     if forecast is not None and not keeps_answers(forecast):
         warn_user(f"plan: expect {describe_expectation(forecast)}. Use a smaller ratio, or a budget.")
     return replace(plan, forecast=forecast)
 
 
-def _assignments(
-    program: Program, entries: Sequence[GhostRewrite], calibration: PreparedCalibration, seed: int
-) -> dict[str, GhostAssignment]:
-    """The assignments of ghosts to the maps that they are computed from."""
-    targets = [PlanTarget(e.conv, Rule(cheap="depthwise", dw_size=e.layout.kernel_size)) for e in entries]
-    assignments = {}
-    for entry, statistics in zip(entries, compute_layer_statistics(program, targets, calibration, seed), strict=True):
-        assignment = LossEstimator(statistics, entry.layout.kernel_size).assignment(entry.layout)
-        if assignment is not None:
-            assignments[entry.conv.name] = assignment
-    return assignments
+def forecast_of(
+    program: Program, plan: Plan, calibration: PreparedCalibration, seed: int = 0
+) -> OutputComparison | None:
+    """The outputs of the plan, fitted to some images of even numbers, on some of odd numbers.
+
+    None for a plan that changes nothing, for a single image, and where the outputs have no values that correspond.
+    """
+    images = calibration.batches.images
+    tested = odd_images(images, MAX_TESTED_IMAGES)
+    if not plan.changes or not tested(torch.arange(images)).any():
+        return None
+    some = replace(calibration, batches=selected_batches(calibration.batches, even_images(images, MAX_FITTED_IMAGES)))
+    converted = rewrite(program, plan, fit_weights(program, plan, some, seed))
+    return compare_outputs(program.module, converted, calibration, tested)
 
 
 def keeps_answers(forecast: OutputComparison | None) -> bool:

@@ -34,7 +34,7 @@ class Simulator:
     """
 
     def __init__(self, program: Program, calibration: PreparedCalibration, seed: int) -> None:
-        self.program, self.batches = program, calibration.batches
+        self.program, self.calibration, self.batches, self.seed = program, calibration, calibration.batches, seed
         self.scale = calibration.output_scale
         self._fits = ChangeFits(program, calibration, seed)
         layers = (*program.convolutions, *program.linear_layers)
