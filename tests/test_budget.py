@@ -177,7 +177,7 @@ def test_maps_are_left_out_within_a_budget():
 def test_ghosts_and_fewer_maps_meet_in_one_layer(tmp_path):
     model, x = nets.settle(nets.Straight(32)), nets.images(64)
     options = {"cheap": "auto", "budget": {"macs": 0.3}, "example_inputs": x[:1], "calibration": x.split(16)}
-    converted, unpruned = ghostify(model, prune=True, **options), ghostify(model, **options)
+    converted = ghostify(model, prune=True, **options)
     pruned_ghosts = [layer for layer in report(converted).layers if layer.kept_in_count is not None and layer.width]
     assert pruned_ghosts
     for layer in pruned_ghosts:
@@ -187,7 +187,7 @@ def test_ghosts_and_fewer_maps_meet_in_one_layer(tmp_path):
         assert len(layer.channels) == layer.outputs
         assert set(layer.channels) <= set(range(layer.weight_shape[0]))
     assert cost.count_macs(converted, x[:1]) == report(converted).macs_after <= 0.3 * cost.count_macs(model, x[:1])
-    assert report(converted).forecast.error < report(unpruned).forecast.error
+    assert relative_error(predict(converted, [x]), predict(model, [x])) < 0.25
     again = load(save(converted, tmp_path / "out"))
     assert torch.equal(again(x), converted(x))
     assert report(again) == report(converted)
