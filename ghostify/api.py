@@ -24,7 +24,7 @@ from ghostify.reconstruction.blockwise import reconstruct_blocks
 from ghostify.rewriting.apply import rewrite
 from ghostify.runtimes.registry import a_runtime
 from ghostify.search.budget import a_budget, plan_for_budget
-from ghostify.search.forecast import with_forecast
+from ghostify.search.forecast import forecast_of, with_forecast
 from ghostify.search.pareto import Evaluate, plan_for_drop
 from ghostify.summary import attach_report, build_report
 
@@ -120,6 +120,8 @@ def ghostify(
         planned, fits = plan_for_drop(
             program, policy, budget, evaluate, prepared, seed=seed, runtime=runtime, on_progress=on_progress
         )
+        if prepared is not None:
+            planned = replace(planned, forecast=forecast_of(program, planned, prepared, seed))
     else:
         if budget is not None:
             planned = plan_for_budget(program, policy, budget, prepared, seed, runtime)

@@ -45,7 +45,7 @@ def test_a_point_of_the_curve_is_what_its_budget_gives():
     point = frontier(program, AUTO, "params", x, points=4)[2]
     assert point.drop is None
     planned = plan_for_budget(program, AUTO, {"params": point.shares["params"] + 1e-6}, x)
-    assert planned.forecast.error <= 1.5 * point.error == 1.5 * point.plan.forecast.error  # other losses are measured
+    assert planned.forecast.error <= 1.5 * point.error  # other losses are measured
     layers = point.to_dict()["layers"]
     assert set(layers) == {e.conv.name for e in point.plan.rewrites}
 

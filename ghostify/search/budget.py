@@ -46,12 +46,16 @@ MEASURED_SLACK = 1.01
 @dataclass(frozen=True)
 class BudgetPlan:
     """A plan, its shares of the original's costs, and the output error that it is predicted to add: of the simulated
-    plan, or without images a sum over layers. `picks` are the numbers of the chosen candidates."""
+    plan, or without images a sum over layers.
+
+    `picks` are the numbers of the chosen candidates; `simulated` compares the outputs of the simulated plan.
+    """
 
     plan: Plan
     shares: Mapping[str, float]
     loss: float
     picks: tuple[int, ...] = ()
+    simulated: OutputComparison | None = None
 
 
 def a_budget(name: str, value: Any) -> dict[str, float]:
@@ -163,11 +167,10 @@ def select_plan(space: SearchSpace, budget: Mapping[str, float]) -> BudgetPlan:
             break
         shares = _measured_shares(space, selected.plan, measured)
         if all(shares[k] <= goals[k] * MEASURED_SLACK for k in measured):
-            return BudgetPlan(
-                replace(selected.plan, macs_limit=int(limits[names.index("macs")]) if "macs" in budget else None),
-                {**selected.shares, **{names[k]: shares[k] for k in measured}},
-                selected.loss,
-                selected.picks,
+            return replace(
+                selected,
+                plan=replace(selected.plan, macs_limit=int(limits[names.index("macs")]) if "macs" in budget else None),
+                shares={**selected.shares, **{names[k]: shares[k] for k in measured}},
             )
         for k in (k for k in measured if shares[k] > goals[k] * MEASURED_SLACK):
             tightened[k] *= goals[k] / shares[k]
@@ -212,12 +215,12 @@ def _solve(space: SearchSpace, limits: Sequence[float]) -> BudgetPlan | None:
 def _best_choice(space: SearchSpace, measured: MeasuredLosses, choices: Sequence[BudgetPlan]) -> BudgetPlan:
     """The choice with the least error as a whole, and that error as its loss; the last one where none is known."""
     changes = [change_of_plan(choice.plan, space.assignments(choice.picks)) for choice in choices]
-    forecasts = measured.simulator.compare(changes)
-    errors = [math.inf if forecast is None else forecast.error for forecast in forecasts]
+    comparisons = measured.simulator.compare(changes)
+    errors = [math.inf if comparison is None else comparison.error for comparison in comparisons]
     best = min(range(len(choices)), key=lambda k: (errors[k], -k))
-    forecast, choice = forecasts[best], choices[best]
-    loss = choice.loss if forecast is None else forecast.error
-    return replace(choice, loss=loss, plan=replace(choice.plan, forecast=forecast, measurements=len(measured.losses)))
+    simulated, choice = comparisons[best], choices[best]
+    loss = choice.loss if simulated is None else simulated.error
+    return replace(choice, loss=loss, plan=replace(choice.plan, measurements=len(measured.losses)), simulated=simulated)
 
 
 def _plan_of(space: SearchSpace, picks: Sequence[int]) -> BudgetPlan:

@@ -113,8 +113,7 @@ def frontier(
             drop = None
             if evaluate is not None and original_score is not None:
                 drop = original_score - _fit_and_evaluate(program, selected.plan, prepared, evaluate, seed)[0]
-            forecast = selected.plan.forecast
-            agreement = None if forecast is None else forecast.agreement
+            agreement = None if selected.simulated is None else selected.simulated.agreement
             curve.append(FrontierPoint(selected.shares, selected.loss, selected.plan, drop, agreement))
     return curve
 
