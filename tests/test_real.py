@@ -77,7 +77,7 @@ def test_healing_has_rows_where_ghostify_has_the_argument(monkeypatch):
     monkeypatch.setattr(real, "ghostify", lambda model, **_: model)
     assert bars.HEALED not in real.methods()
     monkeypatch.setattr(real, "ghostify", lambda model, heal=None: (model, heal))
-    assert real.methods(7)[bars.HEALED].args[0] == {"cheap": "auto", "prune": True, "heal": 7}
+    assert real.methods(7)[bars.HEALED].args[0] == {**real.AUTO, "heal": 7}
 
 
 def test_what_the_report_says_is_in_the_row(tiny, monkeypatch):
