@@ -50,11 +50,6 @@ def as_field_of(factory: Callable[..., object], key: str, option: str) -> Callba
     return _checked(check)
 
 
-def existing_path(option: str) -> Callback:
-    """A callback for a file or folder to read."""
-    return _checked(lambda path: _check_exists(path, option))
-
-
 def existing_file(option: str) -> Callback:
     """A callback for a file to read."""
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map, tree_map_only
 
 from ghostify.errors import GhostifyError
 from ghostify.fitting.activation_store import ActivationStore, restore
@@ -51,6 +51,18 @@ class CalibrationBatch:
     def converted_inputs(self) -> CallInputs:
         """A copy of the inputs of the converted module, in `memory_format`."""
         return _copied(self.stored if self.converted_stored is None else self.converted_stored, self.memory_format)
+
+    @property
+    def can_be_split(self) -> bool:
+        """Whether inputs of some of the images can be taken out."""
+        return self.size == 1 or len(split(self.stored, 1)) == self.size
+
+    def inputs_of(self, rows: Tensor) -> CallInputs:
+        """A copy of the inputs of some images, in `memory_format`; of a batch that is not split, all inputs."""
+        if self.size == 1 or not self.can_be_split:
+            return self.inputs
+        selected = tree_map_only(Tensor, lambda v: v[rows.to(v.device)], tree_map(restore, self.stored))
+        return to_memory_format(selected, self.memory_format)
 
 
 @dataclass(frozen=True, eq=False)

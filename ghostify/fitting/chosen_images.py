@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from ghostify.fitting.calibration import CalibrationBatch, CalibrationBatches, holdout_mask, split
 from ghostify.graph.inputs import CallInputs
@@ -41,10 +40,10 @@ def choose_images(batches: CalibrationBatches, choice: ImageChoice) -> Iterator[
     """This process's images whose numbers `choice` selects, in inputs for up to `IMAGES_PER_FORWARD` images."""
     for batch, rows in _chosen_rows(batches, choice):
         first, count = batch.first + int(rows.nonzero()[0]), int(rows.sum())
-        if not _can_be_split(batch):
+        if not batch.can_be_split:
             yield ChosenImages(batch.number, first, count, batch.inputs, rows)
             continue
-        for k, inputs in enumerate(split(_select(batch, rows), IMAGES_PER_FORWARD)):
+        for k, inputs in enumerate(split(batch.inputs_of(rows), IMAGES_PER_FORWARD)):
             size = min(IMAGES_PER_FORWARD, count - k * IMAGES_PER_FORWARD)
             yield ChosenImages(batch.number, first + k * IMAGES_PER_FORWARD, size, inputs)
 
@@ -54,8 +53,8 @@ def selected_batches(batches: CalibrationBatches, choice: ImageChoice) -> Calibr
     chosen = choice(torch.arange(batches.images))
     positions, pieces = chosen.cumsum(0) - 1, []
     for batch, rows in _chosen_rows(batches, choice):
-        is_split, first = _can_be_split(batch), int(positions[batch.first + int(rows.nonzero()[0])])
-        size, inputs = (int(rows.sum()), _select(batch, rows)) if is_split else (batch.size, batch.stored)
+        is_split, first = batch.can_be_split, int(positions[batch.first + int(rows.nonzero()[0])])
+        size, inputs = (int(rows.sum()), batch.inputs_of(rows)) if is_split else (batch.size, batch.stored)
         pieces.append(CalibrationBatch(batch.number, first, size, inputs, batch.memory_format))
     return CalibrationBatches(tuple(pieces), int(chosen.sum()))
 
@@ -66,18 +65,6 @@ def _chosen_rows(batches: CalibrationBatches, choice: ImageChoice) -> Iterator[t
         rows = choice(torch.arange(batch.first, batch.first + batch.size))
         if rows.any():
             yield batch, rows
-
-
-def _can_be_split(batch: CalibrationBatch) -> bool:
-    return batch.size == 1 or len(split(batch.stored, 1)) == batch.size
-
-
-def _select(batch: CalibrationBatch, rows: Tensor) -> CallInputs:
-    """The inputs of some images of a batch; those of a single image as they are."""
-    if batch.size == 1:
-        return batch.inputs
-    selected: CallInputs = tree_map_only(Tensor, lambda v: v[rows.to(v.device)], batch.inputs)
-    return selected
 
 
 def even_images(images: int, limit: int) -> ImageChoice:

@@ -56,7 +56,8 @@ def deserialize_module(data: object, tensors: Mapping[str, Tensor], allow: Itera
 def names_to_allow(data: object, tensors: Mapping[str, Tensor]) -> list[str]:
     """The names that `deserialize_module` needs in `allow` for what `serialize_module` returned.
 
-    Raises `GhostifyError` for what it would refuse even with them. Builds the module without memory for its tensors.
+    Raises `GhostifyError` for data that it refuses although these names are allowed. Builds the module without memory
+    for its tensors.
     """
     custom = [name for name in dict.fromkeys(parse_description(data).names()) if not AllowedNames().is_listed(name)]
     shapes = {key: tensor.detach().to("meta") for key, tensor in tensors.items()}

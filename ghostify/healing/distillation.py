@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from ghostify.healing.last_maps import LastMaps, last_maps
 from ghostify.healing.settings import Healing
 from ghostify.healing.trained_parameters import trained_parameters
 from ghostify.reconstruction.block_runner import eval_copy
-from ghostify.reconstruction.optimizer import adam_steps
+from ghostify.reconstruction.optimizer import adam_steps, cosine_factor
 
 CHECKS = 10
 MAX_WORSE = 1.1
@@ -70,11 +70,10 @@ def heal(
         teacher, student = eval_copy(original), eval_copy(converted)
         if not scale.deviations:
             raise GhostifyError("heal: the outputs have no floating-point values that vary. Leave out heal.")
-        maps = last_maps(teacher, student, lambda model: run_batch(model, first.inputs, first.number))
+        run = partial(run_batch, inputs=first.inputs, number=first.number)
+        maps = last_maps(teacher, student, run)
         loss = _DistillationLoss(teacher, student, scale, maps, settings, seed)
-        parameters = trained_parameters(
-            student, lambda model: run_batch(model, first.inputs, first.number), settings.learning_rate
-        )
+        parameters = trained_parameters(student, run, settings.learning_rate)
         result = _train(loss, parameters, samples, holdout, _Progress(settings, on_progress))
         if result.error_after < result.error_before:
             for parameter, healed in zip(converted.parameters(), student.parameters(), strict=True):
@@ -160,7 +159,7 @@ class _Progress:
     def rate_factor(self, step: int) -> float | None:
         """The factor of the learning rates for a step of a run: a short rise, and a cosine over the whole limit."""
         share = self.share
-        return None if share >= 1 else min(1.0, (step + 1) / WARMUP_STEPS) * (1 + math.cos(math.pi * share)) / 2
+        return None if share >= 1 else min(1.0, (step + 1) / WARMUP_STEPS) * cosine_factor(share)
 
     def is_check(self) -> bool:
         """Count a step; whether the holdout is checked after it."""

@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map, tree_map_only
+from torch.utils._pytree import tree_map_only
 
-from ghostify.fitting.activation_store import restore
-from ghostify.fitting.calibration import CalibrationBatch, CalibrationBatches, holdout_mask, split, to_memory_format
-from ghostify.graph.inputs import CallInputs, cloned, tensor_leaves
+from ghostify.fitting.calibration import CalibrationBatch, CalibrationBatches, holdout_mask
+from ghostify.graph.inputs import CallInputs, tensor_leaves
 
 PIECE = 8
 
@@ -66,21 +65,13 @@ def _shuffled(is_chosen: Tensor, generator: torch.Generator) -> Tensor:
 
 def _holdout(batch: CalibrationBatch, batches: CalibrationBatches) -> Tensor:
     """Which images of a batch are in the holdout; of a batch that is taken whole, one value."""
-    if batch.size > 1 and not _is_split(batch):
+    if not batch.can_be_split:
         return holdout_mask(torch.tensor([batch.number]), batches.local_batches[-1].number + 1)
     return holdout_mask(torch.arange(batch.first, batch.first + batch.size), batches.images)
 
 
-def _is_split(batch: CalibrationBatch) -> bool:
-    return batch.size > 1 and len(split(batch.stored, 1)) == batch.size
-
-
 def _piece(batch: CalibrationBatch, rows: Tensor) -> ImageSample:
-    stored = tree_map(restore, batch.stored)
-    if not _is_split(batch):
-        return ImageSample(batch.number, to_memory_format(cloned(stored), batch.memory_format), batch.size)
-    selected = tree_map_only(Tensor, lambda v: v[rows.to(v.device)], stored)
-    return ImageSample(batch.number, to_memory_format(selected, batch.memory_format), len(rows))
+    return ImageSample(batch.number, batch.inputs_of(rows), len(rows) if batch.can_be_split else batch.size)
 
 
 def _joined(pieces: list[ImageSample]) -> ImageSample:

@@ -41,7 +41,12 @@ def adam_steps(
 
 def cosine_schedule(steps: int) -> Callable[[int], float | None]:
     """The factor for each of so many steps: from 1 towards 0 along a cosine (Loshchilov and Hutter, 2017)."""
-    return lambda step: (1 + math.cos(math.pi * step / steps)) / 2 if step < steps else None
+    return lambda step: cosine_factor(step / steps) if step < steps else None
+
+
+def cosine_factor(share: float) -> float:
+    """The factor of learning rates after a share of all steps."""
+    return (1 + math.cos(math.pi * share)) / 2
 
 
 def _gradients(loss: Callable[[], Tensor], parameters: list[Tensor]) -> tuple[Tensor | None, ...] | None:
